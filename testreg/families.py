@@ -6,11 +6,11 @@ its class name. A new family is one row of `FAMILIES`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,9 @@ class Family:
     """The MLP's second linear, in a block; or the norm in front of it. Its *input* channels are the neurons."""
     up: tuple[str, ...]
     """The MLP's first linear, in a block."""
-    qkv: tuple[str, ...]
-    """Attention's projections, in a block: one packed module or parameter (3C, C), or two modules, query and key."""
+    query_key: tuple[str, ...]
+    """Attention's input projections, in a block: one packed weight (3C, C), or the weights of query and key."""
+    num_heads: tuple[str, ...]
     patch_embed: tuple[str, ...]
     """The convolution that makes patches into tokens, in the tower: its stride is the patch size."""
     prefix: Callable[[Any], int]
@@ -42,6 +43,8 @@ class Family:
     """Attention module, in a block, if it may return its weights (B, heads, T, T) as the second of its outputs."""
     batch_first: Callable[[Any], bool] = lambda tower: True
     """False where blocks see (T, B, C)."""
+    run_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """What the tower's forward must be told to take images of any size."""
 
 
 FAMILIES = (
@@ -52,7 +55,8 @@ FAMILIES = (
         blocks=("blocks",),
         down=("mlp.norm", "mlp.fc2", "mlp_out_proj"),
         up=("mlp.fc1",),
-        qkv=("attn.qkv",),
+        query_key=("attn.qkv.weight",),
+        num_heads=("attn.num_heads",),
         patch_embed=("patch_embed.proj",),
         prefix=lambda tower: tower.num_prefix_tokens,
         scale=("ls2.gamma",),
@@ -65,10 +69,12 @@ FAMILIES = (
         blocks=("layers", "encoder.layer"),
         down=("mlp.fc2", "output.dense"),
         up=("mlp.fc1", "intermediate.dense"),
-        qkv=("attention.q_proj", "attention.k_proj"),
+        query_key=("attention.q_proj.weight", "attention.k_proj.weight"),
+        num_heads=("attention.num_attention_heads", "attention.num_heads"),
         patch_embed=("embeddings.patch_embeddings.projection",),
         prefix=lambda tower: 1,
         attention=("attention.attention", "attention"),
+        run_kwargs={"interpolate_pos_encoding": True},
     ),
     Family(
         name="transformers DeiT",
@@ -77,10 +83,12 @@ FAMILIES = (
         blocks=("layers", "encoder.layer"),
         down=("mlp.fc2", "output.dense"),
         up=("mlp.fc1", "intermediate.dense"),
-        qkv=("attention.q_proj", "attention.k_proj"),
+        query_key=("attention.q_proj.weight", "attention.k_proj.weight"),
+        num_heads=("attention.num_attention_heads", "attention.num_heads"),
         patch_embed=("embeddings.patch_embeddings.projection",),
         prefix=lambda tower: 2,
         attention=("attention.attention", "attention"),
+        run_kwargs={"interpolate_pos_encoding": True},
     ),
     Family(
         name="transformers CLIP",
@@ -89,11 +97,13 @@ FAMILIES = (
         blocks=("encoder.layers", "vision_model.encoder.layers"),
         down=("mlp.fc2",),
         up=("mlp.fc1",),
-        qkv=("self_attn.q_proj", "self_attn.k_proj"),
+        query_key=("self_attn.q_proj.weight", "self_attn.k_proj.weight"),
+        num_heads=("self_attn.num_heads",),
         patch_embed=("embeddings.patch_embedding", "vision_model.embeddings.patch_embedding"),
         prefix=lambda tower: 1,
         entry_norm="pre_layrnorm",  # spelled so in transformers
         attention=("self_attn",),
+        run_kwargs={"interpolate_pos_encoding": True},
     ),
     Family(
         name="transformers SigLIP",
@@ -102,10 +112,12 @@ FAMILIES = (
         blocks=("encoder.layers", "vision_model.encoder.layers"),
         down=("mlp.fc2",),
         up=("mlp.fc1",),
-        qkv=("self_attn.q_proj", "self_attn.k_proj"),
+        query_key=("self_attn.q_proj.weight", "self_attn.k_proj.weight"),
+        num_heads=("self_attn.num_heads",),
         patch_embed=("embeddings.patch_embedding", "vision_model.embeddings.patch_embedding"),
         prefix=lambda tower: 0,
         attention=("self_attn",),
+        run_kwargs={"interpolate_pos_encoding": True},
     ),
     Family(
         name="transformers Dinov2",
@@ -114,7 +126,8 @@ FAMILIES = (
         blocks=("encoder.layer",),
         down=("mlp.down_proj", "mlp.weights_out", "mlp.fc2"),
         up=("mlp.fc1",),
-        qkv=("attention.q_proj", "attention.k_proj"),
+        query_key=("attention.q_proj.weight", "attention.k_proj.weight"),
+        num_heads=("attention.num_attention_heads", "attention.num_heads"),
         patch_embed=("embeddings.patch_embeddings.projection",),
         prefix=lambda tower: 1,
         scale=("layer_scale2.lambda1",),
@@ -127,7 +140,8 @@ FAMILIES = (
         blocks=("encoder.layer",),
         down=("mlp.down_proj", "mlp.weights_out", "mlp.fc2"),
         up=("mlp.fc1",),
-        qkv=("attention.q_proj", "attention.k_proj"),
+        query_key=("attention.q_proj.weight", "attention.k_proj.weight"),
+        num_heads=("attention.num_attention_heads", "attention.num_heads"),
         patch_embed=("embeddings.patch_embeddings.projection",),
         prefix=lambda tower: 1 + tower.config.num_register_tokens,
         scale=("layer_scale2.lambda1",),
@@ -140,7 +154,8 @@ FAMILIES = (
         blocks=("transformer.resblocks",),
         down=("mlp.ln", "mlp.c_proj"),
         up=("mlp.c_fc",),
-        qkv=("attn.in_proj_weight",),
+        query_key=("attn.in_proj_weight",),
+        num_heads=("attn.num_heads",),
         patch_embed=("conv1",),
         prefix=lambda tower: 1,
         scale=("ls_2.gamma",),
@@ -154,7 +169,8 @@ FAMILIES = (
         blocks=("encoder.layers",),
         down=("mlp.3",),
         up=("mlp.0",),
-        qkv=("self_attention.in_proj_weight",),
+        query_key=("self_attention.in_proj_weight",),
+        num_heads=("self_attention.num_heads",),
         patch_embed=("conv_proj",),
         prefix=lambda tower: 1,
     ),
@@ -165,7 +181,8 @@ FAMILIES = (
         blocks=("blocks",),
         down=("mlp.w3", "mlp.fc2"),
         up=("mlp.fc1",),
-        qkv=("attn.qkv",),
+        query_key=("attn.qkv.weight",),
+        num_heads=("attn.num_heads",),
         patch_embed=("patch_embed.proj",),
         prefix=lambda tower: 1 + tower.num_register_tokens,
         scale=("ls2.gamma",),
@@ -199,6 +216,8 @@ class Tower:
     blocks: tuple[Block, ...]
     num_prefix: int
     """P, the tokens in front of the patches."""
+    embedding: nn.Conv2d
+    """Makes patches into tokens."""
     entry_norm: nn.Module | None
     token_dim: int
     """The sequence dimension of what the blocks see: 1 for (B, T, C), 0 for (T, B, C)."""
@@ -211,6 +230,16 @@ class Tower:
     def mlp_width(self) -> int:
         """H, the number of neurons of a block's MLP."""
         return self.blocks[0].down_linear.in_features
+
+    def run(self, images: Tensor) -> Any:
+        """The tower's own output for images (B, 3, h, w), which are brought to its device and dtype."""
+        weight = self.embedding.weight
+        return self.module(images.to(weight.device, weight.dtype), **self.family.run_kwargs)
+
+    def grid(self, images: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches of images (..., h, w)."""
+        rows, columns = self.embedding.stride
+        return images.shape[-2] // rows, images.shape[-1] // columns
 
 
 def find_tower(model: nn.Module) -> Tower:
@@ -257,7 +286,7 @@ def _towers(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, Fami
 
 
 def _resolve(path: str, tower: nn.Module, family: Family) -> Tower:
-    container = _first(tower, family.blocks)
+    container = find_part(tower, family.blocks)
     if not isinstance(container, (nn.ModuleList, nn.Sequential)):
         raise ValueError(f"{type(tower).__name__} has no blocks at {' or '.join(family.blocks)}")
     blocks = tuple(_block(i, module, family) for i, module in enumerate(_flatten(container)))
@@ -271,7 +300,8 @@ def _resolve(path: str, tower: nn.Module, family: Family) -> Tower:
         module=tower,
         blocks=blocks,
         num_prefix=family.prefix(tower),
-        entry_norm=_first(tower, (family.entry_norm, f"vision_model.{family.entry_norm}"))
+        embedding=find_part(tower, family.patch_embed),
+        entry_norm=find_part(tower, (family.entry_norm, f"vision_model.{family.entry_norm}"))
         if family.entry_norm
         else None,
         token_dim=1 if family.batch_first(tower) else 0,
@@ -288,17 +318,19 @@ def _flatten(container: nn.Module) -> Iterator[nn.Module]:
 
 
 def _block(index: int, module: nn.Module, family: Family) -> Block:
-    paths = [path for path in family.down if _first(module, (path,)) is not None]
+    paths = [path for path in family.down if find_part(module, (path,)) is not None]
     if not paths:
         raise ValueError(
             f"block {index} ({type(module).__name__}) has no second MLP linear at {' or '.join(family.down)}: "
             "its kind of MLP is not supported"
         )
-    down = _first(module, paths)
-    down_linear = next((part for part in (_first(module, (p,)) for p in paths) if hasattr(part, "in_features")), None)
+    down = find_part(module, paths)
+    down_linear = next(
+        (part for part in (find_part(module, (p,)) for p in paths) if hasattr(part, "in_features")), None
+    )
     parent, _, _ = paths[0].rpartition(".")
     # transformers 4 spreads the MLP over `intermediate` and `output`: there is no module to run on a few tokens.
-    mlp = _first(module, (parent,)) if parent and parent != "output" else None
+    mlp = find_part(module, (parent,)) if parent and parent != "output" else None
     if mlp is not None and any(base.__module__.startswith("xformers") for base in type(mlp).__mro__):
         raise ValueError(
             f"block {index} uses xformers' fused SwiGLU, which bypasses the second linear: "
@@ -311,12 +343,12 @@ def _block(index: int, module: nn.Module, family: Family) -> Block:
         down=down,
         down_linear=down_linear,  # type: ignore[arg-type]  # nn.Linear, or a LoRA or quantised layer in its place
         mlp=mlp,
-        scale=_first(module, family.scale),
-        attention=_first(module, family.attention),
+        scale=find_part(module, family.scale),
+        attention=find_part(module, family.attention),
     )
 
 
-def _first(root: nn.Module, paths: Sequence[str]) -> Any:
+def find_part(root: nn.Module, paths: Sequence[str]) -> Any:
     """What the first existing path leads to; an Identity stands for a part that was left out."""
     for path in paths:
         node: object = root

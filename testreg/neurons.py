@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,10 @@ class RegisterNeurons:
     """Whether the list was made, or measured, with testreg on the checkpoint itself."""
 
     def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "ranking", tuple((layer, unit, score) for layer, unit, score in self.ranking))
+        except (TypeError, ValueError):
+            raise ValueError("a ranking is a sequence of (layer, unit, score or None)") from None
         if not self.ranking:
             raise ValueError("the list of register neurons is empty")
         seen: set[tuple[int, int]] = set()
@@ -63,15 +68,18 @@ class RegisterNeurons:
                 if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
                     raise ValueError(f"the score of layer {layer}, unit {unit} is {score!r}, not a finite number")
                 if score > last:
-                    raise ValueError(f"the ranking is not sorted: layer {layer}, unit {unit} scores more than the last")
+                    raise ValueError(
+                        f"the ranking is not sorted: layer {layer}, unit {unit} scores {score:g}, "
+                        f"the one before it {last:g}"
+                    )
                 last = score
         if self.top_k is not None and (not _is_index(self.top_k) or self.top_k < 1):
             raise ValueError(f"top_k must be a whole number of at least 1, got {self.top_k!r}")
 
     @classmethod
     def from_layers(cls, layers: Mapping[int, Sequence[int]]) -> RegisterNeurons:
-        """From `{layer: [units]}`, unscored."""
-        return cls(tuple((int(layer), int(unit), None) for layer, units in layers.items() for unit in units))
+        """From `{layer: [units]}`, unscored; numpy and torch integers will do."""
+        return cls(tuple((_as_index(layer), _as_index(unit), None) for layer in layers for unit in layers[layer]))
 
     def cut(self, top_k: int | None = None) -> RegisterNeurons:
         """The best `top_k` alone, or as many as the list itself recommends.
@@ -149,6 +157,9 @@ class RegisterNeurons:
         for key in ("model", "calibration", "provenance"):
             if not isinstance(data.get(key, {}), dict):
                 raise ValueError(f'{source}: "{key}" must be an object')
+        for key in ("depth", "mlp_width"):
+            if not _is_index(data.get("model", {}).get(key, 1)):
+                raise ValueError(f'{source}: "{key}" of the model must be a whole number')
         if not isinstance(data.get("verified", False), bool):
             raise ValueError(f'{source}: "verified" must be true or false')
         try:
@@ -195,6 +206,14 @@ def _is_index(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+def _as_index(value: Any) -> Any:
+    """`value` as an int, if it is a whole number; anything else is left for the check, which names it."""
+    try:
+        return value if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return value
+
+
 def _reject_constant(name: str) -> float:
     raise ValueError(f"{name} is not a finite number")
 
@@ -223,8 +242,8 @@ def _umask() -> int:
 def fingerprint(tower: Tower) -> str:
     """A short hash that tells checkpoints apart, and is the same in every library that holds the checkpoint.
 
-    It hashes 64 evenly spaced values, rounded to bf16, of every block's second MLP linear: the matrices whose columns
-    the neurons are, laid out alike in all libraries.
+    It hashes the signs of 256 evenly spaced values of every block's second MLP linear: the matrices whose columns the
+    neurons are, laid out alike in all libraries. Signs, because no rounding (fp16, bf16) changes them.
     """
     digest = hashlib.sha256()
     for block in tower.blocks:
@@ -232,8 +251,8 @@ def fingerprint(tower: Tower) -> str:
         if not isinstance(weight, torch.Tensor) or weight.is_meta:
             return "unknown"
         flat = weight.detach().flatten()
-        at = torch.linspace(0, flat.numel() - 1, 64, dtype=torch.float64).long().to(flat.device)
-        digest.update(flat[at].to(torch.bfloat16).float().cpu().numpy().tobytes())
+        at = torch.arange(256) * (flat.numel() - 1) // 255
+        digest.update(flat[at.to(flat.device)].signbit().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -288,17 +307,14 @@ def resolve(
     return RegisterNeurons.load(path)
 
 
-def _of_checkpoint(names: Iterable[str], class_name: str) -> RegisterNeurons:
-    names = list(names)
-    fitting = {
-        key: candidate
-        for key, candidate in bundled().items()
-        if set(candidate.model.get("default_for", ())) & set(names)
-    }
-    if not fitting:
-        says = f"it says it is {', '.join(names)}" if names else "it does not say which checkpoint it is"
-        raise ValueError(
-            f"no bundled register neurons for this {class_name}: {says}. Calibrate it (testreg.calibrate, or "
-            "`testreg calibrate MODEL --images DIR -o neurons.json`), or name a list from `testreg list`"
-        )
-    return next(iter(fitting.values()))
+def _of_checkpoint(names: Sequence[str], class_name: str) -> RegisterNeurons:
+    lists = bundled().values()
+    for name in names:
+        for candidate in lists:
+            if name in candidate.model.get("default_for", ()):
+                return candidate
+    says = f"it says it is {', '.join(names)}" if names else "it does not say which checkpoint it is"
+    raise ValueError(
+        f"no bundled register neurons for this {class_name}: {says}. Calibrate it (testreg.calibrate, or "
+        "`testreg calibrate MODEL --images DIR -o neurons.json`), or name a list from `testreg list`"
+    )

@@ -184,11 +184,13 @@ class _Lane(_Override):
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.patch.enabled:
             return self.original(hidden, *args, **kwargs)
-        if any(isinstance(extra, Tensor) for extra in (*args, *kwargs.values())):
+        if not isinstance(hidden, Tensor):
             raise NotImplementedError(
-                f"block {self.index} was called with a mask or another tensor beside the tokens, which has no row for "
-                "the register: call the model without it, or under testreg.disabled(model)"
+                f"block {self.index} was called with a {type(hidden).__name__} of tokens (images of several sizes at "
+                "once): call the model on one tensor at a time"
             )
+        args = tuple(self._beside(extra) for extra in args)
+        kwargs = {name: self._beside(extra) for name, extra in kwargs.items()}
         dim, num_tokens = self.patch.token_dim, hidden.shape[self.patch.token_dim]
         lane = torch.cat([hidden, self._new_registers(hidden)], dim) if self.first else self._arriving(hidden)
         out = self.original(lane, *args, **kwargs)
@@ -199,6 +201,22 @@ class _Lane(_Override):
         else:
             setattr(tokens, _LANE, lane)
         return tokens if rest is None else (tokens, *rest)
+
+    def _beside(self, extra: Any) -> Any:
+        """An argument beside the tokens, which must not be a mask: it has no row for the register."""
+        if not isinstance(extra, Tensor):
+            return extra
+        # In torch.export, transformers makes a mask (B, heads, T, T) even where nothing is masked. Nobody can look into
+        # it then: it gets rows like its last and visible columns, and the max is taken over all tokens.
+        if extra.ndim == 4 and getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)():
+            num_registers = self.patch.num_registers
+            mask = torch.cat([extra, extra[..., -1:, :].expand(-1, -1, num_registers, -1)], -2)
+            visible = mask.new_full((*mask.shape[:-1], num_registers), float(mask.dtype is torch.bool))
+            return torch.cat([mask, visible], -1)
+        raise NotImplementedError(
+            f"block {self.index} was called with a mask or another tensor beside the tokens, which has no row for "
+            "the register: call the model without it, or under testreg.disabled(model)"
+        )
 
     def _new_registers(self, hidden: Tensor) -> Tensor:
         """Zero tokens; in CLIP-like towers they pass the norm before the blocks and enter as its bias."""

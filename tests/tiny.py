@@ -87,10 +87,15 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+def fresh(name: str, seed: int = 0) -> nn.Module:
+    """The tiny model of a family as its library initialises it, in eval mode: what `testreg.planted` starts from."""
+    torch.manual_seed(seed)
+    return BUILDERS[name]().eval()
+
+
 def build(name: str, seed: int = 0) -> nn.Module:
     """The tiny model of a family, in eval mode, with weights large enough that blocks matter."""
-    torch.manual_seed(seed)
-    model = BUILDERS[name]().eval()
+    model = fresh(name, seed)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "gamma" in key or "lambda" in key:

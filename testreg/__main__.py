@@ -1,0 +1,3 @@
+from testreg.cli import main
+
+raise SystemExit(main())

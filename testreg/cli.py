@@ -1,0 +1,246 @@
+"""The command line: testreg demo | list | calibrate | apply | show."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from testreg.neurons import RegisterNeurons, bundled, replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from testreg.models import LoadedModel
+
+OK, ERROR, NOTHING_TO_FIX, INTERRUPTED = 0, 1, 3, 130
+
+MODEL_HELP = (
+    "timm:NAME, hf:NAME-or-folder, open_clip:ARCH/PRETRAINED, hub:OWNER/REPO/NAME, torchvision:NAME, "
+    "or the folder of a local checkpoint"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code.
+
+    0 done, 1 error, 2 wrong usage, 3 the model has no outliers (nothing to fix), 130 interrupted.
+    """
+    args = _parser().parse_args(argv)
+    from testreg.calibrate import NoOutliersError
+
+    try:
+        args.run(args)
+    except NoOutliersError as found_none:
+        print(found_none, file=sys.stderr)
+        return NOTHING_TO_FIX
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if args.debug:
+            raise
+        print(f"testreg: error: {error or type(error).__name__}", file=sys.stderr)
+        return ERROR
+    return OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    parser = argparse.ArgumentParser(
+        prog="testreg", description="Take the artefacts out of pretrained Vision Transformers, without training."
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", parents=[common], help="the whole job on a synthetic model, offline")
+    demo.add_argument("-o", "--output", type=Path, default=Path("testreg-demo.png"), help="picture to write")
+    demo.set_defaults(run=_demo)
+
+    listing = commands.add_parser("list", parents=[common], help="the bundled register neurons, and their models")
+    listing.set_defaults(run=_list)
+
+    calibrate = commands.add_parser("calibrate", parents=[common], help="find the register neurons of a model")
+    _add_model(calibrate)
+    calibrate.add_argument("--images", type=Path, required=True, metavar="DIR", help="a folder of photographs")
+    calibrate.add_argument("-o", "--output", type=Path, required=True, metavar="JSON")
+    calibrate.add_argument("--layer", type=int, help="block to look for outliers at (default: where they stand out)")
+    calibrate.add_argument("--threshold", type=float, help="norm of an outlier (default: median + 5 robust sigma)")
+    calibrate.add_argument("--max-layer", type=int, help="last block to take neurons from (default: outlier onset)")
+    calibrate.add_argument("--top-k", type=int, default=50, help="how many neurons to recommend (default: 50)")
+    calibrate.add_argument("--score", choices=["write", "activation"], default="write", help="activation: the paper's")
+    calibrate.add_argument("--sparsity-filter", action="store_true", help="as in the released code")
+    calibrate.add_argument("--num-images", type=int, default=200, help="at most so many (default: 200)")
+    calibrate.add_argument("--batch-size", type=int, default=16)
+    calibrate.add_argument("--workers", type=int, default=0, help="processes that decode images")
+    calibrate.add_argument("--amp", choices=["bfloat16", "float16"], help="run under autocast")
+    calibrate.add_argument("--seed", type=int, default=0)
+    calibrate.set_defaults(run=_calibrate)
+
+    apply = commands.add_parser("apply", parents=[common], help="save a patched checkpoint")
+    _add_model(apply)
+    _add_patch(apply)
+    apply.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
+    apply.set_defaults(run=_apply)
+
+    show = commands.add_parser("show", parents=[common], help="picture of a model before and after")
+    _add_model(show)
+    show.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    _add_patch(show)
+    show.add_argument("--layer", type=int, help="block whose norms are drawn (default: where calibration saw outliers)")
+    show.add_argument("-o", "--output", type=Path, required=True, metavar="PNG")
+    show.set_defaults(run=_show)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--image-size", type=int, help="side of the input in pixels (default: the model's own)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+
+
+def _add_patch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--neurons", help="neuron JSON, or a name from `testreg list` (default: the bundled list)")
+    parser.add_argument("--top-k", type=int, help="use the best so many (default: as the list recommends)")
+    parser.add_argument("--num-registers", type=int, default=1)
+    parser.add_argument("--max-over", choices=["neuron", "layer"], default="neuron", help="layer: the released code's")
+    parser.add_argument("--zero", choices=["patches", "all"], default="patches", help="all: prefix tokens too")
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from testreg.demo import run_demo
+    from testreg.viz import table
+
+    print("A synthetic model: a random ViT with planted register neurons; no pretrained weights are involved.")
+    demo = run_demo()
+    (layer, planted), *_ = demo.planted.neurons.items()
+    print(f"planted:    {len(planted)} register neurons in block {layer}, and 2 decoys")
+    print(
+        f"calibrated: {len(demo.found.ranking)} neurons ranked; {demo.recovered} of {len(planted)} planted ones on top"
+    )
+    print(f"patched:    one register\n\n{table(demo.before, demo.after)}\n")
+    _save(demo.picture, args.output)
+
+
+def _list(args: argparse.Namespace) -> None:
+    for name, neurons in bundled().items():
+        checked = "verified" if neurons.verified else "not verified"
+        print(f"{name}  ({len(neurons.ranking)} neurons, {checked})")
+        default_for = set(neurons.model.get("default_for", ()))
+        for model in neurons.model.get("names", ()):
+            print(f"    {model}{'  (default)' if model in default_for else ''}")
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    import torch
+
+    from testreg.calibrate import calibrate
+    from testreg.data import image_paths
+
+    _check_writable(args.output)
+    image_paths(args.images)  # before a model is loaded for nothing
+    loaded = _load(args)
+    neurons = calibrate(
+        loaded.model,
+        args.images,
+        transform=loaded.transform,
+        layer=args.layer,
+        threshold=args.threshold,
+        max_layer=args.max_layer,
+        top_k=args.top_k,
+        score=args.score,
+        sparsity_filter=args.sparsity_filter,
+        batch_size=args.batch_size,
+        num_images=args.num_images,
+        workers=args.workers,
+        amp=getattr(torch, args.amp) if args.amp else None,
+        seed=args.seed,
+    )
+    neurons.save(args.output)
+    facts = neurons.calibration
+    print(
+        f"{facts['images']} images ({facts['unreadable_images']} unreadable), "
+        f"{facts['outlier_fraction']:.2%} of the patches are outliers at block {facts['detection_layer']}, "
+        f"there from block {facts['onset_layer']} on"
+    )
+    print(f"{args.output}: {len(neurons.ranking)} neurons ranked, top_k {neurons.top_k}")
+
+
+def _apply(args: argparse.Namespace) -> None:
+    from testreg.checkpoint import save
+
+    loaded = _load(args)
+    _patch(loaded, args)
+    save(loaded.model, args.output, processor=loaded.processor)
+    print(f"{args.output}: patched checkpoint of {loaded.name}")
+
+
+def _show(args: argparse.Namespace) -> None:
+    import torch
+
+    from testreg.data import open_image
+    from testreg.viz import compare, figure, table
+
+    _check_writable(args.output)
+    photos = [open_image(path) for path in args.images]
+    loaded = _load(args)
+    neurons = _patch(loaded, args)
+    layer = neurons.calibration.get("detection_layer", -1) if args.layer is None else args.layer
+    images = torch.stack([loaded.transform(photo) for photo in photos])
+    before, after = compare(loaded.model, images, layer)
+    print(table(before, after))
+    _save(figure(images, before, after, f"{loaded.name}, norms after block {layer}"), args.output)
+
+
+def _load(args: argparse.Namespace) -> LoadedModel:
+    import torch
+
+    from testreg.models import load_model
+
+    device = args.device
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return load_model(args.model, image_size=args.image_size, device=device)
+
+
+def _patch(loaded: LoadedModel, args: argparse.Namespace) -> RegisterNeurons:
+    from testreg.register import is_patched, patch, patch_of
+
+    if is_patched(loaded.model):
+        if args.neurons is not None:
+            raise ValueError(f"{loaded.name} is a patched checkpoint already: leave --neurons out")
+        return patch_of(loaded.model).neurons
+    patch(
+        loaded.model,
+        args.neurons,
+        top_k=args.top_k,
+        num_registers=args.num_registers,
+        max_over=args.max_over,
+        zero=args.zero,
+    )
+    return patch_of(loaded.model).neurons
+
+
+def _check_writable(path: Path) -> None:
+    """Fail before the work is done rather than after."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file to write")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
+
+
+def _save(picture: Figure, path: Path) -> None:
+    _check_writable(path)
+    with replacing(path) as temporary:
+        picture.savefig(temporary, format=path.suffix[1:] or "png", dpi=150)
+    print(f"picture:    {path}")
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return f"testreg {version('testreg')}"

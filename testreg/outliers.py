@@ -1,0 +1,71 @@
+"""Which patch tokens are outliers: the rule, and the residual norms that it looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from testreg.families import Tower
+
+
+@dataclass(frozen=True)
+class OutlierRule:
+    """A token is an outlier if its norm exceeds max(median + k * 1.4826 * MAD, min_ratio * median) of its image.
+
+    Median and median absolute deviation are taken over the patches of one image at one layer, so the rule needs no
+    tuning to a model's scale, resolution or depth. 1.4826 * MAD estimates a standard deviation; `min_ratio` keeps
+    images whose norms hardly vary from yielding outliers. An absolute `threshold` replaces both (paper, table of
+    appendix A: 75 for OpenCLIP ViT-B/16, 150 for DINOv2 ViT-L/14).
+    """
+
+    k: float = 5.0
+    min_ratio: float = 2.0
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("k", "min_ratio", "threshold"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name} of the outlier rule must be a positive number, got {value}")
+
+    def limit(self, norms: Tensor) -> Tensor:
+        """Norms (..., N) of an image's patches -> the norm (..., 1) above which a token is an outlier."""
+        median = norms.median(-1, keepdim=True).values
+        if self.threshold is not None:
+            return torch.full_like(median, self.threshold)
+        mad = (norms - median).abs().median(-1, keepdim=True).values
+        return torch.maximum(median + self.k * 1.4826 * mad, self.min_ratio * median)
+
+    def describe(self) -> str:
+        if self.threshold is not None:
+            return f"norm > {self.threshold:g}"
+        return f"norm > max(median + {self.k:g} * 1.4826 * MAD, {self.min_ratio:g} * median) of the image's patches"
+
+
+@contextmanager
+def recorded_tokens(tower: Tower) -> Iterator[list[Tensor]]:
+    """Within the block, every forward of the tower appends the output (B, T, C) of each of its blocks to the list."""
+    outputs: list[Tensor] = []
+
+    def record(module: nn.Module, args: tuple[object, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+        tokens = output[0] if isinstance(output, tuple) else output
+        outputs.append(tokens.transpose(0, 1) if tower.token_dim == 0 else tokens)
+
+    handles = [block.module.register_forward_hook(record) for block in tower.blocks]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def token_norms(tower: Tower, images: Tensor) -> Tensor:
+    """Residual norms (L, B, T) after each of the L blocks, in float32, of images (B, 3, h, w)."""
+    with recorded_tokens(tower) as outputs:
+        tower.run(images)
+        return torch.stack([tokens.float().norm(dim=-1) for tokens in outputs])

@@ -1,0 +1,326 @@
+"""The patched forward of every family, written out by hand from the weights alone.
+
+It shares no code with testreg: an explicit register token in the sequence, attention and MLP as matrix products, and
+the shift as loops over images, neurons and tokens. Only the embedding is the model's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import fake_dinov2
+import tiny
+import torch
+from torch import Tensor, nn
+
+HEADS = 4
+Affine = tuple[Tensor, Tensor]  # weight, bias
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What there is to know about a tiny model, independently of testreg.families."""
+
+    read: Callable[[Any], Block]
+    blocks: Callable[[Any], Sequence[nn.Module]]
+    prefix: int = 1
+    entry_norm: Callable[[Any], nn.LayerNorm] | None = None
+    sequence_first: bool = False
+    mlp_width: int = tiny.MLP_WIDTH
+
+
+@dataclass(frozen=True)
+class Block:
+    """The weights of one block."""
+
+    norm1: nn.LayerNorm
+    qkv: Sequence[Affine]
+    out: Affine
+    norm2: nn.LayerNorm
+    hidden: Callable[[Tensor], Tensor]
+    """From the normed tokens to the MLP's hidden activation."""
+    down: Affine
+    scale1: Tensor | float = 1.0
+    scale2: Tensor | float = 1.0
+
+
+def affine(linear: Any) -> Affine:
+    return linear.weight, linear.bias
+
+
+def apply(x: Tensor, weights: Affine) -> Tensor:
+    return x @ weights[0].T + weights[1]
+
+
+def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+
+
+def gelu(x: Tensor) -> Tensor:
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return x / (1 + torch.exp(-1.702 * x))
+
+
+def silu(x: Tensor) -> Tensor:
+    return x / (1 + torch.exp(-x))
+
+
+def mlp(up: nn.Module, activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: activation(apply(x, affine(up)))
+
+
+def swiglu(gate: Affine, up: Affine) -> Callable[[Tensor], Tensor]:
+    return lambda x: silu(apply(x, gate)) * apply(x, up)
+
+
+def halves(linear: Any) -> list[Affine]:
+    return list(zip(linear.weight.chunk(2), linear.bias.chunk(2), strict=True))
+
+
+def thirds(weight: Tensor, bias: Tensor) -> list[Affine]:
+    return list(zip(weight.chunk(3), bias.chunk(3), strict=True))
+
+
+def read_timm(block: Any) -> Block:  # and dinov2, which timm follows
+    gated = hasattr(block.mlp, "w3")
+    return Block(
+        norm1=block.norm1,
+        qkv=thirds(*affine(block.attn.qkv)),
+        out=affine(block.attn.proj),
+        norm2=block.norm2,
+        hidden=swiglu(*halves(block.mlp.w12)) if gated else mlp(block.mlp.fc1, gelu),
+        down=affine(block.mlp.w3 if gated else block.mlp.fc2),
+        scale1=getattr(block.ls1, "gamma", 1.0),
+        scale2=getattr(block.ls2, "gamma", 1.0),
+    )
+
+
+def read_hf_vit(block: Any) -> Block:
+    attention = block.attention
+    return Block(
+        norm1=block.layernorm_before,
+        qkv=[affine(attention.q_proj), affine(attention.k_proj), affine(attention.v_proj)],
+        out=affine(attention.o_proj),
+        norm2=block.layernorm_after,
+        hidden=mlp(block.mlp.fc1, gelu),
+        down=affine(block.mlp.fc2),
+    )
+
+
+def read_hf_dinov2(block: Any) -> Block:
+    attention, gated = block.attention, hasattr(block.mlp, "gate_proj")
+    return Block(
+        norm1=block.norm1,
+        qkv=[affine(attention.q_proj), affine(attention.k_proj), affine(attention.v_proj)],
+        out=affine(attention.o_proj),
+        norm2=block.norm2,
+        hidden=swiglu(affine(block.mlp.gate_proj), affine(block.mlp.up_proj)) if gated else mlp(block.mlp.fc1, gelu),
+        down=affine(block.mlp.down_proj if gated else block.mlp.fc2),
+        scale1=block.layer_scale1.lambda1,
+        scale2=block.layer_scale2.lambda1,
+    )
+
+
+def read_hf_clip(block: Any, activation: Callable[[Tensor], Tensor] = quick_gelu) -> Block:
+    attention = block.self_attn
+    return Block(
+        norm1=block.layer_norm1,
+        qkv=[affine(attention.q_proj), affine(attention.k_proj), affine(attention.v_proj)],
+        out=affine(attention.out_proj),
+        norm2=block.layer_norm2,
+        hidden=mlp(block.mlp.fc1, activation),
+        down=affine(block.mlp.fc2),
+    )
+
+
+def read_hf_siglip(block: Any) -> Block:
+    return read_hf_clip(block, gelu_tanh)
+
+
+def read_open_clip(block: Any, activation: Callable[[Tensor], Tensor] = gelu) -> Block:
+    return Block(
+        norm1=block.ln_1,
+        qkv=thirds(block.attn.in_proj_weight, block.attn.in_proj_bias),
+        out=affine(block.attn.out_proj),
+        norm2=block.ln_2,
+        hidden=mlp(block.mlp.c_fc, activation),
+        down=affine(block.mlp.c_proj),
+    )
+
+
+def read_torchvision(block: Any) -> Block:
+    return Block(
+        norm1=block.ln_1,
+        qkv=thirds(block.self_attention.in_proj_weight, block.self_attention.in_proj_bias),
+        out=affine(block.self_attention.out_proj),
+        norm2=block.ln_2,
+        hidden=mlp(block.mlp[0], gelu),
+        down=affine(block.mlp[3]),
+    )
+
+
+def chunked_blocks(model: Any) -> list[nn.Module]:
+    return [block for chunk in model.blocks for block in chunk if not isinstance(block, nn.Identity)]
+
+
+LAYOUTS = {
+    "timm_vit": Layout(read_timm, lambda m: m.blocks),
+    "timm_deit_distilled": Layout(read_timm, lambda m: m.blocks, prefix=2),
+    "timm_clip": Layout(read_timm, lambda m: m.blocks, entry_norm=lambda m: m.norm_pre),
+    "timm_siglip": Layout(read_timm, lambda m: m.blocks, prefix=0),
+    "timm_dinov2": Layout(read_timm, lambda m: m.blocks),
+    "timm_dinov2_reg4": Layout(read_timm, lambda m: m.blocks, prefix=5),
+    "hf_vit": Layout(read_hf_vit, lambda m: m.layers),
+    "hf_deit": Layout(read_hf_vit, lambda m: m.layers, prefix=2),
+    "hf_clip": Layout(read_hf_clip, lambda m: m.encoder.layers, entry_norm=lambda m: m.pre_layrnorm),
+    "hf_siglip": Layout(read_hf_siglip, lambda m: m.encoder.layers, prefix=0),
+    "hf_dinov2": Layout(read_hf_dinov2, lambda m: m.encoder.layer),
+    "hf_dinov2_swiglu": Layout(read_hf_dinov2, lambda m: m.encoder.layer, mlp_width=128),
+    "hf_dinov2_registers": Layout(read_hf_dinov2, lambda m: m.encoder.layer, prefix=5),
+    "open_clip": Layout(
+        read_open_clip, lambda m: m.visual.transformer.resblocks, entry_norm=lambda m: m.visual.ln_pre
+    ),
+    "open_clip_sequence_first": Layout(
+        read_open_clip,
+        lambda m: m.visual.transformer.resblocks,
+        entry_norm=lambda m: m.visual.ln_pre,
+        sequence_first=True,
+    ),
+    "torchvision_vit": Layout(read_torchvision, lambda m: m.encoder.layers),
+    "dinov2": Layout(read_timm, lambda m: m.blocks),
+    "dinov2_chunked_swiglu_reg4": Layout(read_timm, chunked_blocks, prefix=5),
+}
+
+_IMITATIONS = {
+    "dinov2": {},
+    "dinov2_chunked_swiglu_reg4": {"num_register_tokens": 4, "swiglu": True, "chunks": 2},
+}
+
+
+def build(name: str) -> Any:
+    """A tiny model in eval mode, with weights such that every block, bias and norm matters."""
+    if name in tiny.BUILDERS:
+        model = tiny.build(name)
+    else:
+        torch.manual_seed(0)
+        model = fake_dinov2.DinoVisionTransformer(**_IMITATIONS[name]).eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.weight.normal_(mean=1.0, std=0.2)
+                module.bias.normal_(std=0.2)
+    return model
+
+
+class BlockOutputs(list[Tensor]):
+    """Within the `with` block, the tokens (B, T, C) that leave each block of the model, and `entry`, those before."""
+
+    def __init__(self, name: str, model: nn.Module) -> None:
+        self.layout, self.model = LAYOUTS[name], model
+
+    def __enter__(self) -> BlockOutputs:
+        blocks = self.layout.blocks(self.model)
+        self.handles = [block.register_forward_hook(self._leave) for block in blocks]
+        self.handles.append(blocks[0].register_forward_pre_hook(self._enter))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _batch_first(self, tokens: Tensor) -> Tensor:
+        return tokens.transpose(0, 1) if self.layout.sequence_first else tokens
+
+    def _enter(self, block: nn.Module, args: tuple[Any, ...]) -> None:
+        self.entry = self._batch_first(args[0])
+
+    def _leave(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.append(self._batch_first(output if isinstance(output, Tensor) else output[0]))
+
+
+def run(model: Any, images: Tensor) -> Tensor:
+    """The vision tower's main output."""
+    output = getattr(model, "visual", model)(images)
+    return output if isinstance(output, Tensor) else output.last_hidden_state
+
+
+def block_outputs(name: str, model: nn.Module, images: Tensor) -> BlockOutputs:
+    """What the model itself computes, patched or not."""
+    with BlockOutputs(name, model) as outputs:
+        run(model, images)
+    return outputs
+
+
+def attend(x: Tensor, block: Block) -> Tensor:
+    images, tokens, width = x.shape
+    q, k, v = (apply(x, w).reshape(images, tokens, HEADS, width // HEADS).transpose(1, 2) for w in block.qkv)
+    scores = q @ k.transpose(2, 3) / math.sqrt(width // HEADS)
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    mixed = weights / weights.sum(-1, keepdim=True) @ v
+    return apply(mixed.transpose(1, 2).reshape(images, tokens, width), block.out)
+
+
+def shift_by_hand(
+    hidden: Tensor, owners: dict[int, int], *, num_registers: int, num_prefix: int, max_over: str, zero: str
+) -> Tensor:
+    """Algorithm 2 for one layer; `owners` says which register holds each unit."""
+    images, tokens, _ = hidden.shape
+    moved = hidden.clone()
+    for image in range(images):
+        for unit, owner in owners.items():
+            candidates = [unit] if max_over == "neuron" else list(owners)
+            peak = max((hidden[image, t, u] for t in range(tokens) for u in candidates), key=lambda value: abs(value))
+            for token in range(tokens):
+                if token == tokens - num_registers + owner:
+                    moved[image, token, unit] = peak
+                elif token >= num_prefix or zero == "all":
+                    moved[image, token, unit] = 0
+    return moved
+
+
+def forward_by_hand(
+    name: str,
+    model: nn.Module,
+    images: Tensor,
+    ranking: Sequence[tuple[int, int]],
+    *,
+    num_registers: int = 1,
+    max_over: str = "neuron",
+    zero: str = "patches",
+) -> list[Tensor]:
+    """The tokens that leave each block of the *unpatched* `model`, had it registers; (layer, unit) in rank order."""
+    layout = LAYOUTS[name]
+    x = block_outputs(name, model, images).entry
+    registers = torch.zeros(len(images), num_registers, x.shape[-1], dtype=x.dtype)
+    if layout.entry_norm is not None:
+        registers = registers + layout.entry_norm(model).bias  # what a LayerNorm makes of zeros
+    x = torch.cat([x, registers], dim=1)
+    outputs = []
+    for layer, module in enumerate(layout.blocks(model)):
+        block = layout.read(module)
+        x = x + attend(layer_norm(x, block.norm1), block) * block.scale1
+        hidden = block.hidden(layer_norm(x, block.norm2))
+        owners = {unit: rank % num_registers for rank, (at, unit) in enumerate(ranking) if at == layer}
+        if owners:
+            hidden = shift_by_hand(
+                hidden,
+                owners,
+                num_registers=num_registers,
+                num_prefix=layout.prefix,
+                max_over=max_over,
+                zero=zero,
+            )
+        x = x + apply(hidden, block.down) * block.scale2
+        outputs.append(x[:, :-num_registers])
+    return outputs

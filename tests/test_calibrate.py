@@ -1,0 +1,300 @@
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors import safe_open
+from timm.models.vision_transformer import checkpoint_filter_fn
+from tiny import BUILDERS, build, fresh
+from torch.utils.data import DataLoader, TensorDataset
+
+import testreg
+from testreg.calibrate import NoOutliersError, calibrate
+from testreg.demo import photographs
+from testreg.families import find_tower
+from testreg.outliers import OutlierRule, token_norms
+from testreg.planted import plant
+
+DATA = Path(__file__).parent / "data"
+PLANTABLE = [name for name in BUILDERS if "swiglu" not in name]
+
+
+@pytest.fixture(scope="module")
+def photos():
+    """45 crops of 64 pixels."""
+    return photographs(192).unfold(2, 64, 64).unfold(3, 64, 64).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 64, 64)
+
+
+@pytest.fixture
+def planted(photos):
+    model = fresh("timm_clip")
+    return model, plant(model, photos, num_neurons=4, decoys=True)
+
+
+def as_set(by_layer):
+    return {(layer, unit) for layer, units in by_layer.items() for unit in units}
+
+
+def first(neurons, count):
+    return {(layer, unit) for layer, unit, _ in neurons.ranking[:count]}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", PLANTABLE)
+def test_planted_neurons_are_found_and_patching_removes_their_outliers(name, seed, photos):
+    model = fresh(name, seed)
+    planted = plant(model, photos, num_neurons=4, decoys=True, seed=seed)
+    tower = find_tower(model)
+    before = token_norms(tower, photos)[..., tower.num_prefix :]
+    limit = OutlierRule().limit(before)
+
+    found = calibrate(model, photos, top_k=4, progress=False)
+    assert first(found, 4) == as_set(planted.neurons)
+    assert found.calibration["max_layer"] == found.calibration["onset_layer"] == 2
+
+    testreg.patch(model, found)
+    after = token_norms(tower, photos)[..., tower.num_prefix :]
+    made = (before > limit)[2:] & (before[2] > 2 * before[1])  # by the planted block, not texture that was there
+    assert made.flatten(1).any(1).all()
+    assert (after > limit)[2:][made].float().mean() < 0.05
+
+
+@pytest.mark.parametrize("name", ["timm_clip", "hf_dinov2", "hf_siglip"])
+def test_decoys_take_in_the_ranking_by_activation_but_not_the_default(name, photos):
+    model = fresh(name)
+    planted = plant(model, photos, num_neurons=4, decoys=True)
+    by_activation = calibrate(model, photos, top_k=4, score="activation", progress=False)
+    by_write = calibrate(model, photos, top_k=4, progress=False)
+    assert first(by_activation, 4) & as_set(planted.decoys) == as_set(planted.decoys)
+    assert not first(by_write, 6) & as_set(planted.decoys)
+
+
+@pytest.mark.parametrize(("key", "sparse"), [("scores", False), ("scores_sparsity_filter", True)])
+def test_released_ranking(key, sparse):
+    with safe_open(DATA / "dinov2_tiny.safetensors", "pt") as file:
+        weights = {k.removeprefix("weights."): file.get_tensor(k) for k in file.keys() if k.startswith("weights.")}  # noqa: SIM118
+    model = timm.create_model(
+        "vit_small_patch14_dinov2", img_size=56, embed_dim=48, depth=4, num_heads=4, init_values=1.0
+    )
+    model.load_state_dict(checkpoint_filter_fn(weights, model))
+    with safe_open(DATA / "dinov2_tiny_calibration.safetensors", "pt") as file:
+        images = file.get_tensor("images_uint8").permute(0, 3, 1, 2).float() / 255
+        expected = file.get_tensor(key)  # (4, 192)
+        threshold = float(file.metadata()["threshold"])
+    found = calibrate(
+        model,
+        images,
+        layer=-2,
+        threshold=threshold,
+        max_layer=-1,
+        score="activation",
+        sparsity_filter=sparse,
+        top_k=192,
+        batch_size=7,
+        progress=False,
+    )
+    scores = torch.zeros(4, 192)
+    for layer, unit, score in found.ranking:
+        scores[layer, unit] = score
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["timm_vit", "hf_siglip", "open_clip_sequence_first", "hf_dinov2_swiglu"])
+def test_activation_score_equals_a_ranking_from_whole_activations(name):
+    """The pass recomputes activations at a few tokens; here they are all kept, and averaged with loops."""
+    model = build(name)
+    tower = find_tower(model)
+    images = torch.randn(6, 3, 64, 64)
+    hidden, handles = [], []
+    for block in tower.blocks:
+        handles.append(block.down.register_forward_pre_hook(lambda module, args: hidden.append(args[0])))
+    norms = token_norms(tower, images)
+    for handle in handles:
+        handle.remove()
+    threshold = norms[1].flatten().quantile(0.9).item()
+    expected = torch.zeros(4, tower.mlp_width)
+    with_outliers = [i for i in range(6) if (norms[1, i] > threshold).any()]
+    for layer in range(4):
+        tokens = hidden[layer].transpose(0, 1) if tower.token_dim == 0 else hidden[layer]
+        for i in with_outliers:
+            expected[layer] += tokens[i][norms[1, i] > threshold].abs().mean(0) / len(with_outliers)
+    found = calibrate(
+        model, images, layer=1, threshold=threshold, max_layer=3, score="activation", top_k=99, progress=False
+    )
+    assert len(found.ranking) > 500
+    for layer, unit, score in found.ranking:
+        assert score == pytest.approx(expected[layer, unit].item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_scores_do_not_depend_on_the_batch_size(batch_size, planted, photos):
+    model, _ = planted
+    scores = [
+        {
+            (layer, unit): score
+            for layer, unit, score in calibrate(model, photos, batch_size=size, progress=False).ranking
+        }
+        for size in (16, batch_size)
+    ]
+    common = scores[0].keys() & scores[1].keys()
+    assert len(common) > 100
+    assert all(scores[0][neuron] == pytest.approx(scores[1][neuron], rel=1e-3, abs=1e-4) for neuron in common)
+
+
+def test_every_kind_of_images_gives_the_same_ranking(planted, photos, tmp_path):
+    model, _ = planted
+    as_pil = [Image.fromarray(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()) for image in photos]
+    for i, image in enumerate(as_pil):
+        (tmp_path / f"class{i % 3}").mkdir(exist_ok=True)
+        image.save(tmp_path / f"class{i % 3}" / f"{i}.png")
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    (tmp_path / "notes.txt").write_text("not an image either")
+
+    def transform(image):
+        return (
+            torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(64, 64, 3).permute(2, 0, 1) / 127.5 - 1
+        )
+
+    tensors = torch.stack([transform(image) for image in as_pil])
+    dataset = TensorDataset(tensors, torch.zeros(len(tensors)))
+    kinds = {
+        "tensor": tensors,
+        "generator": (image for image in tensors),
+        "batches": tensors.split(4),
+        "dataset of pairs": dataset,
+        "dataloader": DataLoader(dataset, batch_size=8),
+        "PIL": as_pil,
+        "folder": tmp_path,
+        "folder name": str(tmp_path),
+    }
+    rankings = {}
+    for kind, images in kinds.items():
+        found = calibrate(model, images, transform=transform, top_k=4, progress=False)
+        assert found.calibration["images"] == 45, kind
+        assert found.calibration["unreadable_images"] == ("folder" in kind), kind
+        rankings[kind] = [(layer, unit) for layer, unit, _ in found.ranking[:4]]
+    assert len({tuple(ranking) for ranking in rankings.values()}) == 1
+
+
+def test_num_images_is_a_seeded_sample_of_a_folder(planted, photos, tmp_path):
+    from testreg.data import ImageBatches
+
+    for i in range(20):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i:02}.png")
+
+    def red(image):
+        return torch.full((3, 1, 1), image.getpixel((0, 0))[0])
+
+    def read(seed):
+        return torch.cat(list(ImageBatches(tmp_path, red, batch_size=3, num_images=8, seed=seed)))[:, 0, 0, 0].tolist()
+
+    assert len(set(read(0))) == 8
+    assert read(0) == read(0) != read(1)
+    assert sorted(read(0)) != list(range(8))
+
+
+def test_layers_may_be_given(planted, photos):
+    model, planted_neurons = planted
+    found = calibrate(model, photos, layer=-1, max_layer=1, progress=False)
+    assert found.calibration["detection_layer"] == 3
+    assert found.calibration["onset_layer"] == 2
+    assert {layer for layer, _, _ in found.ranking} <= {0, 1}
+    assert not first(found, len(found.ranking)) & as_set(planted_neurons.neurons)
+
+
+def test_runs_under_autocast(planted, photos):
+    model, planted_neurons = planted
+    found = calibrate(model, photos, top_k=4, amp=torch.bfloat16, progress=False)
+    assert first(found, 4) == as_set(planted_neurons.neurons)
+    assert found.calibration["dtype"] == "bfloat16"
+
+
+def test_the_model_is_left_as_it_was(planted, photos):
+    model, _ = planted
+    model.train()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+
+    def hooks():
+        return [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()]
+
+    before = hooks()
+    calibrate(model, photos, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, interrupted(photos), progress=False)
+    assert hooks() == before
+    assert model.training
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def interrupted(photos):
+    yield from photos[:20]
+    raise KeyboardInterrupt
+
+
+def test_the_json_says_how_it_was_made(planted, photos, tmp_path):
+    model, _ = planted
+    calibrate(model, photos, top_k=4, progress=False).save(tmp_path / "neurons.json")
+    data = json.loads((tmp_path / "neurons.json").read_text())
+    assert data["verified"] is True
+    assert data["top_k"] == 4
+    assert data["model"]["depth"] == 4
+    assert data["model"]["mlp_width"] == 192
+    assert {"images", "image_size", "rule", "score", "detection_layer", "onset_layer", "max_layer", "versions"} <= (
+        data["calibration"].keys()
+    )
+    testreg.patch(model, tmp_path / "neurons.json")  # same weights: no warning, which would be an error here
+
+
+@pytest.mark.parametrize("name", ["timm_vit", "hf_clip", "open_clip"])
+def test_a_clean_model_has_nothing_to_fix(name, photos):
+    with pytest.raises(NoOutliersError, match=r"no outliers: at most 0.*45 images.*nothing to fix"):
+        calibrate(build(name), photos, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layer": 4}, "layer=4 is out of range: the model has 4 blocks"),
+        ({"max_layer": -5}, "max_layer=-5 is out of range"),
+        ({"score": "loudness"}, "score must be"),
+        ({"top_k": 0}, "top_k must be at least 1"),
+        ({"threshold": -1.0}, "threshold of the outlier rule must be a positive number"),
+        ({"threshold": 75.0, "rule": OutlierRule()}, "a threshold or a rule, not both"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"num_images": 0}, "num_images must be at least 1"),
+        ({"images": []}, "no image could be read from list"),
+        ({"images": [torch.zeros(3, 64, 64), torch.zeros(3, 32, 32)]}, "different shapes"),
+        ({"images": torch.zeros(3, 64)}, "expected image tensors"),
+    ],
+)
+def test_bad_arguments(arguments, message, photos):
+    arguments = {"images": photos, **arguments}
+    with pytest.raises(ValueError, match=message):
+        calibrate(fresh("timm_clip"), arguments.pop("images"), progress=False, **arguments)
+
+
+def test_bad_folders(tmp_path):
+    model = fresh("timm_clip")
+    with pytest.raises(FileNotFoundError, match=r"no folder of images at .*missing"):
+        calibrate(model, tmp_path / "missing")
+    with pytest.raises(ValueError, match="no images"):
+        calibrate(model, tmp_path)
+    (tmp_path / "a.jpg").write_bytes(b"")
+    (tmp_path / "b.png").write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"no image could be read from .*: all 2 were unreadable"):
+        calibrate(model, tmp_path, progress=False)
+
+
+def test_a_patched_model_is_refused(photos):
+    model = testreg.patch(fresh("timm_clip"), {1: [0]})
+    with pytest.raises(RuntimeError, match="patched: calibrate it before"):
+        calibrate(model, photos)
+
+
+def test_planting_refuses_what_it_cannot_do(photos):
+    with pytest.raises(ValueError, match="needs a plain MLP"):
+        plant(fresh("hf_dinov2_swiglu"), photos)
+    with pytest.raises(ValueError, match="layer must leave a block"):
+        plant(fresh("timm_vit"), photos, layer=3)

@@ -1,0 +1,491 @@
+import json
+import math
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import timm
+import tiny
+import torch
+import transformers
+
+import testreg
+from testreg import RegisterNeurons
+from testreg.families import find_tower
+from testreg.neurons import bundled, config_folder, describe_model, fingerprint, resolve
+
+RANKING = ((5, 599, 7.0), (5, 1869, 4.5), (4, 2028, 2.25), (3, 1074, 1.2))
+
+
+def neurons(**changes: object) -> RegisterNeurons:
+    fields = {
+        "ranking": RANKING,
+        "top_k": 3,
+        "model": {"name": "timm:a", "depth": 12, "mlp_width": 3072},
+        "calibration": {"images": 100},
+        "provenance": {"note": "a line\nbreak, \u00e9"},
+    }
+    return RegisterNeurons(**{**fields, **changes})
+
+
+def write(path: Path, **changes: object) -> Path:
+    """A JSON as a person would write it, with `changes`; a change to ... leaves the key out."""
+    data = {"format": "testreg-neurons", "version": 1, "neurons": [[5, 599, 7.0], [4, 2028, 2.25]], **changes}
+    path.write_text(json.dumps({key: value for key, value in data.items() if value is not ...}))
+    return path
+
+
+# ---- the list -------------------------------------------------------------------------------------------------------
+
+
+def test_by_layer_follows_the_recommended_top_k() -> None:
+    assert neurons().by_layer() == {4: [2028], 5: [599, 1869]}
+    assert neurons().by_layer(1) == {5: [599]}
+    assert neurons().by_layer(4) == {3: [1074], 4: [2028], 5: [599, 1869]}
+    assert neurons(top_k=None).by_layer() == neurons().by_layer(4)
+
+
+def test_cut() -> None:
+    cut = neurons().cut(2)
+    assert cut.ranking == RANKING[:2]
+    assert cut.top_k is None
+    assert cut.model == neurons().model
+    assert neurons().cut().ranking == RANKING[:3]
+    assert neurons().ranking == RANKING, "cut() must leave the list itself alone"
+
+
+def test_from_layers_keeps_the_order_and_takes_numpy_and_torch_integers() -> None:
+    made = RegisterNeurons.from_layers({5: [9, 3], np.int64(2): np.array([7]), 4: torch.tensor([1])})
+    assert made.ranking == ((5, 9, None), (5, 3, None), (2, 7, None), (4, 1, None))
+    assert all(type(index) is int for neuron in made.ranking for index in neuron[:2])
+
+
+def test_a_ranking_may_be_any_sequence() -> None:
+    assert RegisterNeurons([[5, 599, 7.0]]) == RegisterNeurons(((5, 599, 7.0),))
+
+
+@pytest.mark.parametrize(
+    ("ranking", "message"),
+    [
+        ((), "empty"),
+        (((1, 2),), "sequence of"),
+        ((7,), "sequence of"),
+        (((-1, 2, None),), r"\(-1, 2\)"),
+        (((1, -2, None),), r"\(1, -2\)"),
+        (((True, 2, None),), r"\(True, 2\)"),
+        (((1, 2.0, None),), r"\(1, 2\.0\)"),
+        ((("1", 2, None),), r"\('1', 2\)"),
+        (((1, 2, 3.0), (1, 2, 1.0)), "duplicate register neuron: layer 1, unit 2"),
+        (((1, 2, math.nan),), "layer 1, unit 2 is nan"),
+        (((1, 2, math.inf),), "layer 1, unit 2 is inf"),
+        (((1, 2, "3"),), "layer 1, unit 2 is '3'"),
+        (((1, 2, True),), "layer 1, unit 2 is True"),
+        (((1, 2, 3.0), (1, 5, 4.0)), "not sorted: layer 1, unit 5 scores 4, the one before it 3"),
+        (((1, 2, 3.0), (1, 4, None), (1, 5, 4.0)), "not sorted: layer 1, unit 5"),
+    ],
+)
+def test_what_a_ranking_may_not_be(ranking: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RegisterNeurons(ranking)
+
+
+@pytest.mark.parametrize("layers", [{1: [2.5]}, {1.0: [2]}, {1: [True]}, {True: [2]}, {1: "23"}, {1: [np.bool_(True)]}])
+def test_from_layers_does_not_round(layers: dict) -> None:
+    with pytest.raises(ValueError, match=r"0-based \(layer, unit\)"):
+        RegisterNeurons.from_layers(layers)
+
+
+@pytest.mark.parametrize("top_k", [0, -1, 1.5, True, "3"])
+def test_recommended_top_k_must_be_a_positive_whole_number(top_k: object) -> None:
+    with pytest.raises(ValueError, match="top_k must be a whole number"):
+        neurons(top_k=top_k)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "message"), [(0, "at least 1, got 0"), (-3, "at least 1, got -3"), (5, "top_k=5, but the list holds 4")]
+)
+def test_cut_out_of_range(top_k: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        neurons().cut(top_k)
+
+
+def test_a_recommended_top_k_beyond_the_list() -> None:
+    with pytest.raises(ValueError, match="top_k=9, but the list holds 4"):
+        neurons(top_k=9).by_layer()
+
+
+def test_an_unscored_list_cannot_be_cut() -> None:
+    unscored = RegisterNeurons.from_layers({1: [2, 3]})
+    assert unscored.cut(2).ranking == unscored.ranking
+    with pytest.raises(ValueError, match="no scores"):
+        unscored.cut(1)
+
+
+# ---- does it fit the model ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({4: [0]}, r"layer 4 \(unit 0\) is out of range: the model has 4 blocks"),
+        ({1: [192]}, "unit 192 of layer 1 is out of range: the model's MLPs have 192 neurons"),
+    ],
+)
+def test_out_of_range_neurons_leave_the_model_unpatched(layers: dict, message: str) -> None:
+    model = tiny.build("timm_vit")
+    with pytest.raises(ValueError, match=message):
+        testreg.patch(model, layers)
+    assert not testreg.is_patched(model)
+
+
+@pytest.mark.parametrize(
+    ("made_for", "message"),
+    [
+        ({"name": "timm:deep", "depth": 12}, "timm:deep: made for 12 blocks, but this model has 4"),
+        (
+            {"name": "timm:wide", "mlp_width": 3072},
+            "timm:wide: made for MLPs of 3072 neurons, but this model's have 192",
+        ),
+    ],
+)
+def test_a_list_made_for_another_size_names_itself(made_for: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        testreg.patch(tiny.build("timm_vit"), RegisterNeurons(((1, 3, None),), model=made_for))
+
+
+# ---- JSON -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_round_trip(tmp_path: Path, scored: bool) -> None:
+    before = neurons() if scored else RegisterNeurons.from_layers({3: [5, 1], 0: [2]})
+    before.save(tmp_path / "new folder" / "n.json")
+    assert RegisterNeurons.load(tmp_path / "new folder" / "n.json") == before
+
+
+def test_the_file_has_one_neuron_a_line(tmp_path: Path) -> None:
+    neurons().save(tmp_path / "n.json")
+    lines = (tmp_path / "n.json").read_text().splitlines()
+    assert [line.strip() for line in lines[-6:-2]] == [
+        "[5, 599, 7.0],",
+        "[5, 1869, 4.5],",
+        "[4, 2028, 2.25],",
+        "[3, 1074, 1.2]",
+    ]
+
+
+def test_keys_named_like_the_list_do_not_confuse_the_writer(tmp_path: Path) -> None:
+    before = neurons(provenance={"neurons": ['\n "neurons": ['], "top_k": 1})
+    before.save(tmp_path / "n.json")
+    assert RegisterNeurons.load(tmp_path / "n.json") == before
+
+
+def test_hand_written_json(tmp_path: Path) -> None:
+    loaded = RegisterNeurons.load(write(tmp_path / "n.json"))
+    assert loaded.ranking == ((5, 599, 7.0), (4, 2028, 2.25))
+    assert (loaded.top_k, loaded.model, loaded.verified) == (None, {}, False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": ...}, "not a register neuron JSON"),
+        ({"format": "other"}, "not a register neuron JSON"),
+        ({"version": ...}, "version must be a whole number, got None"),
+        ({"version": "1"}, "version must be a whole number, got '1'"),
+        ({"version": 0}, "version must be a whole number, got 0"),
+        ({"neurons": ...}, '"neurons" must be a list'),
+        ({"neurons": {"5": [599]}}, '"neurons" must be a list'),
+        ({"neurons": [[5, 599]]}, '"neurons" must be a list'),
+        ({"neurons": []}, "empty"),
+        ({"neurons": [[5, 599, 1.0], [5, 599, 0.5]]}, "duplicate register neuron: layer 5, unit 599"),
+        ({"neurons": [[5, 599, 1.0], [5, 600, 2.0]]}, "not sorted: layer 5, unit 600"),
+        ({"neurons": [[5, -1, 1.0]]}, r"\(5, -1\)"),
+        ({"neurons": [[True, 1, 1.0]]}, r"\(True, 1\)"),
+        ({"neurons": [[5, 1.0, 1.0]]}, r"\(5, 1\.0\)"),
+        ({"neurons": [[5, 1, "high"]]}, "layer 5, unit 1 is 'high'"),
+        ({"top_k": 0}, "top_k must be a whole number of at least 1, got 0"),
+        ({"model": "timm:a"}, '"model" must be an object'),
+        ({"model": {"depth": "12"}}, '"depth" of the model must be a whole number'),
+        ({"model": {"mlp_width": 1.5}}, '"mlp_width" of the model must be a whole number'),
+        ({"calibration": None}, '"calibration" must be an object'),
+        ({"provenance": []}, '"provenance" must be an object'),
+        ({"verified": "yes"}, '"verified" must be true or false'),
+    ],
+)
+def test_every_error_names_the_file(tmp_path: Path, changes: dict, message: str) -> None:
+    path = write(tmp_path / "mine.json", **changes)
+    with pytest.raises(ValueError, match=message) as caught:
+        RegisterNeurons.load(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("literal", ["NaN", "Infinity", "-Infinity"])
+def test_scores_that_are_no_numbers(tmp_path: Path, literal: str) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(f'{{"format": "testreg-neurons", "version": 1, "neurons": [[5, 599, {literal}]]}}')
+    with pytest.raises(ValueError, match=f"mine.json: {literal} is not a finite number"):
+        RegisterNeurons.load(path)
+
+
+def test_an_overflowing_score(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text('{"format": "testreg-neurons", "version": 1, "neurons": [[5, 599, 1e999]]}')
+    with pytest.raises(ValueError, match=r"mine\.json: the score of layer 5, unit 599 is inf"):
+        RegisterNeurons.load(path)
+
+
+def test_a_file_truncated_anywhere(tmp_path: Path) -> None:
+    neurons().save(tmp_path / "n.json")
+    text = (tmp_path / "n.json").read_text().rstrip()
+    for length in range(0, len(text), 7):
+        (tmp_path / "cut.json").write_text(text[:length])
+        with pytest.raises(ValueError, match=r"cut\.json is not valid JSON \(truncated\?\)"):
+            RegisterNeurons.load(tmp_path / "cut.json")
+
+
+@pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n\xff\xfe", b"not json"])
+def test_not_json(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "picture.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"picture\.json is not valid JSON"):
+        RegisterNeurons.load(tmp_path / "picture.json")
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"weights": {}}'])
+def test_foreign_json(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json is not a register neuron JSON"):
+        RegisterNeurons.load(tmp_path / "config.json")
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no neuron JSON at .*absent\.json"):
+        testreg.patch(tiny.build("timm_vit"), tmp_path / "absent.json")
+
+
+def test_a_newer_version_with_unknown_keys_only_warns(tmp_path: Path) -> None:
+    path = write(tmp_path / "n.json", version=2, per_head={"a": 1}, zoom=3)
+    with pytest.warns(UserWarning, match=r"n\.json has version 2, newer .*ignored: per_head, zoom") as caught:
+        loaded = RegisterNeurons.load(path)
+    assert len(caught) == 1
+    assert loaded == RegisterNeurons.load(write(path))
+
+
+def test_save_refuses_what_json_cannot_say(tmp_path: Path) -> None:
+    neurons().save(tmp_path / "n.json")
+    before = (tmp_path / "n.json").read_bytes()
+    with pytest.raises(ValueError, match="JSON"):
+        neurons(calibration={"threshold": math.nan}).save(tmp_path / "n.json")
+    assert (tmp_path / "n.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("step", ["write", "fdopen", "chmod", "replace"])
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    neurons().save(tmp_path / "n.json")
+    before = (tmp_path / "n.json").read_bytes()
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    if step == "write":
+        fdopen = os.fdopen
+
+        def failing(*args: object, **kwargs: object) -> object:
+            file = fdopen(*args, **kwargs)
+            file.write("half of")
+            file.write = full
+            return file
+
+        monkeypatch.setattr(os, "fdopen", failing)
+    else:
+        monkeypatch.setattr(os, step, full)
+    with pytest.raises(OSError, match="No space left"):
+        neurons(top_k=1).save(tmp_path / "n.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["n.json"]
+    assert (tmp_path / "n.json").read_bytes() == before
+
+
+def test_a_saved_file_has_the_usual_permissions(tmp_path: Path) -> None:
+    (tmp_path / "usual").touch()
+    neurons().save(tmp_path / "n.json")
+    assert (tmp_path / "n.json").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+# ---- the fingerprint ------------------------------------------------------------------------------------------------
+
+
+def fingerprint_of(model: torch.nn.Module) -> str:
+    return fingerprint(find_tower(model))
+
+
+def same_weights() -> tuple[torch.nn.Module, torch.nn.Module]:
+    """A timm and a transformers DINOv2 with the same second linears."""
+    ours, theirs = tiny.build("timm_dinov2", seed=0), tiny.build("hf_dinov2", seed=1)
+    for a, b in zip(find_tower(ours).blocks, find_tower(theirs).blocks, strict=True):
+        b.down_linear.load_state_dict(a.down_linear.state_dict())
+    return ours, theirs
+
+
+def test_fingerprint_is_the_same_in_every_library() -> None:
+    ours, theirs = same_weights()
+    assert fingerprint_of(ours) == fingerprint_of(theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_fingerprint_is_the_same_in_every_dtype(dtype: torch.dtype) -> None:
+    model = tiny.build("timm_vit")
+    with torch.no_grad():
+        find_tower(model).blocks[0].down_linear.weight.mul_(1e-9)  # fp16 has nothing but signed zeros for these
+    before = fingerprint_of(model)
+    assert fingerprint_of(model.to(dtype)) == before
+
+
+def test_fingerprint_tells_weights_apart() -> None:
+    prints = {fingerprint_of(tiny.build("timm_vit", seed=seed)) for seed in range(5)}
+    assert len(prints) == 5
+    assert all(len(value) == 16 for value in prints)
+
+
+def test_fingerprint_sees_fine_tuning() -> None:
+    model = tiny.build("timm_vit")
+    before = fingerprint_of(model)
+    with torch.no_grad():
+        for block in find_tower(model).blocks:
+            weight = block.down_linear.weight
+            weight.add_(torch.randn_like(weight), alpha=0.05 * float(weight.std()))
+    assert fingerprint_of(model) != before
+
+
+def test_fingerprint_survives_patching() -> None:
+    model = tiny.build("timm_vit")
+    before = fingerprint_of(model)
+    testreg.patch(model, tiny.NEURONS)
+    assert fingerprint_of(model) == before
+
+
+def test_patch_warns_of_other_weights_and_names_both_checkpoints() -> None:
+    ours, theirs = same_weights()
+    found = RegisterNeurons(((1, 3, None),), model={**describe_model(ours, find_tower(ours)), "name": "timm:ours"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        testreg.unpatch(testreg.patch(ours, found))
+        testreg.unpatch(testreg.patch(theirs, found))
+        testreg.unpatch(testreg.patch(theirs, tiny.NEURONS))  # a list without a fingerprint
+    other = tiny.build("hf_dinov2", seed=2)
+    other.config._name_or_path = "me/other"
+    with pytest.warns(UserWarning, match=r"timm:ours.*not those of hf:me/other"):
+        testreg.patch(other, found)
+    assert testreg.is_patched(other)
+
+
+def test_patch_warns_of_other_weights_of_an_unnamed_model() -> None:
+    found = RegisterNeurons(((1, 3, None),), model={"name": "timm:ours", "fingerprint": "0" * 16})
+    with pytest.warns(UserWarning, match=r"timm:ours.*this CLIP \(its checkpoint is unknown\)"):
+        testreg.patch(tiny.build("open_clip"), found)
+
+
+# ---- the bundled lists ----------------------------------------------------------------------------------------------
+
+BUNDLED = bundled()
+NAMES = sorted({name for one in BUNDLED.values() for name in one.model["names"]})
+DEFAULT_NAMES = [(name, key) for key, one in BUNDLED.items() for name in one.model["default_for"]]
+
+
+def test_there_are_bundled_lists_and_every_file_is_one() -> None:
+    assert len(BUNDLED) == 18
+    assert {path.name for path in config_folder().iterdir()} == {f"{key}.json" for key in BUNDLED}
+
+
+@pytest.mark.parametrize("key", BUNDLED)
+def test_bundled_list_is_complete(key: str) -> None:
+    one = BUNDLED[key]
+    assert key == key.lower()
+    assert set(key) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
+    assert one.verified is False
+    assert one.model["name"] == one.model["names"][0]
+    assert set(one.model["default_for"]) <= set(one.model["names"])
+    assert "fingerprint" not in one.model, "nobody has had these weights at hand"
+    assert one.provenance["source"].keys() >= {"repo", "path", "commit"}
+    for field in ("id", "status", "note", "neuron_definition", "license"):
+        assert one.provenance[field], field
+    assert one.calibration
+    one.check_fits(one.model["depth"], one.model["mlp_width"])
+    assert one.by_layer()
+
+
+def test_bundled_lists_are_written_as_save_writes(tmp_path: Path) -> None:
+    for key, one in BUNDLED.items():
+        one.save(tmp_path / "n.json")
+        assert (tmp_path / "n.json").read_text() == (config_folder() / f"{key}.json").read_text(), key
+
+
+def test_every_checkpoint_has_one_default() -> None:
+    assert len({name for name, _ in DEFAULT_NAMES}) == len(DEFAULT_NAMES)
+    assert {name for name, _ in DEFAULT_NAMES} == set(NAMES)
+
+
+def test_provenance_is_unique() -> None:
+    ids = [one.provenance["id"] for one in BUNDLED.values()]
+    assert len(set(ids)) == len(ids)
+
+
+@pytest.mark.parametrize("key", BUNDLED)
+def test_resolve_by_bundled_name(key: str) -> None:
+    assert resolve(key, torch.nn.Identity()) == BUNDLED[key]
+
+
+def test_unknown_bundled_name_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"no bundled list 'dinov2-vitx'.*dinov2-vitl14-official-hub"):
+        testreg.patch(tiny.build("timm_vit"), "dinov2-vitx")
+
+
+def test_neurons_of_a_wrong_type() -> None:
+    with pytest.raises(TypeError, match="got list"):
+        testreg.patch(tiny.build("timm_vit"), [1, 2])
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("timm:")])
+def test_patch_without_a_list_takes_the_default_in_timm(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name.removeprefix("timm:"), pretrained=False)
+    expected = BUNDLED[dict(DEFAULT_NAMES)[name]]
+    tower = find_tower(model)
+    assert (tower.depth, tower.mlp_width) == (expected.model["depth"], expected.model["mlp_width"])
+    testreg.patch(model)
+    assert testreg.register.patch_of(model).neurons == expected.cut()
+
+
+def test_patch_without_a_list_takes_the_default_in_transformers() -> None:
+    with torch.device("meta"):
+        model = transformers.Dinov2Model(transformers.Dinov2Config(hidden_size=384, num_attention_heads=6))
+    model.config._name_or_path = "facebook/dinov2-small"
+    testreg.patch(model)
+    assert testreg.register.patch_of(model).neurons == BUNDLED["dinov2-vits14-jroth-518"]
+
+
+def test_patch_without_a_list_takes_the_default_of_the_name_that_it_was_loaded_by() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("vit_base_patch16_clip_224", pretrained=False)
+    model.testreg_source = "open_clip:ViT-B-16/laion2b_s34b_b88k"
+    testreg.patch(model)
+    expected = BUNDLED["openclip-vitb16-laion2b-bansal-aptos"]
+    assert testreg.register.patch_of(model).neurons.ranking == expected.ranking[:10]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("open_clip:")])
+def test_open_clip_names_exist(name: str) -> None:
+    assert tuple(name.removeprefix("open_clip:").split("/")) in open_clip.list_pretrained()
+
+
+def test_unknown_checkpoint_says_how_to_calibrate() -> None:
+    model = tiny.build("hf_vit")
+    model.config._name_or_path = "me/mine"
+    with pytest.raises(ValueError, match=r"hf:me/mine.*testreg\.calibrate.*testreg calibrate MODEL --images"):
+        testreg.patch(model)
+    with pytest.raises(ValueError, match=r"this CLIP: it does not say which checkpoint it is\. Calibrate it"):
+        testreg.patch(tiny.build("open_clip"))
