@@ -1,6 +1,22 @@
 """testreg: takes the artefacts out of pretrained Vision Transformers at test time, without training."""
 
+from testreg.calibrate import NoOutliersError, calibrate
+from testreg.checkpoint import load, save
+from testreg.models import load_model
 from testreg.neurons import RegisterNeurons
+from testreg.outliers import OutlierRule
 from testreg.register import disabled, is_patched, patch, unpatch
 
-__all__ = ["RegisterNeurons", "disabled", "is_patched", "patch", "unpatch"]
+__all__ = [
+    "NoOutliersError",
+    "OutlierRule",
+    "RegisterNeurons",
+    "calibrate",
+    "disabled",
+    "is_patched",
+    "load",
+    "load_model",
+    "patch",
+    "save",
+    "unpatch",
+]

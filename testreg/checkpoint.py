@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from testreg.families import Tower, checkpoint_names, find_tower
-from testreg.neurons import RegisterNeurons, write_text
+from testreg.neurons import RegisterNeurons
 from testreg.register import is_patched, patch, patch_of
 
 FORMAT = "testreg-checkpoint"
@@ -174,7 +174,7 @@ def save(
             processor.save_pretrained(stage)
         files = sorted(os.listdir(stage))
         record = Record(library, type(model).__name__, _source(model), files, args, state.options, state.neurons)
-        write_text(stage / RECORD, json.dumps(record.to_json(), indent=1, allow_nan=False) + "\n")
+        (stage / RECORD).write_text(json.dumps(record.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
         _install(stage, target, {*stale, *files})
     except (OSError, SafetensorError) as error:
         raise OSError(f"could not write the checkpoint to {folder}, which is left as it was: {error}") from error
@@ -224,7 +224,7 @@ def _library(model: nn.Module) -> str | None:
     """The library that can rebuild `model`, if any: a class of its own, not one derived from it."""
     package, class_name = type(model).__module__.partition(".")[0], type(model).__name__
     rebuilds = {
-        "timm": lambda: bool(getattr(getattr(model, "pretrained_cfg", None), "architecture", None)),
+        "timm": lambda: bool(getattr(model, "pretrained_cfg", {}).get("architecture")),
         "transformers": lambda: transformers_class(class_name) is type(model),
         "open_clip": lambda: class_name in ("CLIP", "CustomTextCLIP", "CoCa"),
         "torchvision": lambda: str(model.__dict__.get("testreg_source")).startswith("torchvision:"),
@@ -250,7 +250,8 @@ def _write_timm(model: nn.Module, stage: Path, model_args: Mapping[str, Any] | N
     import timm
     from timm.models._hub import save_config_for_hf  # without the weights: timm's own refuses channels_last
 
-    save_config_for_hf(model, str(stage / "config.json"), model_args=dict(model_args or {}))
+    path: Any = stage / "config.json"  # annotated as a str, which older releases do not take
+    save_config_for_hf(model, path, model_args=dict(model_args or {}))
     _save_tensors(model, stage / "model.safetensors")
     with torch.device("meta"):
         twin = timm.create_model(f"local-dir:{stage}", pretrained=False)
@@ -261,7 +262,7 @@ def _write_transformers(model: Any, stage: Path) -> None:
     dtypes = {str(value.dtype) for value in model.state_dict().values() if value.is_floating_point()}
     if len(dtypes) > 1:
         raise ValueError(f"transformers checkpoints have one dtype, this model has {', '.join(sorted(dtypes))}")
-    model.save_pretrained(stage, safe_serialization=True)
+    model.save_pretrained(stage)
     with torch.device("meta"):
         twin = type(model)(type(model).config_class.from_pretrained(stage))
     _check_twin(twin, model, "undo, or merge, what changed its modules (adapters, another head)")
@@ -270,7 +271,7 @@ def _write_transformers(model: Any, stage: Path) -> None:
 def _write_open_clip(model: Any, stage: Path, arch: str | Mapping[str, Any] | None) -> None:
     preprocess = {key: value for key, value in getattr(model.visual, "preprocess_cfg", {}).items() if key != "size"}
     config = {"model_cfg": _open_clip_config(model, arch), "preprocess_cfg": preprocess}
-    write_text(stage / "open_clip_config.json", json.dumps(config, indent=2))
+    (stage / "open_clip_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     _save_tensors(model, stage / "open_clip_model.safetensors")
 
 
@@ -354,7 +355,8 @@ def _may_describe(config: Mapping[str, Any], tower: Tower) -> bool:
     """A quick look before a model is built of it: depth and width of the vision tower, or its name in timm."""
     vision = config["vision_cfg"]
     if "timm_model_name" in vision:
-        return f"timm:{vision['timm_model_name']}" in (n.partition(".")[0] for n in checkpoint_names(tower.module))
+        named: Any = getattr(tower.module, "pretrained_cfg", {}).get("architecture")
+        return vision["timm_model_name"].partition(".")[0] == named
     width = tower.blocks[0].down_linear.out_features
     return (vision.get("layers", 12), vision.get("width", 768)) == (tower.depth, width)
 

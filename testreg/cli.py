@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from testreg.neurons import RegisterNeurons, bundled, replacing
+from testreg.files import replacing
+from testreg.neurons import RegisterNeurons, bundled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -370,8 +370,8 @@ def checkpoint_names(model: nn.Module) -> list[str]:
         if isinstance(source := module.__dict__.get("testreg_source"), str):
             names.append(source)
         cfg = module.__dict__.get("pretrained_cfg")
-        if cfg is not None and getattr(cfg, "architecture", None):
-            names.append(f"timm:{cfg.architecture}" + (f".{cfg.tag}" if cfg.tag else ""))
+        if isinstance(cfg, Mapping) and cfg.get("architecture"):
+            names.append("timm:" + ".".join(filter(None, (cfg["architecture"], cfg.get("tag")))))
         name = getattr(getattr(module, "config", None), "_name_or_path", "")
         if isinstance(name, str) and name:
             names.append(f"hf:{name}")

@@ -7,7 +7,6 @@ import json
 import math
 import operator
 import os
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 
 from testreg.families import Tower, checkpoint_names
+from testreg.files import replacing
 
 FORMAT = "testreg-neurons"
 VERSION = 1
@@ -180,7 +180,8 @@ class RegisterNeurons:
         # One neuron a line: long lists stay readable and diffable.
         head, _, _ = text.partition('\n "neurons": [')
         rows = ",\n".join("  " + json.dumps(list(neuron)) for neuron in self.ranking)
-        write_text(path, f'{head}\n "neurons": [\n{rows}\n ]\n}}\n')
+        with replacing(path) as temporary:
+            temporary.write_text(f'{head}\n "neurons": [\n{rows}\n ]\n}}\n', encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RegisterNeurons:
@@ -216,27 +217,6 @@ def _as_index(value: Any) -> Any:
 
 def _reject_constant(name: str) -> float:
     raise ValueError(f"{name} is not a finite number")
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write beside `path`, then rename: a reader, or a crash, never meets half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def fingerprint(tower: Tower) -> str:

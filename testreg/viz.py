@@ -92,11 +92,11 @@ def figure(images: Tensor, before: Maps, after: Maps, title: str) -> Figure:
         photo = (photo - photo.amin()) / (photo.amax() - photo.amin()).clamp(min=1e-6)
         low = float(torch.minimum(before.norms[i].amin(), after.norms[i].amin()))
         high = float(torch.maximum(before.norms[i].amax(), after.norms[i].amax()))
-        row[0].imshow(photo.permute(1, 2, 0))
+        row[0].imshow(photo.permute(1, 2, 0).numpy())
         for column, maps in ((1, before), (3, after)):
-            row[column].imshow(maps.norms[i], cmap="viridis", vmin=low, vmax=high)
+            row[column].imshow(maps.norms[i].numpy(), cmap="viridis", vmin=low, vmax=high)
             row[column].set_xlabel(f"max {float(maps.norms[i].amax()):.3g}", fontsize=8)
-            row[column + 1].imshow(maps.attention[i], cmap="inferno")
+            row[column + 1].imshow(maps.attention[i].numpy(), cmap="inferno")
             row[column + 1].set_xlabel(f"max {float(maps.attention[i].amax()):.2g}", fontsize=8)
         for axis in row:
             axis.set_xticks([])

@@ -103,9 +103,6 @@ class DinoVisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(WIDTH, eps=1e-6)
         self.head = nn.Identity()
-        for linear in (module for module in self.blocks.modules() if isinstance(module, nn.Linear)):
-            nn.init.normal_(linear.weight, std=1.2 / linear.in_features**0.5)
-            nn.init.normal_(linear.bias, std=0.1)
 
     def prepare_tokens(self, images: Tensor) -> Tensor:
         patches = self.patch_embed(images)

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import fake_dinov2
+import timm
 import tiny
 import torch
+from timm.models.vision_transformer import ParallelScalingBlock
 from torch import Tensor, nn
 
 HEADS = 4
@@ -45,6 +47,10 @@ class Block:
     down: Affine
     scale1: Tensor | float = 1.0
     scale2: Tensor | float = 1.0
+    middle_norm: nn.LayerNorm | None = None
+    """Between the hidden activation and the second linear."""
+    parallel: bool = False
+    """Attention and MLP read the same normed tokens."""
 
 
 def affine(linear: Any) -> Affine:
@@ -103,6 +109,22 @@ def read_timm(block: Any) -> Block:  # and dinov2, which timm follows
         down=affine(block.mlp.w3 if gated else block.mlp.fc2),
         scale1=getattr(block.ls1, "gamma", 1.0),
         scale2=getattr(block.ls2, "gamma", 1.0),
+        middle_norm=block.mlp.norm if isinstance(getattr(block.mlp, "norm", None), nn.LayerNorm) else None,
+    )
+
+
+def read_timm_parallel(block: Any) -> Block:
+    weight, bias = affine(block.in_proj)
+    return Block(
+        norm1=block.in_norm,
+        qkv=thirds(weight[tiny.MLP_WIDTH :], bias[tiny.MLP_WIDTH :]),
+        out=affine(block.attn_out_proj),
+        norm2=block.in_norm,
+        hidden=lambda x: gelu(apply(x, (weight[: tiny.MLP_WIDTH], bias[: tiny.MLP_WIDTH]))),
+        down=affine(block.mlp_out_proj),
+        scale1=block.ls.gamma,
+        scale2=block.ls.gamma,
+        parallel=True,
     )
 
 
@@ -156,6 +178,7 @@ def read_open_clip(block: Any, activation: Callable[[Tensor], Tensor] = gelu) ->
         norm2=block.ln_2,
         hidden=mlp(block.mlp.c_fc, activation),
         down=affine(block.mlp.c_proj),
+        middle_norm=getattr(block.mlp, "ln", None),
     )
 
 
@@ -188,9 +211,7 @@ LAYOUTS = {
     "hf_dinov2": Layout(read_hf_dinov2, lambda m: m.encoder.layer),
     "hf_dinov2_swiglu": Layout(read_hf_dinov2, lambda m: m.encoder.layer, mlp_width=128),
     "hf_dinov2_registers": Layout(read_hf_dinov2, lambda m: m.encoder.layer, prefix=5),
-    "open_clip": Layout(
-        read_open_clip, lambda m: m.visual.transformer.resblocks, entry_norm=lambda m: m.visual.ln_pre
-    ),
+    "open_clip": Layout(read_open_clip, lambda m: m.visual.transformer.resblocks, entry_norm=lambda m: m.visual.ln_pre),
     "open_clip_sequence_first": Layout(
         read_open_clip,
         lambda m: m.visual.transformer.resblocks,
@@ -198,13 +219,26 @@ LAYOUTS = {
         sequence_first=True,
     ),
     "torchvision_vit": Layout(read_torchvision, lambda m: m.encoder.layers),
+    "timm_mlp_norm": Layout(read_timm, lambda m: m.blocks),
+    "timm_parallel": Layout(read_timm_parallel, lambda m: m.blocks),
+    "open_clip_mlp_norm": Layout(
+        read_open_clip, lambda m: m.visual.transformer.resblocks, entry_norm=lambda m: m.visual.ln_pre
+    ),
     "dinov2": Layout(read_timm, lambda m: m.blocks),
     "dinov2_chunked_swiglu_reg4": Layout(read_timm, chunked_blocks, prefix=5),
 }
 
-_IMITATIONS = {
-    "dinov2": {},
-    "dinov2_chunked_swiglu_reg4": {"num_register_tokens": 4, "swiglu": True, "chunks": 2},
+# Variants within a family, beside those of tiny.py.
+_BUILDERS: dict[str, Callable[[], nn.Module]] = {
+    "timm_mlp_norm": lambda: timm.create_model("vit_base_patch16_224", scale_mlp_norm=True, **tiny.TIMM),
+    "timm_parallel": lambda: timm.create_model(
+        "vit_base_patch16_224", block_fn=ParallelScalingBlock, init_values=0.5, **tiny.TIMM
+    ),
+    "open_clip_mlp_norm": lambda: tiny._open_clip(block_type="custom", scale_fc=True),
+    "dinov2": lambda: fake_dinov2.DinoVisionTransformer(),
+    "dinov2_chunked_swiglu_reg4": lambda: fake_dinov2.DinoVisionTransformer(
+        num_register_tokens=4, swiglu=True, chunks=2
+    ),
 }
 
 
@@ -214,7 +248,12 @@ def build(name: str) -> Any:
         model = tiny.build(name)
     else:
         torch.manual_seed(0)
-        model = fake_dinov2.DinoVisionTransformer(**_IMITATIONS[name]).eval()
+        model = _BUILDERS[name]().eval()
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=1.2 / module.in_features**0.5)
+                if module.bias is not None:
+                    nn.init.normal_(module.bias, std=0.1)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
@@ -262,13 +301,14 @@ def block_outputs(name: str, model: nn.Module, images: Tensor) -> BlockOutputs:
     return outputs
 
 
-def attend(x: Tensor, block: Block) -> Tensor:
+def attend(x: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    """The attention's output and its weights (B, heads, T, T)."""
     images, tokens, width = x.shape
     q, k, v = (apply(x, w).reshape(images, tokens, HEADS, width // HEADS).transpose(1, 2) for w in block.qkv)
     scores = q @ k.transpose(2, 3) / math.sqrt(width // HEADS)
     weights = torch.exp(scores - scores.amax(-1, keepdim=True))
-    mixed = weights / weights.sum(-1, keepdim=True) @ v
-    return apply(mixed.transpose(1, 2).reshape(images, tokens, width), block.out)
+    weights = weights / weights.sum(-1, keepdim=True)
+    return apply((weights @ v).transpose(1, 2).reshape(images, tokens, width), block.out), weights
 
 
 def shift_by_hand(
@@ -298,8 +338,12 @@ def forward_by_hand(
     num_registers: int = 1,
     max_over: str = "neuron",
     zero: str = "patches",
+    attentions: list[Tensor] | None = None,
 ) -> list[Tensor]:
-    """The tokens that leave each block of the *unpatched* `model`, had it registers; (layer, unit) in rank order."""
+    """The tokens that leave each block of the *unpatched* `model`, had it registers; (layer, unit) in rank order.
+
+    `attentions` is given the weights of each block, register included.
+    """
     layout = LAYOUTS[name]
     x = block_outputs(name, model, images).entry
     registers = torch.zeros(len(images), num_registers, x.shape[-1], dtype=x.dtype)
@@ -309,8 +353,11 @@ def forward_by_hand(
     outputs = []
     for layer, module in enumerate(layout.blocks(model)):
         block = layout.read(module)
-        x = x + attend(layer_norm(x, block.norm1), block) * block.scale1
-        hidden = block.hidden(layer_norm(x, block.norm2))
+        attended, weights = attend(layer_norm(x, block.norm1), block)
+        if attentions is not None:
+            attentions.append(weights)
+        after_attention = x + attended * block.scale1
+        hidden = block.hidden(layer_norm(x if block.parallel else after_attention, block.norm2))
         owners = {unit: rank % num_registers for rank, (at, unit) in enumerate(ranking) if at == layer}
         if owners:
             hidden = shift_by_hand(
@@ -321,6 +368,8 @@ def forward_by_hand(
                 max_over=max_over,
                 zero=zero,
             )
-        x = x + apply(hidden, block.down) * block.scale2
+        if block.middle_norm is not None:
+            hidden = layer_norm(hidden, block.middle_norm)
+        x = after_attention + apply(hidden, block.down) * block.scale2
         outputs.append(x[:, :-num_registers])
     return outputs

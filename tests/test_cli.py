@@ -1,0 +1,205 @@
+"""The command line as a user runs it: on local folders, offline, in its own process where that matters."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from tiny import TIMM, fresh
+from torchvision.transforms.v2 import functional as tv
+
+import testreg
+from testreg.cli import main
+from testreg.demo import photographs
+from testreg.planted import plant
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of photographs, a planted timm model saved in its library's own format, and one without outliers."""
+    root = tmp_path_factory.mktemp("cli")
+    photos = photographs(192).unfold(2, 64, 64).unfold(3, 64, 64).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 64, 64)
+    (root / "photos").mkdir()
+    for i, photo in enumerate(photos):
+        tv.to_pil_image((photo + 1) / 2).save(root / "photos" / f"{i:02}.png")
+    (root / "photos" / "broken.jpg").write_bytes(b"no image")
+    model = timm.create_model(
+        "vit_base_patch16_clip_224",
+        num_classes=0,
+        pretrained_cfg_overlay={"mean": (0.5,) * 3, "std": (0.5,) * 3, "input_size": (3, 64, 64), "crop_pct": 1.0},
+        **TIMM,
+    )
+    timm.models.save_for_hf(fresh("timm_clip"), root / "clean", safe_serialization=True)
+    planted = plant(model.eval(), photos, num_neurons=4)
+    timm.models.save_for_hf(model, root / "model", safe_serialization=True)
+    (root / "planted.json").write_text(json.dumps(planted.neurons))
+    return root
+
+
+@pytest.fixture(scope="module")
+def calibrated(folder):
+    output = folder / "neurons.json"
+    model, photos = str(folder / "model"), str(folder / "photos")
+    assert main(["calibrate", model, "--images", photos, "-o", str(output), "--top-k", "4", "--batch-size", "7"]) == 0
+    return output
+
+
+def run(*arguments, **options):
+    return subprocess.run([sys.executable, "-m", "testreg", *arguments], capture_output=True, text=True, **options)
+
+
+def test_calibrate_finds_the_planted_neurons(folder, calibrated):
+    neurons = testreg.RegisterNeurons.load(calibrated)
+    (layer, units), *_ = json.loads((folder / "planted.json").read_text()).items()
+    assert {(layer, unit) for layer, unit, _ in neurons.cut().ranking} == {(int(layer), unit) for unit in units}
+    assert neurons.calibration["images"] == 45
+    assert neurons.calibration["unreadable_images"] == 1
+
+
+def test_the_script_is_the_command(folder, calibrated, tmp_path):
+    script = os.path.join(os.path.dirname(__file__), "..", "scripts", "calibrate.py")
+    arguments = [str(folder / "model"), "--images", str(folder / "photos"), "-o", str(tmp_path / "n.json")]
+    subprocess.run([sys.executable, script, *arguments, "--top-k", "4"], check=True, capture_output=True)
+    by_script, by_command = (testreg.RegisterNeurons.load(path) for path in (tmp_path / "n.json", calibrated))
+    assert by_script.by_layer() == by_command.by_layer()
+
+
+def test_apply_then_load(folder, calibrated, tmp_path, capsys):
+    output = tmp_path / "patched"
+    assert main(["apply", str(folder / "model"), "--neurons", str(calibrated), "-o", str(output)]) == 0
+    assert "patched checkpoint" in capsys.readouterr().out
+    loaded = testreg.load(output)
+    original = timm.create_model(f"local-dir:{folder / 'model'}", pretrained=True).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), testreg.patch(original, calibrated)(images), rtol=0, atol=0)
+
+
+def test_show_draws_a_picture(folder, calibrated, tmp_path, capsys):
+    photos = [str(folder / "photos" / f"{i:02}.png") for i in (0, 1)]
+    output = tmp_path / "picture.png"
+    assert main(["show", str(folder / "model"), *photos, "--neurons", str(calibrated), "-o", str(output)]) == 0
+    assert "outlier patches" in capsys.readouterr().out
+    with Image.open(output) as picture:
+        assert picture.width > 1000
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 100
+
+
+def test_show_of_a_patched_checkpoint(folder, calibrated, tmp_path):
+    patched, output = str(tmp_path / "patched"), str(tmp_path / "picture.png")
+    photo = str(folder / "photos" / "00.png")
+    assert main(["apply", str(folder / "model"), "--neurons", str(calibrated), "-o", patched]) == 0
+    assert main(["show", patched, photo, "-o", output]) == 0
+
+
+def test_no_outliers_is_exit_code_3_and_no_file(folder, tmp_path, capsys):
+    output = tmp_path / "neurons.json"
+    arguments = [str(folder / "clean"), "--images", str(folder / "photos"), "-o", str(output)]
+    assert main(["calibrate", *arguments]) == 3
+    assert "nothing to fix" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_demo_recovers_what_was_planted_and_says_that_it_is_synthetic(tmp_path, capsys):
+    assert main(["demo", "-o", str(tmp_path / "demo.png")]) == 0
+    out = capsys.readouterr().out
+    assert "synthetic" in out
+    assert "6 of 6 planted" in out
+    before, after = (float(value.rstrip("%")) for value in out.split("outlier patches")[1].split()[:2])
+    assert after < 0.05 * before
+    assert (tmp_path / "demo.png").stat().st_size > 50_000
+
+
+def test_list_names_the_models(capsys):
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    assert "not verified" in out
+    assert "timm:vit_large_patch14_dinov2.lvd142m  (default)" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["calibrate", "resnet", "--images", "{photos}", "-o", "{out}"], "'resnet' is neither a checkpoint folder"),
+        (["calibrate", "{model}", "--images", "{root}/none", "-o", "{out}"], "no folder of images at"),
+        (["calibrate", "{model}", "--images", "{photos}", "-o", "{root}/none/n.json"], "there is no folder"),
+        (["calibrate", "{model}", "--images", "{photos}", "-o", "{photos}"], "is a folder: name a file"),
+        (["calibrate", "{model}", "--images", "{photos}", "-o", "{out}", "--layer", "9"], "layer=9 is out of range"),
+        (["calibrate", "timm:resnet18", "--images", "{photos}", "-o", "{out}"], "resnet18"),
+        (["show", "{model}", "{root}/photos/broken.jpg", "--neurons", "{neurons}", "-o", "{out}"], "not a readable"),
+        (["show", "{model}", "{root}/none.jpg", "--neurons", "{neurons}", "-o", "{out}"], "none.jpg"),
+        (["show", "{model}", "{photo}", "-o", "{out}"], "no bundled register neurons for this"),
+        (["apply", "{model}", "--neurons", "{root}/planted.json", "-o", "{out}"], "is not a register neuron JSON"),
+        (["apply", "{model}", "--neurons", "{neurons}", "-o", "{photos}"], "photos"),
+    ],
+)
+def test_errors_are_one_line_on_stderr(arguments, message, folder, calibrated, tmp_path, capsys):
+    names = {
+        "root": folder,
+        "model": folder / "model",
+        "photos": folder / "photos",
+        "photo": folder / "photos" / "00.png",
+        "neurons": calibrated,
+        "out": tmp_path / "out.json",
+    }
+    before = sorted(folder.rglob("*"))
+    assert main([argument.format(**names) for argument in arguments]) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("testreg: error: ")
+    assert captured.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(ValueError, match="neither a checkpoint folder"):
+        main(["apply", "nothing", "-o", "out", "--debug"])
+
+
+def test_module_wrong_usage_and_error_exit_codes(tmp_path):
+    assert run("--version").stdout.startswith("testreg ")
+    assert run("calibrate").returncode == 2
+    failed = run("apply", "nothing", "-o", str(tmp_path / "out"))
+    assert failed.returncode == 1
+    assert failed.stdout == ""
+    assert "Traceback" not in failed.stderr
+
+
+def test_interrupt_leaves_no_half_written_file(folder, tmp_path):
+    output = tmp_path / "neurons.json"
+    output.write_text("before")
+    arguments = ["calibrate", str(folder / "model"), "--images", str(folder / "photos"), "-o", str(output)]
+    # The model's transform waits long enough to be interrupted in the middle of the pass.
+    slow = (
+        "import sys, time, testreg.data as data; real = data.open_image\n"
+        "def slow(path): print('reading', flush=True); time.sleep(0.3); return real(path)\n"
+        "data.open_image = slow\n"
+        "from testreg.cli import main; raise SystemExit(main(sys.argv[1:]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "reading\n"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; nothing was written" in error
+    assert "Traceback" not in error
+    assert output.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_patching_imports_no_images_plots_or_model_libraries():
+    heavy = ("PIL", "matplotlib", "timm", "transformers", "open_clip", "torchvision")
+    code = f"import sys, testreg; testreg.patch; print([name for name in {heavy} if name in sys.modules])"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "[]"

@@ -1,0 +1,293 @@
+from __future__ import annotations
+
+import functools
+import io
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fake_dinov2
+import open_clip
+import pytest
+import timm
+import torch
+import torchvision
+import transformers
+from PIL import Image
+from tiny import DEPTH, HF, IMAGE, MLP_WIDTH, NEURONS, PATCH, WIDTH, build
+from torch import Tensor, nn
+from torchvision.models import Weights, WeightsEnum
+from torchvision.transforms._presets import ImageClassification
+
+from testreg import is_patched, patch
+from testreg.checkpoint import load, save
+from testreg.families import find_tower
+from testreg.models import LoadedModel, load_model, transform_for
+
+PHOTO = Image.effect_noise((100, 80), 60).convert("RGB")
+OPEN_CLIP = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": IMAGE, "patch_size": PATCH, "width": WIDTH, "layers": DEPTH, "head_width": 12},
+    "text_cfg": {"context_length": 16, "vocab_size": 99, "width": 32, "heads": 4, "layers": 2},
+}
+SQUARE = {"height": IMAGE, "width": IMAGE}
+CROP = {"size": {"shortest_edge": 72}, "crop_size": SQUARE}
+PROCESSORS: dict[str, Any] = {
+    "hf_vit": transformers.ViTImageProcessor(size=SQUARE),
+    "hf_deit": transformers.DeiTImageProcessor(size={"height": 72, "width": 72}, crop_size=SQUARE),
+    "hf_clip": transformers.CLIPImageProcessor(**CROP),
+    "hf_siglip": transformers.SiglipImageProcessor(size=SQUARE),
+    "hf_dinov2": transformers.BitImageProcessor(**CROP),
+    "hf_dinov2_registers": transformers.BitImageProcessor(**CROP),
+}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_unpickled(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch_load = torch.load
+
+    def refuse(file: object, *args: Any, **kwargs: Any) -> Any:
+        assert isinstance(file, io.BytesIO), "unpickled"  # a tensor that this test pickled in memory
+        return torch_load(file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", refuse)
+
+
+def write(name: str, folder: Path) -> nn.Module:
+    """A folder as the model's own library writes it."""
+    model = build(name)
+    if name.startswith("timm"):
+        timm.models.save_for_hf(model, str(folder), safe_serialization=True)
+    elif name.startswith("open_clip"):
+        save(patch(build(name), NEURONS), folder, arch=OPEN_CLIP)
+        (folder / "testreg.json").unlink()
+    else:
+        model.save_pretrained(folder)
+        PROCESSORS[name].save_pretrained(folder)
+    return model
+
+
+@torch.no_grad()
+def run(loaded: LoadedModel) -> Any:
+    """What the tower makes of the photograph, prepared by a transform that went to another process."""
+    transform = pickle.loads(pickle.dumps(loaded.transform))
+    image = transform(PHOTO)
+    assert torch.equal(image, loaded.transform(PHOTO))
+    assert image.dtype is torch.float32
+    assert not loaded.model.training
+    return find_tower(loaded.model).run(image[None])
+
+
+@pytest.mark.parametrize("image_size", [None, 96])
+@pytest.mark.parametrize("name", ["timm_vit", "timm_dinov2_reg4", "open_clip", *PROCESSORS])
+def test_a_folder_is_loaded_by_its_own_library(name: str, image_size: int | None, tmp_path: Path) -> None:
+    model = write(name, tmp_path)
+    loaded = load_model(str(tmp_path), image_size=image_size)
+    assert type(loaded.model) is type(model)
+    size = image_size or IMAGE
+    assert loaded.transform(PHOTO).shape == (3, size, size)
+    run(loaded)
+    if image_size is None:
+        states = loaded.model.state_dict(), model.state_dict()
+        assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+        assert torch.equal(transform_for(loaded.model)(PHOTO), loaded.transform(PHOTO))
+
+
+def test_preprocessing_is_the_library_s(tmp_path: Path) -> None:
+    write("timm_vit", tmp_path / "timm")
+    expected = timm.data.create_transform(
+        input_size=(3, IMAGE, IMAGE), crop_pct=0.9, mean=[0.5] * 3, std=[0.5] * 3, interpolation="bicubic"
+    )
+    assert torch.equal(load_model(str(tmp_path / "timm")).transform(PHOTO), expected(PHOTO))
+    write("hf_clip", tmp_path / "hf")
+    expected = PROCESSORS["hf_clip"](PHOTO, return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(load_model(f"hf:{tmp_path / 'hf'}").transform(PHOTO), expected)
+    write("open_clip", tmp_path / "open_clip")
+    expected = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'open_clip'}")[2](PHOTO)
+    assert torch.equal(load_model(str(tmp_path / "open_clip")).transform(PHOTO), expected)
+
+
+def test_image_size_keeps_the_share_that_is_cropped(tmp_path: Path) -> None:
+    write("hf_dinov2", tmp_path)
+    processor = load_model(str(tmp_path), image_size=128).processor
+    assert (processor.size["shortest_edge"], processor.crop_size["height"]) == (144, 128)
+
+
+def test_the_class_that_was_saved_is_loaded(tmp_path: Path) -> None:
+    classifier = transformers.ViTForImageClassification(transformers.ViTConfig(**HF, num_labels=7)).bfloat16()
+    classifier.save_pretrained(tmp_path)
+    PROCESSORS["hf_vit"].save_pretrained(tmp_path)
+    loaded = load_model(f"hf:{tmp_path}")
+    assert torch.equal(loaded.model.classifier.weight, classifier.classifier.weight)
+    assert loaded.model.dtype is torch.bfloat16
+    run(loaded)
+    fresh = load_model(f"hf:{tmp_path}", pretrained=False).model
+    assert type(fresh) is type(classifier)
+    assert not torch.equal(fresh.classifier.weight, classifier.classifier.weight.float())
+
+
+@pytest.mark.parametrize("name", ["timm_clip", "hf_siglip", "open_clip"])
+def test_a_patched_folder(name: str, tmp_path: Path) -> None:
+    write(name, tmp_path / "plain")
+    plain = load_model(str(tmp_path / "plain"))
+    save(patch(plain.model, NEURONS), tmp_path / "patched", processor=plain.processor)
+    loaded = load_model(str(tmp_path / "patched"), device="cpu")
+    assert is_patched(loaded.model)
+    assert torch.equal(loaded.transform(PHOTO), plain.transform(PHOTO))
+    outputs = run(loaded), run(plain)
+    for ours, theirs in zip(*map(torch.utils._pytree.tree_leaves, outputs), strict=True):
+        assert torch.equal(ours, theirs)
+    if name == "hf_siglip":
+        assert load_model(str(tmp_path / "patched"), image_size=96).transform(PHOTO).shape == (3, 96, 96)
+    else:
+        with pytest.raises(ValueError, match="patch the original at that size"):
+            load_model(str(tmp_path / "patched"), image_size=96)
+
+
+def test_timm_and_open_clip_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_model("timm:vit_tiny_patch16_224", image_size=32, pretrained=False)
+    assert loaded.transform(PHOTO).shape == (3, 32, 32)
+    assert run(loaded).shape == (1, 1000)
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {"ViT-B-32": OPEN_CLIP})
+    loaded = load_model("open_clip:ViT-B-32/openai", image_size=32, pretrained=False)
+    assert loaded.model.testreg_source == "open_clip:ViT-B-32/openai"
+    assert loaded.transform(PHOTO).shape == (3, 32, 32)
+    assert any(type(module).__name__ == "QuickGELU" for module in loaded.model.modules())
+    run(loaded)
+
+
+@pytest.mark.parametrize(("image_size", "made"), [(None, 224), (70, 64), (5, 16)])
+def test_torch_hub(image_size: int | None, made: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def hub_load(*args: str, **kwargs: object) -> nn.Module:
+        asked.append((args, kwargs))
+        return fake_dinov2.DinoVisionTransformer()
+
+    monkeypatch.setattr(torch.hub, "load", hub_load)
+    loaded = load_model(
+        "hub:facebookresearch/dinov2:main/dinov2_vits14", image_size=image_size, pretrained=bool(image_size)
+    )
+    kwargs: dict[str, object] = {} if image_size else {"pretrained": False}
+    assert asked == [(("facebookresearch/dinov2:main", "dinov2_vits14"), kwargs)]
+    assert loaded.transform(PHOTO).shape == (3, made, made)
+    assert loaded.model.testreg_source == loaded.name
+    assert transform_for(loaded.model)(PHOTO).shape == (3, 224, 224)
+    if made == IMAGE:
+        run(loaded)
+
+
+class TinyWeights(WeightsEnum):
+    DEFAULT = Weights(url="", transforms=functools.partial(ImageClassification, crop_size=IMAGE), meta={})
+
+    def get_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        return build("torchvision_vit").state_dict()
+
+
+def tiny_vit(*, weights: TinyWeights | None = None, progress: bool = True, **kwargs: Any) -> nn.Module:
+    sizes = {"image_size": IMAGE, "num_classes": 10, **kwargs}
+    vit = torchvision.models.VisionTransformer(
+        patch_size=PATCH, num_layers=DEPTH, num_heads=4, hidden_dim=WIDTH, mlp_dim=MLP_WIDTH, **sizes
+    )
+    if weights is not None:
+        vit.load_state_dict(weights.get_state_dict())
+    return vit
+
+
+@pytest.mark.parametrize("image_size", [None, 96])
+def test_torchvision(image_size: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_vit.__annotations__["weights"] = TinyWeights | None  # not the string that postponed evaluation leaves
+    monkeypatch.setitem(torchvision.models._api.BUILTIN_MODELS, "tiny_vit", tiny_vit)
+    loaded = load_model("torchvision:tiny_vit", image_size=image_size)
+    size = image_size or IMAGE
+    assert loaded.transform(PHOTO).shape == (3, size, size)
+    assert torch.equal(loaded.model.class_token, build("torchvision_vit").class_token)
+    patch(loaded.model, NEURONS)
+    save(loaded.model, tmp_path)
+    again = load_model(str(tmp_path))
+    assert torch.equal(run(again), run(loaded))
+    assert torch.equal(again.transform(PHOTO), loaded.transform(PHOTO))
+    loaded.model.heads = nn.Linear(WIDTH, 3)
+    with pytest.raises(ValueError, match=r"could not be rebuilt .*heads"):
+        save(loaded.model, tmp_path)
+
+
+def test_bare_weights_need_their_model(tmp_path: Path) -> None:
+    save(patch(build("torchvision_vit"), NEURONS), tmp_path)
+    with pytest.raises(ValueError, match=r"load\(folder, model="):
+        load_model(str(tmp_path))
+    with pytest.raises(ValueError, match="pass transform="):
+        transform_for(load(tmp_path, build("torchvision_vit")))
+
+
+NAMES = {
+    "dinov2": (ValueError, "neither a checkpoint folder nor a model name: names are timm:NAME"),
+    "keras:vit": (ValueError, "neither a checkpoint folder nor a model name"),
+    "timm:": (ValueError, "neither a checkpoint folder nor a model name"),
+    "timm:vit_nope": (ValueError, r"cannot load timm:vit_nope: Unknown model.*timm.list_models"),
+    "timm:vit_base_patch16_224": (OSError, r"cannot load timm:vit_base_patch16_224: .*Hub"),
+    "timm:local-dir:/nowhere": (OSError, r"/nowhere has no model.safetensors"),
+    "hf:someone/vit": (OSError, r"cannot load someone/vit: .*huggingface.co, and the network"),
+    "open_clip:ViT-B-32": (ValueError, r"open_clip:ViT-B-32 does not say which weights: .* openai, "),
+    "open_clip:ViT-B-32/nope": (ValueError, r"cannot load open_clip:ViT-B-32/nope: .*list_pretrained"),
+    "open_clip:Nope/openai": (ValueError, r"cannot load open_clip:Nope/openai: .*not found"),
+    "hub:dinov2_vits14": (ValueError, "not of the form hub:OWNER/REPO/NAME"),
+    "hub:no-one/nothing/none": (OSError, "cannot load hub:no-one/nothing/none: .*network"),
+    "torchvision:vit_nope": (ValueError, r"cannot load torchvision:vit_nope: .*list_models"),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_that_mean_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*args: object, **kwargs: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "load", offline)
+    kind, message = NAMES[name]
+    with pytest.raises(kind, match=message):
+        load_model(name)
+
+
+def rename_to_pickle(folder: Path) -> None:
+    for path in folder.glob("*.safetensors"):
+        path.rename(folder / "pytorch_model.bin")
+
+
+FOLDERS: dict[str, tuple[str, Callable[[Path], object], type[Exception], str]] = {
+    "no processor": ("hf_vit", lambda f: (f / "preprocessor_config.json").unlink(), ValueError, "no preprocessor_"),
+    "hf pickle": ("hf_vit", rename_to_pickle, ValueError, r"no \*.safetensors, and testreg reads no pickles"),
+    "timm pickle": ("timm_vit", rename_to_pickle, ValueError, r"no model.safetensors, and testreg reads no pickles"),
+    "open_clip pickle": ("open_clip", rename_to_pickle, ValueError, "testreg reads no pickles"),
+    "no weights": ("timm_vit", lambda f: (f / "model.safetensors").unlink(), OSError, r"no model.safetensors"),
+    "no config": ("timm_vit", lambda f: (f / "config.json").unlink(), OSError, r"no config.json"),
+    "foreign config": ("timm_vit", lambda f: (f / "config.json").write_text("{}"), ValueError, "neither of timm"),
+    "no JSON": ("timm_vit", lambda f: (f / "config.json").write_text("{"), ValueError, "is damaged"),
+    "truncated": ("hf_vit", lambda f: (f / "model.safetensors").write_bytes(b"abc"), ValueError, "cannot load"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_folders_that_lack_something(case: str, tmp_path: Path) -> None:
+    name, harm, kind, message = FOLDERS[case]
+    write(name, tmp_path)
+    harm(tmp_path)
+    with pytest.raises(kind, match=message) as caught:
+        load_model(str(tmp_path))
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_code_in_a_folder_is_not_run(tmp_path: Path) -> None:
+    write("hf_vit", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text("raise AssertionError('this ran')")
+    with pytest.raises(ValueError, match=r"cannot load .* contains custom code"):
+        load_model(str(tmp_path))
+
+
+def test_image_size_is_checked() -> None:
+    with pytest.raises(ValueError, match="image_size must be at least 1"):
+        load_model("timm:vit_tiny_patch16_224", image_size=0)
