@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from testreg import checkpoint
+from testreg import checkpoint, formats
 from testreg.families import find_tower
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def _load_transformers(name: str, rest: str, image_size: int | None, pretrained:
     with _explained(name, _CHECK_FOLDER if local else _CHECK_HUB):
         config = transformers.AutoConfig.from_pretrained(rest, trust_remote_code=False)
         # The class that was saved, not the one of AutoModel, so that a head or a text tower is not lost.
-        model_class = checkpoint.transformers_class((config.architectures or [""])[0]) or transformers.AutoModel
+        model_class = formats.transformers_class((config.architectures or [""])[0]) or transformers.AutoModel
         if pretrained:
             model = model_class.from_pretrained(rest, dtype="auto", use_safetensors=True if local else None)
         elif model_class is transformers.AutoModel:

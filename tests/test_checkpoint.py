@@ -410,7 +410,7 @@ def test_a_failed_save_changes_nothing(
 
     monkeypatch.setattr(os, "rename", rename)
     if isinstance(failure, str):
-        monkeypatch.setattr(testreg.checkpoint, "save_file", full)
+        monkeypatch.setattr(testreg.formats, "save_file", full)
         monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", full)
     with pytest.raises(OSError, match=r"left as it was.*No space left"):
         saved(failure if isinstance(failure, str) else "timm_vit", folder)
