@@ -7,7 +7,7 @@ its class name. A new family is one row of `FAMILIES`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class Family:
     """Number of tokens in front of the patches (CLS, distillation and trained register tokens)."""
     scale: tuple[str, ...] = ()
     """LayerScale vector on the MLP's output, in a block."""
-    entry_norm: str | None = None
+    entry_norm: tuple[str, ...] = ()
     """Norm between the embedding and the first block, in the tower: the zero token passes through it too."""
     attention: tuple[str, ...] = ()
     """Attention module, in a block, if it may return its weights (B, heads, T, T) as the second of its outputs."""
@@ -46,6 +46,46 @@ class Family:
     run_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """What the tower's forward must be told to take images of any size."""
 
+
+_HF_VIT = Family(
+    name="transformers ViT",
+    library="transformers",
+    towers=("ViTModel",),
+    blocks=("layers", "encoder.layer"),
+    down=("mlp.fc2", "output.dense"),
+    up=("mlp.fc1", "intermediate.dense"),
+    query_key=("attention.q_proj.weight", "attention.k_proj.weight"),
+    num_heads=("attention.num_attention_heads", "attention.num_heads"),
+    patch_embed=("embeddings.patch_embeddings.projection",),
+    prefix=lambda tower: 1,
+    attention=("attention.attention", "attention"),
+    run_kwargs={"interpolate_pos_encoding": True},
+)
+_HF_DINOV2 = replace(
+    _HF_VIT,
+    name="transformers Dinov2",
+    towers=("Dinov2Model", "Dinov2Backbone"),
+    blocks=("encoder.layer",),
+    down=("mlp.down_proj", "mlp.weights_out", "mlp.fc2"),
+    up=("mlp.fc1",),
+    scale=("layer_scale2.lambda1",),
+    run_kwargs={},  # interpolates by itself
+)
+_HF_CLIP = Family(
+    name="transformers CLIP",
+    library="transformers",
+    towers=("CLIPVisionModel", "CLIPVisionTransformer"),
+    blocks=("encoder.layers", "vision_model.encoder.layers"),
+    down=("mlp.fc2",),
+    up=("mlp.fc1",),
+    query_key=("self_attn.q_proj.weight", "self_attn.k_proj.weight"),
+    num_heads=("self_attn.num_heads",),
+    patch_embed=("embeddings.patch_embedding", "vision_model.embeddings.patch_embedding"),
+    prefix=lambda tower: 1,
+    entry_norm=("pre_layrnorm", "vision_model.pre_layrnorm"),  # spelled so in transformers
+    attention=("self_attn",),
+    run_kwargs={"interpolate_pos_encoding": True},
+)
 
 FAMILIES = (
     Family(
@@ -60,92 +100,24 @@ FAMILIES = (
         patch_embed=("patch_embed.proj",),
         prefix=lambda tower: tower.num_prefix_tokens,
         scale=("ls2.gamma",),
-        entry_norm="norm_pre",
+        entry_norm=("norm_pre",),
     ),
-    Family(
-        name="transformers ViT",
-        library="transformers",
-        towers=("ViTModel",),
-        blocks=("layers", "encoder.layer"),
-        down=("mlp.fc2", "output.dense"),
-        up=("mlp.fc1", "intermediate.dense"),
-        query_key=("attention.q_proj.weight", "attention.k_proj.weight"),
-        num_heads=("attention.num_attention_heads", "attention.num_heads"),
-        patch_embed=("embeddings.patch_embeddings.projection",),
-        prefix=lambda tower: 1,
-        attention=("attention.attention", "attention"),
-        run_kwargs={"interpolate_pos_encoding": True},
-    ),
-    Family(
-        name="transformers DeiT",
-        library="transformers",
-        towers=("DeiTModel",),
-        blocks=("layers", "encoder.layer"),
-        down=("mlp.fc2", "output.dense"),
-        up=("mlp.fc1", "intermediate.dense"),
-        query_key=("attention.q_proj.weight", "attention.k_proj.weight"),
-        num_heads=("attention.num_attention_heads", "attention.num_heads"),
-        patch_embed=("embeddings.patch_embeddings.projection",),
-        prefix=lambda tower: 2,
-        attention=("attention.attention", "attention"),
-        run_kwargs={"interpolate_pos_encoding": True},
-    ),
-    Family(
-        name="transformers CLIP",
-        library="transformers",
-        towers=("CLIPVisionModel", "CLIPVisionTransformer"),
-        blocks=("encoder.layers", "vision_model.encoder.layers"),
-        down=("mlp.fc2",),
-        up=("mlp.fc1",),
-        query_key=("self_attn.q_proj.weight", "self_attn.k_proj.weight"),
-        num_heads=("self_attn.num_heads",),
-        patch_embed=("embeddings.patch_embedding", "vision_model.embeddings.patch_embedding"),
-        prefix=lambda tower: 1,
-        entry_norm="pre_layrnorm",  # spelled so in transformers
-        attention=("self_attn",),
-        run_kwargs={"interpolate_pos_encoding": True},
-    ),
-    Family(
+    _HF_VIT,
+    replace(_HF_VIT, name="transformers DeiT", towers=("DeiTModel",), prefix=lambda tower: 2),
+    _HF_CLIP,
+    replace(
+        _HF_CLIP,
         name="transformers SigLIP",
-        library="transformers",
         towers=("SiglipVisionModel", "SiglipVisionTransformer"),
-        blocks=("encoder.layers", "vision_model.encoder.layers"),
-        down=("mlp.fc2",),
-        up=("mlp.fc1",),
-        query_key=("self_attn.q_proj.weight", "self_attn.k_proj.weight"),
-        num_heads=("self_attn.num_heads",),
-        patch_embed=("embeddings.patch_embedding", "vision_model.embeddings.patch_embedding"),
         prefix=lambda tower: 0,
-        attention=("self_attn",),
-        run_kwargs={"interpolate_pos_encoding": True},
+        entry_norm=(),
     ),
-    Family(
-        name="transformers Dinov2",
-        library="transformers",
-        towers=("Dinov2Model", "Dinov2Backbone"),
-        blocks=("encoder.layer",),
-        down=("mlp.down_proj", "mlp.weights_out", "mlp.fc2"),
-        up=("mlp.fc1",),
-        query_key=("attention.q_proj.weight", "attention.k_proj.weight"),
-        num_heads=("attention.num_attention_heads", "attention.num_heads"),
-        patch_embed=("embeddings.patch_embeddings.projection",),
-        prefix=lambda tower: 1,
-        scale=("layer_scale2.lambda1",),
-        attention=("attention.attention", "attention"),
-    ),
-    Family(
+    _HF_DINOV2,
+    replace(
+        _HF_DINOV2,
         name="transformers Dinov2WithRegisters",
-        library="transformers",
         towers=("Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone"),
-        blocks=("encoder.layer",),
-        down=("mlp.down_proj", "mlp.weights_out", "mlp.fc2"),
-        up=("mlp.fc1",),
-        query_key=("attention.q_proj.weight", "attention.k_proj.weight"),
-        num_heads=("attention.num_attention_heads", "attention.num_heads"),
-        patch_embed=("embeddings.patch_embeddings.projection",),
         prefix=lambda tower: 1 + tower.config.num_register_tokens,
-        scale=("layer_scale2.lambda1",),
-        attention=("attention.attention", "attention"),
     ),
     Family(
         name="open_clip VisionTransformer",
@@ -159,7 +131,7 @@ FAMILIES = (
         patch_embed=("conv1",),
         prefix=lambda tower: 1,
         scale=("ls_2.gamma",),
-        entry_norm="ln_pre",
+        entry_norm=("ln_pre",),
         batch_first=lambda tower: tower.transformer.batch_first,
     ),
     Family(
@@ -301,9 +273,7 @@ def _resolve(path: str, tower: nn.Module, family: Family) -> Tower:
         blocks=blocks,
         num_prefix=family.prefix(tower),
         embedding=find_part(tower, family.patch_embed),
-        entry_norm=find_part(tower, (family.entry_norm, f"vision_model.{family.entry_norm}"))
-        if family.entry_norm
-        else None,
+        entry_norm=find_part(tower, family.entry_norm),
         token_dim=1 if family.batch_first(tower) else 0,
     )
 
@@ -318,30 +288,26 @@ def _flatten(container: nn.Module) -> Iterator[nn.Module]:
 
 
 def _block(index: int, module: nn.Module, family: Family) -> Block:
-    paths = [path for path in family.down if find_part(module, (path,)) is not None]
-    if not paths:
+    parts = {path: part for path in family.down if (part := find_part(module, (path,))) is not None}
+    linears = [part for part in parts.values() if hasattr(part, "in_features")]
+    if not linears:
         raise ValueError(
             f"block {index} ({type(module).__name__}) has no second MLP linear at {' or '.join(family.down)}: "
             "its kind of MLP is not supported"
         )
-    down = find_part(module, paths)
-    down_linear = next(
-        (part for part in (find_part(module, (p,)) for p in paths) if hasattr(part, "in_features")), None
-    )
-    parent, _, _ = paths[0].rpartition(".")
+    path, down = next(iter(parts.items()))
+    parent = path.rpartition(".")[0]
     # transformers 4 spreads the MLP over `intermediate` and `output`: there is no module to run on a few tokens.
-    mlp = find_part(module, (parent,)) if parent and parent != "output" else None
-    if mlp is not None and any(base.__module__.startswith("xformers") for base in type(mlp).__mro__):
+    mlp = find_part(module, (parent,)) if parent not in ("", "output") else None
+    if any(base.__module__.startswith("xformers") for base in type(mlp).__mro__):
         raise ValueError(
             f"block {index} uses xformers' fused SwiGLU, which bypasses the second linear: "
             "set the environment variable XFORMERS_DISABLED=1 before the model is built"
         )
-    if not isinstance(down, nn.Module) or not isinstance(down_linear, nn.Module):
-        raise ValueError(f"block {index} ({type(module).__name__}) has no second MLP linear")
     return Block(
         module=module,
         down=down,
-        down_linear=down_linear,  # type: ignore[arg-type]  # nn.Linear, or a LoRA or quantised layer in its place
+        down_linear=linears[0],
         mlp=mlp,
         scale=find_part(module, family.scale),
         attention=find_part(module, family.attention),
@@ -366,11 +332,14 @@ def checkpoint_names(model: nn.Module) -> list[str]:
     nothing; `testreg.load_model` notes the name it was given.
     """
     names: list[str] = []
+    silent = False
     for module in model.modules():
         if isinstance(source := module.__dict__.get("testreg_source"), str):
-            names.append(source)
+            return [source]
+        # open_clip builds its timm towers without weights: what timm says of them is not what was loaded.
+        silent |= type(module).__module__.partition(".")[0] == "open_clip"
         cfg = module.__dict__.get("pretrained_cfg")
-        if isinstance(cfg, Mapping) and cfg.get("architecture"):
+        if isinstance(cfg, Mapping) and cfg.get("architecture") and not silent:
             names.append("timm:" + ".".join(filter(None, (cfg["architecture"], cfg.get("tag")))))
         name = getattr(getattr(module, "config", None), "_name_or_path", "")
         if isinstance(name, str) and name:

@@ -67,10 +67,10 @@ def shift(
     index = _index(units, hidden)
     activations = hidden.index_select(-1, index)  # (B, T+R, K)
     if max_over == "neuron":
-        peak = activations.gather(1, activations.abs().argmax(1, keepdim=True))  # (B, 1, K)
+        peak = activations.gather(1, activations.abs().max(1, keepdim=True).indices)  # (B, 1, K)
     else:
         joint = activations.flatten(1)
-        peak = joint.gather(1, joint.abs().argmax(1, keepdim=True)).unsqueeze(-1).expand(-1, 1, len(units))
+        peak = joint.gather(1, joint.abs().max(1, keepdim=True).indices).unsqueeze(-1).expand(-1, 1, len(units))
     if num_registers > 1:
         owned = _index(owners, hidden) == torch.arange(num_registers, device=hidden.device).unsqueeze(-1)
         peak = peak * owned  # (B, R, K)
@@ -189,6 +189,8 @@ class _Lane(_Override):
                 f"block {self.index} was called with a {type(hidden).__name__} of tokens (images of several sizes at "
                 "once): call the model on one tensor at a time"
             )
+        if kwargs.get("is_causal"):
+            raise NotImplementedError("causal attention hides the register, which is last, from all other tokens")
         args = tuple(self._beside(extra) for extra in args)
         kwargs = {name: self._beside(extra) for name, extra in kwargs.items()}
         dim, num_tokens = self.patch.token_dim, hidden.shape[self.patch.token_dim]
@@ -322,7 +324,7 @@ def _overrides(tower: Tower, state: Patch) -> Iterator[_Override]:
 
 def _warn_if_other_weights(neurons: RegisterNeurons, model: nn.Module, tower: Tower) -> None:
     expected = neurons.model.get("fingerprint")
-    if expected is not None and expected != fingerprint(tower):
+    if expected is not None and fingerprint(tower) not in (expected, "unknown"):
         found_in = neurons.model.get("name", "another checkpoint")
         here = " = ".join(checkpoint_names(model)) or f"this {type(model).__name__} (its checkpoint is unknown)"
         warnings.warn(

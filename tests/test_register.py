@@ -408,6 +408,15 @@ def test_user_hooks_see_the_tokens_alone() -> None:
     assert shapes == [(2, 17, 48)] * 8
 
 
+@all_families
+def test_the_tokens_leave_the_last_block_contiguous_and_carry_nothing(family: str) -> None:
+    model, left = patch(build(family), NEURONS), []
+    LAYOUTS[family].blocks(model)[-1].register_forward_hook(lambda module, args, output: left.append(output))
+    outputs(model)
+    assert left[0].is_contiguous()
+    assert not vars(left[0])
+
+
 def test_edits_in_place_between_blocks_reach_the_next_block() -> None:
     def scale(module: nn.Module, args: Any, output: Tensor) -> None:
         output.mul_(0.5)
