@@ -189,10 +189,11 @@ class _Lane(_Override):
                 f"block {self.index} was called with a {type(hidden).__name__} of tokens (images of several sizes at "
                 "once): call the model on one tensor at a time"
             )
-        if kwargs.get("is_causal"):
-            raise NotImplementedError("causal attention hides the register, which is last, from all other tokens")
-        args = tuple(self._beside(extra) for extra in args)
-        kwargs = {name: self._beside(extra) for name, extra in kwargs.items()}
+        if args or kwargs:
+            args = tuple(self._beside(extra) for extra in args)
+            kwargs = {name: self._beside(extra) for name, extra in kwargs.items()}
+            if kwargs.get("is_causal"):
+                raise NotImplementedError("causal attention hides the register, the last token, from all others")
         dim, num_tokens = self.patch.token_dim, hidden.shape[self.patch.token_dim]
         lane = torch.cat([hidden, self._new_registers(hidden)], dim) if self.first else self._arriving(hidden)
         out = self.original(lane, *args, **kwargs)
