@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from testreg.data import ImageBatches, Images, Transform
 from testreg.families import Block, Tower, find_tower
 from testreg.neurons import RegisterNeurons, describe_model
-from testreg.outliers import OutlierRule, recorded_tokens
+from testreg.outliers import OutlierRule, recorded_norms
 from testreg.register import is_patched
 
 if TYPE_CHECKING:
@@ -238,12 +238,11 @@ def _accumulate(
     device = tower.embedding.weight.device
     with (
         torch.autocast(device.type, amp) if amp is not None else nullcontext(),
-        recorded_tokens(tower) as outputs,
+        recorded_norms(tower) as block_norms,
         _recorded_mlp_inputs(tower, sparsity_filter) as (mlp_inputs, sparse),
     ):
         tower.run(images)
-        norms = torch.stack([tokens.float().norm(dim=-1) for tokens in outputs])  # (L, B, T)
-    outputs.clear()
+    norms = torch.stack(block_norms)  # (L, B, T)
 
     num_prefix = tower.num_prefix
     patches = norms[..., num_prefix:]

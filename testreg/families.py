@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -43,10 +44,42 @@ class Family:
     """Attention module, in a block, if it may return its weights (B, heads, T, T) as the second of its outputs."""
     batch_first: Callable[[Any], bool] = lambda tower: True
     """False where blocks see (T, B, C)."""
+    beside: Mapping[str, Callable[[Any, int], Any]] = field(default_factory=dict)
+    """Arguments of a block that hold a row for each patch (rotary embeddings): how they get rows for R registers."""
     run_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """What the tower's forward must be told to take images of any size."""
 
 
+def _unrotated(cosine: Tensor, sine: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Rotations (..., N, D) of the patches, and `count` identities behind them: a register has no position."""
+    ones = torch.ones_like(cosine[..., :1, :]).expand(*cosine.shape[:-2], count, -1)
+    return torch.cat([cosine, ones], -2), torch.cat([sine, torch.zeros_like(ones)], -2)
+
+
+def _timm_rope(rope: Tensor, count: int) -> Tensor:
+    sine, cosine = rope.chunk(2, -1)
+    cosine, sine = _unrotated(cosine, sine, count)
+    return torch.cat([sine, cosine], -1)
+
+
+def _hf_rope(position_embeddings: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
+    return _unrotated(*position_embeddings, count)
+
+
+_TIMM_VIT = Family(
+    name="timm VisionTransformer",
+    library="timm",
+    towers=("VisionTransformer",),
+    blocks=("blocks",),
+    down=("mlp.norm", "mlp.fc2", "mlp_out_proj"),
+    up=("mlp.fc1",),
+    query_key=("attn.qkv.weight",),
+    num_heads=("attn.num_heads",),
+    patch_embed=("patch_embed.proj",),
+    prefix=lambda tower: tower.num_prefix_tokens,
+    scale=("ls2.gamma",),
+    entry_norm=("norm_pre",),
+)
 _HF_VIT = Family(
     name="transformers ViT",
     library="transformers",
@@ -88,20 +121,8 @@ _HF_CLIP = Family(
 )
 
 FAMILIES = (
-    Family(
-        name="timm VisionTransformer",
-        library="timm",
-        towers=("VisionTransformer",),
-        blocks=("blocks",),
-        down=("mlp.norm", "mlp.fc2", "mlp_out_proj"),
-        up=("mlp.fc1",),
-        query_key=("attn.qkv.weight",),
-        num_heads=("attn.num_heads",),
-        patch_embed=("patch_embed.proj",),
-        prefix=lambda tower: tower.num_prefix_tokens,
-        scale=("ls2.gamma",),
-        entry_norm=("norm_pre",),
-    ),
+    _TIMM_VIT,
+    replace(_TIMM_VIT, name="timm Eva", towers=("Eva",), scale=("gamma_2",), beside={"rope": _timm_rope}),
     _HF_VIT,
     replace(_HF_VIT, name="transformers DeiT", towers=("DeiTModel",), prefix=lambda tower: 2),
     _HF_CLIP,
@@ -118,6 +139,17 @@ FAMILIES = (
         name="transformers Dinov2WithRegisters",
         towers=("Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone"),
         prefix=lambda tower: 1 + tower.config.num_register_tokens,
+    ),
+    replace(
+        _HF_DINOV2,
+        name="transformers DINOv3ViT",
+        towers=("DINOv3ViTModel", "DINOv3ViTBackbone"),
+        blocks=("model.layer", "layer"),
+        down=("mlp.down_proj",),
+        up=("mlp.up_proj",),
+        patch_embed=("embeddings.patch_embeddings",),
+        prefix=lambda tower: 1 + tower.config.num_register_tokens,
+        beside={"position_embeddings": _hf_rope},
     ),
     Family(
         name="open_clip VisionTransformer",

@@ -47,17 +47,18 @@ class OutlierRule:
 
 
 @contextmanager
-def recorded_tokens(tower: Tower) -> Iterator[list[Tensor]]:
-    """Within the block, every forward of the tower appends the output (B, T, C) of each of its blocks to the list."""
-    outputs: list[Tensor] = []
+def recorded_norms(tower: Tower) -> Iterator[list[Tensor]]:
+    """Within the block, a forward of the tower appends the norms (B, T), in float32, of each block's output tokens."""
+    norms: list[Tensor] = []
 
     def record(module: nn.Module, args: tuple[object, ...], output: Tensor | tuple[Tensor, ...]) -> None:
         tokens = output[0] if isinstance(output, tuple) else output
-        outputs.append(tokens.transpose(0, 1) if tower.token_dim == 0 else tokens)
+        norm = tokens.detach().float().norm(dim=-1)
+        norms.append(norm.transpose(0, 1) if tower.token_dim == 0 else norm)
 
     handles = [block.module.register_forward_hook(record) for block in tower.blocks]
     try:
-        yield outputs
+        yield norms
     finally:
         for handle in handles:
             handle.remove()
@@ -66,6 +67,6 @@ def recorded_tokens(tower: Tower) -> Iterator[list[Tensor]]:
 @torch.no_grad()
 def token_norms(tower: Tower, images: Tensor) -> Tensor:
     """Residual norms (L, B, T) after each of the L blocks, in float32, of images (B, 3, h, w)."""
-    with recorded_tokens(tower) as outputs:
+    with recorded_norms(tower) as norms:
         tower.run(images)
-        return torch.stack([tokens.float().norm(dim=-1) for tokens in outputs])
+    return torch.stack(norms)

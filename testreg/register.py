@@ -180,6 +180,7 @@ class _Lane(_Override):
     first: bool
     last: bool
     entry_norm: nn.Module | None
+    beside: Mapping[str, Callable[[Any, int], Any]]
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.patch.enabled:
@@ -190,8 +191,8 @@ class _Lane(_Override):
                 "once): call the model on one tensor at a time"
             )
         if args or kwargs:
-            args = tuple(self._beside(extra) for extra in args)
-            kwargs = {name: self._beside(extra) for name, extra in kwargs.items()}
+            args = tuple(self._beside("", extra) for extra in args)
+            kwargs = {name: self._beside(name, extra) for name, extra in kwargs.items()}
             if kwargs.get("is_causal"):
                 raise NotImplementedError("causal attention hides the register, the last token, from all others")
         dim, num_tokens = self.patch.token_dim, hidden.shape[self.patch.token_dim]
@@ -205,8 +206,10 @@ class _Lane(_Override):
             setattr(tokens, _LANE, lane)
         return tokens if rest is None else (tokens, *rest)
 
-    def _beside(self, extra: Any) -> Any:
-        """An argument beside the tokens, which must not be a mask: it has no row for the register."""
+    def _beside(self, name: str, extra: Any) -> Any:
+        """An argument beside the tokens: one that the family knows how to extend to the registers, and no mask."""
+        if name in self.beside and extra is not None:
+            return self.beside[name](extra, self.patch.num_registers)
         if not isinstance(extra, Tensor):
             return extra
         # In torch.export, transformers makes a mask (B, heads, T, T) even where nothing is masked. Nobody can look into
@@ -316,7 +319,9 @@ def _overrides(tower: Tower, state: Patch) -> Iterator[_Override]:
     owner = {(layer, unit): i % state.num_registers for i, (layer, unit, _) in enumerate(state.neurons.ranking)}
     by_layer = state.neurons.by_layer()
     for i, block in enumerate(tower.blocks):
-        yield _Lane(block.module, state, i, i == 0, i == tower.depth - 1, tower.entry_norm if i == 0 else None)
+        first, last = i == 0, i == tower.depth - 1
+        entry_norm = tower.entry_norm if first else None
+        yield _Lane(block.module, state, i, first, last, entry_norm, tower.family.beside)
         if units := by_layer.get(i):
             yield _Shift(block.down, state, tuple(units), tuple(owner[i, unit] for unit in units))
         if block.attention is not None:

@@ -15,6 +15,7 @@ import fake_dinov2
 import timm
 import tiny
 import torch
+import transformers
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import Tensor, nn
 
@@ -32,6 +33,10 @@ class Layout:
     entry_norm: Callable[[Any], nn.LayerNorm] | None = None
     sequence_first: bool = False
     mlp_width: int = tiny.MLP_WIDTH
+    rope: Callable[[Any, Tensor], tuple[Tensor, Tensor]] | None = None
+    """Cosine and sine (N, D) of the patches' rotations."""
+    interleaved: bool = False
+    """Pairs of channels that are rotated together lie side by side, not half a head apart."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Block:
 
 
 def affine(linear: Any) -> Affine:
-    return linear.weight, linear.bias
+    return linear.weight, torch.zeros_like(linear.weight[:, 0]) if linear.bias is None else linear.bias
 
 
 def apply(x: Tensor, weights: Affine) -> Tensor:
@@ -128,6 +133,30 @@ def read_timm_parallel(block: Any) -> Block:
     )
 
 
+def read_timm_eva(block: Any) -> Block:
+    attention, gated = block.attn, hasattr(block.mlp, "fc1_g")
+    if attention.qkv is None:
+        qkv = [affine(attention.q_proj), affine(attention.k_proj), affine(attention.v_proj)]
+    else:
+        qkv = thirds(*affine(attention.qkv))
+    return Block(
+        norm1=block.norm1,
+        qkv=qkv,
+        out=affine(attention.proj),
+        norm2=block.norm2,
+        hidden=swiglu(affine(block.mlp.fc1_g), affine(block.mlp.fc1_x)) if gated else mlp(block.mlp.fc1, gelu),
+        down=affine(block.mlp.fc2),
+        scale1=1.0 if block.gamma_1 is None else block.gamma_1,
+        scale2=1.0 if block.gamma_2 is None else block.gamma_2,
+        middle_norm=block.mlp.norm if isinstance(block.mlp.norm, nn.LayerNorm) else None,
+    )
+
+
+def timm_rope(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    sine, cosine = model.rope.get_embed(shape=(images.shape[2] // tiny.PATCH,) * 2).chunk(2, -1)
+    return cosine, sine
+
+
 def read_hf_vit(block: Any) -> Block:
     attention = block.attention
     return Block(
@@ -152,6 +181,26 @@ def read_hf_dinov2(block: Any) -> Block:
         scale1=block.layer_scale1.lambda1,
         scale2=block.layer_scale2.lambda1,
     )
+
+
+def read_hf_dinov3(block: Any) -> Block:
+    attention, gated = block.attention, hasattr(block.mlp, "gate_proj")
+    return Block(
+        norm1=block.norm1,
+        qkv=[affine(attention.q_proj), affine(attention.k_proj), affine(attention.v_proj)],
+        out=affine(attention.o_proj),
+        norm2=block.norm2,
+        hidden=swiglu(affine(block.mlp.gate_proj), affine(block.mlp.up_proj))
+        if gated
+        else mlp(block.mlp.up_proj, gelu),
+        down=affine(block.mlp.down_proj),
+        scale1=block.layer_scale1.lambda1,
+        scale2=block.layer_scale2.lambda1,
+    )
+
+
+def hf_rope(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    return model.rope_embeddings(images)
 
 
 def read_hf_clip(block: Any, activation: Callable[[Tensor], Tensor] = quick_gelu) -> Block:
@@ -219,6 +268,11 @@ LAYOUTS = {
         sequence_first=True,
     ),
     "torchvision_vit": Layout(read_torchvision, lambda m: m.encoder.layers),
+    "hf_dinov3": Layout(read_hf_dinov3, lambda m: m.model.layer, prefix=5, rope=hf_rope),
+    "hf_dinov3_gated": Layout(read_hf_dinov3, lambda m: m.model.layer, prefix=5, rope=hf_rope),
+    "timm_dinov3": Layout(read_timm_eva, lambda m: m.blocks, prefix=5, rope=timm_rope),
+    "timm_eva02": Layout(read_timm_eva, lambda m: m.blocks, mlp_width=128, rope=timm_rope, interleaved=True),
+    "timm_eva_without_rope": Layout(read_timm_eva, lambda m: m.blocks),
     "timm_mlp_norm": Layout(read_timm, lambda m: m.blocks),
     "timm_parallel": Layout(read_timm_parallel, lambda m: m.blocks),
     "open_clip_mlp_norm": Layout(
@@ -235,6 +289,12 @@ _BUILDERS: dict[str, Callable[[], nn.Module]] = {
         "vit_base_patch16_224", block_fn=ParallelScalingBlock, init_values=0.5, **tiny.TIMM
     ),
     "open_clip_mlp_norm": lambda: tiny._open_clip(block_type="custom", scale_fc=True),
+    "hf_dinov3_gated": lambda: transformers.DINOv3ViTModel(
+        transformers.DINOv3ViTConfig(**tiny.HF, num_register_tokens=4, use_gated_mlp=True, hidden_act="silu")
+    ),
+    "timm_dinov3": lambda: timm.create_model("vit_base_patch16_dinov3", init_values=0.5, **tiny.TIMM),
+    "timm_eva02": lambda: timm.create_model("eva02_base_patch14_224", **tiny.TIMM),
+    "timm_eva_without_rope": lambda: timm.create_model("eva_giant_patch14_224", mlp_ratio=4, **tiny.TIMM),
     "dinov2": lambda: fake_dinov2.DinoVisionTransformer(),
     "dinov2_chunked_swiglu_reg4": lambda: fake_dinov2.DinoVisionTransformer(
         num_register_tokens=4, swiglu=True, chunks=2
@@ -301,11 +361,20 @@ def block_outputs(name: str, model: nn.Module, images: Tensor) -> BlockOutputs:
     return outputs
 
 
-def attend(x: Tensor, block: Block) -> tuple[Tensor, Tensor]:
-    """The attention's output and its weights (B, heads, T, T)."""
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool) -> Tensor:
+    """(..., N, D): each pair of channels turned by its angle."""
+    if interleaved:
+        turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+    else:
+        turned = torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], dim=-1)
+    return x * cosine + turned * sine
+
+
+def attend(x: Tensor, block: Block, turn: Callable[[Tensor], Tensor] = lambda x: x) -> tuple[Tensor, Tensor]:
+    """The attention's output and its weights (B, heads, T, T); `turn` puts positions into queries and keys."""
     images, tokens, width = x.shape
     q, k, v = (apply(x, w).reshape(images, tokens, HEADS, width // HEADS).transpose(1, 2) for w in block.qkv)
-    scores = q @ k.transpose(2, 3) / math.sqrt(width // HEADS)
+    scores = turn(q) @ turn(k).transpose(2, 3) / math.sqrt(width // HEADS)
     weights = torch.exp(scores - scores.amax(-1, keepdim=True))
     weights = weights / weights.sum(-1, keepdim=True)
     return apply((weights @ v).transpose(1, 2).reshape(images, tokens, width), block.out), weights
@@ -350,10 +419,19 @@ def forward_by_hand(
     if layout.entry_norm is not None:
         registers = registers + layout.entry_norm(model).bias  # what a LayerNorm makes of zeros
     x = torch.cat([x, registers], dim=1)
+
+    def turn(heads: Tensor) -> Tensor:
+        if layout.rope is None:
+            return heads
+        prefix, patches, register = heads.split(
+            [layout.prefix, heads.shape[2] - layout.prefix - num_registers, num_registers], 2
+        )
+        return torch.cat([prefix, rotate(patches, *layout.rope(model, images), layout.interleaved), register], 2)
+
     outputs = []
     for layer, module in enumerate(layout.blocks(model)):
         block = layout.read(module)
-        attended, weights = attend(layer_norm(x, block.norm1), block)
+        attended, weights = attend(layer_norm(x, block.norm1), block, turn)
         if attentions is not None:
             attentions.append(weights)
         after_attention = x + attended * block.scale1

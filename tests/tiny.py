@@ -73,6 +73,9 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "hf_dinov2_registers": lambda: transformers.Dinov2WithRegistersModel(
         transformers.Dinov2WithRegistersConfig(**HF_DINOV2)
     ),
+    "hf_dinov3": lambda: transformers.DINOv3ViTModel(
+        transformers.DINOv3ViTConfig(**HF, num_register_tokens=4, layerscale_value=0.5)
+    ),
     "open_clip": lambda: _open_clip(),
     "open_clip_sequence_first": _open_clip_sequence_first,
     "torchvision_vit": lambda: torchvision.models.VisionTransformer(
