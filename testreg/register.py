@@ -74,9 +74,9 @@ def shift(
     if num_registers > 1:
         owned = _index(owners, hidden) == torch.arange(num_registers, device=hidden.device).unsqueeze(-1)
         peak = peak * owned  # (B, R, K)
-    kept = num_prefix if zero == "patches" else 0
-    zeros = activations.new_zeros(()).expand(hidden.shape[0], hidden.shape[1] - kept - num_registers, len(units))
-    moved = torch.cat([activations[:, :kept], zeros, peak], dim=1)
+    moved = activations.clone()
+    moved[:, num_prefix if zero == "patches" else 0 :] = 0
+    moved[:, -num_registers:] = peak
     return hidden.index_copy(-1, index, moved) if torch.is_grad_enabled() else hidden.index_copy_(-1, index, moved)
 
 
