@@ -299,14 +299,11 @@ def _recorded_mlp_inputs(tower: Tower, sparsity_filter: bool) -> Iterator[tuple[
     inputs: list[Tensor] = []
     sparse: list[Tensor] = []
 
-    def batch_first(tokens: Tensor) -> Tensor:
-        return tokens.transpose(0, 1) if tower.token_dim == 0 else tokens
-
     def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs.append(batch_first(args[0]))
+        inputs.append(tower.batch_first(args[0]))
 
     def record_sparse(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        sparse.append((batch_first(args[0]).abs() < SPARSE).float().mean(1) >= 0.5)
+        sparse.append((tower.batch_first(args[0]).abs() < SPARSE).float().mean(1) >= 0.5)
 
     handles = [(block.mlp or block.down).register_forward_pre_hook(record) for block in tower.blocks]
     if sparsity_filter:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from testreg.files import replacing
+from testreg.models import NAMES
 from testreg.neurons import RegisterNeurons, bundled
 
 if TYPE_CHECKING:
@@ -18,11 +19,6 @@ if TYPE_CHECKING:
     from testreg.models import LoadedModel
 
 OK, ERROR, NOTHING_TO_FIX, INTERRUPTED = 0, 1, 3, 130
-
-MODEL_HELP = (
-    "timm:NAME, hf:NAME-or-folder, open_clip:ARCH/PRETRAINED, hub:OWNER/REPO/NAME, torchvision:NAME, "
-    "or the folder of a local checkpoint"
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("model", metavar="MODEL", help=NAMES)
     parser.add_argument("--image-size", type=int, help="side of the input in pixels (default: the model's own)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
 

@@ -240,6 +240,10 @@ class Tower:
         weight = self.embedding.weight
         return self.module(images.to(weight.device, weight.dtype), **self.family.run_kwargs)
 
+    def batch_first(self, tokens: Tensor) -> Tensor:
+        """What the blocks see, or a part of it, as (B, T, ...): a view."""
+        return tokens.transpose(0, 1) if self.token_dim == 0 else tokens
+
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of patches of images (..., h, w)."""
         rows, columns = self.embedding.stride

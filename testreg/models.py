@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from testreg import checkpoint, formats
+from testreg.data import Transform
 from testreg.families import find_tower
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Transform = Callable[["Image"], Tensor]
-
-_NAMES = "timm:NAME, hf:NAME, open_clip:ARCH/PRETRAINED, hub:OWNER/REPO/NAME, torchvision:NAME or a checkpoint folder"
+NAMES = "timm:NAME, hf:NAME, open_clip:ARCH/PRETRAINED, hub:OWNER/REPO/NAME, torchvision:NAME or a checkpoint folder"
 _CHECK_HUB = "Check the name on huggingface.co, and the network"
 _CHECK_FOLDER = "The folder is damaged, or not for this release of the library: copy it, or save it, again"
 _RESIZE = 256 / 224  # ImageNet evaluation: short side to 256, then the middle 224
@@ -288,7 +287,7 @@ def _load_folder(name: str, image_size: int | None, pretrained: bool) -> LoadedM
     """The files in a checkpoint's folder tell which library wrote it."""
     folder = Path(name)
     if not folder.is_dir():
-        raise ValueError(f"{name!r} is neither a checkpoint folder nor a model name: names are {_NAMES}")
+        raise ValueError(f"{name!r} is neither a checkpoint folder nor a model name: names are {NAMES}")
     if (folder / checkpoint.RECORD).is_file():
         return _load_patched(name, image_size)
     if (folder / "open_clip_config.json").is_file():

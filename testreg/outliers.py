@@ -53,8 +53,7 @@ def recorded_norms(tower: Tower) -> Iterator[list[Tensor]]:
 
     def record(module: nn.Module, args: tuple[object, ...], output: Tensor | tuple[Tensor, ...]) -> None:
         tokens = output[0] if isinstance(output, tuple) else output
-        norm = tokens.detach().float().norm(dim=-1)
-        norms.append(norm.transpose(0, 1) if tower.token_dim == 0 else norm)
+        norms.append(tower.batch_first(tokens.detach().float().norm(dim=-1)))
 
     handles = [block.module.register_forward_hook(record) for block in tower.blocks]
     try:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from testreg.families import Tower, find_part, find_tower
+from testreg.outliers import token_norms
 
 SINK_LOGIT = 8.0  # attention logit of an outlier, above that of normal tokens
 
@@ -124,20 +125,13 @@ def _measure(tower: Tower, layer: int, images: Tensor) -> tuple[Tensor, Tensor]:
     """The input (B, T, C) of the block's MLP, and the norms (B, T) of the block's output."""
     block = tower.blocks[layer]
     assert block.mlp is not None
-    kept: list[Tensor] = []
-    handles = [
-        block.mlp.register_forward_pre_hook(lambda module, args: kept.append(args[0])),
-        block.module.register_forward_hook(
-            lambda module, args, out: kept.append(out if isinstance(out, Tensor) else out[0])
-        ),
-    ]
+    inputs: list[Tensor] = []
+    handle = block.mlp.register_forward_pre_hook(lambda module, args: inputs.append(tower.batch_first(args[0])))
     try:
-        tower.run(images)
+        norms = token_norms(tower, images)
     finally:
-        for handle in handles:
-            handle.remove()
-    inputs, outputs = (tokens.transpose(0, 1) if tower.token_dim == 0 else tokens for tokens in kept)
-    return inputs.float(), outputs.float().norm(dim=-1)
+        handle.remove()
+    return inputs[0].float(), norms[layer]
 
 
 def _direction(width: int, generator: torch.Generator) -> Tensor:

@@ -177,7 +177,6 @@ class _Lane(_Override):
 
     patch: Patch
     index: int
-    first: bool
     last: bool
     entry_norm: nn.Module | None
     beside: Mapping[str, Callable[[Any, int], Any]]
@@ -196,7 +195,7 @@ class _Lane(_Override):
             if kwargs.get("is_causal"):
                 raise NotImplementedError("causal attention hides the register, the last token, from all others")
         dim, num_tokens = self.patch.token_dim, hidden.shape[self.patch.token_dim]
-        lane = torch.cat([hidden, self._new_registers(hidden)], dim) if self.first else self._arriving(hidden)
+        lane = torch.cat([hidden, self._new_registers(hidden)], dim) if self.index == 0 else self._arriving(hidden)
         out = self.original(lane, *args, **kwargs)
         lane, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
         tokens = lane.narrow(dim, 0, num_tokens)
@@ -319,9 +318,7 @@ def _overrides(tower: Tower, state: Patch) -> Iterator[_Override]:
     owner = {(layer, unit): i % state.num_registers for i, (layer, unit, _) in enumerate(state.neurons.ranking)}
     by_layer = state.neurons.by_layer()
     for i, block in enumerate(tower.blocks):
-        first, last = i == 0, i == tower.depth - 1
-        entry_norm = tower.entry_norm if first else None
-        yield _Lane(block.module, state, i, first, last, entry_norm, tower.family.beside)
+        yield _Lane(block.module, state, i, i == tower.depth - 1, tower.entry_norm, tower.family.beside)
         if units := by_layer.get(i):
             yield _Shift(block.down, state, tuple(units), tuple(owner[i, unit] for unit in units))
         if block.attention is not None:

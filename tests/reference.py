@@ -169,31 +169,21 @@ def read_hf_vit(block: Any) -> Block:
     )
 
 
-def read_hf_dinov2(block: Any) -> Block:
-    attention, gated = block.attention, hasattr(block.mlp, "gate_proj")
+def read_hf_dino(block: Any) -> Block:
+    attention, parts = block.attention, block.mlp
+    if hasattr(parts, "gate_proj"):
+        hidden, down = swiglu(affine(parts.gate_proj), affine(parts.up_proj)), parts.down_proj
+    elif hasattr(parts, "up_proj"):  # DINOv3
+        hidden, down = mlp(parts.up_proj, gelu), parts.down_proj
+    else:
+        hidden, down = mlp(parts.fc1, gelu), parts.fc2
     return Block(
         norm1=block.norm1,
         qkv=[affine(attention.q_proj), affine(attention.k_proj), affine(attention.v_proj)],
         out=affine(attention.o_proj),
         norm2=block.norm2,
-        hidden=swiglu(affine(block.mlp.gate_proj), affine(block.mlp.up_proj)) if gated else mlp(block.mlp.fc1, gelu),
-        down=affine(block.mlp.down_proj if gated else block.mlp.fc2),
-        scale1=block.layer_scale1.lambda1,
-        scale2=block.layer_scale2.lambda1,
-    )
-
-
-def read_hf_dinov3(block: Any) -> Block:
-    attention, gated = block.attention, hasattr(block.mlp, "gate_proj")
-    return Block(
-        norm1=block.norm1,
-        qkv=[affine(attention.q_proj), affine(attention.k_proj), affine(attention.v_proj)],
-        out=affine(attention.o_proj),
-        norm2=block.norm2,
-        hidden=swiglu(affine(block.mlp.gate_proj), affine(block.mlp.up_proj))
-        if gated
-        else mlp(block.mlp.up_proj, gelu),
-        down=affine(block.mlp.down_proj),
+        hidden=hidden,
+        down=affine(down),
         scale1=block.layer_scale1.lambda1,
         scale2=block.layer_scale2.lambda1,
     )
@@ -257,9 +247,9 @@ LAYOUTS = {
     "hf_deit": Layout(read_hf_vit, lambda m: m.layers, prefix=2),
     "hf_clip": Layout(read_hf_clip, lambda m: m.encoder.layers, entry_norm=lambda m: m.pre_layrnorm),
     "hf_siglip": Layout(read_hf_siglip, lambda m: m.encoder.layers, prefix=0),
-    "hf_dinov2": Layout(read_hf_dinov2, lambda m: m.encoder.layer),
-    "hf_dinov2_swiglu": Layout(read_hf_dinov2, lambda m: m.encoder.layer, mlp_width=128),
-    "hf_dinov2_registers": Layout(read_hf_dinov2, lambda m: m.encoder.layer, prefix=5),
+    "hf_dinov2": Layout(read_hf_dino, lambda m: m.encoder.layer),
+    "hf_dinov2_swiglu": Layout(read_hf_dino, lambda m: m.encoder.layer, mlp_width=128),
+    "hf_dinov2_registers": Layout(read_hf_dino, lambda m: m.encoder.layer, prefix=5),
     "open_clip": Layout(read_open_clip, lambda m: m.visual.transformer.resblocks, entry_norm=lambda m: m.visual.ln_pre),
     "open_clip_sequence_first": Layout(
         read_open_clip,
@@ -268,8 +258,8 @@ LAYOUTS = {
         sequence_first=True,
     ),
     "torchvision_vit": Layout(read_torchvision, lambda m: m.encoder.layers),
-    "hf_dinov3": Layout(read_hf_dinov3, lambda m: m.model.layer, prefix=5, rope=hf_rope),
-    "hf_dinov3_gated": Layout(read_hf_dinov3, lambda m: m.model.layer, prefix=5, rope=hf_rope),
+    "hf_dinov3": Layout(read_hf_dino, lambda m: m.model.layer, prefix=5, rope=hf_rope),
+    "hf_dinov3_gated": Layout(read_hf_dino, lambda m: m.model.layer, prefix=5, rope=hf_rope),
     "timm_dinov3": Layout(read_timm_eva, lambda m: m.blocks, prefix=5, rope=timm_rope),
     "timm_eva02": Layout(read_timm_eva, lambda m: m.blocks, mlp_width=128, rope=timm_rope, interleaved=True),
     "timm_eva_without_rope": Layout(read_timm_eva, lambda m: m.blocks),
