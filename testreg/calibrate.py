@@ -14,7 +14,7 @@ from __future__ import annotations
 import datetime
 import functools
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from testreg.data import ImageBatches, Images, Transform
-from testreg.families import Block, Tower, find_tower
+from testreg.families import Block, Mlp, Tower, find_tower
 from testreg.neurons import RegisterNeurons, describe_model
 from testreg.outliers import OutlierRule, recorded_norms
 from testreg.register import is_patched
@@ -157,7 +157,7 @@ def calibrate(
         workers=workers,
         seed=seed,
     )
-    statistics = Statistics.empty(tower, candidates, tower.embedding.weight.device)
+    statistics = Statistics.empty(tower, candidates, tower.device)
     generator = torch.Generator().manual_seed(seed)
     image_size: tuple[int, ...] = ()
     was_training = tower.module.training
@@ -185,7 +185,7 @@ def calibrate(
             "rule": rule.describe(),
             "sparsity_filter": sparsity_filter,
             "seed": seed,
-            "dtype": str(amp or tower.embedding.weight.dtype).removeprefix("torch."),
+            "dtype": str(amp or tower.dtype).removeprefix("torch."),
         },
     )
 
@@ -235,7 +235,7 @@ def _accumulate(
     include_prefix: bool,
 ) -> None:
     """Add one batch (B, 3, h, w) to the statistics."""
-    device = tower.embedding.weight.device
+    device = tower.device
     with (
         torch.autocast(device.type, amp) if amp is not None else nullcontext(),
         recorded_norms(tower) as block_norms,
@@ -275,10 +275,10 @@ def _accumulate(
     normal_weight = is_normal[image, token].float()  # (n,)
     statistics.num_normal += int(normal.sum())
     for i, block in enumerate(tower.blocks):
-        hidden = _hidden_at(block, mlp_inputs[i][image, token]).float().abs()  # (n, H)
+        hidden = _hidden_at(block, [inputs[image, token] for inputs in mlp_inputs[i]]).float().abs()  # (n, H)
         statistics.normal[i] += normal_weight @ hidden
         if sparsity_filter:
-            hidden = hidden * sparse[i][image]
+            hidden = hidden * torch.cat(sparse[i], -1)[image]
         statistics.outlier[:, i] += weight @ hidden
 
 
@@ -291,23 +291,29 @@ def _sample_normal(outlier: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @contextmanager
-def _recorded_mlp_inputs(tower: Tower, sparsity_filter: bool) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Inputs (B, T, C) of the MLPs; of blocks that hold no MLP module, the hidden activations (B, T, H) themselves.
+def _recorded_mlp_inputs(
+    tower: Tower, sparsity_filter: bool
+) -> Iterator[tuple[list[list[Tensor]], list[list[Tensor]]]]:
+    """Inputs (B, T, C) of each block's MLPs; of one that is no module, the hidden activation (B, T, H) itself.
 
-    With `sparsity_filter` also, for each block, which neurons (B, H) are silent on half of an image's tokens.
+    With `sparsity_filter` also, for each MLP, which neurons (B, H) are silent on half of an image's tokens.
     """
-    inputs: list[Tensor] = []
-    sparse: list[Tensor] = []
+    inputs: list[list[Tensor]] = [[] for _ in tower.blocks]
+    sparse: list[list[Tensor]] = [[] for _ in tower.blocks]
 
-    def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs.append(tower.batch_first(args[0]))
+    def record(layer: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        inputs[layer].append(tower.batch_first(args[0]))
 
-    def record_sparse(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        sparse.append((tower.batch_first(args[0]).abs() < SPARSE).float().mean(1) >= 0.5)
+    def record_sparse(layer: int, mlp: Mlp, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        hidden = tower.batch_first(args[0])[..., mlp.first :]
+        sparse[layer].append((hidden.abs() < SPARSE).float().mean(1) >= 0.5)
 
-    handles = [(block.mlp or block.down).register_forward_pre_hook(record) for block in tower.blocks]
-    if sparsity_filter:
-        handles += [block.down.register_forward_pre_hook(record_sparse) for block in tower.blocks]
+    handles = []
+    for layer, block in enumerate(tower.blocks):
+        for mlp in block.mlps:
+            handles.append((mlp.module or mlp.down).register_forward_pre_hook(functools.partial(record, layer)))
+            if sparsity_filter:
+                handles.append(mlp.down.register_forward_pre_hook(functools.partial(record_sparse, layer, mlp)))
     try:
         yield inputs, sparse
     finally:
@@ -315,14 +321,19 @@ def _recorded_mlp_inputs(tower: Tower, sparsity_filter: bool) -> Iterator[tuple[
             handle.remove()
 
 
-def _hidden_at(block: Block, selected: Tensor) -> Tensor:
-    """MLP inputs (n, C) -> hidden activations (n, H): the MLP is run, and the input of its second linear kept."""
-    if block.mlp is None:
-        return selected
+def _hidden_at(block: Block, selected: Sequence[Tensor]) -> Tensor:
+    """Inputs (n, C) of each of the block's MLPs -> hidden activations (n, H)."""
+    return torch.cat([_mlp_hidden_at(*each) for each in zip(block.mlps, selected, strict=True)], -1)
+
+
+def _mlp_hidden_at(mlp: Mlp, selected: Tensor) -> Tensor:
+    """The MLP is run, and the input of its second linear kept."""
+    if mlp.module is None:
+        return selected[:, mlp.first :]
     kept: list[Tensor] = []
-    handle = block.down.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
+    handle = mlp.down.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
     try:
-        block.mlp(selected.unsqueeze(0))
+        mlp.module(selected.unsqueeze(0))
     finally:
         handle.remove()
     return kept[0].squeeze(0)
@@ -386,10 +397,13 @@ def _scores(statistics: Statistics, tower: Tower, d: int, score: Score) -> Tenso
 
 def _column_norms(block: Block) -> Tensor:
     """(H,): norm of what one unit of a neuron's activation adds to the residual stream, LayerScale included."""
-    weight = block.down_linear.weight.detach().float()  # (C, H)
-    if block.scale is not None:
-        weight = weight * block.scale.detach().float().unsqueeze(-1)
-    return weight.norm(dim=0)
+    norms = []
+    for mlp in block.mlps:
+        columns = mlp.columns.detach().float()
+        if mlp.scale is not None:
+            columns = columns * mlp.scale.detach().float().unsqueeze(-1)
+        norms.append(columns.norm(dim=0))
+    return torch.cat(norms)
 
 
 def _versions() -> dict[str, str]:

@@ -246,7 +246,7 @@ def _imagenet_transform(model: nn.Module, image_size: int | None = None) -> Tran
     """How DINO and DINOv2 evaluate on ImageNet: their repositories hand out no transform."""
     from torchvision import transforms
 
-    patch_size = find_tower(model).embedding.stride[0]
+    patch_size = find_tower(model).patch_size[0]
     size = max((image_size or 224) // patch_size, 1) * patch_size
     steps = [
         transforms.Resize(round(size * _RESIZE), interpolation=transforms.InterpolationMode.BICUBIC),

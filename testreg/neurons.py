@@ -226,8 +226,8 @@ def fingerprint(tower: Tower) -> str:
     neurons are, laid out alike in all libraries. Signs, because no rounding (fp16, bf16) changes them.
     """
     digest = hashlib.sha256()
-    for block in tower.blocks:
-        weight = getattr(block.down_linear, "weight", None)
+    for mlp in (mlp for block in tower.blocks for mlp in block.mlps):
+        weight = getattr(mlp.down_linear, "weight", None)
         if not isinstance(weight, torch.Tensor) or weight.is_meta:
             return "unknown"
         flat = weight.detach().flatten()

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from testreg.families import Tower, find_part, find_tower
+from testreg.families import Tower, find_part, find_tower, listed
 from testreg.outliers import token_norms
 
 SINK_LOGIT = 8.0  # attention logit of an outlier, above that of normal tokens
@@ -65,37 +65,39 @@ def plant(
         raise ValueError(f"layer must leave a block before and after it, got {layer} of {tower.depth} blocks")
     block = tower.blocks[layer]
     up = find_part(block.module, tower.family.up)
-    if up is None or up.out_features != tower.mlp_width:
+    mlp = block.mlps[0]
+    if up is None or up.out_features != tower.mlp_width or mlp.module is None:
         raise ValueError(f"planting needs a plain MLP, which {type(block.module).__name__} has not")
+    if not isinstance(tower.embedding, nn.Conv2d):
+        raise ValueError(f"planting needs a convolution that embeds the patches, which {tower.family.name} has not")
     generator = torch.Generator().manual_seed(seed)
-    for each in tower.blocks:
-        if each.scale is not None:
-            each.scale.fill_(1.0)
-    _separate_brightness(tower, images, generator)
+    for scale in (each.scale for block in tower.blocks for each in block.mlps if each.scale is not None):
+        scale.fill_(1.0)
+    _separate_brightness(tower.embedding, images, generator)
 
     units = torch.randperm(tower.mlp_width, generator=generator)[: num_neurons + 2 * decoys].tolist()
     planted, extra = units[:num_neurons], units[num_neurons:]
     for unit in units:  # silent, so that the detector is measured without them
         up.weight[unit] = 0.0
         up.bias[unit] = -10.0
-        block.down_linear.weight[:, unit] = 0.0
+        mlp.columns[:, unit] = 0.0
 
-    brightness, norms = _measure(tower, layer, images)
+    brightness, norms = _measure(tower, mlp.module, images)
     width = brightness.shape[-1]
     patches = brightness[:, tower.num_prefix :, 0]  # (B, N), channel 0 of the MLP's input
     threshold = patches.flatten().quantile(1 - outlier_fraction)
     steepness = 4.0 / (patches[patches > threshold].mean() - threshold)
     direction = _direction(width, generator)  # (C,)
-    length = norm_ratio * norms[:, tower.num_prefix :].median() / (4.0 * num_neurons)
+    length = norm_ratio * norms[layer, :, tower.num_prefix :].median() / (4.0 * num_neurons)
     for unit in planted:
         gain = float(0.75 + 0.5 * torch.rand((), generator=generator))  # so that no two neurons score alike
         up.weight[unit, 0] = gain * steepness
         up.bias[unit] = -gain * steepness * threshold
-        block.down_linear.weight[:, unit] = length * direction
+        mlp.columns[:, unit] = length * direction
     if decoys:
         loud, idle = extra
         up.bias[loud] = 30.0
-        block.down_linear.weight[:, loud] = 1e-2 * length * _direction(width, generator)
+        mlp.columns[:, loud] = 1e-2 * length * _direction(width, generator)
         up.weight[idle, 0] = 2 * steepness
         up.bias[idle] = -2 * steepness * threshold
     for each in tower.blocks[layer + 1 :]:
@@ -103,35 +105,33 @@ def plant(
     return Planted({layer: planted}, {layer: extra} if decoys else {})
 
 
-def _separate_brightness(tower: Tower, images: Tensor, generator: torch.Generator) -> None:
+def _separate_brightness(embedding: nn.Conv2d, images: Tensor, generator: torch.Generator) -> None:
     """Channel 0 of the patch embedding sees the mean of the pixels, the others filters of zero mean."""
-    weight = tower.embedding.weight  # (C, 3, p, p)
+    weight = embedding.weight  # (C, 3, p, p)
     filters = torch.randn(weight.shape, generator=generator)
     filters -= filters.mean((2, 3), keepdim=True)
     filters /= filters.flatten(1).norm(dim=1)[:, None, None, None]
     filters[0] = 1.0 / filters[0].numel()
     weight.copy_(filters)
     # The texture of a typical patch gets unit variance: far above what random blocks and positions add to it.
-    tokens = nn.functional.conv2d(images.to(weight), weight, stride=tower.embedding.stride).flatten(2)  # (B, C, N)
+    tokens = nn.functional.conv2d(images.to(weight), weight, stride=tuple(embedding.stride)).flatten(2)  # (B, C, N)
     scale = 1.0 / tokens[:, 1:].std(1).median()
     weight[1:] *= scale
     weight[0] *= 2.0 / tokens[:, 0].abs().median()
-    if tower.embedding.bias is not None:  # a share that all tokens have, so that texture alone makes no outlier
-        tower.embedding.bias.zero_()
-        tower.embedding.bias[1] = len(weight) ** 0.5
+    if embedding.bias is not None:  # a share that all tokens have, so that texture alone makes no outlier
+        embedding.bias.zero_()
+        embedding.bias[1] = len(weight) ** 0.5
 
 
-def _measure(tower: Tower, layer: int, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The input (B, T, C) of the block's MLP, and the norms (B, T) of the block's output."""
-    block = tower.blocks[layer]
-    assert block.mlp is not None
+def _measure(tower: Tower, mlp: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The input (B, T, C) of the MLP, and the norms (L, B, T) of all blocks' outputs."""
     inputs: list[Tensor] = []
-    handle = block.mlp.register_forward_pre_hook(lambda module, args: inputs.append(tower.batch_first(args[0])))
+    handle = mlp.register_forward_pre_hook(lambda module, args: inputs.append(tower.batch_first(args[0])))
     try:
         norms = token_norms(tower, images)
     finally:
         handle.remove()
-    return inputs[0].float(), norms[layer]
+    return inputs[0].float(), norms
 
 
 def _direction(width: int, generator: torch.Generator) -> Tensor:
@@ -144,7 +144,7 @@ def _direction(width: int, generator: torch.Generator) -> Tensor:
 
 def _attend(tower: Tower, block: nn.Module, direction: Tensor) -> None:
     """Make the first half of the heads attend to `direction` from every token."""
-    paths = tower.family.query_key
+    paths = listed(tower.family.query_key)
     weights = [find_part(block, (path,)) for path in paths]
     biases = [find_part(block, (path.removesuffix("weight") + "bias",)) for path in paths]
     width = len(direction)

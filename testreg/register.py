@@ -16,7 +16,9 @@ Shapes: B batch, T tokens of the unpatched model, P of them prefix tokens, R reg
 from __future__ import annotations
 
 import functools
+import inspect
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +28,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from testreg.families import Tower, checkpoint_names, find_tower
+from testreg.families import MASKS, Family, Tower, checkpoint_names, find_tower, unbiased
+from testreg.layout import Layout
 from testreg.neurons import RegisterNeurons, fingerprint, resolve
 
 MaxOver = Literal["neuron", "layer"]
@@ -35,6 +38,8 @@ M = TypeVar("M", bound=nn.Module)
 
 _PATCH = "_testreg_patch"  # attribute of a patched tower
 _LANE = "_testreg_lane"  # attribute of a hidden state between two patched blocks
+_LAYOUT = "_testreg_layout"  # attribute of what a padded or packed block gets beside its tokens
+_running = threading.local()  # its `layout` is that of the block that this thread is in
 
 
 def shift(
@@ -46,6 +51,8 @@ def shift(
     num_prefix: int = 1,
     max_over: MaxOver = "neuron",
     zero: Zero = "patches",
+    valid: Tensor | None = None,
+    patches: Tensor | None = None,
 ) -> Tensor:
     """Move the activations of register neurons onto the register tokens (Algorithm 2, the inner loop).
 
@@ -60,22 +67,30 @@ def shift(
             the layer, as in the released code.
         zero: "patches" leaves the neurons as they are on prefix tokens, as in the released code; "all" zeroes them
             there too, as in the paper's text.
+        valid: (B, T+R), which tokens are no padding and may give the value; None: all.
+        patches: (1, T+R), which tokens are patches; None: all behind the prefix.
 
     Returns:
         (B, T+R, H). Without gradients `hidden` itself, edited in place, so that no activation is copied.
     """
     index = _index(units, hidden)
     activations = hidden.index_select(-1, index)  # (B, T+R, K)
+    magnitude = activations.abs()
+    if valid is not None:
+        magnitude = magnitude.masked_fill(~valid.unsqueeze(-1), -1)
     if max_over == "neuron":
-        peak = activations.gather(1, activations.abs().max(1, keepdim=True).indices)  # (B, 1, K)
+        peak = activations.gather(1, magnitude.max(1, keepdim=True).indices)  # (B, 1, K)
     else:
-        joint = activations.flatten(1)
-        peak = joint.gather(1, joint.abs().max(1, keepdim=True).indices).unsqueeze(-1).expand(-1, 1, len(units))
+        joint = magnitude.flatten(1).max(1, keepdim=True).indices
+        peak = activations.flatten(1).gather(1, joint).unsqueeze(-1).expand(-1, 1, len(units))
     if num_registers > 1:
         owned = _index(owners, hidden) == torch.arange(num_registers, device=hidden.device).unsqueeze(-1)
         peak = peak * owned  # (B, R, K)
-    moved = activations.clone()
-    moved[:, num_prefix if zero == "patches" else 0 :] = 0
+    if patches is not None and zero == "patches":
+        moved = activations.masked_fill(patches.unsqueeze(-1), 0)
+    else:
+        moved = activations.clone()
+        moved[:, num_prefix if zero == "patches" else 0 :] = 0
     moved[:, -num_registers:] = peak
     return hidden.index_copy(-1, index, moved) if torch.is_grad_enabled() else hidden.index_copy_(-1, index, moved)
 
@@ -95,29 +110,30 @@ def _cached_index(values: tuple[int, ...], device: torch.device) -> Tensor:
 
 @dataclass(eq=False)
 class _Override:
-    """A picklable replacement of one module's `forward`, which can be taken back without a trace."""
+    """A picklable replacement of one module's method, which can be taken back without a trace."""
 
     module: nn.Module
+    method = "forward"
 
     def __post_init__(self) -> None:
-        self.previous: Callable[..., Any] | None = self.module.__dict__.get("forward")
+        self.previous: Callable[..., Any] | None = self.module.__dict__.get(self.method)
 
     def install(self) -> None:
-        self.module.forward = self
+        setattr(self.module, self.method, self)
 
     def installed(self) -> bool:
-        return self.module.__dict__.get("forward") is self
+        return self.module.__dict__.get(self.method) is self
 
     def remove(self) -> None:
         if self.previous is None:
-            del self.module.forward
+            delattr(self.module, self.method)
         else:
-            self.module.forward = self.previous
+            setattr(self.module, self.method, self.previous)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         if self.previous is not None:
             return self.previous(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
+        return getattr(type(self.module), self.method)(self.module, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
@@ -132,8 +148,9 @@ class Patch:
     max_over: MaxOver
     zero: Zero
     num_prefix: int
-    token_dim: int
     enabled: bool = True
+    recorded: list[Tensor] | None = None
+    """Registers (B, R, C) after each block of the last forward, for `registers`."""
 
     def __post_init__(self) -> None:
         self.overrides: list[_Override] = []
@@ -151,18 +168,25 @@ class _Shift(_Override):
     patch: Patch
     units: tuple[int, ...]
     owners: tuple[int, ...]
+    plain: Layout
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.patch.enabled:
-            sequence_first = self.patch.token_dim == 0
-            hidden = shift(
-                hidden.transpose(0, 1) if sequence_first else hidden,
-                self.units,
-                self.owners,
-                num_prefix=self.patch.num_prefix,
-                **self.patch.options,
-            )
-            hidden = hidden.transpose(0, 1) if sequence_first else hidden
+            layout = getattr(_running, "layout", None) or getattr(_running, "recomputed", None) or self.plain
+            shifted = [
+                shift(
+                    images,
+                    self.units,
+                    self.owners,
+                    num_prefix=self.patch.num_prefix,
+                    valid=layout.valid,
+                    patches=layout.patches,
+                    **self.patch.options,
+                )
+                for images in layout.images(hidden)
+            ]
+            if torch.is_grad_enabled():  # otherwise `hidden` itself was edited
+                hidden = layout.of_images(shifted, hidden)
         return self.original(hidden, *args, **kwargs)
 
 
@@ -172,65 +196,77 @@ class _Lane(_Override):
 
     The block computes on (B, T+R, C) and hands back a view of the T tokens. That view carries the whole tensor to the
     next block as an attribute, so nothing is copied and no state is left on the module: threads, recomputation in
-    gradient checkpointing and re-entrant calls do not meet.
+    gradient checkpointing and re-entrant calls do not meet. `Layout` knows where the registers are.
     """
 
     patch: Patch
     index: int
     last: bool
+    family: Family
+    tower: nn.Module
+    plain: Layout
     entry_norm: nn.Module | None
-    beside: Mapping[str, Callable[[Any, int], Any]]
 
-    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        parameters = inspect.signature(type(self.module).forward).parameters.values()
+        self.parameters = tuple(each.name for each in parameters if each.kind in named)[1:]  # without self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.patch.enabled:
-            return self.original(hidden, *args, **kwargs)
+            return self.original(*args, **kwargs)
+        arguments = dict(zip(self.parameters, args, strict=False)) | kwargs
+        hidden = arguments.pop(self.parameters[0])
         if not isinstance(hidden, Tensor):
             raise NotImplementedError(
                 f"block {self.index} was called with a {type(hidden).__name__} of tokens (images of several sizes at "
                 "once): call the model on one tensor at a time"
             )
-        if args or kwargs:
-            args = tuple(self._beside("", extra) for extra in args)
-            kwargs = {name: self._beside(name, extra) for name, extra in kwargs.items()}
-            if kwargs.get("is_causal"):
-                raise NotImplementedError("causal attention hides the register, the last token, from all others")
-        dim, num_tokens = self.patch.token_dim, hidden.shape[self.patch.token_dim]
-        lane = torch.cat([hidden, self._new_registers(hidden)], dim) if self.index == 0 else self._arriving(hidden)
-        out = self.original(lane, *args, **kwargs)
-        lane, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
-        tokens = lane.narrow(dim, 0, num_tokens)
+        layout = self.family.layout(self.tower, self.plain, arguments)
+        arguments = {name: self._extended(name, value, layout) for name, value in arguments.items()}
+        lane = layout.join(hidden, self._register(hidden)) if self.index == 0 else self._arriving(hidden)
+        outer, _running.layout = getattr(_running, "layout", None), layout
+        try:
+            out = self.original(lane, **arguments)
+        finally:
+            _running.layout = outer
+        entered, (lane, *rest) = lane, out if isinstance(out, tuple) else (out,)
+        if lane.shape != entered.shape:
+            return out  # no tokens: DINO's blocks can be asked for their attention weights
+        if self.patch.recorded is not None:
+            self.patch.recorded[self.index : self.index + 1] = [layout.registers(lane)]
+        tokens = layout.tokens(lane)
         if self.last:
             tokens = tokens.contiguous()
         else:
             setattr(tokens, _LANE, lane)
-        return tokens if rest is None else (tokens, *rest)
+        return (tokens, *rest) if isinstance(out, tuple) else tokens
 
-    def _beside(self, name: str, extra: Any) -> Any:
-        """An argument beside the tokens: one that the family knows how to extend to the registers, and no mask."""
-        if name in self.beside and extra is not None:
-            return self.beside[name](extra, self.patch.num_registers)
-        if not isinstance(extra, Tensor):
-            return extra
-        # In torch.export, transformers makes a mask (B, heads, T, T) even where nothing is masked. Nobody can look into
-        # it then: it gets rows like its last and visible columns, and the max is taken over all tokens.
-        if extra.ndim == 4 and getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)():
-            num_registers = self.patch.num_registers
-            mask = torch.cat([extra, extra[..., -1:, :].expand(-1, -1, num_registers, -1)], -2)
-            visible = mask.new_full((*mask.shape[:-1], num_registers), float(mask.dtype is torch.bool))
-            return torch.cat([mask, visible], -1)
-        raise NotImplementedError(
-            f"block {self.index} was called with a mask or another tensor beside the tokens, which has no row for "
-            "the register: call the model without it, or under testreg.disabled(model)"
-        )
+    def _extended(self, name: str, value: Any, layout: Layout) -> Any:
+        """An argument beside the tokens, with rows for the registers."""
+        if name == "is_causal" and value:
+            raise NotImplementedError("causal attention hides the register, the last token, from all others")
+        if value is None:
+            return None
+        if (extend := self.family.beside.get(name) or MASKS.get(name)) is not None:
+            extended = extend(value, layout)
+            if isinstance(extended, Tensor) and layout is not self.plain and torch.is_grad_enabled():
+                setattr(extended, _LAYOUT, layout)
+            return extended
+        if isinstance(value, Tensor):
+            raise NotImplementedError(
+                f"block {self.index} was called with a tensor {name!r} beside the tokens, and {self.family.name} does "
+                "not say what the register has there: call the model without it, or under testreg.disabled(model)"
+            )
+        return value
 
-    def _new_registers(self, hidden: Tensor) -> Tensor:
-        """Zero tokens; in CLIP-like towers they pass the norm before the blocks and enter as its bias."""
-        shape = list(hidden.shape)
-        shape[self.patch.token_dim] = self.patch.num_registers
-        registers = hidden.new_zeros(shape)
-        if self.entry_norm is not None:
-            registers = self.entry_norm.forward(registers).to(hidden.dtype)  # .forward: hooks saw this norm already
-        return registers
+    def _register(self, hidden: Tensor) -> float | Tensor:
+        """Zero; in CLIP-like towers it passes the norm before the blocks and enters as its bias (C,)."""
+        if self.entry_norm is None:
+            return 0.0
+        zero = hidden.new_zeros(1, 1, hidden.shape[-1])
+        return self.entry_norm.forward(zero).to(hidden.dtype).flatten()  # .forward: hooks saw this norm already
 
     def _arriving(self, hidden: Tensor) -> Tensor:
         lane = getattr(hidden, _LANE, None)
@@ -249,20 +285,47 @@ class _Lane(_Override):
 
 
 @dataclass(eq=False)
-class _StripAttention(_Override):
-    """An attention module that returns its weights: the register's row and column are left out.
+class _Attention(_Override):
+    """An attention module that may return its weights: the register's row and column are left out.
 
     The remaining rows sum to less than one by what the register received; they are not renormalised.
     """
 
     patch: Patch
+    plain: Layout
+    appended: int
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if getattr(_running, "layout", None) is None:
+            # Gradient checkpointing in transformers recomputes a block from within, without its lane.
+            layouts = (getattr(extra, _LAYOUT, None) for extra in (*args, *kwargs.values()))
+            _running.recomputed = next((layout for layout in layouts if layout is not None), None)
         out = self.original(*args, **kwargs)
-        if self.patch.enabled and isinstance(out, tuple) and len(out) > 1 and isinstance(out[1], Tensor):
-            num_registers = self.patch.num_registers
-            return out[0], out[1][..., :-num_registers, :-num_registers], *out[2:]
-        return out
+        if not self.patch.enabled or not isinstance(out, tuple) or len(out) < 2:
+            return out
+        layout, weights = getattr(_running, "layout", None) or self.plain, out[1]
+        if isinstance(weights, Tensor):
+            weights = layout.without_registers(weights, self.appended)
+        elif isinstance(weights, list):  # of packed images
+            weights = [each if each is None else self.plain.without_registers(each) for each in weights]
+        return out[0], weights, *out[2:]
+
+
+@dataclass(eq=False)
+class _PadBias(_Override):
+    """A method that makes a relative position bias (..., T, T): it has none for the registers."""
+
+    patch: Patch
+    plain: Layout
+    count: str
+    method: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.patch.enabled:
+            return self.original(*args, **kwargs)
+        if self.count in kwargs:
+            kwargs[self.count] -= self.patch.num_registers
+        return unbiased(self.original(*args, **kwargs), self.plain)
 
 
 def patch(
@@ -306,7 +369,7 @@ def patch(
     chosen.check_fits(tower.depth, tower.mlp_width)
     _warn_if_other_weights(chosen, model, tower)
 
-    state = Patch(chosen, num_registers, max_over, zero, tower.num_prefix, tower.token_dim)
+    state = Patch(chosen, num_registers, max_over, zero, tower.num_prefix)
     state.overrides = list(_overrides(tower, state))
     for override in state.overrides:
         override.install()
@@ -317,12 +380,23 @@ def patch(
 def _overrides(tower: Tower, state: Patch) -> Iterator[_Override]:
     owner = {(layer, unit): i % state.num_registers for i, (layer, unit, _) in enumerate(state.neurons.ranking)}
     by_layer = state.neurons.by_layer()
+    plain = Layout(state.num_registers, tower.sequence_first)
     for i, block in enumerate(tower.blocks):
-        yield _Lane(block.module, state, i, i == tower.depth - 1, tower.entry_norm, tower.family.beside)
-        if units := by_layer.get(i):
-            yield _Shift(block.down, state, tuple(units), tuple(owner[i, unit] for unit in units))
+        last = i == tower.depth - 1
+        yield _Lane(block.module, state, i, last, tower.family, tower.module, plain, tower.entry_norm)
+        first = 0  # unit of this MLP: those that run side by side are numbered through
+        for mlp in block.mlps:
+            units = [unit for unit in by_layer.get(i, ()) if first <= unit < first + mlp.width]
+            if units:
+                local = tuple(mlp.first + unit - first for unit in units)
+                owners = tuple(owner[i, unit] for unit in units)
+                yield from (_Shift(reader, state, local, owners, plain) for reader in mlp.readers)
+            first += mlp.width
         if block.attention is not None:
-            yield _StripAttention(block.attention, state)
+            yield _Attention(block.attention, state, plain, tower.family.appended)
+        if block.bias is not None:
+            module, name = block.bias
+            yield _PadBias(module, state, plain, tower.family.bias_count, name)
 
 
 def _warn_if_other_weights(neurons: RegisterNeurons, model: nn.Module, tower: Tower) -> None:
@@ -374,6 +448,21 @@ def disabled(model: M) -> Iterator[M]:
         yield model
     finally:
         state.enabled = before
+
+
+@contextmanager
+def registers(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Within the `with` block, the list holds the registers (B, R, C) after each block of the last forward.
+
+    They are what the blocks give, before the tower's final norm.
+    """
+    state = patch_of(model)
+    recorded: list[Tensor] = []
+    state.recorded = recorded
+    try:
+        yield recorded
+    finally:
+        state.recorded = None
 
 
 def _patched_tower(model: nn.Module) -> tuple[nn.Module, Patch]:

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import fake_dinov2
 import timm
 import tiny
 import torch
 import transformers
+from architectures import dinov2
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import Tensor, nn
 
@@ -285,10 +285,8 @@ _BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "timm_dinov3": lambda: timm.create_model("vit_base_patch16_dinov3", init_values=0.5, **tiny.TIMM),
     "timm_eva02": lambda: timm.create_model("eva02_base_patch14_224", **tiny.TIMM),
     "timm_eva_without_rope": lambda: timm.create_model("eva_giant_patch14_224", mlp_ratio=4, **tiny.TIMM),
-    "dinov2": lambda: fake_dinov2.DinoVisionTransformer(),
-    "dinov2_chunked_swiglu_reg4": lambda: fake_dinov2.DinoVisionTransformer(
-        num_register_tokens=4, swiglu=True, chunks=2
-    ),
+    "dinov2": lambda: dinov2.DinoVisionTransformer(),
+    "dinov2_chunked_swiglu_reg4": lambda: dinov2.DinoVisionTransformer(num_register_tokens=4, swiglu=True, chunks=2),
 }
 
 

@@ -109,7 +109,7 @@ def test_activation_score_equals_a_ranking_from_whole_activations(name):
     images = torch.randn(6, 3, 64, 64)
     hidden, handles = [], []
     for block in tower.blocks:
-        handles.append(block.down.register_forward_pre_hook(lambda module, args: hidden.append(args[0])))
+        handles.append(block.mlps[0].down.register_forward_pre_hook(lambda module, args: hidden.append(args[0])))
     norms = token_norms(tower, images)
     for handle in handles:
         handle.remove()
@@ -117,7 +117,7 @@ def test_activation_score_equals_a_ranking_from_whole_activations(name):
     expected = torch.zeros(4, tower.mlp_width)
     with_outliers = [i for i in range(6) if (norms[1, i] > threshold).any()]
     for layer in range(4):
-        tokens = hidden[layer].transpose(0, 1) if tower.token_dim == 0 else hidden[layer]
+        tokens = hidden[layer].transpose(0, 1) if tower.sequence_first else hidden[layer]
         for i in with_outliers:
             expected[layer] += tokens[i][norms[1, i] > threshold].abs().mean(0) / len(with_outliers)
     found = calibrate(

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fake_dinov2
 import open_clip
 import pytest
 import timm
 import torch
 import torchvision
 import transformers
+from architectures import dinov2
 from PIL import Image
 from tiny import DEPTH, HF, IMAGE, MLP_WIDTH, NEURONS, PATCH, WIDTH, build
 from torch import Tensor, nn
@@ -164,7 +164,7 @@ def test_torch_hub(image_size: int | None, made: int, monkeypatch: pytest.Monkey
 
     def hub_load(*args: str, **kwargs: object) -> nn.Module:
         asked.append((args, kwargs))
-        return fake_dinov2.DinoVisionTransformer()
+        return dinov2.DinoVisionTransformer()
 
     monkeypatch.setattr(torch.hub, "load", hub_load)
     loaded = load_model(

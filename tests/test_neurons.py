@@ -317,7 +317,7 @@ def same_weights() -> tuple[torch.nn.Module, torch.nn.Module]:
     """A timm and a transformers DINOv2 with the same second linears."""
     ours, theirs = tiny.build("timm_dinov2", seed=0), tiny.build("hf_dinov2", seed=1)
     for a, b in zip(find_tower(ours).blocks, find_tower(theirs).blocks, strict=True):
-        b.down_linear.load_state_dict(a.down_linear.state_dict())
+        b.mlps[0].down_linear.load_state_dict(a.mlps[0].down_linear.state_dict())
     return ours, theirs
 
 
@@ -330,7 +330,7 @@ def test_fingerprint_is_the_same_in_every_library() -> None:
 def test_fingerprint_is_the_same_in_every_dtype(dtype: torch.dtype) -> None:
     model = tiny.build("timm_vit")
     with torch.no_grad():
-        find_tower(model).blocks[0].down_linear.weight.mul_(1e-9)  # fp16 has nothing but signed zeros for these
+        find_tower(model).blocks[0].mlps[0].down_linear.weight.mul_(1e-9)  # fp16 has nothing but signed zeros for these
     before = fingerprint_of(model)
     assert fingerprint_of(model.to(dtype)) == before
 
@@ -346,7 +346,7 @@ def test_fingerprint_sees_fine_tuning() -> None:
     before = fingerprint_of(model)
     with torch.no_grad():
         for block in find_tower(model).blocks:
-            weight = block.down_linear.weight
+            weight = block.mlps[0].down_linear.weight
             weight.add_(torch.randn_like(weight), alpha=0.05 * float(weight.std()))
     assert fingerprint_of(model) != before
 

@@ -43,7 +43,7 @@ def test_norms_are_those_of_the_block_outputs(name):
     handle = tower.blocks[2].module.register_forward_hook(lambda module, args, out: kept.append(out))
     tower.run(images())
     handle.remove()
-    tokens = kept[0].transpose(0, 1) if tower.token_dim == 0 else kept[0]
+    tokens = kept[0].transpose(0, 1) if tower.sequence_first else kept[0]
     torch.testing.assert_close(norms[2], tokens.norm(dim=-1))
     assert norms.shape == (4, 2, tower.num_prefix + 16)
     assert not any(block.module._forward_hooks for block in tower.blocks)

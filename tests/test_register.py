@@ -721,21 +721,6 @@ def test_a_hidden_state_replaced_between_blocks_is_refused() -> None:
         outputs(model)
 
 
-@torch.no_grad()
-def test_attention_masks_are_refused() -> None:
-    model = patch(build("timm_vit"), NEURONS)
-    mask = torch.ones(2, 1, 17, 17, dtype=torch.bool)
-    with pytest.raises(NotImplementedError, match="block 0 was called with a mask"):
-        model.forward_features(images(), attn_mask=mask)
-    with disabled(model):
-        model.forward_features(images(), attn_mask=mask)
-
-    hf = patch(build("hf_vit"), NEURONS)
-    hf(images(), attention_mask=torch.ones(2, 17))  # masks nothing
-    with pytest.raises(NotImplementedError, match="block 0 was called with a mask"):
-        hf(images(), attention_mask=torch.ones(2, 17).index_fill(1, torch.tensor(16), 0))
-
-
 def test_a_list_of_token_tensors_is_refused() -> None:
     model = patch(build("dinov2"), NEURONS)
     with pytest.raises(NotImplementedError, match="list of tokens"):

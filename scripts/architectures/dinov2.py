@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tiny import DEPTH, IMAGE, MLP_WIDTH, PATCH, WIDTH
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+DEPTH, WIDTH, MLP_WIDTH, PATCH, IMAGE = 4, 48, 192, 16, 64
 
 
 class PatchEmbed(nn.Module):

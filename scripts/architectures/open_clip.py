@@ -1,0 +1,155 @@
+"""open_clip's models with a ViT for images, from their configurations: native towers, timm's, and CoCa's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import open_clip
+import timm
+import torch
+from open_clip.timm_model import timm as timm_of_open_clip
+from timm.models.vitamin import VitCfg, VitConvCfg
+from torch import Tensor, nn
+
+from architectures import Architecture, images
+from architectures.timm import GRID, MODULES, image_size, small
+
+OPTIONS: tuple[tuple[str, Mapping[str, Any]], ...] = (
+    ("ViT-B-32", {"block_type": "custom"}),
+    ("ViT-B-32", {"qk_norm": True, "scale_attn_inner": True, "scale_fc": True}),
+    ("ViT-B-32", {"scale_heads": True, "scale_attn": True}),
+    ("ViT-B-32", {"patch_dropout": 0.5, "final_ln_after_pool": True, "norm_kwargs": {"eps": 1e-6}}),
+    ("ViT-B-32", {"pool_type": "none"}),
+    ("coca_ViT-B-32", {"attentional_pool": "parallel"}),
+    ("coca_ViT-B-32", {"attentional_pool": "cascade"}),
+)
+"""Fields of the vision configuration that no configuration of the library sets (`scaled_cosine_attn` cannot run)."""
+WIDTH, VOCABULARY, CONTEXT = 32, 64, 8
+SMALL_TEXT = {"width": WIDTH, "heads": 2, "layers": 1, "vocab_size": VOCABULARY, "context_length": CONTEXT}
+
+
+def architectures() -> Iterator[Architecture]:
+    """Every configuration with a ViT for images, then the options."""
+    transformers = {name for module in MODULES for name in timm.list_models(module=module)}
+    transformers |= set(timm.list_models(module="vitamin"))
+    for name in open_clip.list_models():
+        vision = open_clip.get_model_config(name)["vision_cfg"]
+        trunk = vision.get("timm_model_name")
+        if trunk in transformers or (trunk is None and isinstance(vision["layers"], int)):
+            yield _architecture(name, {})
+    for name, options in OPTIONS:
+        yield _architecture(name, options)
+
+
+def _architecture(name: str, options: Mapping[str, Any]) -> Architecture:
+    label = ", ".join([name, *(f"{option}={value}" for option, value in options.items())])
+    return Architecture("open_clip", label, partial(_build, name, options), run)
+
+
+def _build(name: str, options: Mapping[str, Any]) -> nn.Module:
+    config = open_clip.get_model_config(name)
+    build, config = _class(config), _small_config(config, options)
+    with mock.patch.object(timm_of_open_clip, "create_model", partial(_small_trunk, timm.create_model)):
+        model = build(**config)
+    model.visual.image_size = _size(config["vision_cfg"])  # TimmModel was not told how small its trunk is
+    return model.eval()
+
+
+def _class(config: dict[str, Any]) -> type[nn.Module]:
+    """What open_clip.create_model makes of a configuration."""
+    if "multimodal_cfg" in config:
+        return open_clip.CoCa
+    custom = config.get("custom_text") or "hf_model_name" in config["text_cfg"]
+    return open_clip.CustomTextCLIP if custom else open_clip.CLIP
+
+
+def _small_config(config: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with a small image tower of the same kind, and a small native text tower.
+
+    A text tower from transformers would need a download, and is no matter of this project.
+    """
+    vision = {**config["vision_cfg"], **options, "width": WIDTH, "head_width": WIDTH // 2, "layers": 3}
+    text = {key: value for key, value in config["text_cfg"].items() if not key.startswith("hf_")}
+    custom = {key: value for key, value in config.items() if key not in ("custom_text", "multimodal_cfg")}
+    custom |= {"embed_dim": WIDTH, "text_cfg": {**text, **SMALL_TEXT}}
+    custom["vision_cfg"] = vision if "timm_model_name" in vision else {**vision, "image_size": _size(vision)}
+    if "multimodal_cfg" in config:
+        custom["text_cfg"]["embed_cls"] = True  # CoCa's text tower gives a summary beside its tokens
+        custom["multimodal_cfg"] = {**config["multimodal_cfg"], **SMALL_TEXT}
+    return custom
+
+
+def _size(vision: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of the small images. Fixed sine embeddings (CLIPA) want squares."""
+    if "timm_model_name" in vision:
+        return image_size(vision["timm_model_name"])
+    patch = vision["patch_size"]
+    rows, columns = (4, 4) if vision.get("pos_embed_type") == "sin_cos_2d" else GRID
+    return rows * patch, columns * patch
+
+
+def _small_trunk(create_model: Any, name: str, **arguments: Any) -> nn.Module:
+    """What TimmModel builds, made small: it takes the trunk's name, and passes no sizes on."""
+    sizes = small(name)
+    if name.startswith("vitamin"):  # two stages of convolutions in front of the transformer
+        norms = VitConvCfg(norm_layer="layernorm2d", norm_eps=1e-6)
+        widths = (WIDTH // 2, WIDTH, WIDTH)
+        sizes["embed_cfg"] = VitCfg(widths, depths=(1, 1, 1), stem_width=WIDTH // 2, conv_cfg=norms, head_type="1d")
+    return create_model(name, **arguments, **sizes)
+
+
+def run(model: nn.Module, numbers: Sequence[int]) -> dict[str, Any]:
+    """What a model gives for pairs of an image and a text. Similarities are left out: they mix the pairs."""
+    batch, text = images(numbers, *model.visual.image_size), _texts(numbers)
+    outputs = {
+        "encode_image": model.encode_image(batch),
+        "encode_image, normalize": model.encode_image(batch, normalize=True),
+        "visual": model.visual(batch),
+        "forward": _pairs(model(batch, text)),
+        "forward_intermediates": model.forward_intermediates(image=batch, text=text),
+        "visual, forward_intermediates": model.visual.forward_intermediates(batch, **_options(model.visual)),
+        "visual, stop early": model.visual.forward_intermediates(
+            batch, indices=[0, 1], stop_early=True, intermediates_only=True
+        ),
+    }
+    if isinstance(model, open_clip.CoCa):
+        outputs["image only"] = model(batch)
+    if hasattr(model.visual, "output_tokens"):
+        outputs["visual, tokens"] = _with_tokens(model.visual, batch)
+    return outputs
+
+
+def _texts(numbers: Sequence[int]) -> Tensor:
+    """Token ids (B, L), the same for a number in whatever batch; none is padding, and the last one ends the text."""
+    texts = torch.stack([torch.arange(3 + number, 3 + number + CONTEXT) for number in numbers])
+    texts[:, -1] = 2
+    return texts
+
+
+def _pairs(output: Any) -> Any:
+    """The part of a forward's output that is one row for each pair."""
+    if isinstance(output, tuple):
+        return output[:2]
+    return {name: output[name] for name in ("image_features", "text_features", "logits")}
+
+
+def _options(visual: nn.Module) -> dict[str, Any]:
+    """Options of `forward_intermediates` that this tower has: an attentional pool's norm does not fit the blocks."""
+    trunk = getattr(visual, "trunk", None)
+    return {
+        "output_fmt": "NLC",
+        "output_extra_tokens": trunk is None or trunk.num_prefix_tokens > 0,
+        "normalize_intermediates": getattr(visual, "attn_pool", None) is None,
+    }
+
+
+def _with_tokens(visual: nn.Module, batch: Tensor) -> Any:
+    """The native tower's output with its switch for patch tokens on."""
+    before, visual.output_tokens = visual.output_tokens, True
+    try:
+        return visual(batch)
+    finally:
+        visual.output_tokens = before

@@ -1,0 +1,189 @@
+"""timm's Vision Transformers: every name of its eight ViT modules, and options that no name turns on."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from timm.models.naflexvit import batch_patchify
+from timm.models.vision_transformer import ParallelScalingBlock
+from torch import Tensor, nn
+
+from architectures import Architecture, image, images
+
+MODULES = (
+    "vision_transformer",
+    "eva",
+    "naflexvit",
+    "beit",
+    "deit",
+    "vision_transformer_hybrid",
+    "vision_transformer_relpos",
+    "vision_transformer_sam",
+)
+OPTIONS: tuple[tuple[str, Mapping[str, Any]], ...] = (
+    ("beit_base_patch16_224", {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}),
+    ("beit_base_patch16_224", {"use_shared_rel_pos_bias": True}),
+    ("deit_base_distilled_patch16_224", {"dynamic_img_size": True}),
+    ("samvit_base_patch16", {"use_rel_pos": False, "use_rope": True}),
+    ("vit_base_patch16_224", {"dynamic_img_size": True, "dynamic_img_pad": True}),
+    ("vit_base_patch16_xp_224", {"block_fn": partial(ParallelScalingBlock, fuse_out_proj=True)}),
+    ("vit_relpos_base_patch16_cls_224", {"rel_pos_type": "bias"}),
+    ("vit_relpos_base_patch16_224", {"rel_pos_type": "bias", "shared_rel_pos": True}),
+    ("beit_base_patch16_224", {"swiglu_mlp": True, "scale_mlp": True}),
+    ("eva02_base_patch14_224", {"attn_type": "rope"}),
+    ("eva02_base_patch14_224", {"dynamic_img_size": True}),
+    ("vit_base_patch16_rope_mixed_224", {"dynamic_img_size": True}),
+    ("naflexvit_base_patch16_gap", {"attn_layer": "diff"}),
+    ("naflexvit_base_patch16_gap", {"block_fn": ParallelScalingBlock}),
+    ("naflexvit_base_patch16_gap", {"rope_type": "axial", "pos_embed": "none"}),
+    ("naflexvit_base_patch16_gap", {"rope_type": "axial", "attn_gated": True, "swiglu_mlp": True}),
+    ("naflexvit_base_patch16_gap", {"rope_type": "dinov3", "use_key_only_attn_mask": True}),
+    ("naflexvit_base_patch16_gap", {"rope_type": "mixed", "pos_embed": "none"}),
+    ("naflexvit_base_patch16_gap", {"rope_type": "mrope", "rope_mrope_section": (2, 3, 3)}),
+    ("naflexvit_base_patch16_map", {"pre_norm": True, "use_key_only_attn_mask": True}),
+    ("vit_dpwee_patch16_reg1_gap_256", {"use_naflex": True}),
+    ("vit_base_patch16_clip_224", {"use_naflex": True}),
+    ("eva02_base_patch16_clip_224", {"use_naflex": True}),
+    ("vit_base_patch16_rope_mixed_ape_224", {"use_naflex": True}),
+    ("vit_base_patch16_dinov3", {"use_naflex": True}),
+)
+SMALL = {"depth": 3, "embed_dim": 32, "num_heads": 2}
+GRID = (4, 5)
+
+
+def architectures() -> Iterator[Architecture]:
+    """Every ViT of timm, then the options."""
+    for module in MODULES:
+        for name in timm.list_models(module=module):
+            yield _architecture(name, {})
+    for name, options in OPTIONS:
+        yield _architecture(name, options)
+
+
+def _architecture(name: str, options: Mapping[str, Any]) -> Architecture:
+    height, width = image_size(name)
+    label = ", ".join([name, *(f"{option}={_word(value)}" for option, value in options.items())])
+    return Architecture("timm", label, partial(_build, name, options), partial(run, height=height, width=width))
+
+
+def _word(value: Any) -> str:
+    """A block class by its name, and what is pre-set on it."""
+    if isinstance(value, partial):
+        return f"{value.func.__name__}({', '.join(value.keywords)})"
+    return getattr(value, "__name__", str(value))
+
+
+def _build(name: str, options: Mapping[str, Any]) -> nn.Module:
+    model = timm.create_model(name, pretrained=False, **{**small(name), "num_classes": 10, **options})
+    return model.eval()
+
+
+def small(name: str) -> dict[str, Any]:
+    """Arguments that make the model of this name small, and keep what its name stands for."""
+    if name.startswith("naflexvit"):
+        return {**SMALL, "pos_embed_grid_size": (6, 6)}
+    arguments = {**SMALL, "img_size": image_size(name)}
+    if name == "vit_base_mci_224":  # its convolutions make tokens of this width, without a projection
+        arguments |= {"embed_dim": 768, "num_heads": 12}
+    if name.startswith("samvit"):  # windows that do not divide the grid, as in the original; one block is global
+        arguments |= {"window_size": 3, "global_attn_indexes": (2,)}
+    if name.endswith("sapiens2"):  # fewer key heads in the middle blocks, of which the base model has none
+        arguments |= {"num_heads": 4, "num_kv_heads": (4, 4 if "base" in name else 2, 4), "embed_dim": 64}
+    return arguments
+
+
+def image_size(name: str) -> tuple[int, int]:
+    """Height and width of few patches. Images are not square, so that rows and columns cannot be mixed up."""
+    if patch := re.search(r"patch(\d+)", name):
+        return GRID[0] * int(patch[1]), GRID[1] * int(patch[1])
+    if "resnet" in name or "_r" in name:  # convolutions of stride 16 or 32, and costly
+        return 64, 96
+    return GRID[0] * 16, GRID[1] * 16
+
+
+def run(model: nn.Module, numbers: Sequence[int], *, height: int, width: int) -> dict[str, Any]:
+    """What a timm model gives for images of one size and, where it takes them, of other sizes."""
+    outputs = _outputs(model, images(numbers, height, width))
+    if getattr(model, "dynamic_img_size", False):
+        outputs["other size"] = model.forward_intermediates(images(numbers, 2 * height, width))
+    if hasattr(model, "embeds"):
+        outputs |= _naflex_outputs(model, numbers)
+    return outputs
+
+
+def _outputs(model: nn.Module, batch: Tensor) -> dict[str, Any]:
+    """Every way to the features. Hybrids, whose convolutions take long, leave out what all VisionTransformers have."""
+    features = model.forward_features(batch)
+    outputs = {
+        "forward": model(batch),
+        "forward_features": features,
+        "forward_head": model.forward_head(features),
+        "pre_logits": model.forward_head(features, pre_logits=True),
+    }
+    for name, options in _intermediates(model).items():
+        outputs[f"forward_intermediates, {name}"] = model.forward_intermediates(batch, **options)
+    if hasattr(model, "get_intermediate_layers") and not _is_hybrid(model):
+        outputs["get_intermediate_layers"] = model.get_intermediate_layers(batch, n=2)
+        outputs["get_intermediate_layers, reshape"] = model.get_intermediate_layers(
+            batch, n=[0, 2], reshape=True, return_prefix_tokens=True, norm=True
+        )
+    return outputs
+
+
+def _is_hybrid(model: nn.Module) -> bool:
+    return hasattr(getattr(model, "patch_embed", None), "backbone")
+
+
+def _intermediates(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Options of `forward_intermediates` that this model has: SAM knows no tokens, and not all have prefix tokens."""
+    ways: dict[str, dict[str, Any]] = {
+        "NCHW": {},
+        "stop early": {"indices": [0, 1], "stop_early": True, "intermediates_only": True, "norm": True},
+    }
+    if _is_hybrid(model):
+        return ways
+    if hasattr(model, "num_prefix_tokens"):
+        prefix = model.num_prefix_tokens > 0
+        ways["NLC"] = {"output_fmt": "NLC", "norm": True, "return_prefix_tokens": prefix}
+    if "output_dict" in inspect.signature(model.forward_intermediates).parameters:
+        ways["dictionary"] = {"indices": 1, "output_dict": True, "return_prefix_tokens": True}
+    return ways
+
+
+def _naflex_outputs(model: nn.Module, numbers: Sequence[int]) -> dict[str, Any]:
+    """What NaFlexVit gives for images of different sizes, padded into one batch: all but what it gives for padding.
+
+    The valid tokens of all images follow each other, so that a batch is its images' outputs in a row.
+    """
+    padded = naflex_batch(model, numbers)
+    valid = padded["patch_valid"]
+    prefix = valid.new_ones(len(valid), model.num_prefix_tokens)
+    options = {"output_fmt": "NLC", "norm": True, "output_dict": True, "return_prefix_tokens": True}
+    between = model.forward_intermediates(padded, **options)
+    return {
+        "padded, forward": model(padded),
+        "padded, arguments": model(padded["patches"], padded["patch_coord"], valid),
+        "padded, forward_features": model.forward_features(**padded)["patches"][torch.cat([prefix, valid], 1)],
+        "padded, forward_intermediates": [tokens[valid] for tokens in between["image_intermediates"]],
+        "padded, prefix": between.get("image_intermediates_prefix"),
+    }
+
+
+def naflex_batch(model: nn.Module, numbers: Sequence[int]) -> dict[str, Tensor]:
+    """Images of different sizes as patches with coordinates, padded to the longest, as timm's collator makes them."""
+    patch = model.embeds.patch_size
+    patches, coordinates = [], []
+    for number in numbers:
+        rows, columns = ((3, 5), (4, 3))[number % 2]
+        cut, _ = batch_patchify(image(number, rows * patch[0], columns * patch[1])[None], patch)
+        patches.append(cut[0])
+        coordinates.append(torch.cartesian_prod(torch.arange(rows), torch.arange(columns)))
+    valid = [torch.ones(len(cut), dtype=torch.bool) for cut in patches]
+    pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
+    return {"patches": pad(patches), "patch_coord": pad(coordinates), "patch_valid": pad(valid)}

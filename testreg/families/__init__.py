@@ -1,0 +1,24 @@
+"""Where each family of Vision Transformers keeps the parts that the method touches.
+
+This package is the only place that names the modules of other libraries, and it imports none of them: a tower is
+recognised by its class name. A new family is one row.
+"""
+
+from testreg.families.family import MASKS, Family, find_part, listed, unbiased
+from testreg.families.table import FAMILIES, add_family
+from testreg.families.tower import Block, Mlp, Tower, checkpoint_names, find_tower
+
+__all__ = [
+    "FAMILIES",
+    "MASKS",
+    "Block",
+    "Family",
+    "Mlp",
+    "Tower",
+    "add_family",
+    "checkpoint_names",
+    "find_part",
+    "find_tower",
+    "listed",
+    "unbiased",
+]

@@ -1,0 +1,45 @@
+"""torchvision, and the ViTs of facebookresearch that torch.hub loads."""
+
+from __future__ import annotations
+
+from testreg.families.family import Family
+
+FAMILIES = (
+    Family(
+        name="torchvision VisionTransformer",
+        library="torchvision",
+        towers="VisionTransformer",
+        blocks="encoder.layers",
+        down="mlp.3",
+        up="mlp.0",
+        query_key="self_attention.in_proj_weight",
+        num_heads="self_attention.num_heads",
+        patch_embed="conv_proj",
+    ),
+)
+
+VENDORED = (
+    Family(
+        name="facebookresearch/dinov2",
+        towers="DinoVisionTransformer",
+        blocks="blocks",
+        down=("mlp.w3", "mlp.fc2"),
+        up="mlp.fc1",
+        query_key="attn.qkv.weight",
+        num_heads="attn.num_heads",
+        patch_embed="patch_embed.proj",
+        prefix=lambda tower: 1 + tower.num_register_tokens,
+        scale="ls2.gamma",
+    ),
+    Family(
+        name="facebookresearch/dino",
+        towers="VisionTransformer",
+        blocks="blocks",
+        down="mlp.fc2",
+        up="mlp.fc1",
+        query_key="attn.qkv.weight",
+        num_heads="attn.num_heads",
+        patch_embed="patch_embed.proj",
+        attention="attn",
+    ),
+)

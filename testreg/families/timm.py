@@ -1,0 +1,71 @@
+"""timm: `blocks` of (norm1, attn, norm2, mlp), behind any embedding."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from testreg.families.family import Family, unbiased, unrotated
+from testreg.layout import Layout
+
+
+def _rope(rope: Tensor, layout: Layout) -> Tensor:
+    """Sines and cosines in one tensor (..., T, 2D)."""
+    sine, cosine = rope.chunk(2, -1)
+    cosine, sine = unrotated((cosine, sine), layout)
+    return torch.cat([sine, cosine], -1)
+
+
+VIT = Family(
+    name="timm VisionTransformer",
+    library="timm",
+    towers="VisionTransformer",
+    blocks="blocks",
+    down=("mlp.w2", "mlp.norm", "mlp.fc2", "mlp_out_proj"),  # ViTamin's `norm` is in front of the MLP, not in it
+    up="mlp.fc1",
+    query_key="attn.qkv.weight",
+    num_heads="attn.num_heads",
+    patch_embed="patch_embed.proj",
+    prefix=lambda tower: tower.num_prefix_tokens,
+    scale=("ls2.gamma", "ls.gamma"),
+    fused="out_proj",
+    parallel="ffns",
+    entry_norm="norm_pre",
+    patch_size=lambda tower: tower.patch_embed.feat_ratio(as_scalar=False),
+)
+
+FAMILIES = (
+    VIT,
+    replace(VIT, name="timm Eva", towers="Eva", scale="gamma_2", beside={"rope": _rope}),
+    replace(
+        VIT,
+        name="timm Beit",
+        towers="Beit",
+        scale="gamma_2",
+        entry_norm=(),
+        bias="attn._get_rel_pos_bias",
+        beside={"shared_rel_pos_bias": unbiased},
+    ),
+    replace(
+        VIT,
+        name="timm VisionTransformerRelPos",
+        towers="VisionTransformerRelPos",
+        entry_norm=(),
+        bias="attn.rel_pos.get_bias",
+        beside={"shared_rel_pos": unbiased},
+    ),
+    replace(
+        VIT,
+        name="timm NaFlexVit",
+        towers="NaFlexVit",
+        patch_embed="embeds.proj",
+        beside={"rope": _rope},
+        patch_size=lambda tower: tower.embeds.patch_size,
+    ),
+)
+
+REFUSED = {
+    "VisionTransformerSAM": "most of its blocks attend within windows, where one register has no place",
+}

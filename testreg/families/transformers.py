@@ -1,0 +1,295 @@
+"""transformers: three ways of naming the same ViT, after Google's ViT, CLIP and DINOv2, and what departs from them.
+
+Modules move between its releases, hence the candidates. Most towers call their blocks with keyword arguments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from testreg.families.family import Family, cumulative, packed, unbiased, unchanged, unrotated
+
+
+def _at_any_size(tower: Any, images: Tensor) -> Any:
+    return tower(images, interpolate_pos_encoding=True)
+
+
+def _undropped(tower: Any, images: Tensor) -> Any:
+    """MAE drops most patches, at random and in evaluation too."""
+    ratio, tower.config.mask_ratio = tower.config.mask_ratio, 0.0
+    order = torch.arange(images.shape[-2] * images.shape[-1], device=images.device)  # longer than there are patches
+    rows, columns = tower.embeddings.patch_embeddings.projection.stride
+    count = (images.shape[-2] // rows) * (images.shape[-1] // columns)
+    try:
+        return tower(images, noise=order[:count].expand(len(images), count), interpolate_pos_encoding=True)
+    finally:
+        tower.config.mask_ratio = ratio
+
+
+def _patchified(tower: Any, images: Tensor) -> Any:
+    """SigLIP 2 takes the pixels of each patch, in rows, with a mask and the grid."""
+    size = tower.config.patch_size
+    rows, columns = images.shape[-2] // size, images.shape[-1] // size
+    patches = images.unfold(2, size, size).unfold(3, size, size).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+    grid = torch.tensor([rows, columns]).expand(len(images), 2)
+    return tower(patches, torch.ones(patches.shape[:2], dtype=torch.long, device=images.device), grid)
+
+
+def _square(tower: Any) -> tuple[int, int]:
+    size = tower.config.patch_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+VIT = Family(
+    name="transformers ViT",
+    library="transformers",
+    towers=("ViTModel", "ViTMSNModel", "VivitModel"),
+    blocks=("layers", "encoder.layer"),
+    down=("mlp.fc2", "output.dense"),
+    up=("mlp.fc1", "intermediate.dense"),
+    query_key=("attention.q_proj.weight", "attention.k_proj.weight"),
+    num_heads=("attention.num_attention_heads", "attention.num_heads"),
+    patch_embed="embeddings.patch_embeddings.projection",
+    attention=("attention.attention", "attention"),
+    run=_at_any_size,
+)
+_OLD_VIT = replace(  # the same, with parts named as in transformers 4
+    VIT,
+    query_key=("attention.attention.query.weight", "attention.attention.key.weight"),
+    num_heads="attention.attention.num_attention_heads",
+)
+_DINOV2 = replace(
+    VIT,
+    name="transformers Dinov2",
+    towers=("Dinov2Model", "Dinov2Backbone"),
+    blocks="encoder.layer",
+    down=("mlp.down_proj", "mlp.weights_out", "mlp.fc2"),
+    up="mlp.fc1",
+    scale="layer_scale2.lambda1",
+    run=lambda tower, images: tower(images),  # interpolates by itself
+)
+_DINOV3 = replace(
+    _DINOV2,
+    name="transformers DINOv3ViT",
+    towers=("DINOv3ViTModel", "DINOv3ViTBackbone"),
+    blocks=("model.layer", "layer"),
+    down="mlp.down_proj",
+    up="mlp.up_proj",
+    patch_embed="embeddings.patch_embeddings",
+    prefix=lambda tower: 1 + tower.config.num_register_tokens,
+    beside={"position_embeddings": unrotated},
+)
+CLIP = Family(
+    name="transformers CLIP",
+    library="transformers",
+    towers=(
+        *("CLIPVisionModel", "CLIPVisionTransformer", "CLIPSegVisionModel", "MetaClip2VisionModel"),
+        *("AltCLIPVisionModel", "ChineseCLIPVisionModel", "GitVisionModel", "GitVisionTransformer"),
+        *("Kosmos2VisionModel", "Kosmos2VisionTransformer", "OwlViTVisionModel", "OwlViTVisionTransformer"),
+        *("Owlv2VisionModel", "Owlv2VisionTransformer"),
+    ),
+    blocks=("encoder.layers", "vision_model.encoder.layers", "model.encoder.layers"),
+    down="mlp.fc2",
+    up="mlp.fc1",
+    query_key=("self_attn.q_proj.weight", "self_attn.k_proj.weight"),
+    num_heads="self_attn.num_heads",
+    patch_embed=(
+        *("embeddings.patch_embedding", "vision_model.embeddings.patch_embedding"),
+        "model.embeddings.patch_embedding",
+    ),
+    entry_norm=(  # misspelled in most
+        *("pre_layrnorm", "vision_model.pre_layrnorm", "model.pre_layrnorm"),
+        *("pre_layernorm", "vision_model.pre_layernorm"),
+    ),
+    attention="self_attn",
+    run=_at_any_size,
+)
+BLIP = replace(
+    CLIP, name="transformers BLIP", towers="BlipVisionModel", entry_norm=(), query_key="self_attn.qkv.weight"
+)
+SIGLIP = replace(
+    CLIP,
+    name="transformers SigLIP",
+    towers=("SiglipVisionModel", "SiglipVisionTransformer"),
+    prefix=0,
+    entry_norm=(),
+)
+
+_LIKE_VIT = (
+    VIT,
+    replace(VIT, name="transformers DeiT", towers="DeiTModel", prefix=2),
+    replace(VIT, name="transformers ViTMAE", towers="ViTMAEModel", run=_undropped),
+    replace(VIT, name="transformers IJepa", towers="IJepaModel", prefix=0),
+    replace(
+        VIT,
+        name="transformers Pixio",
+        towers="PixioModel",
+        prefix=lambda tower: tower.config.n_cls_tokens,
+        run=lambda tower, images: tower(images),
+    ),
+    replace(
+        VIT,
+        name="transformers BEiT",
+        towers="BeitModel",
+        scale="lambda_2",
+        bias="relative_position_bias.forward",
+        bias_count="dim_size",
+        run=lambda tower, images: tower(images),
+    ),
+    replace(
+        _OLD_VIT,
+        name="transformers Data2VecVision",
+        towers="Data2VecVisionModel",
+        scale="lambda_2",
+        bias="attention.attention.relative_position_bias.forward",
+        bias_count="dim_size",
+        beside={"relative_position_bias": unbiased},
+        run=lambda tower, images: tower(images),
+    ),
+    replace(_OLD_VIT, name="transformers FLAVA", towers="FlavaImageModel"),
+    replace(
+        _OLD_VIT,
+        name="transformers DPT",
+        towers="DPTModel",
+        patch_size=_square,  # the hybrid embeds with a convolutional network
+        run=lambda tower, images: tower(images),
+    ),
+    replace(
+        _OLD_VIT,
+        name="transformers VitPose",
+        towers="VitPoseBackbone",
+        prefix=0,
+        readers="mlp.experts",
+        beside={"dataset_index": unchanged},
+        run=lambda tower, images: tower(images),
+    ),
+    replace(
+        VIT,
+        name="transformers MGP-STR",
+        towers="MgpstrModel",
+        blocks="encoder.blocks",
+        query_key="attn.qkv.weight",
+        num_heads="attn.num_heads",
+        attention="attn",
+        patch_embed="embeddings.proj",
+        run=lambda tower, images: tower(images),
+    ),
+    replace(_OLD_VIT, name="transformers VideoMAE", towers="VideoMAEModel", prefix=0),
+    replace(
+        VIT,
+        name="transformers VideoPrism",
+        towers="VideoPrismVisionModel",
+        blocks="spatial_layers",
+        prefix=0,
+        num_heads="attention.config.num_attention_heads",
+        patch_embed="spatial_embeddings.patch_embeddings.projection",
+    ),
+    replace(
+        VIT,
+        name="transformers Pix2Struct",
+        towers="Pix2StructVisionModel",
+        blocks="encoder.layer",
+        down="mlp.wo",
+        up="mlp.wi_1",
+        query_key=("attention.query.weight", "attention.key.weight"),
+        num_heads="attention.n_heads",
+        patch_embed=(),
+        prefix=0,
+    ),
+)
+_LIKE_DINOV2 = (
+    _DINOV2,
+    replace(
+        _DINOV2,
+        name="transformers Dinov2WithRegisters",
+        towers=(
+            *("Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone"),
+            *("Tipsv2VisionModel", "Tipsv2VisionBackbone"),
+        ),
+        prefix=lambda tower: 1 + tower.config.num_register_tokens,
+    ),
+    _DINOV3,
+    replace(_DINOV3, name="transformers Sapiens2", towers=("Sapiens2Model", "Sapiens2Backbone"), blocks="model.layer"),
+    replace(
+        _DINOV2,
+        name="transformers RADIO",
+        towers="RadioModel",
+        prefix=lambda tower: tower.config.num_summary_tokens,
+        patch_embed=(),
+        patch_size=_square,
+        layout=packed,
+        beside={"cu_seqlens": cumulative},
+    ),
+)
+_LIKE_CLIP = (
+    CLIP,
+    replace(CLIP, name="transformers X-CLIP", towers="XCLIPVisionModel", appended=1),
+    replace(
+        CLIP,
+        name="transformers MLCD",
+        towers="MLCDVisionModel",
+        beside={"position_embeddings": unrotated},
+        run=lambda tower, images: tower(images),
+    ),
+    BLIP,
+    SIGLIP,
+    replace(
+        SIGLIP,
+        name="transformers SigLIP 2",
+        towers=("Siglip2VisionModel", "Siglip2VisionTransformer"),
+        patch_embed=(),
+        patch_size=_square,
+        run=_patchified,
+    ),
+    replace(
+        SIGLIP,
+        name="transformers AIMv2",
+        towers="Aimv2VisionModel",
+        down="ffn.down_proj",
+        up="ffn.up_proj",
+        query_key=("attention.q_proj.weight", "attention.k_proj.weight"),
+        num_heads="attention.num_heads",
+        patch_embed="embeddings.patch_embed",
+        attention="attention",
+        run=lambda tower, images: tower(images),
+    ),
+    replace(
+        CLIP,
+        name="transformers BridgeTower",
+        towers="BridgeTowerVisionModel",
+        blocks="visual.transformer.resblocks",
+        down="mlp.c_proj",
+        up="mlp.c_fc",
+        query_key="attn.in_proj_weight",
+        num_heads="attn.num_heads",
+        patch_embed="visual.embeddings.patch_embedding",
+        entry_norm="visual.ln_pre",
+        attention=(),
+        sequence_first=lambda tower: True,
+        run=lambda tower, images: tower(images, None, True),
+    ),
+)
+
+FAMILIES = (*_LIKE_VIT, *_LIKE_DINOV2, *_LIKE_CLIP)
+
+WINDOWS = "attention stays within windows of a grid in most blocks, where one register has no place"
+STAGES = "patches are merged between stages, so that there is no sequence on which a register could ride"
+_ADDED = "other tokens join the patches between or behind the blocks' own, so that a register cannot follow them"
+REFUSED = {
+    **dict.fromkeys(("SamVisionEncoder", "SamHQVisionEncoder", "DeepseekOcr2SamVisionEncoder"), WINDOWS),
+    **dict.fromkeys(("Sam3ViTModel", "VitDetModel", "VitDetBackbone", "SegGptModel"), WINDOWS),
+    **dict.fromkeys(("RfDetrDinov2Backbone", "LwDetrViTBackbone"), WINDOWS),
+    **dict.fromkeys(("Sam2HieraDetModel", "SwinModel", "SwinBackbone", "HieraModel", "PvtModel"), STAGES),
+    **dict.fromkeys(("GroupViTVisionTransformer", "DavitModel"), STAGES),
+    **dict.fromkeys(("YolosModel", "ViltModel"), _ADDED),
+    "EomtForUniversalSegmentation": _ADDED,
+    "EomtDinov3ForUniversalSegmentation": _ADDED,
+    "VideomtForUniversalSegmentation": _ADDED,
+    "TimesformerModel": "blocks rearrange their tokens to rows, columns and frames, where a register has no place",
+    "VJEPA2Model": "attention counts its tokens to place them in space and time, and would place a register too",
+    "VJEPA2Encoder": "attention counts its tokens to place them in space and time, and would place a register too",
+}

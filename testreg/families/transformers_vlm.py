@@ -1,0 +1,274 @@
+"""transformers: the towers of vision-language models, which take images of several sizes: padded, or packed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from testreg.families.family import PACKED, cumulative, longest, masked, packed, unrotated
+from testreg.families.transformers import BLIP, CLIP, SIGLIP, STAGES, VIT, WINDOWS
+from testreg.layout import Layout
+
+
+def _unrotated_complex(rotations: Tensor, layout: Layout) -> Tensor:
+    """Rotary embeddings (T, 1, D/2) as complex numbers."""
+    return layout.extend(rotations, -3, 1.0)
+
+
+def _placeless(positions: Tensor, layout: Layout) -> Tensor:
+    """Row and column (B, T, 2) of each patch, which only padding is asked for here: the rotations are made already."""
+    return layout.extend(positions, -2, 0)
+
+
+def _cls_behind(tower: Any, plain: Layout, arguments: Mapping[str, Any]) -> Layout:
+    """Llama 4 has its CLS token behind the patches."""
+    num_tokens = len(arguments["freqs_ci"])
+    token = torch.arange(num_tokens + plain.num_registers, device=arguments["freqs_ci"].device)
+    return replace(plain, patches=(token < num_tokens - 1).unsqueeze(0))
+
+
+def _tiles(tower: Any, plain: Layout, arguments: Mapping[str, Any]) -> Layout:
+    """Mllama lays the tiles of a picture side by side: each a CLS token, its patches, and padding.
+
+    The mask hides padding from padding only; patches do see it.
+    """
+    mask = arguments["attention_mask"]  # (B, 1, T, T)
+    num_patches = (tower.config.image_size // tower.config.patch_size) ** 2
+    place = torch.arange(mask.shape[-1], device=mask.device) % (mask.shape[-1] // tower.config.max_num_tiles)
+    patches = (place >= 1) & (place <= num_patches)
+    hides = mask < 0
+    return replace(
+        plain,
+        valid=plain.extend(~hides.any((1, 2)), -1, True),
+        patches=plain.extend(patches.unsqueeze(0), -1, False),
+    )
+
+
+def _masked_apart(tower: Any, plain: Layout, arguments: Mapping[str, Any]) -> Layout:
+    """Pixtral packs images with a mask (1, 1, S, S) that keeps them apart; flash attention gets their ends instead."""
+    if (ends := arguments.get("cu_seq_lens_q")) is not None:
+        return replace(plain, lengths=ends.diff().tolist())
+    mask = arguments.get("attention_mask")
+    if mask is None:
+        return plain
+    starts = (mask[0, 0] >= 0).int().argmax(-1)  # (S,): the first token that each sees
+    return replace(plain, lengths=starts.unique_consecutive(return_counts=True)[1].tolist())
+
+
+_PACKED = replace(
+    SIGLIP,
+    name="transformers PaddleOCR-VL",
+    towers="PaddleOCRVisionModel",
+    blocks="vision_model.encoder.layers",
+    patch_embed="vision_model.embeddings.patch_embedding",
+    layout=packed,
+    beside=PACKED,
+    run=lambda tower, images: tower(images),
+)
+_QWEN = replace(
+    _PACKED,
+    name="transformers Qwen2-VL",
+    towers=("Qwen2VisionTransformerPretrainedModel", "Ernie4_5_VLMoeVisionTransformerPretrainedModel"),
+    blocks="blocks",
+    query_key="attn.qkv.weight",
+    num_heads="attn.num_heads",
+    patch_embed="patch_embed.proj",
+    attention=(),  # returns no weights
+)
+
+FAMILIES = (
+    replace(
+        BLIP,
+        name="transformers BLIP-2",
+        towers=("Blip2VisionModel", "InstructBlipVisionModel", "InstructBlipVideoVisionModel"),
+    ),
+    replace(CLIP, name="transformers Idefics", towers="IdeficsVisionTransformer"),
+    replace(
+        VIT,
+        name="transformers InternVL",
+        towers=("InternVLVisionModel", "QianfanOCRVisionModel"),
+        scale="lambda_2",
+        run=lambda tower, images: tower(images),
+    ),
+    replace(SIGLIP, name="transformers Janus", towers="JanusVisionModel"),
+    replace(
+        SIGLIP,
+        name="transformers Idefics3",
+        towers=(
+            *("Idefics2VisionTransformer", "Idefics3VisionTransformer", "SmolVLMVisionTransformer"),
+            "GraniteDoclingVisionModel",
+        ),
+        run=lambda tower, images: tower(images),
+    ),
+    replace(
+        SIGLIP,
+        name="transformers Ovis2",
+        towers="Ovis2VisionModel",
+        blocks="transformer.encoder.layers",
+        down="ffn.down_proj",
+        up="ffn.up_proj",
+        query_key=("attention.q_proj.weight", "attention.k_proj.weight"),
+        num_heads="attention.num_heads",
+        patch_embed="transformer.embeddings.patch_embedding",
+        attention="attention",
+        run=lambda tower, images: tower(images),
+    ),
+    replace(SIGLIP, name="transformers Molmo2", towers="Molmo2VisionModel", blocks="layers", patch_embed=()),
+    replace(
+        CLIP,
+        name="transformers Unlimited-OCR",
+        towers="UnlimitedOcrVisionModel",
+        blocks="vision_encoder.encoder.layers",
+        entry_norm="vision_encoder.pre_layrnorm",
+        patch_embed=(),  # a convolutional network behind SAM
+    ),
+    replace(
+        CLIP,
+        name="transformers Step3",
+        towers="Step3p7VisionModel",
+        blocks="layers",
+        prefix=0,
+        scale="lambda_2",
+        beside={"position_embeddings": unrotated},
+        run=lambda tower, images: tower(images),
+    ),
+    replace(
+        CLIP,
+        name="transformers Llama 4",
+        towers="Llama4VisionModel",
+        blocks="model.layers",
+        prefix=0,
+        patch_embed=(),
+        entry_norm="layernorm_pre",
+        layout=_cls_behind,
+        beside={"freqs_ci": _unrotated_complex},
+        run=lambda tower, images: tower(images),
+    ),
+    replace(
+        CLIP,
+        name="transformers Mllama",
+        towers="MllamaVisionModel",
+        blocks="transformer.layers",  # the eight of `global_transformer` behind them start from new tokens
+        prefix=0,
+        patch_embed="patch_embedding",
+        entry_norm="layernorm_pre",
+        layout=_tiles,
+    ),
+    replace(
+        SIGLIP,
+        name="transformers Gemma 4",
+        towers="Gemma4VisionModel",
+        down=("mlp.down_proj", "mlp.down_proj.linear"),
+        up="mlp.up_proj.linear",
+        query_key=("self_attn.q_proj.linear.weight", "self_attn.k_proj.linear.weight"),
+        patch_embed=(),
+        beside={"position_embeddings": unrotated, "position_ids": _placeless},
+    ),
+    replace(
+        VIT,
+        name="transformers Kosmos-2.5",
+        towers="Kosmos2_5VisionModel",
+        blocks="encoder.layer",
+        down="mlp.wo",
+        up="mlp.wi_1",
+        prefix=0,
+        patch_embed=(),
+    ),
+    replace(
+        SIGLIP,
+        name="transformers Pixtral",
+        towers="PixtralVisionModel",
+        blocks="transformer.layers",
+        down="feed_forward.down_proj",
+        up="feed_forward.up_proj",
+        query_key=("attention.q_proj.weight", "attention.k_proj.weight"),
+        num_heads="attention.num_heads",
+        patch_embed="patch_conv",
+        entry_norm="ln_pre",
+        attention="attention",
+        layout=_masked_apart,
+        beside={
+            "attention_mask": masked,
+            "position_embeddings": unrotated,
+            **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), cumulative),
+            **dict.fromkeys(("max_length_q", "max_length_k"), longest),
+        },
+        run=lambda tower, images: tower(images),
+    ),
+    _PACKED,
+    replace(
+        _PACKED,
+        name="transformers VideoLLaMA 3",
+        towers=("VideoLlama3VisionModel", "Cosmos3EdgeVisionModel"),
+        blocks="encoder.layers",
+        patch_embed="embeddings.patch_embedding",
+    ),
+    replace(
+        _PACKED,
+        name="transformers HunYuan-VL",
+        towers="HunYuanVLVisionTransformer",
+        blocks="layers",
+        patch_embed="embeddings.patch_embedding",
+    ),
+    replace(
+        _PACKED,
+        name="transformers MiniMax-M3-VL",
+        towers="MiniMaxM3VLVisionModel",
+        blocks="layers",
+        patch_embed="embeddings.proj",
+        entry_norm="pre_layrnorm",
+    ),
+    replace(
+        _PACKED,
+        name="transformers Inkling 2",
+        towers="Inkling2VisionModel",
+        blocks="layers",
+        prefix=1,
+        scale="lambda_2",
+        patch_embed=(),
+        entry_norm="pre_layernorm",
+    ),
+    replace(
+        _QWEN,
+        name="transformers Kimi-K2.5",
+        towers="Kimi_K25VisionModel",
+        blocks="layers",
+        query_key=("attn.q_proj.weight", "attn.k_proj.weight"),
+    ),
+    _QWEN,
+    replace(
+        _QWEN,
+        name="transformers Qwen3-VL",
+        towers=(
+            *("Qwen3VLVisionModel", "Qwen3VLMoeVisionModel", "Qwen3OmniMoeVisionEncoder", "Qwen3_5VisionModel"),
+            *("Qwen3_5MoeVisionModel", "Qwen4ExpVisionModel", "CohereCompassVisionModel"),
+        ),
+        down="mlp.linear_fc2",
+        up="mlp.linear_fc1",
+    ),
+    replace(
+        _QWEN,
+        name="transformers GLM-4V",
+        towers=(
+            *("Glm4vVisionModel", "Glm4vMoeVisionModel", "GlmOcrVisionModel", "Glm5NextVisionModel"),
+            "GlmImageVisionModel",
+        ),
+        down=("mlp.down_proj", "mlp.fc2"),
+        up=("mlp.up_proj", "mlp.fc1"),
+    ),
+)
+
+REFUSED = {
+    **dict.fromkeys(("Qwen2_5_VisionTransformerPretrainedModel", "Qwen2_5OmniVisionEncoder"), WINDOWS),
+    **dict.fromkeys(("Exaone4_5_VisionModel", "MuseGlimmerVisionModel", "MuseSparkVisionModel"), WINDOWS),
+    **dict.fromkeys(("GotOcr2VisionEncoder", "PPFormulaNetVisionEncoder", "SLANeXtVisionEncoder"), WINDOWS),
+    **dict.fromkeys(("MiniCPMV4_6VisionModel", "MiniCPMV4_7VisionModel", "MiniCPMOcrVisionModel"), STAGES),
+    "Florence2VisionBackbone": STAGES,
+    "Lfm3VlVisionModel": "most blocks are convolutions over the grid of patches, where a register has no place",
+    "Dots3NoteVisionModel": "the last blocks are mixtures of experts, which have no second linear to take neurons from",
+    "Phi4MultimodalVisionModel": "attention is causal where no image is padded, which hides a register behind them",
+}

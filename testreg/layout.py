@@ -1,0 +1,147 @@
+"""Where the tokens of one forward lie, and where the registers go among them.
+
+Most towers hand their blocks a batch (B, T, C), a few (T, B, C). Images of several sizes come padded to one length,
+with a mask that hides the padding, or packed behind one another in one sequence (S, C). The registers of an image
+always follow its tokens.
+
+Shapes: B images, T tokens of each, R registers; S tokens of all images in a packed sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
+
+
+@dataclass
+class Layout:
+    """Of the hidden state: (T, B, C) if `sequence_first`, (S, C) or (1, S, C) if packed, otherwise (B, T, C)."""
+
+    num_registers: int
+    sequence_first: bool = False
+    lengths: Sequence[int] | None = None
+    """Tokens of each image in a packed sequence; None: the images are a batch."""
+    valid: Tensor | None = None
+    """Which tokens (B, T+R) of a padded batch are no padding; None: all."""
+    patches: Tensor | None = None
+    """Which tokens (1, T+R) are patches; None: all behind the prefix, save the registers."""
+
+    def batch_first(self, tokens: Tensor) -> Tensor:
+        return tokens.transpose(0, 1) if self.sequence_first else tokens
+
+    def extend(self, rows: Tensor, dim: int, value: float | Tensor) -> Tensor:
+        """`rows` of the tokens along `dim`, with R rows of `value` behind those of each image."""
+        shape = list(rows.shape)
+        shape[dim] = self.num_registers
+        more = value.expand(shape) if isinstance(value, Tensor) else rows.new_full(shape, value)
+        if self.lengths is None:
+            return torch.cat([rows, more], dim)
+        return torch.cat([part for image in rows.split(list(self.lengths), dim) for part in (image, more)], dim)
+
+    def join(self, tokens: Tensor, register: float | Tensor) -> Tensor:
+        """The tokens, and behind those of each image R copies of `register` (C,)."""
+        return self.extend(tokens, 0 if self.sequence_first else -2, register)
+
+    def tokens(self, lane: Tensor) -> Tensor:
+        """The tokens without the registers: of a batch a view."""
+        if self.lengths is None:
+            dim = 0 if self.sequence_first else 1
+            return lane.narrow(dim, 0, lane.shape[dim] - self.num_registers)
+        return torch.cat([image[..., : -self.num_registers, :] for image in self._packed(lane)], -2)
+
+    def images(self, lane: Tensor) -> list[Tensor]:
+        """Views: of the batch (B, T+R, C), or of each packed image (1, T+R, C)."""
+        if self.lengths is None:
+            return [self.batch_first(lane)]
+        return [image if image.ndim == 3 else image.unsqueeze(0) for image in self._packed(lane)]
+
+    def of_images(self, images: Sequence[Tensor], lane: Tensor) -> Tensor:
+        """What `images` gave, laid out as `lane` is."""
+        if self.lengths is None:
+            return self.batch_first(images[0])
+        return torch.cat(list(images), 1).view(lane.shape)
+
+    def registers(self, lane: Tensor) -> Tensor:
+        """The registers (B, R, C)."""
+        return torch.cat([image[:, -self.num_registers :] for image in self.images(lane)])
+
+    def _packed(self, lane: Tensor) -> Sequence[Tensor]:
+        assert self.lengths is not None
+        return lane.split([length + self.num_registers for length in self.lengths], -2)
+
+    def without_registers(self, weights: Tensor, appended: int = 0) -> Tensor:
+        """Attention weights (..., T+R, T+R), or with `appended` more tokens behind, without the registers' share."""
+        if self.lengths is not None:
+            index = torch.arange(weights.shape[-1], device=weights.device).view(1, -1, 1)
+            kept = self.tokens(index).flatten()
+            return weights.index_select(-2, kept).index_select(-1, kept)
+        end = weights.shape[-1] - appended
+        for dim in (-2, -1):
+            head, tail = weights.narrow(dim, 0, end - self.num_registers), weights.narrow(dim, end, appended)
+            weights = torch.cat([head, tail], dim) if appended else head
+        return weights
+
+    def validity(self, mask: Tensor | BlockMask) -> Tensor:
+        """Which tokens (B, T+R) somebody sees under a mask (B, heads, T or 1, T) or (T, T): the others are padding."""
+        return self.extend(_seen(mask), -1, True)
+
+    def extend_mask(self, mask: Tensor | BlockMask) -> Tensor | BlockMask:
+        """The mask, boolean or added to the logits, with rows and columns for the registers.
+
+        Everyone sees the registers, and they see every token that is no padding, whatever the tokens hide from each
+        other. In a packed sequence they see, and are seen, as the last token of their image.
+        """
+        if isinstance(mask, BlockMask):
+            return self._extend_block_mask(mask)
+        if self.lengths is not None:
+            index = torch.arange(sum(self.lengths), device=mask.device)
+            index = torch.cat(
+                [torch.cat([image, image[-1:].expand(self.num_registers)]) for image in index.split(list(self.lengths))]
+            )
+            return mask.index_select(-2, index).index_select(-1, index)
+        if mask.shape[-2] > 1:
+            seen = _visible(mask).any(-2, keepdim=True)
+            row = (
+                seen
+                if mask.dtype is torch.bool
+                else torch.zeros_like(mask[..., :1, :]).masked_fill(~seen, torch.finfo(mask.dtype).min)
+            )
+            mask = torch.cat([mask, row.expand(*row.shape[:-2], self.num_registers, -1)], -2)
+        return self.extend(mask, -1, float(mask.dtype is torch.bool))
+
+    def _extend_block_mask(self, mask: BlockMask) -> BlockMask:
+        if self.lengths is not None:
+            raise NotImplementedError("flex attention over packed images: use the sdpa or eager attention instead")
+        seen, num_tokens, inner = _seen(mask), mask.shape[-1], mask.mask_mod
+
+        def outer(image: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            token = key.clamp(max=num_tokens - 1)
+            shown = inner(image, head, query.clamp(max=num_tokens - 1), token)
+            return (key >= num_tokens) | torch.where(query >= num_tokens, seen[image, token], shown)
+
+        batch, heads, _, _ = mask.shape
+        size = num_tokens + self.num_registers
+        return create_block_mask(outer, batch, heads, size, size, device=seen.device, BLOCK_SIZE=mask.BLOCK_SIZE)
+
+
+def _visible(mask: Tensor) -> Tensor:
+    if mask.dtype is torch.bool:
+        return mask
+    if not mask.is_floating_point():
+        raise NotImplementedError(f"an attention mask of {mask.dtype}: pass it as booleans, or added to the logits")
+    return mask > torch.finfo(mask.dtype).min / 2
+
+
+def _seen(mask: Tensor | BlockMask) -> Tensor:
+    """Which tokens (B or 1, T) a mask shows to at least one token in one head."""
+    if isinstance(mask, BlockMask):
+        batch, heads, queries, keys = mask.shape
+        mask = create_mask(mask.mask_mod, batch, heads, queries, keys, device=mask.kv_num_blocks.device)
+    if mask.ndim not in (2, 4):
+        raise NotImplementedError(f"an attention mask of shape {tuple(mask.shape)}: pass (T, T) or (B, heads, T, T)")
+    seen = _visible(mask).any(-2)  # (B, heads, T) or (T,)
+    return seen.any(1) if seen.ndim == 3 else seen.unsqueeze(0)
