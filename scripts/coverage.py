@@ -39,6 +39,7 @@ import testreg
 from testreg.families import Tower, find_tower
 
 TOLERANCE = 1e-4  # in float32, of the largest value of an output
+LOUDNESS = 20.0
 LIBRARIES = ("timm", "open_clip", "transformers", "torchvision", "hub")
 
 
@@ -76,9 +77,9 @@ def _check(architecture: Architecture) -> str:
         return refusal[1] or refusal[2]
     run = lambda *numbers: _tensors(architecture.run(model, numbers))
     keys = list(model.state_dict())
-    run(0, 1)  # the first run of a convolution may differ from the next in the last bit
+    neurons = _loud_neurons(tower, lambda: run(0, 1))
     plain = run(0, 1)
-    with explicit_register(tower, neurons := _neurons(tower)):
+    with explicit_register(tower, neurons):
         references = [run(0), run(1)]
     _same("the reference left something", run(0, 1), plain, exactly=True)
 
@@ -100,9 +101,37 @@ def _check(architecture: Architecture) -> str:
     return ""
 
 
-def _neurons(tower: Tower) -> dict[int, list[int]]:
-    """Three neurons in two layers; where a block has several MLPs, in different ones."""
-    return {0: [1, tower.mlp_width - 2], 1: [tower.mlp_width // 2]}
+def _loud_neurons(tower: Tower, run: Callable[[], Any]) -> dict[int, list[int]]:
+    """Three neurons in two layers, made to write much, as register neurons do: what happens to them must show.
+
+    They are those that are loudest on the last token, so that padding is seen to be left out. Where a block has
+    several MLPs, the two of the first layer are in different ones.
+    """
+    scores: dict[int, Any] = {0: 0, 1: 0, 2: 0}
+
+    def record(key: int, first: int, hidden: Tensor) -> None:
+        tokens = hidden.transpose(0, 1) if tower.sequence_first else hidden.view(-1, *hidden.shape[-2:])
+        magnitude = tokens[..., first:].abs()  # (B, T, H)
+        ratio = magnitude[:, -1] / magnitude.amax(1).clamp(min=1e-6)
+        scores[key] = scores[key] + ((ratio == 1) + 1e-3 * ratio).sum(0)
+
+    with ExitStack() as stack:
+        for key, (layer, index) in enumerate([(0, 0), (0, -1), (1, 0)]):
+            mlp = tower.blocks[layer].mlps[index]
+            hook = lambda module, args, key=key, first=mlp.first: record(key, first, args[0])
+            stack.callback(mlp.down.register_forward_pre_hook(hook).remove)
+        run()
+    if len(tower.blocks[0].mlps) == 1:
+        first, second = scores[0].topk(2).indices.tolist()
+    else:
+        first, second = int(scores[0].argmax()), tower.blocks[0].mlps[0].width + int(scores[1].argmax())
+    neurons = {0: [first, second], 1: [int(scores[2].argmax())]}
+    for layer, units in neurons.items():
+        start = 0
+        for mlp in tower.blocks[layer].mlps:
+            mlp.columns[:, [unit - start for unit in units if start <= unit < start + mlp.width]] *= LOUDNESS
+            start += mlp.width
+    return neurons
 
 
 def _tensors(output: Any, name: str = "") -> dict[str, Tensor]:

@@ -2,21 +2,25 @@
 
 from testreg.calibrate import NoOutliersError, calibrate
 from testreg.checkpoint import load, save
+from testreg.families import Family, add_family
 from testreg.models import load_model
 from testreg.neurons import RegisterNeurons
 from testreg.outliers import OutlierRule
-from testreg.register import disabled, is_patched, patch, unpatch
+from testreg.register import disabled, is_patched, patch, registers, unpatch
 
 __all__ = [
+    "Family",
     "NoOutliersError",
     "OutlierRule",
     "RegisterNeurons",
+    "add_family",
     "calibrate",
     "disabled",
     "is_patched",
     "load",
     "load_model",
     "patch",
+    "registers",
     "save",
     "unpatch",
 ]

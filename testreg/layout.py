@@ -42,15 +42,22 @@ class Layout:
             return torch.cat([rows, more], dim)
         return torch.cat([part for image in rows.split(list(self.lengths), dim) for part in (image, more)], dim)
 
-    def join(self, tokens: Tensor, register: float | Tensor) -> Tensor:
-        """The tokens, and behind those of each image R copies of `register` (C,)."""
-        return self.extend(tokens, 0 if self.sequence_first else -2, register)
+    @property
+    def dim(self) -> int:
+        """The dimension of the tokens."""
+        return -3 if self.sequence_first else -2
+
+    def join(self, tokens: Tensor, registers: Tensor) -> Tensor:
+        """The tokens, and behind those of each image its registers, of (B, R, C)."""
+        if self.lengths is None:
+            return torch.cat([tokens, self.batch_first(registers)], self.dim)
+        images = zip(tokens.split(list(self.lengths), -2), registers, strict=True)
+        return torch.cat([part for image, own in images for part in (image, own.expand(*image.shape[:-2], -1, -1))], -2)
 
     def tokens(self, lane: Tensor) -> Tensor:
         """The tokens without the registers: of a batch a view."""
         if self.lengths is None:
-            dim = 0 if self.sequence_first else 1
-            return lane.narrow(dim, 0, lane.shape[dim] - self.num_registers)
+            return lane.narrow(self.dim, 0, lane.shape[self.dim] - self.num_registers)
         return torch.cat([image[..., : -self.num_registers, :] for image in self._packed(lane)], -2)
 
     def images(self, lane: Tensor) -> list[Tensor]:

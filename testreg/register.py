@@ -6,8 +6,8 @@ moved onto it: the patches stay clean, and attention finds its scratch space on 
 
 Two pieces do it, both an instance `forward` on one module, so that nothing else of the model changes:
 
-- `_Shift` on each MLP's second linear, whose input is the hidden activation (B, T, H), moves the neurons;
-- `_Lane` on each block lets the register ride beside the tokens, so that whatever is outside the blocks (pooling,
+- `Shift` on each MLP's second linear, whose input is the hidden activation (B, T, H), moves the neurons;
+- `Lane` on each block lets the register ride beside the tokens, so that whatever is outside the blocks (pooling,
   heads, hidden states, hooks) sees the shapes it always saw.
 
 Shapes: B batch, T tokens of the unpatched model, P of them prefix tokens, R registers, C width, H hidden, K neurons.
@@ -16,30 +16,24 @@ Shapes: B batch, T tokens of the unpatched model, P of them prefix tokens, R reg
 from __future__ import annotations
 
 import functools
-import inspect
 import os
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from testreg.families import MASKS, Family, Tower, checkpoint_names, find_tower, unbiased
+from testreg.families import Tower, checkpoint_names, find_tower
+from testreg.lane import REFUSALS, Attention, Bias, Lane, MaxOver, Override, Patch, Zero, layout_now
 from testreg.layout import Layout
 from testreg.neurons import RegisterNeurons, fingerprint, resolve
 
-MaxOver = Literal["neuron", "layer"]
-Zero = Literal["patches", "all"]
 M = TypeVar("M", bound=nn.Module)
 
 _PATCH = "_testreg_patch"  # attribute of a patched tower
-_LANE = "_testreg_lane"  # attribute of a hidden state between two patched blocks
-_LAYOUT = "_testreg_layout"  # attribute of what a padded or packed block gets beside its tokens
-_running = threading.local()  # its `layout` is that of the block that this thread is in
 
 
 def shift(
@@ -97,9 +91,17 @@ def shift(
 
 def _index(values: Sequence[int], like: Tensor) -> Tensor:
     # A cached index costs no host-to-device copy, but a fake or traced one must never outlive its trace.
-    if torch.compiler.is_compiling() or type(like) is not Tensor:
+    if torch.compiler.is_dynamo_compiling() and _is_exporting():
+        # Strict export names a constant by the path on which it was found, which leads through our `forward` and is
+        # not in the exported module: so there is none.
+        return torch.stack([torch.full((), value, device=like.device) for value in values])
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(like) is not Tensor:
         return torch.tensor(values, device=like.device)
     return _cached_index(tuple(values), like.device)
+
+
+def _is_exporting() -> bool:
+    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
 
 
 @functools.lru_cache(maxsize=1024)
@@ -109,70 +111,25 @@ def _cached_index(values: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 @dataclass(eq=False)
-class _Override:
-    """A picklable replacement of one module's method, which can be taken back without a trace."""
-
-    module: nn.Module
-    method = "forward"
-
-    def __post_init__(self) -> None:
-        self.previous: Callable[..., Any] | None = self.module.__dict__.get(self.method)
-
-    def install(self) -> None:
-        setattr(self.module, self.method, self)
-
-    def installed(self) -> bool:
-        return self.module.__dict__.get(self.method) is self
-
-    def remove(self) -> None:
-        if self.previous is None:
-            delattr(self.module, self.method)
-        else:
-            setattr(self.module, self.method, self.previous)
-
-    def original(self, *args: Any, **kwargs: Any) -> Any:
-        if self.previous is not None:
-            return self.previous(*args, **kwargs)
-        return getattr(type(self.module), self.method)(self.module, *args, **kwargs)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError
-
-
-@dataclass(eq=False)
-class Patch:
-    """What `patch` did to a tower; kept on it until `unpatch`."""
-
-    neurons: RegisterNeurons
-    num_registers: int
-    max_over: MaxOver
-    zero: Zero
-    num_prefix: int
-    enabled: bool = True
-    recorded: list[Tensor] | None = None
-    """Registers (B, R, C) after each block of the last forward, for `registers`."""
-
-    def __post_init__(self) -> None:
-        self.overrides: list[_Override] = []
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The arguments that make the same patch again."""
-        return {"num_registers": self.num_registers, "max_over": self.max_over, "zero": self.zero}
-
-
-@dataclass(eq=False)
-class _Shift(_Override):
+class Shift(Override):
     """`shift` in front of an MLP's second linear."""
 
     patch: Patch
     units: tuple[int, ...]
     owners: tuple[int, ...]
     plain: Layout
+    parent: nn.Module
+    name: str
+
+    @property
+    def holder(self) -> nn.Module:
+        """What is now where our module was: the module itself, or what has wrapped or replaced it since."""
+        return self.parent._modules[self.name]  # type: ignore[return-value]  # getattr gives a copy in torch.export
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.patch.enabled:
-            layout = getattr(_running, "layout", None) or getattr(_running, "recomputed", None) or self.plain
+            given = hidden
+            layout = layout_now(self.plain)
             shifted = [
                 shift(
                     images,
@@ -187,145 +144,10 @@ class _Shift(_Override):
             ]
             if torch.is_grad_enabled():  # otherwise `hidden` itself was edited
                 hidden = layout.of_images(shifted, hidden)
+                if self.holder is not self.module:
+                    given.copy_(hidden)  # an adapter around the linear reads the same activation
+                    hidden = given
         return self.original(hidden, *args, **kwargs)
-
-
-@dataclass(eq=False)
-class _Lane(_Override):
-    """A block, with the registers riding beside its tokens.
-
-    The block computes on (B, T+R, C) and hands back a view of the T tokens. That view carries the whole tensor to the
-    next block as an attribute, so nothing is copied and no state is left on the module: threads, recomputation in
-    gradient checkpointing and re-entrant calls do not meet. `Layout` knows where the registers are.
-    """
-
-    patch: Patch
-    index: int
-    last: bool
-    family: Family
-    tower: nn.Module
-    plain: Layout
-    entry_norm: nn.Module | None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        parameters = inspect.signature(type(self.module).forward).parameters.values()
-        self.parameters = tuple(each.name for each in parameters if each.kind in named)[1:]  # without self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.patch.enabled:
-            return self.original(*args, **kwargs)
-        arguments = dict(zip(self.parameters, args, strict=False)) | kwargs
-        hidden = arguments.pop(self.parameters[0])
-        if not isinstance(hidden, Tensor):
-            raise NotImplementedError(
-                f"block {self.index} was called with a {type(hidden).__name__} of tokens (images of several sizes at "
-                "once): call the model on one tensor at a time"
-            )
-        layout = self.family.layout(self.tower, self.plain, arguments)
-        arguments = {name: self._extended(name, value, layout) for name, value in arguments.items()}
-        lane = layout.join(hidden, self._register(hidden)) if self.index == 0 else self._arriving(hidden)
-        outer, _running.layout = getattr(_running, "layout", None), layout
-        try:
-            out = self.original(lane, **arguments)
-        finally:
-            _running.layout = outer
-        entered, (lane, *rest) = lane, out if isinstance(out, tuple) else (out,)
-        if lane.shape != entered.shape:
-            return out  # no tokens: DINO's blocks can be asked for their attention weights
-        if self.patch.recorded is not None:
-            self.patch.recorded[self.index : self.index + 1] = [layout.registers(lane)]
-        tokens = layout.tokens(lane)
-        if self.last:
-            tokens = tokens.contiguous()
-        else:
-            setattr(tokens, _LANE, lane)
-        return (tokens, *rest) if isinstance(out, tuple) else tokens
-
-    def _extended(self, name: str, value: Any, layout: Layout) -> Any:
-        """An argument beside the tokens, with rows for the registers."""
-        if name == "is_causal" and value:
-            raise NotImplementedError("causal attention hides the register, the last token, from all others")
-        if value is None:
-            return None
-        if (extend := self.family.beside.get(name) or MASKS.get(name)) is not None:
-            extended = extend(value, layout)
-            if isinstance(extended, Tensor) and layout is not self.plain and torch.is_grad_enabled():
-                setattr(extended, _LAYOUT, layout)
-            return extended
-        if isinstance(value, Tensor):
-            raise NotImplementedError(
-                f"block {self.index} was called with a tensor {name!r} beside the tokens, and {self.family.name} does "
-                "not say what the register has there: call the model without it, or under testreg.disabled(model)"
-            )
-        return value
-
-    def _register(self, hidden: Tensor) -> float | Tensor:
-        """Zero; in CLIP-like towers it passes the norm before the blocks and enters as its bias (C,)."""
-        if self.entry_norm is None:
-            return 0.0
-        zero = hidden.new_zeros(1, 1, hidden.shape[-1])
-        return self.entry_norm.forward(zero).to(hidden.dtype).flatten()  # .forward: hooks saw this norm already
-
-    def _arriving(self, hidden: Tensor) -> Tensor:
-        lane = getattr(hidden, _LANE, None)
-        if lane is None:
-            raise RuntimeError(
-                f"the register did not arrive at block {self.index}: something between the blocks replaced the hidden "
-                "state (an adapter, an offloading wrapper, a hook that returns a new tensor). Install it before "
-                "testreg.patch(), or edit the tokens in place"
-            )
-        if hidden.requires_grad and not lane.requires_grad:
-            raise RuntimeError(
-                f"the gradient did not arrive at block {self.index} with the register: re-entrant gradient "
-                "checkpointing drops it. Use use_reentrant=False"
-            )
-        return lane
-
-
-@dataclass(eq=False)
-class _Attention(_Override):
-    """An attention module that may return its weights: the register's row and column are left out.
-
-    The remaining rows sum to less than one by what the register received; they are not renormalised.
-    """
-
-    patch: Patch
-    plain: Layout
-    appended: int
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if getattr(_running, "layout", None) is None:
-            # Gradient checkpointing in transformers recomputes a block from within, without its lane.
-            layouts = (getattr(extra, _LAYOUT, None) for extra in (*args, *kwargs.values()))
-            _running.recomputed = next((layout for layout in layouts if layout is not None), None)
-        out = self.original(*args, **kwargs)
-        if not self.patch.enabled or not isinstance(out, tuple) or len(out) < 2:
-            return out
-        layout, weights = getattr(_running, "layout", None) or self.plain, out[1]
-        if isinstance(weights, Tensor):
-            weights = layout.without_registers(weights, self.appended)
-        elif isinstance(weights, list):  # of packed images
-            weights = [each if each is None else self.plain.without_registers(each) for each in weights]
-        return out[0], weights, *out[2:]
-
-
-@dataclass(eq=False)
-class _PadBias(_Override):
-    """A method that makes a relative position bias (..., T, T): it has none for the registers."""
-
-    patch: Patch
-    plain: Layout
-    count: str
-    method: str
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.patch.enabled:
-            return self.original(*args, **kwargs)
-        if self.count in kwargs:
-            kwargs[self.count] -= self.patch.num_registers
-        return unbiased(self.original(*args, **kwargs), self.plain)
 
 
 def patch(
@@ -373,30 +195,37 @@ def patch(
     state.overrides = list(_overrides(tower, state))
     for override in state.overrides:
         override.install()
-    setattr(tower.module, _PATCH, state)
+    vars(tower.module).update(REFUSALS, **{_PATCH: state})
     return model
 
 
-def _overrides(tower: Tower, state: Patch) -> Iterator[_Override]:
+def _overrides(tower: Tower, state: Patch) -> Iterator[Override]:
     owner = {(layer, unit): i % state.num_registers for i, (layer, unit, _) in enumerate(state.neurons.ranking)}
     by_layer = state.neurons.by_layer()
     plain = Layout(state.num_registers, tower.sequence_first)
     for i, block in enumerate(tower.blocks):
-        last = i == tower.depth - 1
-        yield _Lane(block.module, state, i, last, tower.family, tower.module, plain, tower.entry_norm)
+        shifts: list[Shift] = []
         first = 0  # unit of this MLP: those that run side by side are numbered through
         for mlp in block.mlps:
             units = [unit for unit in by_layer.get(i, ()) if first <= unit < first + mlp.width]
-            if units:
-                local = tuple(mlp.first + unit - first for unit in units)
-                owners = tuple(owner[i, unit] for unit in units)
-                yield from (_Shift(reader, state, local, owners, plain) for reader in mlp.readers)
+            channels = tuple(mlp.first + unit - first for unit in units)
+            owners = tuple(owner[i, unit] for unit in units)
+            for reader in mlp.readers if units else ():
+                shifts.append(Shift(reader, state, channels, owners, plain, *_place(reader, block.module)))
             first += mlp.width
+        yield from shifts
+        last = i == tower.depth - 1
+        yield Lane(block.module, state, i, last, tower.family, tower.module, plain, tower.entry_norm, tuple(shifts))
         if block.attention is not None:
-            yield _Attention(block.attention, state, plain, tower.family.appended)
+            yield Attention(block.attention, state, plain, tower.family.appended)
         if block.bias is not None:
             module, name = block.bias
-            yield _PadBias(module, state, plain, tower.family.bias_count, name)
+            yield Bias(module, state, plain, tower.family.bias_count, name)
+
+
+def _place(module: nn.Module, root: nn.Module) -> tuple[nn.Module, str]:
+    """The parent of `module` within `root`, and its name there."""
+    return next((parent, name) for parent in root.modules() for name, each in parent.named_children() if each is module)
 
 
 def _warn_if_other_weights(neurons: RegisterNeurons, model: nn.Module, tower: Tower) -> None:
@@ -425,7 +254,8 @@ def unpatch(model: M) -> M:
         )
     for override in reversed(state.overrides):
         override.remove()
-    delattr(tower, _PATCH)
+    for name in (_PATCH, *REFUSALS):
+        delattr(tower, name)
     return model
 
 

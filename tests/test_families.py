@@ -17,7 +17,7 @@ from tiny import DEPTH, HF, HF_DINOV2, HF_TEXT, IMAGE, TIMM, WIDTH
 from torch import Tensor, nn
 
 from testreg import is_patched, patch, unpatch
-from testreg.families import FAMILIES, find_tower
+from testreg.families import find_tower
 
 RANKING = [(1, 3), (1, 77), (1, 120), (2, 0), (2, 64), (2, 127)]
 NEURONS = {1: [3, 77, 120], 2: [0, 64, 127]}

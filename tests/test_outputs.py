@@ -127,14 +127,17 @@ def test_attention_implementations_agree(family: str, implementation: str) -> No
         close(outputs(model), expected, 1e-5)
 
 
-def test_a_flex_attention_mask_that_hides_a_token_is_refused() -> None:
-    model = patch(build("hf_vit"), NEURONS)
-    model.set_attn_implementation("flex_attention")
+@torch.no_grad()
+def test_a_flex_attention_mask_hides_what_the_mask_of_sdpa_hides() -> None:
     visible = torch.ones(2, SIDE**2 + 1)
-    visible[0, -1] = 0
-    refused = pytest.raises(NotImplementedError, match="block 0 was called with a mask")
-    with torch.compiler.set_stance("force_eager"), refused:
-        model(images(dtype=torch.float32), attention_mask=visible)
+    visible[0, -3:] = 0
+    results = []
+    for implementation in ("sdpa", "flex_attention"):
+        model = patch(build("hf_vit"), NEURONS)
+        model.set_attn_implementation(implementation)
+        with torch.compiler.set_stance("force_eager"):
+            results.append(model(images(dtype=torch.float32), attention_mask=visible).last_hidden_state)
+    close(results[0], results[1], 1e-5)
 
 
 # Gradients -----------------------------------------------------------------------------------------------------------

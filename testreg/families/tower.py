@@ -129,6 +129,8 @@ def find_tower(model: nn.Module) -> Tower:
                 "nn.DataParallel copies modules in a way that cannot be patched: "
                 "pass its .module, and use DistributedDataParallel for several GPUs"
             )
+        if isinstance(module, torch.fx.GraphModule):
+            raise TypeError("traced modules cannot be patched: patch the Python model, then trace or export it")
         if type(module).__module__.startswith("torch.jit"):
             raise TypeError("TorchScript modules cannot be patched: patch the Python model (and use torch.compile)")
     found = list(_towers(model, ""))

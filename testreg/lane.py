@@ -1,0 +1,299 @@
+"""How the registers ride beside the tokens: what is put on a patched tower, and what the tower sees of it.
+
+Each piece is an instance attribute on one module, mostly its `forward`, so that nothing else of the model changes:
+hooks, wrapper modules and another class would all be seen by somebody.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from testreg.families import MASKS, Family, unbiased
+from testreg.layout import Layout
+from testreg.neurons import RegisterNeurons
+
+if TYPE_CHECKING:
+    from testreg.register import Shift
+
+MaxOver = Literal["neuron", "layer"]
+Zero = Literal["patches", "all"]
+
+_LANE = "_testreg_lane"  # attribute of a hidden state between two patched blocks
+_LAYOUT = "_testreg_layout"  # attribute of what a padded or packed block gets beside its tokens
+_running = threading.local()  # its `layout` is that of the padded or packed block that this thread is in
+
+
+def layout_now(plain: Layout) -> Layout:
+    """The layout of the block that this thread is in, which is `plain` nearly always."""
+    return getattr(_running, "layout", None) or getattr(_running, "recomputed", None) or plain
+
+
+@contextmanager
+def _running_with(layout: Layout | None) -> Iterator[None]:
+    if getattr(_running, "recomputed", None) is not None:  # left by a backward pass
+        _running.recomputed = None
+    outer = getattr(_running, "layout", None)
+    if layout is outer:  # nearly always both are None
+        yield
+        return
+    _running.layout = layout
+    try:
+        yield
+    finally:
+        _running.layout = outer
+
+
+@dataclass(eq=False)
+class Override:
+    """A picklable replacement of one module's method, which can be taken back without a trace."""
+
+    module: nn.Module
+    method = "forward"
+
+    def __post_init__(self) -> None:
+        self.previous: Callable[..., Any] | None = self.module.__dict__.get(self.method)
+
+    def install(self) -> None:
+        setattr(self.module, self.method, self)
+
+    def installed(self) -> bool:
+        return self.module.__dict__.get(self.method) is self
+
+    def remove(self) -> None:
+        if self.previous is None:
+            delattr(self.module, self.method)
+        else:
+            setattr(self.module, self.method, self.previous)
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        if self.previous is not None:
+            return self.previous(*args, **kwargs)
+        return getattr(type(self.module), self.method)(self.module, *args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+@dataclass(eq=False)
+class Patch:
+    """What `patch` did to a tower; kept on it until `unpatch`."""
+
+    neurons: RegisterNeurons
+    num_registers: int
+    max_over: MaxOver
+    zero: Zero
+    num_prefix: int
+    enabled: bool = True
+    recorded: list[Tensor] | None = None
+    """Registers (B, R, C) after each block of the last forward, for `registers`."""
+
+    def __post_init__(self) -> None:
+        self.overrides: list[Override] = []
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments that make the same patch again."""
+        return {"num_registers": self.num_registers, "max_over": self.max_over, "zero": self.zero}
+
+
+@dataclass(eq=False)
+class Lane(Override):
+    """A block, with the registers riding beside its tokens.
+
+    The block computes on (B, T+R, C) and hands back a view of the T tokens. That view carries the whole tensor to the
+    next block as an attribute, so nothing is copied and no state is left on the module: threads, recomputation in
+    gradient checkpointing and re-entrant calls do not meet. `Layout` knows where the registers are.
+    """
+
+    patch: Patch
+    index: int
+    last: bool
+    family: Family
+    tower: nn.Module
+    plain: Layout
+    entry_norm: nn.Module | None
+    shifts: tuple[Shift, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.parameters = _parameters(self.module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.patch.enabled:
+            return self.original(*args, **kwargs)
+        arguments = dict(zip(self.parameters, args, strict=False)) | kwargs
+        hidden = arguments.pop(self.parameters[0])
+        if isinstance(hidden, torch.fx.Proxy):  # a patched block is one node of the traced graph
+            tracer: Any = hidden.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self.module), (hidden,), arguments)
+        if not isinstance(hidden, Tensor):
+            raise NotImplementedError(
+                f"block {self.index} was called with a {type(hidden).__name__} of tokens (images of several sizes at "
+                "once): call the model on one tensor at a time"
+            )
+        for shift in self.shifts:
+            if shift.holder is not shift.module and shift.module not in set(shift.holder.modules()):
+                raise RuntimeError(
+                    f"the second MLP linear of block {self.index} was replaced by a {type(shift.holder).__name__} "
+                    "after testreg.patch(), so its neurons would stay: call testreg.unpatch(model) and patch it again"
+                )
+        layout = self.family.layout(self.tower, self.plain, arguments)
+        arguments = {name: self._extended(name, value, layout) for name, value in arguments.items()}
+        lane = self._entering(hidden, layout) if self.index == 0 else self._arriving(hidden, layout)
+        with _running_with(layout if layout is not self.plain else None):
+            out = self.original(lane, **arguments)
+        entered, (lane, *rest) = lane, out if isinstance(out, tuple) else (out,)
+        if lane.shape != entered.shape:
+            return out  # no tokens: DINO's blocks can be asked for their attention weights
+        if self.patch.recorded is not None:
+            self.patch.recorded[self.index : self.index + 1] = [layout.registers(lane)]
+        tokens = layout.tokens(lane)
+        if self.last:
+            tokens = tokens.contiguous()
+        else:
+            setattr(tokens, _LANE, lane)
+            if not torch.compiler.is_compiling() and tokens.grad_fn is not None:
+                # For whoever hands on another tensor. A copy, so that the graph does not keep the lane's memory.
+                metadata: Any = tokens.grad_fn.metadata
+                metadata[_LANE] = layout.registers(lane).clone()
+        return (tokens, *rest) if isinstance(out, tuple) else tokens
+
+    def _extended(self, name: str, value: Any, layout: Layout) -> Any:
+        """An argument beside the tokens, with rows for the registers."""
+        if name == "is_causal" and value:
+            raise NotImplementedError("causal attention hides the register, the last token, from all others")
+        if value is None:
+            return None
+        if (extend := self.family.beside.get(name) or MASKS.get(name)) is not None:
+            extended = extend(value, layout)
+            if isinstance(extended, Tensor) and layout is not self.plain and torch.is_grad_enabled():
+                setattr(extended, _LAYOUT, layout)
+            return extended
+        if isinstance(value, Tensor):
+            raise NotImplementedError(
+                f"block {self.index} was called with a tensor {name!r} beside the tokens, and {self.family.name} does "
+                "not say what the register has there: call the model without it, or under testreg.disabled(model)"
+            )
+        return value
+
+    def _entering(self, hidden: Tensor, layout: Layout) -> Tensor:
+        """With zero tokens; in CLIP-like towers they pass the norm before the blocks and enter as its bias."""
+        register = hidden.new_zeros(1, 1, hidden.shape[-1])
+        if self.entry_norm is not None:
+            register = self.entry_norm.forward(register).to(hidden.dtype)  # .forward: hooks saw this norm already
+        return layout.extend(hidden, layout.dim, register.flatten())
+
+    def _arriving(self, hidden: Tensor, layout: Layout) -> Tensor:
+        lane: Tensor | None = getattr(hidden, _LANE, None)
+        registers = layout.registers(lane) if lane is not None else _handed_on(hidden)
+        if registers is None:
+            raise RuntimeError(
+                f"the register did not arrive at block {self.index}: something between the blocks replaced the hidden "
+                "state (an adapter, an offloading wrapper, a hook that returns a new tensor). Install it before "
+                "testreg.patch(), or edit the tokens in place"
+            )
+        if lane is not None and not hidden.requires_grad:
+            return lane
+        if hidden.requires_grad and not registers.requires_grad:
+            raise RuntimeError(
+                f"the gradient did not arrive at block {self.index} with the register: re-entrant gradient "
+                "checkpointing drops it. Use use_reentrant=False"
+            )
+        # Whoever waits for the gradient of the tokens (FSDP, Grad-CAM, autograd.grad) must see it come by.
+        return layout.join(hidden, registers)
+
+
+def _parameters(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of its forward; a wrapper (FSDP) takes those of what it wraps."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    names = tuple(each.name for each in parameters if each.kind in kinds)[1:]  # without self
+    children = list(module.children())
+    return names if names or len(children) != 1 else _parameters(children[0])
+
+
+def _handed_on(hidden: Tensor) -> Tensor | None:
+    """The registers of tokens that arrive as another tensor, behind autograd functions of Python.
+
+    FSDP2 and full backward hooks put such functions around a block; they return what they are given.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    node, output = hidden.grad_fn, hidden.output_nr
+    while isinstance(node, torch.autograd.function.BackwardCFunction) and output < len(node.next_functions):
+        node, output = node.next_functions[output]
+    return None if node is None else node.metadata.get(_LANE)  # type: ignore[attr-defined]
+
+
+@dataclass(eq=False)
+class Attention(Override):
+    """An attention module that may return its weights: the register's row and column are left out.
+
+    The remaining rows sum to less than one by what the register received; they are not renormalised.
+    """
+
+    patch: Patch
+    plain: Layout
+    appended: int
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if getattr(_running, "layout", None) is None:
+            # Gradient checkpointing in transformers recomputes a block from within, without its lane.
+            layouts = (getattr(extra, _LAYOUT, None) for extra in (*args, *kwargs.values()))
+            layout = next((layout for layout in layouts if layout is not None), None)
+            if layout is not getattr(_running, "recomputed", None):
+                _running.recomputed = layout
+        out = self.original(*args, **kwargs)
+        if not self.patch.enabled or not isinstance(out, tuple) or len(out) < 2:
+            return out
+        layout, weights = layout_now(self.plain), out[1]
+        if isinstance(weights, Tensor):
+            weights = layout.without_registers(weights, self.appended)
+        elif isinstance(weights, list):  # of packed images
+            weights = [each if each is None else self.plain.without_registers(each) for each in weights]
+        return out[0], weights, *out[2:]
+
+
+@dataclass(eq=False)
+class Bias(Override):
+    """A method that makes a relative position bias (..., T, T): it has none for the registers."""
+
+    patch: Patch
+    plain: Layout
+    count: str
+    method: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.patch.enabled:
+            return self.original(*args, **kwargs)
+        if self.count in kwargs:
+            kwargs[self.count] -= self.patch.num_registers
+        return unbiased(self.original(*args, **kwargs), self.plain)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """In place of a method by which torch copies modules and leaves their patched `forward` behind."""
+
+    message: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(self.message)
+
+
+REFUSALS = {
+    "_replicate_for_data_parallel": Refusal(
+        "nn.DataParallel copies modules in a way that loses the patch: use DistributedDataParallel for several GPUs"
+    ),
+    "__prepare_scriptable__": Refusal(
+        "torch.jit.script cannot compile a patched model: use torch.compile, torch.export or torch.jit.trace"
+    ),
+}
