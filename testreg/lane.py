@@ -28,23 +28,29 @@ Zero = Literal["patches", "all"]
 
 _LANE = "_testreg_lane"  # attribute of a hidden state between two patched blocks
 _LAYOUT = "_testreg_layout"  # attribute of what a padded or packed block gets beside its tokens
-_running = threading.local()  # its `layout` is that of the padded or packed block that this thread is in
+
+
+class _Running(threading.local):
+    """What a thread is in the middle of; both are None nearly always."""
+
+    layout: Layout | None = None
+    """Of the padded or packed block."""
+    recomputed: Layout | None = None
+    """Of the padded or packed block that gradient checkpointing recomputes from within."""
+
+
+_running = _Running()
 
 
 def layout_now(plain: Layout) -> Layout:
-    """The layout of the block that this thread is in, which is `plain` nearly always."""
-    return getattr(_running, "layout", None) or getattr(_running, "recomputed", None) or plain
+    """The layout of the block that this thread is in."""
+    return _running.layout or _running.recomputed or plain
 
 
 @contextmanager
-def _running_with(layout: Layout | None) -> Iterator[None]:
-    if getattr(_running, "recomputed", None) is not None:  # left by a backward pass
-        _running.recomputed = None
-    outer = getattr(_running, "layout", None)
-    if layout is outer:  # nearly always both are None
-        yield
-        return
-    _running.layout = layout
+def _running_with(layout: Layout) -> Iterator[None]:
+    outer, _running.layout = _running.layout, layout
+    _running.recomputed = None  # left by a backward pass
     try:
         yield
     finally:
@@ -148,11 +154,19 @@ class Lane(Override):
         layout = self.family.layout(self.tower, self.plain, arguments)
         arguments = {name: self._extended(name, value, layout) for name, value in arguments.items()}
         lane = self._entering(hidden, layout) if self.index == 0 else self._arriving(hidden, layout)
-        with _running_with(layout if layout is not self.plain else None):
+        if layout is self.plain and _running.layout is _running.recomputed is None:
             out = self.original(lane, **arguments)
+        else:
+            with _running_with(layout):
+                out = self.original(lane, **arguments)
         entered, (lane, *rest) = lane, out if isinstance(out, tuple) else (out,)
-        if lane.shape != entered.shape:
+        if lane.ndim != entered.ndim:
             return out  # no tokens: DINO's blocks can be asked for their attention weights
+        if lane.shape != entered.shape:
+            raise NotImplementedError(
+                f"block {self.index} made {tuple(lane.shape)} of {tuple(entered.shape)}: where tokens are merged or "
+                "pruned, the register cannot be told from them"
+            )
         if self.patch.recorded is not None:
             self.patch.recorded[self.index : self.index + 1] = [layout.registers(lane)]
         tokens = layout.tokens(lane)
@@ -193,6 +207,8 @@ class Lane(Override):
 
     def _arriving(self, hidden: Tensor, layout: Layout) -> Tensor:
         lane: Tensor | None = getattr(hidden, _LANE, None)
+        if lane is not None and not hidden.requires_grad:
+            return lane
         registers = layout.registers(lane) if lane is not None else _handed_on(hidden)
         if registers is None:
             raise RuntimeError(
@@ -200,8 +216,6 @@ class Lane(Override):
                 "state (an adapter, an offloading wrapper, a hook that returns a new tensor). Install it before "
                 "testreg.patch(), or edit the tokens in place"
             )
-        if lane is not None and not hidden.requires_grad:
-            return lane
         if hidden.requires_grad and not registers.requires_grad:
             raise RuntimeError(
                 f"the gradient did not arrive at block {self.index} with the register: re-entrant gradient "
@@ -245,11 +259,11 @@ class Attention(Override):
     appended: int
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if getattr(_running, "layout", None) is None:
+        if _running.layout is None:
             # Gradient checkpointing in transformers recomputes a block from within, without its lane.
             layouts = (getattr(extra, _LAYOUT, None) for extra in (*args, *kwargs.values()))
             layout = next((layout for layout in layouts if layout is not None), None)
-            if layout is not getattr(_running, "recomputed", None):
+            if layout is not _running.recomputed:
                 _running.recomputed = layout
         out = self.original(*args, **kwargs)
         if not self.patch.enabled or not isinstance(out, tuple) or len(out) < 2:

@@ -67,7 +67,7 @@ class Tower:
     blocks: tuple[Block, ...]
     num_prefix: int
     """P, the tokens in front of the patches."""
-    embedding: nn.Module | None
+    embedding: nn.Conv2d | nn.Linear | None
     """The convolution that makes patches into tokens, if there is one."""
     entry_norm: nn.Module | None
     sequence_first: bool
@@ -88,11 +88,18 @@ class Tower:
 
     @property
     def device(self) -> torch.device:
-        return next(self.module.parameters()).device
+        return self._weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(each.dtype for each in self.module.parameters() if each.is_floating_point())
+        return self._weight.dtype
+
+    @property
+    def _weight(self) -> Tensor:
+        """The one that meets the images first: a tower may be of mixed precision."""
+        if self.embedding is not None:
+            return self.embedding.weight
+        return next(each for each in self.module.parameters() if each.is_floating_point())
 
     def batch_first(self, tokens: Tensor) -> Tensor:
         """What the blocks see, or a part of it, as (B, T, ...): a view."""
