@@ -15,6 +15,7 @@ It is *refused* if testreg has a reason why the method does not fit. Anything el
 from __future__ import annotations
 
 import argparse
+import logging
 import multiprocessing
 import os
 import re
@@ -31,6 +32,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries are imported
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
+import transformers
 from architectures import Architecture, every, randomise
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -71,10 +73,10 @@ def _check(architecture: Architecture) -> str:
     try:
         tower = find_tower(model)
     except ValueError as error:
-        refusal = re.search(r"(?:: in (?=\w+ ))(.*?)\. Supported families|(holds several vision towers.*)", str(error))
+        refusal = re.search(r"(?<=cannot be patched: in ).*|holds several vision towers.*", str(error))
         if refusal is None:
             raise
-        return refusal[1] or refusal[2]
+        return refusal[0]
     run = lambda *numbers: _tensors(architecture.run(model, numbers))
     keys = list(model.state_dict())
     neurons = _loud_neurons(tower, lambda: run(0, 1))
@@ -352,6 +354,8 @@ def main() -> int:
 def _start_worker() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    logging.disable()
 
 
 def _check_numbered(index: int) -> Verdict:

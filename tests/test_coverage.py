@@ -31,6 +31,7 @@ SLICE = {
     "transformers DPT": "DPTModel",
     "transformers VitPose": "VitPoseBackbone [experts]",
     "transformers MGP-STR": "MgpstrModel",
+    "transformers ViViT": "VivitModel",
     "transformers VideoMAE": "VideoMAEModel",
     "transformers VideoPrism": "VideoPrismVisionModel",
     "transformers Pix2Struct": "Pix2StructVisionModel",
@@ -98,9 +99,9 @@ def test_every_row_of_the_table_has_an_architecture() -> None:
     [
         ("samvit_base_patch16", "VisionTransformerSAM .* windows"),
         ("VitDetModel", "VitDetModel .* windows"),
-        ("SwinModel", "SwinModel patches are merged between stages"),
+        ("SwinModel", "SwinModel, patches are merged between stages"),
         ("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VisionTransformerPretrainedModel .* windows"),
-        ("Florence2ForConditionalGeneration", "Florence2VisionBackbone patches are merged"),
+        ("Florence2ForConditionalGeneration", "Florence2VisionBackbone, patches are merged"),
         ("VideoLlavaForConditionalGeneration", "several vision towers .* pass the one you mean"),
     ],
 )

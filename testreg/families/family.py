@@ -71,14 +71,19 @@ class Family:
     """From the tower and a block's arguments, where the tokens lie: padded to one length, or packed in a sequence."""
     patch_size: Callable[[Any], tuple[int, int]] | None = None
     """Height and width in pixels of a tower's patches, where the stride of `patch_embed` does not tell."""
-    run: Callable[[Any, Tensor], Any] = lambda tower, images: tower(images)
-    """Runs the tower on images (B, 3, h, w) of any size."""
+    run: Callable[[Any, Tensor], Any] | None = lambda tower, images: tower(images)
+    """Runs the tower on images (B, 3, h, w), of any size if it can; None where it takes something else (videos,
+    packed patches): it can be patched then, but not calibrated."""
 
     def __reduce__(self) -> tuple[Callable[[str], Family], tuple[str]]:
         # A row holds functions: patched models are pickled with its name.
         from testreg.families.table import family_named
 
         return family_named, (self.name,)
+
+
+WINDOWS = "tokens are a grid, and in most blocks attention stays within its windows: one register has no place there"
+"""Why the method does not fit SAM and its kin."""
 
 
 def listed(paths: Paths) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from testreg.families.family import Family, unbiased, unrotated
+from testreg.families.family import WINDOWS, Family, unbiased, unrotated
 from testreg.layout import Layout
 
 
@@ -66,6 +66,4 @@ FAMILIES = (
     ),
 )
 
-REFUSED = {
-    "VisionTransformerSAM": "most of its blocks attend within windows, where one register has no place",
-}
+REFUSED = {"VisionTransformerSAM": WINDOWS}

@@ -83,7 +83,16 @@ class Tower:
         return self.blocks[0].width
 
     def run(self, images: Tensor) -> Any:
-        """The tower's own output for images (B, 3, h, w), which are brought to its device and dtype."""
+        """The tower's own output for images (B, 3, h, w), which are brought to its device and dtype.
+
+        Raises:
+            ValueError: it does not take a batch of images.
+        """
+        if self.family.run is None:
+            raise ValueError(
+                f"{type(self.module).__name__} ({self.family.name}) takes no batch of images (B, 3, h, w), so testreg "
+                "cannot run it by itself: neither calibrate nor draw it. It can be patched with given neurons"
+            )
         return self.family.run(self.module, images.to(self.device, self.dtype))
 
     @property
@@ -142,10 +151,11 @@ def find_tower(model: nn.Module) -> Tower:
             raise TypeError("TorchScript modules cannot be patched: patch the Python model (and use torch.compile)")
     found = list(_towers(model, ""))
     if not found:
-        known = ", ".join(family.name for family in FAMILIES)
+        if reason := _refusal(model):
+            raise ValueError(f"{type(model).__name__} cannot be patched: {reason}")
         raise ValueError(
-            f"no supported vision tower in {type(model).__name__}{_refusal(model)}. Supported families: {known}. "
-            "A family of your own is one row: testreg.add_family"
+            f"no supported vision tower in {type(model).__name__}: the README lists those that are. A family of your "
+            "own is one row: testreg.add_family"
         )
     if len(found) > 1:
         paths = ", ".join(repr(path) for path, _, _ in found)
@@ -154,10 +164,11 @@ def find_tower(model: nn.Module) -> Tower:
 
 
 def _refusal(model: nn.Module) -> str:
+    """Why the method does not fit a tower of the model that is known for that; "" if there is none."""
     for module in model.modules():
         for base in type(module).__mro__:
             if reason := REFUSED.get(base.__name__):
-                return f": in {base.__name__} {reason}"
+                return f"in {base.__name__}, {reason}"
     return ""
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from testreg.families.family import Family, cumulative, packed, unbiased, unchanged, unrotated
+from testreg.families.family import WINDOWS, Family, cumulative, packed, unbiased, unchanged, unrotated
 
 
 def _at_any_size(tower: Any, images: Tensor) -> Any:
@@ -47,7 +47,7 @@ def _square(tower: Any) -> tuple[int, int]:
 VIT = Family(
     name="transformers ViT",
     library="transformers",
-    towers=("ViTModel", "ViTMSNModel", "VivitModel"),
+    towers=("ViTModel", "ViTMSNModel"),
     blocks=("layers", "encoder.layer"),
     down=("mlp.fc2", "output.dense"),
     up=("mlp.fc1", "intermediate.dense"),
@@ -178,7 +178,8 @@ _LIKE_VIT = (
         patch_embed="embeddings.proj",
         run=lambda tower, images: tower(images),
     ),
-    replace(_OLD_VIT, name="transformers VideoMAE", towers="VideoMAEModel", prefix=0),
+    replace(VIT, name="transformers ViViT", towers="VivitModel", run=None),
+    replace(_OLD_VIT, name="transformers VideoMAE", towers="VideoMAEModel", prefix=0, run=None),
     replace(
         VIT,
         name="transformers VideoPrism",
@@ -187,6 +188,7 @@ _LIKE_VIT = (
         prefix=0,
         num_heads="attention.config.num_attention_heads",
         patch_embed="spatial_embeddings.patch_embeddings.projection",
+        run=None,
     ),
     replace(
         VIT,
@@ -199,6 +201,7 @@ _LIKE_VIT = (
         num_heads="attention.n_heads",
         patch_embed=(),
         prefix=0,
+        run=None,
     ),
 )
 _LIKE_DINOV2 = (
@@ -227,7 +230,7 @@ _LIKE_DINOV2 = (
 )
 _LIKE_CLIP = (
     CLIP,
-    replace(CLIP, name="transformers X-CLIP", towers="XCLIPVisionModel", appended=1),
+    replace(CLIP, name="transformers X-CLIP", towers="XCLIPVisionModel", appended=1, run=None),
     replace(
         CLIP,
         name="transformers MLCD",
@@ -276,7 +279,6 @@ _LIKE_CLIP = (
 
 FAMILIES = (*_LIKE_VIT, *_LIKE_DINOV2, *_LIKE_CLIP)
 
-WINDOWS = "attention stays within windows of a grid in most blocks, where one register has no place"
 STAGES = "patches are merged between stages, so that there is no sequence on which a register could ride"
 _ADDED = "other tokens join the patches between or behind the blocks' own, so that a register cannot follow them"
 REFUSED = {

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from testreg.families.family import PACKED, cumulative, longest, masked, packed, unrotated
-from testreg.families.transformers import BLIP, CLIP, SIGLIP, STAGES, VIT, WINDOWS
+from testreg.families.family import PACKED, WINDOWS, cumulative, longest, masked, packed, unrotated
+from testreg.families.transformers import BLIP, CLIP, SIGLIP, STAGES, VIT
 from testreg.layout import Layout
 
 
@@ -67,7 +67,7 @@ _PACKED = replace(
     patch_embed="vision_model.embeddings.patch_embedding",
     layout=packed,
     beside=PACKED,
-    run=lambda tower, images: tower(images),
+    run=None,
 )
 _QWEN = replace(
     _PACKED,
@@ -117,7 +117,7 @@ FAMILIES = (
         attention="attention",
         run=lambda tower, images: tower(images),
     ),
-    replace(SIGLIP, name="transformers Molmo2", towers="Molmo2VisionModel", blocks="layers", patch_embed=()),
+    replace(SIGLIP, name="transformers Molmo2", towers="Molmo2VisionModel", blocks="layers", patch_embed=(), run=None),
     replace(
         CLIP,
         name="transformers Unlimited-OCR",
@@ -125,6 +125,7 @@ FAMILIES = (
         blocks="vision_encoder.encoder.layers",
         entry_norm="vision_encoder.pre_layrnorm",
         patch_embed=(),  # a convolutional network behind SAM
+        run=None,
     ),
     replace(
         CLIP,
@@ -146,7 +147,7 @@ FAMILIES = (
         entry_norm="layernorm_pre",
         layout=_cls_behind,
         beside={"freqs_ci": _unrotated_complex},
-        run=lambda tower, images: tower(images),
+        run=None,
     ),
     replace(
         CLIP,
@@ -157,6 +158,7 @@ FAMILIES = (
         patch_embed="patch_embedding",
         entry_norm="layernorm_pre",
         layout=_tiles,
+        run=None,
     ),
     replace(
         SIGLIP,
@@ -167,6 +169,7 @@ FAMILIES = (
         query_key=("self_attn.q_proj.linear.weight", "self_attn.k_proj.linear.weight"),
         patch_embed=(),
         beside={"position_embeddings": unrotated, "position_ids": _placeless},
+        run=None,
     ),
     replace(
         VIT,
@@ -177,6 +180,7 @@ FAMILIES = (
         up="mlp.wi_1",
         prefix=0,
         patch_embed=(),
+        run=None,
     ),
     replace(
         SIGLIP,
@@ -197,7 +201,7 @@ FAMILIES = (
             **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), cumulative),
             **dict.fromkeys(("max_length_q", "max_length_k"), longest),
         },
-        run=lambda tower, images: tower(images),
+        run=None,  # it packs a batch too
     ),
     _PACKED,
     replace(
