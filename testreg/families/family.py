@@ -82,7 +82,7 @@ class Family:
         return family_named, (self.name,)
 
 
-WINDOWS = "tokens are a grid, and in most blocks attention stays within its windows: one register has no place there"
+WINDOWS = "in most blocks attention stays within windows of the image, in which one register has no place"
 """Why the method does not fit SAM and its kin."""
 
 
