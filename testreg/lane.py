@@ -177,7 +177,7 @@ class Lane(Override):
             if not torch.compiler.is_compiling() and tokens.grad_fn is not None:
                 # For whoever hands on another tensor. A copy, so that the graph does not keep the lane's memory.
                 metadata: Any = tokens.grad_fn.metadata
-                metadata[_LANE] = layout.registers(lane).clone()
+                metadata[_LANE] = layout.registers(lane)
         return (tokens, *rest) if isinstance(out, tuple) else tokens
 
     def _extended(self, name: str, value: Any, layout: Layout) -> Any:

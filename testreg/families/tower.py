@@ -223,6 +223,11 @@ def _flatten(container: nn.Module) -> Iterator[nn.Module]:
 
 
 def _block(index: int, module: nn.Module, family: Family) -> Block:
+    if torch.backends.mha.get_fastpath_enabled() and isinstance(module, nn.TransformerEncoderLayer):
+        raise ValueError(
+            f"block {index} is an nn.TransformerEncoderLayer, whose fast path bypasses the second linear: call "
+            "torch.backends.mha.set_fastpath_enabled(False) first"
+        )
     parallel = find_part(module, family.parallel)
     holders = [module] if parallel is None else list(parallel)
     return Block(
