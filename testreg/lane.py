@@ -135,6 +135,8 @@ class Lane(Override):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.patch.enabled:
             return self.original(*args, **kwargs)
+        if len(args) > len(self.parameters):
+            raise NotImplementedError(f"block {self.index} takes arguments without a name, which testreg does not know")
         arguments = dict(zip(self.parameters, args, strict=False)) | kwargs
         hidden = arguments.pop(self.parameters[0])
         if isinstance(hidden, torch.fx.Proxy):  # a patched block is one node of the traced graph
@@ -231,7 +233,9 @@ def _parameters(module: nn.Module) -> tuple[str, ...]:
     parameters = inspect.signature(type(module).forward).parameters.values()
     names = tuple(each.name for each in parameters if each.kind in kinds)[1:]  # without self
     children = list(module.children())
-    return names if names or len(children) != 1 else _parameters(children[0])
+    if not names and len(children) == 1:
+        return _parameters(children[0])
+    return names or ("hidden_states",)
 
 
 def _handed_on(hidden: Tensor) -> Tensor | None:

@@ -15,7 +15,7 @@ from testreg import layout, register
 from testreg.families import FAMILIES, find_tower
 
 SLICE = {
-    "timm VisionTransformer": "vit_base_patch16_18x2_224; vit_dpwee_patch16_reg1_gap_256; vit_base_r26_s32_224",
+    "timm VisionTransformer": "radio; vit_base_patch16_18x2_224; vit_dpwee_patch16_reg1_gap_256; vit_base_r26_s32_224",
     "timm Eva": "eva02_base_patch14_224; vit_base_patch16_rope_mixed_224; vit_base_patch16_dinov3",
     "timm Beit": "beit_base_patch16_224",
     "timm VisionTransformerRelPos": "vit_relpos_base_patch16_cls_224; vit_srelpos_small_patch16_224",

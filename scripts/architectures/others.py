@@ -11,7 +11,7 @@ import torchvision
 from torch import Tensor, nn
 
 from architectures import Architecture, dinov2, images
-from architectures.imitations import Dino, OpenAIClip
+from architectures.imitations import Dino, OpenAIClip, Radio
 
 TORCHVISION = {"vit_b_16": 16, "vit_b_32": 32, "vit_l_16": 16, "vit_l_32": 32, "vit_h_14": 14}
 DINO = {"dino_vits16": 16, "dino_vits8": 8, "dino_vitb16": 16, "dino_vitb8": 8}
@@ -40,6 +40,7 @@ def architectures() -> Iterator[Architecture]:
         yield _architecture("hub", name, partial(_dino, patch), _run_dino, SIDE * patch)
     for name, options in DINOV2.items():
         yield _architecture("hub", name, partial(_dinov2, options), _run_dinov2, dinov2.IMAGE)
+    yield _architecture("hub", "radio", lambda: Radio(SIDE * 16, 16, WIDTH, DEPTH, HEADS), _run_radio, SIDE * 16)
     for name, patch in CLIP.items():
         yield _architecture("hub", f"clip {name}", partial(_clip, patch), _run_clip, SIDE * patch)
 
@@ -98,6 +99,11 @@ def _run_dinov2(model: nn.Module, batch: Tensor) -> dict[str, Any]:
         "get_intermediate_layers": model.get_intermediate_layers(batch, n=2),
         "get_intermediate_layers, reshape": model.get_intermediate_layers(batch, n=4, reshape=True),
     }
+
+
+def _run_radio(model: nn.Module, batch: Tensor) -> dict[str, Any]:
+    summary, features = model(batch)
+    return {"summary": summary, "features": features}
 
 
 def _clip(patch: int) -> nn.Module:

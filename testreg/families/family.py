@@ -37,6 +37,8 @@ class Family:
     """Number of tokens in front of the patches (CLS, distillation and trained register tokens)."""
     library: str | None = None
     """Top-level package that defines the class; None where the code is vendored (torch.hub) and any package will do."""
+    marks: Paths = ()
+    """What the tower must have besides, where several classes of vendored code share a name."""
     up: Paths = ()
     """The MLP's first linear, in a block. For planting only, as the next two."""
     query_key: Paths = ()

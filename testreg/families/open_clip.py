@@ -24,4 +24,12 @@ OPEN_CLIP = Family(
 FAMILIES = (OPEN_CLIP,)
 
 # OpenAI's release is code that people install from GitHub or vendor, so any package will do.
-VENDORED = (replace(OPEN_CLIP, name="OpenAI CLIP", library=None, sequence_first=lambda tower: True),)
+VENDORED = (
+    replace(
+        OPEN_CLIP,
+        name="OpenAI CLIP",
+        library=None,
+        marks=("conv1", "ln_pre", "transformer.resblocks"),
+        sequence_first=lambda tower: True,
+    ),
+)

@@ -34,6 +34,7 @@ VENDORED = (
     Family(
         name="facebookresearch/dino",
         towers="VisionTransformer",
+        marks=("cls_token", "prepare_tokens", "get_last_selfattention"),
         blocks="blocks",
         down="mlp.fc2",
         up="mlp.fc1",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,16 @@ def _rope(rope: Tensor, layout: Layout) -> Tensor:
     return torch.cat([sine, cosine], -1)
 
 
+def _num_prefix(tower: Any) -> int:
+    generator = getattr(tower, "patch_generator", None)  # NVlabs/RADIO puts it in place of timm's embedding
+    return tower.num_prefix_tokens if generator is None else generator.num_skip
+
+
+def _patch_size(tower: Any) -> tuple[int, int]:
+    generator = getattr(tower, "patch_generator", None)
+    return tower.patch_embed.feat_ratio(as_scalar=False) if generator is None else (generator.patch_size,) * 2
+
+
 VIT = Family(
     name="timm VisionTransformer",
     library="timm",
@@ -28,12 +39,12 @@ VIT = Family(
     query_key="attn.qkv.weight",
     num_heads="attn.num_heads",
     patch_embed="patch_embed.proj",
-    prefix=lambda tower: tower.num_prefix_tokens,
+    prefix=_num_prefix,
     scale=("ls2.gamma", "ls.gamma"),
     fused="out_proj",
     parallel="ffns",
     entry_norm="norm_pre",
-    patch_size=lambda tower: tower.patch_embed.feat_ratio(as_scalar=False),
+    patch_size=_patch_size,
 )
 
 FAMILIES = (

@@ -37,7 +37,8 @@ class Mlp:
     @property
     def columns(self) -> Tensor:
         """(C, H): `columns[:, unit]` is what a neuron writes, before LayerScale."""
-        return self.down_linear.weight[:, self.first :]
+        weight = self.down_linear.weight
+        return weight[:, self.first :] if self.first else weight
 
 
 @dataclass(frozen=True)
@@ -186,9 +187,8 @@ def _is_of(module: nn.Module, family: Family) -> bool:
     names = {
         base.__name__ for base in type(module).__mro__ if family.library in (None, base.__module__.partition(".")[0])
     }
-    # Of vendored code the name alone says too little: DINO's and OpenAI CLIP's towers are both a VisionTransformer.
-    return not names.isdisjoint(listed(family.towers)) and (
-        family.library is not None or find_part(module, family.blocks) is not None
+    return not names.isdisjoint(listed(family.towers)) and all(
+        find_part(module, mark) is not None for mark in listed(family.marks)
     )
 
 
