@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from testreg.families import MASKS, Family, unbiased
 from testreg.layout import Layout
@@ -190,7 +191,7 @@ class Lane(Override):
             return None
         if (extend := self.family.beside.get(name) or MASKS.get(name)) is not None:
             extended = extend(value, layout)
-            if isinstance(extended, Tensor) and layout is not self.plain and torch.is_grad_enabled():
+            if layout is not self.plain and torch.is_grad_enabled() and isinstance(extended, Tensor | BlockMask):
                 setattr(extended, _LAYOUT, layout)
             return extended
         if isinstance(value, Tensor):

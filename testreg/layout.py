@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
+HIDDEN = -5e3  # masks add less than this to the logit of a token that they hide: -inf, -1e9, -1e4; biases do not
+
 
 @dataclass
 class Layout:
@@ -128,7 +130,8 @@ class Layout:
         def outer(image: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             token = key.clamp(max=num_tokens - 1)
             shown = inner(image, head, query.clamp(max=num_tokens - 1), token)
-            return (key >= num_tokens) | torch.where(query >= num_tokens, seen[image, token], shown)
+            own = seen[image.clamp(max=len(seen) - 1), token]  # one row may stand for all images
+            return (key >= num_tokens) | torch.where(query >= num_tokens, own, shown)
 
         batch, heads, _, _ = mask.shape
         size = num_tokens + self.num_registers
@@ -140,7 +143,7 @@ def _visible(mask: Tensor) -> Tensor:
         return mask
     if not mask.is_floating_point():
         raise NotImplementedError(f"an attention mask of {mask.dtype}: pass it as booleans, or added to the logits")
-    return mask > torch.finfo(mask.dtype).min / 2
+    return mask > HIDDEN
 
 
 def _seen(mask: Tensor | BlockMask) -> Tensor:

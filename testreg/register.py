@@ -288,11 +288,11 @@ def registers(model: nn.Module) -> Iterator[list[Tensor]]:
     """
     state = patch_of(model)
     recorded: list[Tensor] = []
-    state.recorded = recorded
+    before, state.recorded = state.recorded, recorded
     try:
         yield recorded
     finally:
-        state.recorded = None
+        state.recorded = before
 
 
 def _patched_tower(model: nn.Module) -> tuple[nn.Module, Patch]:

@@ -34,7 +34,10 @@ OPTIONS = [{}, {"num_registers": 2}, {"num_registers": 2, "max_over": "layer", "
 MIN = torch.finfo(torch.float32).min
 patched = pytest.mark.parametrize("options", OPTIONS, ids=["default", "two registers", "joint maximum, all zeroed"])
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about its own switches
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),  # transformers, about itself
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
+]
 
 
 # The shift -----------------------------------------------------------------------------------------------------------
@@ -169,6 +172,13 @@ def test_masks_by_hand(mask: Tensor, extended: Tensor, valid: Tensor, hidden: fl
         assert torch.equal(TWO.validity(mask), valid)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_masks_of_low_precision_hide(dtype: torch.dtype) -> None:
+    """bfloat16 rounds -1e4 to -9984."""
+    for hidden in (torch.finfo(dtype).min, -1e4):
+        assert torch.equal(TWO.validity(torch.where(SHOWN, 0.0, hidden).to(dtype)), VALID)
+
+
 @pytest.mark.parametrize("shape", [(3, 3), (1, 1, 3, 3)])
 @pytest.mark.parametrize("floating", [False, True])
 def test_the_mask_that_keeps_packed_images_apart(shape: tuple[int, ...], floating: bool) -> None:
@@ -201,7 +211,8 @@ def test_other_masks_are_refused(mask: Tensor, message: str) -> None:
 @pytest.mark.parametrize("size", [128, 2], ids=["one block", "several blocks"])
 def test_block_masks_are_extended_as_dense_ones(batch: int | None, size: int) -> None:
     shown = SHOWN if batch else SHOWN[:1]
-    mask = create_block_mask(lambda b, h, q, k: shown[b, 0, q, k], batch, None, 3, 3, device="cpu", BLOCK_SIZE=size)
+    rule = lambda image, head, query, key: shown[image % len(shown), 0, query, key]
+    mask = create_block_mask(rule, batch, None, 3, 3, device="cpu", BLOCK_SIZE=size)
     extended, dense = TWO.extend_mask(mask), TWO.extend_mask(shown)
     assert torch.equal(create_mask(extended.mask_mod, len(shown), 1, 5, 5, device="cpu"), dense)
     assert torch.equal(TWO.validity(mask), TWO.validity(shown))
@@ -425,27 +436,29 @@ def test_a_plain_model_is_right_behind_a_recomputation(name: str) -> None:
         assert torch.equal(run(model), value)
         gradients(other, loss(name, other, (0, 1)))
 
-    # In one backward pass the blocks of the two are recomputed in turns.
+    # One backward pass recomputes the blocks of both, those of the plain model last.
     runs = checkpointing(clip)
     clip.zero_grad()
-    both = gradients(other, loss(name, other, (0, 1)) + run(clip).square().sum())
+    value = run(clip).square().sum()
+    both = gradients(other, loss(name, other, (0, 1)) + value)
     assert len(runs) == 2
     assert_same(both, other_gradients)
     assert_same({key: each.grad for key, each in clip.named_parameters() if key in clip_gradients}, clip_gradients)
 
 
 def test_recomputation_with_flex_attention_leaves_padding_out() -> None:
-    """A BlockMask brings the layout as a tensor does. transformers would compile attention, which takes a GPU."""
+    """A BlockMask brings the layout as a tensor does. Attention itself is dense here: flex has no backward on CPUs."""
     name = "Idefics 3, padded"
     model = build(name)
     expected = gradients(model, loss(name, model, (0, 1)))
     interface = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
 
-    def uncompiled(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **more: Any) -> Any:
-        return flex_attention(query, key, value, block_mask=attention_mask).transpose(1, 2).contiguous(), None
+    def dense(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **more: Any) -> Any:
+        shown = create_mask(attention_mask.mask_mod, *attention_mask.shape, device="cpu")
+        return F.scaled_dot_product_attention(query, key, value, shown).transpose(1, 2), None
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setitem(interface._global_mapping, "flex_attention", uncompiled)
+        monkeypatch.setitem(interface._global_mapping, "flex_attention", dense)
         model.set_attn_implementation("flex_attention")
         flexible = gradients(model, loss(name, model, (0, 1)))
         checkpointing(model)
@@ -593,6 +606,38 @@ def test_neurons_of_a_fused_projection_follow_the_channels_of_attention() -> Non
     testreg.patch(model, {0: [5], 1: [0]})
     torch.testing.assert_close(model.forward_features(batch), twin.norm(by_hand(entering(twin, batch))))
     assert not torch.allclose(testreg.unpatch(model)(batch), testreg.patch(model, {0: [5], 1: [0]})(batch), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "owner", "method"),
+    [
+        ("beit_base_patch16_224", "attn", "_get_rel_pos_bias"),
+        ("vit_relpos_base_patch16_cls_224", "attn.rel_pos", "get_bias"),
+    ],
+)
+@patched
+def test_registers_have_no_relative_position(name: str, owner: str, method: str, options: dict[str, Any]) -> None:
+    model, batch = timm_model(name)
+    twin, count = copy.deepcopy(model), options.get("num_registers", 1)
+    entry: list[Tensor] = []
+    handle = twin.blocks[0].register_forward_pre_hook(lambda module, args: entry.append(args[0]))
+    plain = twin.forward_features(batch)
+    handle.remove()
+    for block in twin.blocks:
+        module = block.get_submodule(owner)
+        original = getattr(module, method)
+        padded = lambda *args, original=original: F.pad(original(*args), (0, count, 0, count))
+        setattr(module, method, padded)
+    moves = {twin.blocks[0].mlp.fc2: {3: 0, 17: count - 1}, twin.blocks[1].mlp.fc2: {5: 0, 14: count - 1}}
+    by_hand = ByHand(twin.blocks, moves, num_prefix=1, **options)
+    testreg.patch(model, {0: [3, 17], 1: [5, 14]}, **options)
+    ours, expected = model.forward_features(batch), twin.norm(by_hand(entry[0]))
+    torch.testing.assert_close(ours, expected)
+    assert not torch.allclose(plain, ours, atol=1e-3)
+    weights = torch.linspace(-1, 1, ours.numel()).view_as(ours)
+    found, right = gradients(model, (ours * weights).sum()), gradients(twin, (expected * weights).sum())
+    assert sum("rel_pos" in key or "relative" in key for key in found) >= len(model.blocks)
+    assert_same(found, right)
 
 
 CALIBRATED = {

@@ -55,7 +55,8 @@ class Family:
     entry_norm: Paths = ()
     """Norm between the embedding and the first block, in the tower: the zero token passes through it too."""
     attention: Paths = ()
-    """Attention module, in a block, if it may return its weights (B, heads, T, T) as the second of its outputs."""
+    """Attention module, in a block, if it may return its weights (B, heads, T, T) as the second of its outputs, or if
+    gradient checkpointing recomputes the block from within (transformers)."""
     appended: int = 0
     """Tokens that a block itself appends, behind the registers, while it attends."""
     bias: Paths = ()

@@ -77,7 +77,7 @@ _QWEN = replace(
     query_key="attn.qkv.weight",
     num_heads="attn.num_heads",
     patch_embed="patch_embed.proj",
-    attention=(),  # returns no weights
+    attention="attn",
 )
 
 FAMILIES = (
