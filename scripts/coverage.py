@@ -9,7 +9,8 @@ Each architecture is built with random weights, and patched with three neurons i
 - every public output of a batch equals the reference's, below, and those of its images one by one;
 - the patch changes something, and after `unpatch` every output is bit for bit what it was.
 
-It is *refused* if testreg has a reason why the method does not fit. Anything else counts as failed.
+It is *refused* if testreg has a reason why the method does not fit, and *absent* if the installed release of the
+library does not have it. Anything else counts as failed.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 import transformers
-from architectures import Architecture, every, randomise
+from architectures import Absent, Architecture, every, randomise
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -50,7 +51,7 @@ class Verdict:
     library: str
     name: str
     word: str
-    """supported, refused or FAILED."""
+    """supported, refused, absent or FAILED."""
     reason: str = ""
 
 
@@ -59,6 +60,8 @@ def check(architecture: Architecture) -> Verdict:
     verdict = lambda word, reason="": Verdict(architecture.library, architecture.name, word, reason)
     try:
         refusal = _check(architecture)
+    except Absent as reason:
+        return verdict("absent", str(reason))
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         return verdict("FAILED", f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})")
@@ -311,7 +314,7 @@ def _one_more(extra: Any, count: int, num_prefix: int) -> Any:
         return extra + torch.tensor([0, 1]).to(extra)
     if extra.shape[-1] == count:
         neutral = float(extra.dtype is torch.bool)
-        if extra.shape[-2] == count:
+        if extra.ndim > 1 and extra.shape[-2] == count:
             row = extra[..., :1, :]
             extra = torch.cat([extra, torch.where(_shown(row), torch.full_like(row, neutral), row)], -2)
         return nn.functional.pad(extra, (0, 1), value=neutral)
@@ -377,6 +380,8 @@ def _print_table(verdicts: Sequence[Verdict], *, brief: bool) -> None:
     for library in LIBRARIES:
         if counts := [count(library, word) for word in words]:
             print(f"| {library} | " + " | ".join(map(str, counts)) + " |")
+    if absent := sum(each.word == "absent" for each in verdicts):
+        print(f"\n{absent} absent from the installed releases")
     supported, refused, failed = (sum(each.word == word for each in verdicts) for word in words)
     print(f"\n{supported} supported, {refused} refused, {failed} failed")
 

@@ -138,7 +138,8 @@ class Lane(Override):
             return self.original(*args, **kwargs)
         if len(args) > len(self.parameters):
             raise NotImplementedError(f"block {self.index} takes arguments without a name, which testreg does not know")
-        arguments = dict(zip(self.parameters, args, strict=False)) | kwargs
+        # torch.compile takes any `strict` for True in older releases: so the lengths are made equal.
+        arguments = dict(zip(self.parameters[: len(args)], args, strict=True)) | kwargs
         hidden = arguments.pop(self.parameters[0])
         if isinstance(hidden, torch.fx.Proxy):  # a patched block is one node of the traced graph
             tracer: Any = hidden.tracer
@@ -266,8 +267,9 @@ class Attention(Override):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _running.layout is None:
             # Gradient checkpointing in transformers recomputes a block from within, without its lane.
-            layouts = (getattr(extra, _LAYOUT, None) for extra in (*args, *kwargs.values()))
-            layout = next((layout for layout in layouts if layout is not None), None)
+            layouts = [getattr(extra, _LAYOUT, None) for extra in (*args, *kwargs.values())]
+            # The last, not next(..., None), which torch.compile did not trace.
+            layout = [None, *(layout for layout in layouts if layout is not None)][-1]
             if layout is not _running.recomputed:
                 _running.recomputed = layout
         out = self.original(*args, **kwargs)

@@ -144,7 +144,7 @@ def _direction(width: int, generator: torch.Generator) -> Tensor:
 
 def _attend(tower: Tower, block: nn.Module, direction: Tensor) -> None:
     """Make the first half of the heads attend to `direction` from every token."""
-    paths = listed(tower.family.query_key)
+    paths = [path for path in listed(tower.family.query_key) if find_part(block, (path,)) is not None]
     weights = [find_part(block, (path,)) for path in paths]
     biases = [find_part(block, (path.removesuffix("weight") + "bias",)) for path in paths]
     width = len(direction)

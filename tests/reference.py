@@ -7,6 +7,7 @@ the shift as loops over images, neurons and tokens. Only the embedding is the mo
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,6 +104,16 @@ def thirds(weight: Tensor, bias: Tensor) -> list[Affine]:
     return list(zip(weight.chunk(3), bias.chunk(3), strict=True))
 
 
+def part(root: nn.Module, *paths: str) -> Any:
+    """What the first existing path leads to: transformers names its modules anew now and then."""
+    for path in paths[:-1]:
+        try:
+            return operator.attrgetter(path)(root)
+        except AttributeError:
+            pass
+    return operator.attrgetter(paths[-1])(root)
+
+
 def read_timm(block: Any) -> Block:  # and dinov2, which timm follows
     gated = hasattr(block.mlp, "w3")
     return Block(
@@ -157,30 +168,36 @@ def timm_rope(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     return cosine, sine
 
 
+def hf_qkv(attention: Any) -> list[Affine]:
+    names = (("q_proj", "attention.query"), ("k_proj", "attention.key"), ("v_proj", "attention.value"))
+    return [affine(part(attention, *each)) for each in names]
+
+
 def read_hf_vit(block: Any) -> Block:
-    attention = block.attention
     return Block(
         norm1=block.layernorm_before,
-        qkv=[affine(attention.q_proj), affine(attention.k_proj), affine(attention.v_proj)],
-        out=affine(attention.o_proj),
+        qkv=hf_qkv(block.attention),
+        out=affine(part(block.attention, "o_proj", "output.dense")),
         norm2=block.layernorm_after,
-        hidden=mlp(block.mlp.fc1, gelu),
-        down=affine(block.mlp.fc2),
+        hidden=mlp(part(block, "mlp.fc1", "intermediate.dense"), gelu),
+        down=affine(part(block, "mlp.fc2", "output.dense")),
     )
 
 
 def read_hf_dino(block: Any) -> Block:
-    attention, parts = block.attention, block.mlp
+    parts = block.mlp
     if hasattr(parts, "gate_proj"):
         hidden, down = swiglu(affine(parts.gate_proj), affine(parts.up_proj)), parts.down_proj
+    elif hasattr(parts, "weights_in"):  # Dinov2 in transformers 4
+        hidden, down = swiglu(*halves(parts.weights_in)), parts.weights_out
     elif hasattr(parts, "up_proj"):  # DINOv3
         hidden, down = mlp(parts.up_proj, gelu), parts.down_proj
     else:
         hidden, down = mlp(parts.fc1, gelu), parts.fc2
     return Block(
         norm1=block.norm1,
-        qkv=[affine(attention.q_proj), affine(attention.k_proj), affine(attention.v_proj)],
-        out=affine(attention.o_proj),
+        qkv=hf_qkv(block.attention),
+        out=affine(part(block.attention, "o_proj", "output.dense")),
         norm2=block.norm2,
         hidden=hidden,
         down=affine(down),
@@ -197,7 +214,7 @@ def read_hf_clip(block: Any, activation: Callable[[Tensor], Tensor] = quick_gelu
     attention = block.self_attn
     return Block(
         norm1=block.layer_norm1,
-        qkv=[affine(attention.q_proj), affine(attention.k_proj), affine(attention.v_proj)],
+        qkv=hf_qkv(attention),
         out=affine(attention.out_proj),
         norm2=block.layer_norm2,
         hidden=mlp(block.mlp.fc1, activation),
@@ -236,6 +253,18 @@ def chunked_blocks(model: Any) -> list[nn.Module]:
     return [block for chunk in model.blocks for block in chunk if not isinstance(block, nn.Identity)]
 
 
+def hf_vit_blocks(model: Any) -> nn.ModuleList:
+    return part(model, "layers", "encoder.layer")
+
+
+def hf_clip_blocks(model: Any) -> nn.ModuleList:
+    return part(model, "encoder.layers", "vision_model.encoder.layers")
+
+
+def hf_dinov3_blocks(model: Any) -> nn.ModuleList:
+    return part(model, "model.layer", "layer")
+
+
 LAYOUTS = {
     "timm_vit": Layout(read_timm, lambda m: m.blocks),
     "timm_deit_distilled": Layout(read_timm, lambda m: m.blocks, prefix=2),
@@ -243,10 +272,12 @@ LAYOUTS = {
     "timm_siglip": Layout(read_timm, lambda m: m.blocks, prefix=0),
     "timm_dinov2": Layout(read_timm, lambda m: m.blocks),
     "timm_dinov2_reg4": Layout(read_timm, lambda m: m.blocks, prefix=5),
-    "hf_vit": Layout(read_hf_vit, lambda m: m.layers),
-    "hf_deit": Layout(read_hf_vit, lambda m: m.layers, prefix=2),
-    "hf_clip": Layout(read_hf_clip, lambda m: m.encoder.layers, entry_norm=lambda m: m.pre_layrnorm),
-    "hf_siglip": Layout(read_hf_siglip, lambda m: m.encoder.layers, prefix=0),
+    "hf_vit": Layout(read_hf_vit, hf_vit_blocks),
+    "hf_deit": Layout(read_hf_vit, hf_vit_blocks, prefix=2),
+    "hf_clip": Layout(
+        read_hf_clip, hf_clip_blocks, entry_norm=lambda m: part(m, "pre_layrnorm", "vision_model.pre_layrnorm")
+    ),
+    "hf_siglip": Layout(read_hf_siglip, hf_clip_blocks, prefix=0),
     "hf_dinov2": Layout(read_hf_dino, lambda m: m.encoder.layer),
     "hf_dinov2_swiglu": Layout(read_hf_dino, lambda m: m.encoder.layer, mlp_width=128),
     "hf_dinov2_registers": Layout(read_hf_dino, lambda m: m.encoder.layer, prefix=5),
@@ -258,8 +289,8 @@ LAYOUTS = {
         sequence_first=True,
     ),
     "torchvision_vit": Layout(read_torchvision, lambda m: m.encoder.layers),
-    "hf_dinov3": Layout(read_hf_dino, lambda m: m.model.layer, prefix=5, rope=hf_rope),
-    "hf_dinov3_gated": Layout(read_hf_dino, lambda m: m.model.layer, prefix=5, rope=hf_rope),
+    "hf_dinov3": Layout(read_hf_dino, hf_dinov3_blocks, prefix=5, rope=hf_rope),
+    "hf_dinov3_gated": Layout(read_hf_dino, hf_dinov3_blocks, prefix=5, rope=hf_rope),
     "timm_dinov3": Layout(read_timm_eva, lambda m: m.blocks, prefix=5, rope=timm_rope),
     "timm_eva02": Layout(read_timm_eva, lambda m: m.blocks, mlp_width=128, rope=timm_rope, interleaved=True),
     "timm_eva_without_rope": Layout(read_timm_eva, lambda m: m.blocks),

@@ -51,11 +51,13 @@ def hf_clip_whole() -> nn.Module:
     return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=HF, projection_dim=32))
 
 
+NO_HEAD = {**TIMM, "num_classes": 0, "global_pool": "avg"}
+DYNAMIC = {"depth": 3, "img_size": 96, "dynamic_img_size": True}
 WHOLE = {
     "hf_classifier": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**HF, num_labels=7)),
     "hf_clip_whole": hf_clip_whole,
-    "timm_no_head": lambda: timm.create_model("vit_base_patch16_224", num_classes=0, global_pool="avg", **TIMM),
-    "timm_dynamic": lambda: timm.create_model("vit_tiny_patch16_224", depth=3, img_size=96, dynamic_img_size=True),
+    "timm_no_head": lambda: timm.create_model("vit_base_patch16_224", **NO_HEAD),
+    "timm_dynamic": lambda: timm.create_model("vit_tiny_patch16_224", **DYNAMIC),
     "timm_channels_last": lambda: build("timm_vit").to(memory_format=torch.channels_last),
     "open_clip_quick_gelu": lambda: open_clip.CLIP(**OPEN_CLIP, quick_gelu=True),
     "open_clip_timm": tower_and_text,
@@ -71,6 +73,8 @@ def arguments(name: str) -> dict[str, Any]:
     """What `save` has to be told."""
     if name == "open_clip_timm":
         return {"arch": OPEN_CLIP_TIMM}
+    if name.startswith("timm"):  # which timm itself records from 1.0.31 on
+        return {"model_args": {"timm_no_head": NO_HEAD, "timm_dynamic": DYNAMIC}.get(name, TIMM)}
     return {"arch": OPEN_CLIP} if name.startswith("open_clip") else {}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import coverage
 import pytest
 import torch
-from architectures import Architecture, every
+from architectures import Absent, Architecture, every
 from torch import Tensor
 
 from testreg import layout, register
@@ -85,7 +85,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.mark.parametrize(("family", "name"), NAMES, ids=[name for _, name in NAMES])
 def test_is_supported(family: str, name: str) -> None:
-    assert find_tower(KNOWN[name].build()).family.name == family
+    try:
+        assert find_tower(KNOWN[name].build()).family.name == family
+    except Absent as reason:
+        pytest.skip(str(reason))
     verdict = coverage.check(KNOWN[name])
     assert (verdict.word, verdict.reason) == ("supported", "")
 

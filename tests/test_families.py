@@ -73,7 +73,7 @@ def test_the_table_finds_every_part(family: str) -> None:
         assert mlp.down_linear.weight is expected.down[0]
         assert mlp.down is (expected.middle_norm or mlp.down_linear)
         assert (block.attention is not None) == family.startswith("hf")
-        if family != "timm_parallel":  # has neither
+        if family not in ("timm_parallel", *tiny.SPREAD_MLP):  # have neither
             assert mlp.module is not None
             assert mlp.module(torch.zeros(5, WIDTH)).shape == (5, WIDTH)
             assert mlp.scale is (expected.scale2 if isinstance(expected.scale2, Tensor) else None)

@@ -16,7 +16,7 @@ import torchvision
 import transformers
 from architectures import dinov2
 from PIL import Image
-from tiny import DEPTH, HF, IMAGE, MLP_WIDTH, NEURONS, PATCH, WIDTH, build
+from tiny import DEPTH, HF, IMAGE, MLP_WIDTH, NEURONS, PATCH, TIMM, WIDTH, build
 from torch import Tensor, nn
 from torchvision.models import Weights, WeightsEnum
 from torchvision.transforms._presets import ImageClassification
@@ -59,7 +59,8 @@ def write(name: str, folder: Path) -> nn.Module:
     """A folder as the model's own library writes it."""
     model = build(name)
     if name.startswith("timm"):
-        timm.models.save_for_hf(model, str(folder), safe_serialization=True)
+        model.pretrained_cfg["input_size"] = (3, IMAGE, IMAGE)
+        timm.models.save_for_hf(model, str(folder), model_args=TIMM, safe_serialization=True)
     elif name.startswith("open_clip"):
         save(patch(build(name), NEURONS), folder, arch=OPEN_CLIP)
         (folder / "testreg.json").unlink()
@@ -132,7 +133,8 @@ def test_the_class_that_was_saved_is_loaded(tmp_path: Path) -> None:
 def test_a_patched_folder(name: str, tmp_path: Path) -> None:
     write(name, tmp_path / "plain")
     plain = load_model(str(tmp_path / "plain"))
-    save(patch(plain.model, NEURONS), tmp_path / "patched", processor=plain.processor)
+    told = {"model_args": TIMM} if name.startswith("timm") else {}
+    save(patch(plain.model, NEURONS), tmp_path / "patched", processor=plain.processor, **told)
     loaded = load_model(str(tmp_path / "patched"), device="cpu")
     assert is_patched(loaded.model)
     assert torch.equal(loaded.transform(PHOTO), plain.transform(PHOTO))

@@ -40,7 +40,9 @@ def test_norms_are_those_of_the_block_outputs(name):
     tower = find_tower(build(name))
     norms = token_norms(tower, images())
     kept = []
-    handle = tower.blocks[2].module.register_forward_hook(lambda module, args, out: kept.append(out))
+    handle = tower.blocks[2].module.register_forward_hook(
+        lambda module, args, out: kept.append(out if isinstance(out, torch.Tensor) else out[0])
+    )
     tower.run(images())
     handle.remove()
     tokens = kept[0].transpose(0, 1) if tower.sequence_first else kept[0]

@@ -10,6 +10,10 @@ import torch
 from torch import Tensor, nn
 
 
+class Absent(Exception):
+    """The installed release of a library does not have the architecture yet."""
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One model that a user can build by name."""

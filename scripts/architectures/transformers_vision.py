@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from architectures import Architecture, image, images
+from architectures import Absent, Architecture, image, images
 
 Settings = dict[str, Any]
 Inputs = Callable[[Sequence[int]], dict[str, Any]]
@@ -653,7 +653,9 @@ def architectures() -> Iterator[Architecture]:
 
 
 def _build(name: str, settings: Settings) -> nn.Module:
-    model_class = getattr(transformers, name)
+    model_class = getattr(transformers, name, None)
+    if model_class is None:
+        raise Absent(f"transformers {transformers.__version__} has no {name}")
     return model_class(model_class.config_class(**copy.deepcopy(settings)))  # configs write into their settings
 
 

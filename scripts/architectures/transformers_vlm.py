@@ -6,6 +6,7 @@ library's defaults, made small by `_tiny`: every switch of the vision tower stay
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,9 +18,9 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils._pytree import tree_leaves
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from . import Architecture, image, images
+from . import Absent, Architecture, image, images
 
 SIDE = 4
 """Pixels along a patch."""
@@ -94,7 +95,7 @@ class Row:
     """Whether the tower can be asked for its attention weights."""
 
 
-def _tiny(config_class: type[PreTrainedConfig], overrides: Mapping[str, Any]) -> PreTrainedConfig:
+def _tiny(config_class: type[PretrainedConfig], overrides: Mapping[str, Any]) -> PretrainedConfig:
     """The default configuration at the sizes of `SMALL`, and its parts likewise."""
     default = config_class()
     known = default.to_dict()
@@ -102,12 +103,12 @@ def _tiny(config_class: type[PreTrainedConfig], overrides: Mapping[str, Any]) ->
     for name in config_class.sub_configs:
         part, changes = getattr(default, name, None), dict(overrides.get(name) or {})
         if "model_type" in changes:
-            values[name] = _tiny(CONFIG_MAPPING[changes.pop("model_type")], changes)
-        elif isinstance(part, PreTrainedConfig):
-            given = getattr(config_class.sub_configs_defaults.get(name), "init_kwargs", {})
+            values[name] = _tiny(CONFIG_MAPPING[changes.pop("model_type")], changes).to_dict()
+        elif isinstance(part, PretrainedConfig):
+            given = getattr(getattr(config_class, "sub_configs_defaults", {}).get(name), "init_kwargs", {})
             values[name] = _tiny(
                 type(part), {name: value for name, value in given.items() if _is_switch(name, value)} | changes
-            )
+            ).to_dict()  # transformers 4 wants dictionaries
     return config_class(**values)
 
 
@@ -277,7 +278,10 @@ def _docling(numbers: Sequence[int]) -> Inputs:
 
 
 def _build(row: Row) -> nn.Module:
-    model_class = getattr(transformers, row.name.partition("[")[0])
+    name = row.name.partition("[")[0]
+    model_class = getattr(transformers, name, None)
+    if model_class is None:
+        raise Absent(f"transformers {transformers.__version__} has no {name}")
     return model_class(_tiny(model_class.config_class, row.config)).eval()
 
 
@@ -286,16 +290,29 @@ def _run(row: Row, model: nn.Module, numbers: Sequence[int]) -> dict[str, Any]:
     inputs, tower = row.inputs(numbers), model.get_submodule(row.tower)
     outputs: dict[str, Any] = {}
     for attention in ("eager", "sdpa") if model._supports_sdpa else ("eager",):
-        model.set_attn_implementation(attention)
+        try:
+            model.set_attn_implementation(attention)
+        except ValueError:  # in transformers 4 if a part has no such implementation
+            continue
         weights = {"output_attentions": True} if row.weights and attention == "eager" else {}
-        outputs[attention] = _by_image(tower(*inputs.tower, output_hidden_states=True, **weights), row, numbers)
+        options = _accepted(tower, output_hidden_states=True, **weights)
+        outputs[attention] = _by_image(tower(*inputs.tower, **options), row, numbers)
     if hasattr(model, "get_image_features"):
         outputs["features"] = _by_image(model.get_image_features(**inputs.features), row, numbers)
     return outputs
 
 
-def _by_image(output: Mapping[str, Any], row: Row, numbers: Sequence[int]) -> dict[str, Any]:
+def _accepted(tower: nn.Module, **options: Any) -> dict[str, Any]:
+    """Some towers of transformers 4 take no options at all."""
+    known = inspect.signature(tower.forward).parameters
+    kinds = {each.kind for each in known.values()}
+    return {name: value for name, value in options.items() if name in known or inspect.Parameter.VAR_KEYWORD in kinds}
+
+
+def _by_image(output: Any, row: Row, numbers: Sequence[int]) -> dict[str, Any]:
     """The outputs, so arranged that those of two images are the concatenation of those of each."""
+    if not isinstance(output, Mapping):  # transformers 4 gives image features bare, in a list if they differ in number
+        output = {"pooler_output": output}
     outputs = {name: value for name, value in output.items() if name not in row.shared}
     if isinstance(features := outputs.get("pooler_output"), (tuple, list)):
         outputs["pooler_output"] = _joined(features)

@@ -45,6 +45,7 @@ VIT = Family(
     parallel="ffns",
     entry_norm="norm_pre",
     patch_size=_patch_size,
+    run=lambda tower, images: tower.forward_features(images),
 )
 
 FAMILIES = (

@@ -264,7 +264,8 @@ def _mlp(where: str, holder: nn.Module, family: Family) -> Mlp:
         first=0 if fused is None else fused.out_features,
         module=module,
         scale=scale if isinstance(scale := find_part(holder, family.scale), nn.Parameter) else None,
-        readers=(down,) if reader is None else (down, reader),
+        # transformers 4 calls the experts one by one.
+        readers=(down, *(reader if type(reader) is nn.ModuleList else () if reader is None else (reader,))),
     )
 
 

@@ -51,16 +51,17 @@ VIT = Family(
     blocks=("layers", "encoder.layer"),
     down=("mlp.fc2", "output.dense"),
     up=("mlp.fc1", "intermediate.dense"),
-    query_key=("attention.q_proj.weight", "attention.k_proj.weight"),
-    num_heads=("attention.num_attention_heads", "attention.num_heads"),
+    query_key=(
+        *("attention.q_proj.weight", "attention.k_proj.weight"),
+        *("attention.attention.query.weight", "attention.attention.key.weight"),  # in transformers 4
+    ),
+    num_heads=(
+        *("attention.num_attention_heads", "attention.num_heads"),
+        "attention.attention.num_attention_heads",
+    ),
     patch_embed="embeddings.patch_embeddings.projection",
     attention=("attention.attention", "attention"),
     run=_at_any_size,
-)
-_OLD_VIT = replace(  # the same, with parts named as in transformers 4
-    VIT,
-    query_key=("attention.attention.query.weight", "attention.attention.key.weight"),
-    num_heads="attention.attention.num_attention_heads",
 )
 _DINOV2 = replace(
     VIT,
@@ -87,8 +88,9 @@ CLIP = Family(
     name="transformers CLIP",
     library="transformers",
     towers=(
-        *("CLIPVisionModel", "CLIPVisionTransformer", "CLIPSegVisionModel", "MetaClip2VisionModel"),
-        *("AltCLIPVisionModel", "ChineseCLIPVisionModel", "GitVisionModel", "GitVisionTransformer"),
+        *("CLIPVisionModel", "CLIPVisionTransformer", "CLIPSegVisionModel", "CLIPSegVisionTransformer"),
+        *("MetaClip2VisionModel", "MetaClip2VisionTransformer", "AltCLIPVisionModel", "AltCLIPVisionTransformer"),
+        *("ChineseCLIPVisionModel", "ChineseCLIPVisionTransformer", "GitVisionModel", "GitVisionTransformer"),
         *("Kosmos2VisionModel", "Kosmos2VisionTransformer", "OwlViTVisionModel", "OwlViTVisionTransformer"),
         *("Owlv2VisionModel", "Owlv2VisionTransformer"),
     ),
@@ -134,14 +136,20 @@ _LIKE_VIT = (
     replace(
         VIT,
         name="transformers BEiT",
-        towers="BeitModel",
+        towers=("BeitModel", "BeitBackbone"),  # of transformers 4 beside the model, later around it
+        blocks=("layers", "encoder.layer", "beit.layers"),
+        patch_embed=(
+            "embeddings.patch_embeddings.projection",
+            "beit.embeddings.patch_embeddings.projection",
+        ),
         scale="lambda_2",
-        bias="relative_position_bias.forward",
+        bias=("relative_position_bias.forward", "attention.attention.relative_position_bias.forward"),
         bias_count="dim_size",
+        beside={"relative_position_bias": unbiased},
         run=lambda tower, images: tower(images),
     ),
     replace(
-        _OLD_VIT,
+        VIT,
         name="transformers Data2VecVision",
         towers="Data2VecVisionModel",
         scale="lambda_2",
@@ -150,16 +158,16 @@ _LIKE_VIT = (
         beside={"relative_position_bias": unbiased},
         run=lambda tower, images: tower(images),
     ),
-    replace(_OLD_VIT, name="transformers FLAVA", towers="FlavaImageModel"),
+    replace(VIT, name="transformers FLAVA", towers="FlavaImageModel"),
     replace(
-        _OLD_VIT,
+        VIT,
         name="transformers DPT",
         towers="DPTModel",
         patch_size=_square,  # the hybrid embeds with a convolutional network
         run=lambda tower, images: tower(images),
     ),
     replace(
-        _OLD_VIT,
+        VIT,
         name="transformers VitPose",
         towers="VitPoseBackbone",
         prefix=0,
@@ -179,7 +187,7 @@ _LIKE_VIT = (
         run=lambda tower, images: tower(images),
     ),
     replace(VIT, name="transformers ViViT", towers="VivitModel", run=None),
-    replace(_OLD_VIT, name="transformers VideoMAE", towers="VideoMAEModel", prefix=0, run=None),
+    replace(VIT, name="transformers VideoMAE", towers="VideoMAEModel", prefix=0, run=None),
     replace(
         VIT,
         name="transformers VideoPrism",
@@ -230,11 +238,17 @@ _LIKE_DINOV2 = (
 )
 _LIKE_CLIP = (
     CLIP,
-    replace(CLIP, name="transformers X-CLIP", towers="XCLIPVisionModel", appended=1, run=None),
+    replace(
+        CLIP,
+        name="transformers X-CLIP",
+        towers=("XCLIPVisionModel", "XCLIPVisionTransformer"),
+        appended=1,
+        run=None,
+    ),
     replace(
         CLIP,
         name="transformers MLCD",
-        towers="MLCDVisionModel",
+        towers=("MLCDVisionModel", "MLCDVisionTransformer"),
         beside={"position_embeddings": unrotated},
         run=lambda tower, images: tower(images),
     ),
