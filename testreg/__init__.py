@@ -2,6 +2,7 @@
 
 from testreg.calibrate import NoOutliersError, calibrate
 from testreg.checkpoint import load, save
+from testreg.diagnose import Diagnosis, diagnose
 from testreg.families import Family, add_family
 from testreg.models import load_model
 from testreg.neurons import RegisterNeurons
@@ -9,12 +10,14 @@ from testreg.outliers import OutlierRule
 from testreg.register import disabled, is_patched, patch, registers, unpatch
 
 __all__ = [
+    "Diagnosis",
     "Family",
     "NoOutliersError",
     "OutlierRule",
     "RegisterNeurons",
     "add_family",
     "calibrate",
+    "diagnose",
     "disabled",
     "is_patched",
     "load",

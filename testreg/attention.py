@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from testreg.families import Tower
 
 
-class _Recorder(TorchFunctionMode):
+class Recorder(TorchFunctionMode):
     """Sees every attention that is computed while it is active: fused, in nn.MultiheadAttention, or by a softmax.
 
     Keeps what the first token gives to each token (B, heads, T), or, if `of_all`, what all tokens give on average.
@@ -56,15 +56,25 @@ def attention_to_patches(tower: Tower, images: Tensor, layer: int = -1) -> Tenso
     Raises:
         RuntimeError: the model computes attention in a way that cannot be observed from Python.
     """
-    with _Recorder(of_all=tower.num_prefix == 0) as recorder:
-        tower.run(images)
-    if len(recorder.rows) < tower.depth:
+    block, kept = tower.blocks[layer].module, list[Tensor]()
+    with Recorder(of_all=tower.num_prefix == 0) as recorder:
+        handles = [
+            block.register_forward_pre_hook(lambda module, args: recorder.rows.clear()),
+            block.register_forward_hook(lambda module, args, output: kept.extend(recorder.rows)),
+        ]
+        try:
+            tower.run(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+    if not kept:
         raise RuntimeError(
-            f"saw {len(recorder.rows)} attention calls in {tower.depth} blocks of {tower.family.name}: "
-            "compiled or custom attention kernels cannot be observed"
+            f"saw no attention in block {layer} of {tower.family.name}: compiled or custom attention kernels cannot be "
+            "observed"
         )
     rows, columns = tower.grid(images)
-    return recorder.rows[: tower.depth][layer][..., tower.num_prefix : tower.num_prefix + rows * columns]
+    attention = torch.cat(kept, 1)  # a block may attend several times, side by side
+    return attention[..., tower.num_prefix : tower.num_prefix + rows * columns]
 
 
 def entropy(attention: Tensor) -> Tensor:

@@ -151,7 +151,7 @@ def calibrate(
     last_layer = None if max_layer is None else _layer(max_layer, tower.depth, "max_layer")
     batches = ImageBatches(
         images,
-        transform or _OwnTransform(model),
+        transform or OwnTransform(model),
         batch_size=batch_size,
         num_images=num_images,
         workers=workers,
@@ -163,7 +163,7 @@ def calibrate(
     was_training = tower.module.training
     tower.module.eval()
     try:
-        for batch in _with_progress(batches, progress):
+        for batch in with_progress(batches, "calibrating", progress):
             image_size = tuple(batch.shape[-2:])
             _accumulate(
                 statistics, tower, batch, rule, generator, amp, sparsity_filter, include_prefix=score == "activation"
@@ -196,7 +196,7 @@ def _layer(index: int, depth: int, name: str) -> int:
     return index % depth
 
 
-class _OwnTransform:
+class OwnTransform:
     """The preprocessing that the model's own library names; looked up only if an image needs it."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -212,11 +212,11 @@ class _OwnTransform:
         return self.transform(image)
 
 
-def _with_progress(batches: ImageBatches, progress: bool) -> Iterator[Tensor]:
+def with_progress(batches: ImageBatches, what: str, progress: bool) -> Iterator[Tensor]:
     from tqdm import tqdm
 
     # disable=None shows the bar on a terminal only
-    with tqdm(total=batches.length, unit="image", desc="calibrating", disable=None if progress else True) as bar:
+    with tqdm(total=batches.length, unit="image", desc=what, disable=None if progress else True) as bar:
         for batch in batches:
             yield batch
             bar.update(len(batch))

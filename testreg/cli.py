@@ -1,8 +1,9 @@
-"""The command line: testreg demo | list | calibrate | apply | show."""
+"""The command line: testreg demo | list | diagnose | calibrate | apply | show."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -18,19 +19,20 @@ if TYPE_CHECKING:
 
     from testreg.models import LoadedModel
 
-OK, ERROR, NOTHING_TO_FIX, INTERRUPTED = 0, 1, 3, 130
+OK, ERROR, NOTHING_TO_FIX, NOT_FIXABLE, INTERRUPTED = 0, 1, 3, 4, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
-    0 done, 1 error, 2 wrong usage, 3 the model has no outliers (nothing to fix), 130 interrupted.
+    0 done, 1 error, 2 wrong usage, 3 the model has no outliers (nothing to fix), 4 a diagnosis found outliers that
+    registers do not fix, 130 interrupted.
     """
     args = _parser().parse_args(argv)
     from testreg.calibrate import NoOutliersError
 
     try:
-        args.run(args)
+        return args.run(args) or OK
     except NoOutliersError as found_none:
         print(found_none, file=sys.stderr)
         return NOTHING_TO_FIX
@@ -63,6 +65,23 @@ def _parser() -> argparse.ArgumentParser:
 
     listing = commands.add_parser("list", parents=[common], help="the bundled register neurons, and their models")
     listing.set_defaults(run=_list)
+
+    diagnose = commands.add_parser(
+        "diagnose",
+        parents=[common],
+        help="where a model's outliers are, and whether registers fix them",
+        epilog="Exit codes: 0 outliers that registers move; 1 error; 2 wrong usage; 3 no outliers: nothing to fix; "
+        "4 outliers that registers do not fix: at fixed positions, or not made by MLPs; 130 interrupted.",
+    )
+    _add_model(diagnose)
+    diagnose.add_argument("--images", type=Path, required=True, metavar="DIR", help="a folder of photographs")
+    diagnose.add_argument("--threshold", type=float, help="norm of an outlier (default: median + 5 robust sigma)")
+    diagnose.add_argument("--num-images", type=int, default=200, help="at most so many (default: 200)")
+    diagnose.add_argument("--batch-size", type=int, default=16)
+    diagnose.add_argument("--workers", type=int, default=0, help="processes that decode images")
+    diagnose.add_argument("--seed", type=int, default=0)
+    diagnose.add_argument("--json", metavar="FILE", help="write all figures; - for the output, in place of the table")
+    diagnose.set_defaults(run=_diagnose)
 
     calibrate = commands.add_parser("calibrate", parents=[common], help="find the register neurons of a model")
     _add_model(calibrate)
@@ -133,6 +152,35 @@ def _list(args: argparse.Namespace) -> None:
         default_for = set(neurons.model.get("default_for", ()))
         for model in neurons.model.get("names", ()):
             print(f"    {model}{'  (default)' if model in default_for else ''}")
+
+
+def _diagnose(args: argparse.Namespace) -> int:
+    from testreg.data import image_paths
+    from testreg.diagnose import diagnose
+    from testreg.outliers import OutlierRule
+
+    to_output = args.json == "-"
+    if args.json and not to_output:
+        _check_writable(Path(args.json))
+    image_paths(args.images)  # before a model is loaded for nothing
+    loaded = _load(args)
+    found = diagnose(
+        loaded.model,
+        args.images,
+        transform=loaded.transform,
+        batch_size=args.batch_size,
+        num_images=args.num_images,
+        rule=OutlierRule(threshold=args.threshold),
+        workers=args.workers,
+        seed=args.seed,
+    )
+    if to_output:
+        print(json.dumps(found.to_json(), indent=1, allow_nan=False))
+    else:
+        print("\n".join([found.verdict, "", found.table(), "", *found.notes]))
+        if args.json:
+            found.save(args.json)
+    return {"movable": OK, "none": NOTHING_TO_FIX}.get(found.kind, NOT_FIXABLE)
 
 
 def _calibrate(args: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,13 +12,15 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from tiny import TIMM, fresh
+from tiny import IMAGE, TIMM, TIMM_RECORDS, fresh
 from torchvision.transforms.v2 import functional as tv
 
 import testreg
 from testreg.cli import main
 from testreg.demo import photographs
 from testreg.planted import plant
+
+records = pytest.mark.skipif(not TIMM_RECORDS, reason="this timm cannot rebuild a model of unusual size")
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +38,11 @@ def folder(tmp_path_factory):
         pretrained_cfg_overlay={"mean": (0.5,) * 3, "std": (0.5,) * 3, "input_size": (3, 64, 64), "crop_pct": 1.0},
         **TIMM,
     )
-    timm.models.save_for_hf(fresh("timm_clip"), root / "clean", safe_serialization=True)
+    clean = fresh("timm_clip")
+    clean.pretrained_cfg["input_size"] = (3, IMAGE, IMAGE)
+    timm.models.save_for_hf(clean, root / "clean", model_args=TIMM, safe_serialization=True)
     planted = plant(model.eval(), photos, num_neurons=4)
-    timm.models.save_for_hf(model, root / "model", safe_serialization=True)
+    timm.models.save_for_hf(model, root / "model", model_args=TIMM, safe_serialization=True)
     (root / "planted.json").write_text(json.dumps(planted.neurons))
     return root
 
@@ -52,6 +57,29 @@ def calibrated(folder):
 
 def run(*arguments, **options):
     return subprocess.run([sys.executable, "-m", "testreg", *arguments], capture_output=True, text=True, **options)
+
+
+def test_diagnose_prints_the_verdict_first(folder, tmp_path, capsys):
+    arguments = ["diagnose", str(folder / "model"), "--images", str(folder / "photos"), "--batch-size", "7"]
+    assert main([*arguments, "--json", str(tmp_path / "diagnosis.json")]) == 0
+    verdict, *table = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"outliers from block 2 \(MLP\), \d\.\d % of patches, movable", verdict)
+    assert [line.split()[0] for line in table[4:8]] == ["0", "1", "2", "3"]
+    assert json.loads((tmp_path / "diagnosis.json").read_text())["verdict"] == verdict
+
+
+def test_diagnose_exit_codes_of_what_registers_do_not_fix(folder, tmp_path, capsys):
+    photos = ["--images", str(folder / "photos"), "--json", "-"]
+    assert main(["diagnose", str(folder / "clean"), *photos]) == 3
+    assert json.loads(capsys.readouterr().out)["kind"] == "none"
+    model = timm.create_model(f"local-dir:{folder / 'clean'}", pretrained=True)
+    with torch.no_grad():
+        model.pos_embed[0, [1 + 5, 1 + 11], 7] = 100.0
+        model.norm_pre.weight.fill_(0.0)  # this norm would even them out
+        model.norm_pre.weight[7] = 1.0
+    timm.models.save_for_hf(model, tmp_path / "fixed", safe_serialization=True)
+    assert main(["diagnose", str(tmp_path / "fixed"), *photos]) == 4
+    assert json.loads(capsys.readouterr().out)["kind"] == "fixed"
 
 
 def test_calibrate_finds_the_planted_neurons(folder, calibrated):
@@ -70,6 +98,7 @@ def test_the_script_is_the_command(folder, calibrated, tmp_path):
     assert by_script.by_layer() == by_command.by_layer()
 
 
+@records
 def test_apply_then_load(folder, calibrated, tmp_path, capsys):
     output = tmp_path / "patched"
     assert main(["apply", str(folder / "model"), "--neurons", str(calibrated), "-o", str(output)]) == 0
@@ -91,6 +120,7 @@ def test_show_draws_a_picture(folder, calibrated, tmp_path, capsys):
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 100
 
 
+@records
 def test_show_of_a_patched_checkpoint(folder, calibrated, tmp_path):
     patched, output = str(tmp_path / "patched"), str(tmp_path / "picture.png")
     photo = str(folder / "photos" / "00.png")
@@ -132,6 +162,9 @@ def test_list_names_the_models(capsys):
         (["calibrate", "{model}", "--images", "{photos}", "-o", "{photos}"], "is a folder: name a file"),
         (["calibrate", "{model}", "--images", "{photos}", "-o", "{out}", "--layer", "9"], "layer=9 is out of range"),
         (["calibrate", "timm:resnet18", "--images", "{photos}", "-o", "{out}"], "resnet18"),
+        (["diagnose", "{model}", "--images", "{root}/none"], "no folder of images at"),
+        (["diagnose", "{model}", "--images", "{photos}", "--json", "{root}/none/d.json"], "there is no folder"),
+        (["diagnose", "{model}", "--images", "{photos}", "--threshold", "-1"], "must be a positive number"),
         (["show", "{model}", "{root}/photos/broken.jpg", "--neurons", "{neurons}", "-o", "{out}"], "not a readable"),
         (["show", "{model}", "{root}/none.jpg", "--neurons", "{neurons}", "-o", "{out}"], "none.jpg"),
         (["show", "{model}", "{photo}", "-o", "{out}"], "no bundled register neurons for this"),

@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 
 TIMM_RECORDS = tuple(map(int, timm.__version__.split(".")[:3])) >= (1, 0, 31)  # the arguments that made a model
+TORCH_2_9 = torch.__version__.startswith("2.9.")
 TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 SPREAD_MLP = ("hf_vit", "hf_deit") if TRANSFORMERS_4 else ()  # whose MLPs are no modules of their own
 DEPTH, WIDTH, MLP_WIDTH, PATCH, IMAGE = 4, 48, 192, 16, 64
