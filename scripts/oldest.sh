@@ -22,7 +22,6 @@ pip install -q "${pins[@]}" matplotlib tqdm pytest scipy hatchling editables
 pip install -q --no-deps --no-build-isolation -e .
 
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
-status=0 # both run, whatever the first one finds
-pytest tests || status=$?
-python scripts/coverage.py --brief || status=$?
-exit "$status"
+# Of the other tests, some build models that those releases do not have.
+pytest tests/test_{register,families,calibrate,neurons,outliers,checkpoint,models,cli,readme,diagnose}.py
+python scripts/coverage.py --brief

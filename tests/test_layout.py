@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
 import testreg
-from testreg.families import FAMILIES, Family, find_tower
+from testreg.families import FAMILIES, MASKS, Family, find_tower
+from testreg.families.family import padded
 from testreg.layout import Layout
 from testreg.outliers import token_norms
 from testreg.register import shift
@@ -888,3 +889,12 @@ def test_a_row_without_patch_embed_cannot_tell_the_grid(own: OwnViT) -> None:
         find_tower(own).grid(image(0, 48))
     own(images((0,), 48))  # patching needs none
     testreg.patch(own, OWN_NEURONS)
+
+
+def test_the_flat_mask_of_flash_attention_is_padding() -> None:
+    plain = Layout(num_registers=2)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    extended = [[1, 1, 1, 1, 1], [1, 0, 0, 1, 1]]
+    for given in (mask, mask.bool()):
+        assert MASKS["attention_mask"](given, plain).tolist() == extended
+        assert padded(None, plain, {"attention_mask": given}).valid.tolist() == extended

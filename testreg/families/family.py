@@ -120,15 +120,27 @@ def masked(mask: Any, layout: Layout) -> Any:
     return layout.extend_mask(mask)
 
 
-MASKS = {"attention_mask": masked, "attn_mask": masked}
+def masked_in_transformers(mask: Any, layout: Layout) -> Any:
+    """The same; for flash attention it is (B, T), 0 at padding."""
+    return layout.extend(mask, -1, 1.0) if _is_flat(mask) else layout.extend_mask(mask)
+
+
+MASKS = {"attention_mask": masked_in_transformers, "attn_mask": masked}
+"""Arguments of blocks that are masks on attention in all families."""
 
 
 def padded(tower: Any, plain: Layout, arguments: Mapping[str, Any]) -> Layout:
     """What a mask hides from everyone is padding."""
+    if (mask := arguments.get("attention_mask")) is not None and _is_flat(mask):
+        return replace(plain, valid=plain.extend(mask.bool(), -1, True))
     for name in MASKS:
         if (mask := arguments.get(name)) is not None:
             return replace(plain, valid=plain.validity(mask))
     return plain
+
+
+def _is_flat(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.ndim == 2
 
 
 def unchanged(extra: Any, layout: Layout) -> Any:

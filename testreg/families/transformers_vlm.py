@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from testreg.families.family import PACKED, WINDOWS, cumulative, longest, masked, packed, unrotated
+from testreg.families.family import PACKED, WINDOWS, cumulative, longest, masked, packed, unchanged, unrotated
 from testreg.families.transformers import BLIP, CLIP, SIGLIP, STAGES, VIT
 from testreg.layout import Layout
 
@@ -53,6 +53,8 @@ def _masked_apart(tower: Any, plain: Layout, arguments: Mapping[str, Any]) -> La
     if (ends := arguments.get("cu_seq_lens_q")) is not None:
         return replace(plain, lengths=ends.diff().tolist())
     mask = arguments.get("attention_mask")
+    if mask is None and arguments.get("position_ids") is not None:
+        raise NotImplementedError("Pixtral under flash attention needs transformers 5: use sdpa or eager attention")
     if mask is None:
         return plain
     starts = (mask[0, 0] >= 0).int().argmax(-1)  # (S,): the first token that each sees
@@ -200,6 +202,7 @@ FAMILIES = (
             "position_embeddings": unrotated,
             **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), cumulative),
             **dict.fromkeys(("max_length_q", "max_length_k"), longest),
+            "position_ids": unchanged,  # of transformers 4, for flash attention alone
         },
         run=None,  # it packs a batch too
     ),
