@@ -293,6 +293,8 @@ def _patches(tower: Tower, count: int) -> list[int]:
 def _padding(extras: Sequence[Any], count: int) -> list[int]:
     """The tokens that a mask hides from themselves: a model may pad a single image too."""
     for extra in extras:
+        if isinstance(extra, Tensor) and extra.shape == (1, count):  # for flash attention, and in transformers 4
+            return (extra[0] == 0).nonzero().flatten().tolist()
         if isinstance(extra, Tensor) and extra.ndim == 4 and extra.shape[-1] == count:
             square = extra.shape[-2] == count
             return (~_shown(extra[0, 0].diagonal() if square else extra[0, 0, 0])).nonzero().flatten().tolist()
@@ -312,6 +314,8 @@ def _one_more(extra: Any, count: int, num_prefix: int) -> Any:
         return extra + 1 if type(extra) is int and extra == count else extra
     if extra.ndim == 1 and extra.numel() == 2 and extra.tolist() == [0, count]:  # where a packed sequence ends
         return extra + torch.tensor([0, 1]).to(extra)
+    if extra.shape == (1, count):
+        return nn.functional.pad(extra, (0, 1), value=1)
     if extra.shape[-1] == count:
         neutral = float(extra.dtype is torch.bool)
         if extra.ndim > 1 and extra.shape[-2] == count:

@@ -68,6 +68,7 @@ def test_diagnose_prints_the_verdict_first(folder, tmp_path, capsys):
     assert json.loads((tmp_path / "diagnosis.json").read_text())["verdict"] == verdict
 
 
+@records
 def test_diagnose_exit_codes_of_what_registers_do_not_fix(folder, tmp_path, capsys):
     photos = ["--images", str(folder / "photos"), "--json", "-"]
     assert main(["diagnose", str(folder / "clean"), *photos]) == 3
