@@ -151,7 +151,7 @@ def test_a_patched_folder(name: str, tmp_path: Path) -> None:
 def test_timm_and_open_clip_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load_model("timm:vit_tiny_patch16_224", image_size=32, pretrained=False)
     assert loaded.transform(PHOTO).shape == (3, 32, 32)
-    assert run(loaded).shape == (1, 1000)
+    assert run(loaded).shape == (1, 5, 192)
     monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {"ViT-B-32": OPEN_CLIP})
     loaded = load_model("open_clip:ViT-B-32/openai", image_size=32, pretrained=False)
     assert loaded.model.testreg_source == "open_clip:ViT-B-32/openai"

@@ -84,7 +84,7 @@ class Tower:
         return self.blocks[0].width
 
     def run(self, images: Tensor) -> Any:
-        """The tower's own output for images (B, 3, h, w), which are brought to its device and dtype.
+        """What the tower gives for images (B, 3, h, w), which are brought to its device and dtype.
 
         Raises:
             ValueError: it does not take a batch of images.
