@@ -267,17 +267,17 @@ class Attention(Override):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _running.layout is None:
             # Gradient checkpointing in transformers recomputes a block from within, without its lane.
-            layouts = [getattr(extra, _LAYOUT, None) for extra in (*args, *kwargs.values())]
-            # The last, not next(..., None), which torch.compile did not trace.
-            layout = [None, *(layout for layout in layouts if layout is not None)][-1]
+            layout: Layout | None = None
+            for extra in (*args, *kwargs.values()):
+                layout = getattr(extra, _LAYOUT, layout)
             if layout is not _running.recomputed:
                 _running.recomputed = layout
         out = self.original(*args, **kwargs)
         if not self.patch.enabled or not isinstance(out, tuple) or len(out) < 2:
             return out
-        layout, weights = layout_now(self.plain), out[1]
+        weights = out[1]
         if isinstance(weights, Tensor):
-            weights = layout.without_registers(weights, self.appended)
+            weights = layout_now(self.plain).without_registers(weights, self.appended)
         elif isinstance(weights, list):  # of packed images
             weights = [each if each is None else self.plain.without_registers(each) for each in weights]
         return out[0], weights, *out[2:]
