@@ -15,76 +15,6 @@ Paths = str | tuple[str, ...]
 """Dotted attribute names; of several candidates the first that exists is used."""
 
 
-@dataclass(frozen=True)
-class Family:
-    """One row of the table: where a family keeps the parts that the method touches.
-
-    A tower is recognised by the name of its class, so that no library need be imported. `testreg.add_family` adds a
-    row for a model of your own: `name`, `towers`, `blocks` and `down` are enough to patch a plain ViT that has a CLS
-    token, with `patch_embed` to draw it too.
-    """
-
-    name: str
-    towers: Paths
-    """Class names of the vision tower: the module that is called with images and owns the blocks."""
-    blocks: Paths
-    """The ModuleList or Sequential of blocks, in the tower."""
-    down: Paths
-    """The MLP's second linear, in a block; or the norm in front of it. Its *input* channels are the neurons."""
-    patch_embed: Paths = ()
-    """The convolution that makes patches into tokens, in the tower: its stride is the patch size."""
-    prefix: int | Callable[[Any], int] = 1
-    """Number of tokens in front of the patches (CLS, distillation and trained register tokens)."""
-    library: str | None = None
-    """Top-level package that defines the class; None where the code is vendored (torch.hub) and any package will do."""
-    marks: Paths = ()
-    """What the tower must have besides, where several classes of vendored code share a name."""
-    up: Paths = ()
-    """The MLP's first linear, in a block. For planting only, as the next two."""
-    query_key: Paths = ()
-    """Attention's input projections, in a block: one packed weight (3C, C), or the weights of query and key."""
-    num_heads: Paths = ()
-    scale: Paths = ()
-    """LayerScale vector on the MLP's output, in a block."""
-    readers: Paths = ()
-    """Another module, in a block, whose first argument is the hidden activation too."""
-    fused: Paths = ()
-    """One linear, in a block, for attention's output (C) and the hidden activation (H), in this order."""
-    parallel: Paths = ()
-    """ModuleList of several MLPs that a block runs side by side: `down`, `up` and `scale` are then paths in each."""
-    entry_norm: Paths = ()
-    """Norm between the embedding and the first block, in the tower: the zero token passes through it too."""
-    attention: Paths = ()
-    """Attention module, in a block, if it may return its weights (B, heads, T, T) as the second of its outputs, or if
-    gradient checkpointing recomputes the block from within (transformers)."""
-    appended: int = 0
-    """Tokens that a block itself appends, behind the registers, while it attends."""
-    bias: Paths = ()
-    """Method, in a block, that makes a relative position bias (..., T, T) for attention."""
-    bias_count: str = ""
-    """Argument of that method that counts the tokens."""
-    sequence_first: Callable[[Any], bool] = lambda tower: False
-    """True where blocks see (T, B, C)."""
-    beside: Mapping[str, Callable[[Any, Layout], Any]] = field(default_factory=dict)
-    """Tensors that a block gets beside the tokens, by name, and how they are extended to the registers. Masks are
-    known: see `MASKS`."""
-    layout: Callable[[Any, Layout, Mapping[str, Any]], Layout] = lambda tower, plain, arguments: padded(
-        tower, plain, arguments
-    )
-    """From the tower and a block's arguments, where the tokens lie: padded to one length, or packed in a sequence."""
-    patch_size: Callable[[Any], tuple[int, int]] | None = None
-    """Height and width in pixels of a tower's patches, where the stride of `patch_embed` does not tell."""
-    run: Callable[[Any, Tensor], Any] | None = lambda tower, images: tower(images)
-    """Runs the tower on images (B, 3, h, w), of any size if it can; None where it takes something else (videos,
-    packed patches): it can be patched then, but not calibrated."""
-
-    def __reduce__(self) -> tuple[Callable[[str], Family], tuple[str]]:
-        # A row holds functions: patched models are pickled with its name.
-        from testreg.families.table import family_named
-
-        return family_named, (self.name,)
-
-
 WINDOWS = "in most blocks attention stays within windows of the image, in which one register has no place"
 """Why the method does not fit SAM and its kin."""
 
@@ -102,6 +32,11 @@ def find_part(root: nn.Module, paths: Paths) -> Any:
         if node is not None and not isinstance(node, nn.Identity):
             return node
     return None
+
+
+def run_plainly(tower: Any, images: Tensor) -> Any:
+    """A tower that needs to be told nothing but the images."""
+    return tower(images)
 
 
 def unrotated(rotations: tuple[Tensor, Tensor], layout: Layout) -> tuple[Tensor, Tensor]:
@@ -170,3 +105,71 @@ PACKED: Mapping[str, Callable[[Any, Layout], Any]] = {
     "position_embeddings": unrotated,
 }
 """What blocks get beside the tokens of packed images."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the table: where a family keeps the parts that the method touches.
+
+    A tower is recognised by the name of its class, so that no library need be imported. `testreg.add_family` adds a
+    row for a model of your own: `name`, `towers`, `blocks` and `down` are enough to patch a plain ViT that has a CLS
+    token, with `patch_embed` to draw it too.
+    """
+
+    name: str
+    towers: Paths
+    """Class names of the vision tower: the module that is called with images and owns the blocks."""
+    blocks: Paths
+    """The ModuleList or Sequential of blocks, in the tower."""
+    down: Paths
+    """The MLP's second linear, in a block; or the norm in front of it. Its *input* channels are the neurons."""
+    patch_embed: Paths = ()
+    """The convolution that makes patches into tokens, in the tower: its stride is the patch size."""
+    prefix: int | Callable[[Any], int] = 1
+    """Number of tokens in front of the patches (CLS, distillation and trained register tokens)."""
+    library: str | None = None
+    """Top-level package that defines the class; None where the code is vendored (torch.hub) and any package will do."""
+    marks: Paths = ()
+    """What the tower must have besides, where several classes of vendored code share a name."""
+    up: Paths = ()
+    """The MLP's first linear, in a block. For planting only, as the next two."""
+    query_key: Paths = ()
+    """Attention's input projections, in a block: one packed weight (3C, C), or the weights of query and key."""
+    num_heads: Paths = ()
+    scale: Paths = ()
+    """LayerScale vector on the MLP's output, in a block."""
+    readers: Paths = ()
+    """Another module, in a block, whose first argument is the hidden activation too."""
+    fused: Paths = ()
+    """One linear, in a block, for attention's output (C) and the hidden activation (H), in this order."""
+    parallel: Paths = ()
+    """ModuleList of several MLPs that a block runs side by side: `down`, `up` and `scale` are then paths in each."""
+    entry_norm: Paths = ()
+    """Norm between the embedding and the first block, in the tower: the zero token passes through it too."""
+    attention: Paths = ()
+    """Attention module, in a block, if it may return its weights (B, heads, T, T) as the second of its outputs, or if
+    gradient checkpointing recomputes the block from within (transformers)."""
+    appended: int = 0
+    """Tokens that a block itself appends, behind the registers, while it attends."""
+    bias: Paths = ()
+    """Method, in a block, that makes a relative position bias (..., T, T) for attention."""
+    bias_count: str = ""
+    """Argument of that method that counts the tokens."""
+    sequence_first: Callable[[Any], bool] = lambda tower: False
+    """True where blocks see (T, B, C)."""
+    beside: Mapping[str, Callable[[Any, Layout], Any]] = field(default_factory=dict)
+    """Tensors that a block gets beside the tokens, by name, and how they are extended to the registers. Masks are
+    known: see `MASKS`."""
+    layout: Callable[[Any, Layout, Mapping[str, Any]], Layout] = padded
+    """From the tower and a block's arguments, where the tokens lie: padded to one length, or packed in a sequence."""
+    patch_size: Callable[[Any], tuple[int, int]] | None = None
+    """Height and width in pixels of a tower's patches, where the stride of `patch_embed` does not tell."""
+    run: Callable[[Any, Tensor], Any] | None = run_plainly
+    """Runs the tower on images (B, 3, h, w), of any size if it can; None where it takes something else (videos,
+    packed patches): it can be patched then, but not calibrated."""
+
+    def __reduce__(self) -> tuple[Callable[[str], Family], tuple[str]]:
+        # A row holds functions: patched models are pickled with its name.
+        from testreg.families.table import family_named
+
+        return family_named, (self.name,)

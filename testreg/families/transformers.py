@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from testreg.families.family import WINDOWS, Family, cumulative, packed, unbiased, unchanged, unrotated
+from testreg.families.family import WINDOWS, Family, cumulative, packed, run_plainly, unbiased, unchanged, unrotated
 
 
 def _at_any_size(tower: Any, images: Tensor) -> Any:
@@ -21,11 +21,11 @@ def _at_any_size(tower: Any, images: Tensor) -> Any:
 def _undropped(tower: Any, images: Tensor) -> Any:
     """MAE drops most patches, at random and in evaluation too."""
     ratio, tower.config.mask_ratio = tower.config.mask_ratio, 0.0
-    order = torch.arange(images.shape[-2] * images.shape[-1], device=images.device)  # longer than there are patches
     rows, columns = tower.embeddings.patch_embeddings.projection.stride
     count = (images.shape[-2] // rows) * (images.shape[-1] // columns)
+    order = torch.arange(count, device=images.device).expand(len(images), count)
     try:
-        return tower(images, noise=order[:count].expand(len(images), count), interpolate_pos_encoding=True)
+        return tower(images, noise=order, interpolate_pos_encoding=True)
     finally:
         tower.config.mask_ratio = ratio
 
@@ -71,7 +71,7 @@ _DINOV2 = replace(
     down=("mlp.down_proj", "mlp.weights_out", "mlp.fc2"),
     up="mlp.fc1",
     scale="layer_scale2.lambda1",
-    run=lambda tower, images: tower(images),  # interpolates by itself
+    run=run_plainly,  # interpolates by itself
 )
 _DINOV3 = replace(
     _DINOV2,
@@ -131,7 +131,7 @@ _LIKE_VIT = (
         name="transformers Pixio",
         towers="PixioModel",
         prefix=lambda tower: tower.config.n_cls_tokens,
-        run=lambda tower, images: tower(images),
+        run=run_plainly,
     ),
     replace(
         VIT,
@@ -146,7 +146,7 @@ _LIKE_VIT = (
         bias=("relative_position_bias.forward", "attention.attention.relative_position_bias.forward"),
         bias_count="dim_size",
         beside={"relative_position_bias": unbiased},
-        run=lambda tower, images: tower(images),
+        run=run_plainly,
     ),
     replace(
         VIT,
@@ -156,7 +156,7 @@ _LIKE_VIT = (
         bias="attention.attention.relative_position_bias.forward",
         bias_count="dim_size",
         beside={"relative_position_bias": unbiased},
-        run=lambda tower, images: tower(images),
+        run=run_plainly,
     ),
     replace(VIT, name="transformers FLAVA", towers="FlavaImageModel"),
     replace(
@@ -164,7 +164,7 @@ _LIKE_VIT = (
         name="transformers DPT",
         towers="DPTModel",
         patch_size=_square,  # the hybrid embeds with a convolutional network
-        run=lambda tower, images: tower(images),
+        run=run_plainly,
     ),
     replace(
         VIT,
@@ -173,7 +173,7 @@ _LIKE_VIT = (
         prefix=0,
         readers="mlp.experts",
         beside={"dataset_index": unchanged},
-        run=lambda tower, images: tower(images),
+        run=run_plainly,
     ),
     replace(
         VIT,
@@ -184,7 +184,7 @@ _LIKE_VIT = (
         num_heads="attn.num_heads",
         attention="attn",
         patch_embed="embeddings.proj",
-        run=lambda tower, images: tower(images),
+        run=run_plainly,
     ),
     replace(VIT, name="transformers ViViT", towers="VivitModel", run=None),
     replace(VIT, name="transformers VideoMAE", towers="VideoMAEModel", prefix=0, run=None),
@@ -250,7 +250,7 @@ _LIKE_CLIP = (
         name="transformers MLCD",
         towers=("MLCDVisionModel", "MLCDVisionTransformer"),
         beside={"position_embeddings": unrotated},
-        run=lambda tower, images: tower(images),
+        run=run_plainly,
     ),
     BLIP,
     SIGLIP,
@@ -272,7 +272,7 @@ _LIKE_CLIP = (
         num_heads="attention.num_heads",
         patch_embed="embeddings.patch_embed",
         attention="attention",
-        run=lambda tower, images: tower(images),
+        run=run_plainly,
     ),
     replace(
         CLIP,

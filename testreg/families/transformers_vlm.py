@@ -9,7 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from testreg.families.family import PACKED, WINDOWS, cumulative, longest, masked, packed, unchanged, unrotated
+from testreg.families.family import (
+    PACKED,
+    WINDOWS,
+    cumulative,
+    longest,
+    masked,
+    packed,
+    run_plainly,
+    unchanged,
+    unrotated,
+)
 from testreg.families.transformers import BLIP, CLIP, SIGLIP, STAGES, VIT
 from testreg.layout import Layout
 
@@ -94,7 +104,7 @@ FAMILIES = (
         name="transformers InternVL",
         towers=("InternVLVisionModel", "QianfanOCRVisionModel"),
         scale="lambda_2",
-        run=lambda tower, images: tower(images),
+        run=run_plainly,
     ),
     replace(SIGLIP, name="transformers Janus", towers="JanusVisionModel"),
     replace(
@@ -104,7 +114,7 @@ FAMILIES = (
             *("Idefics2VisionTransformer", "Idefics3VisionTransformer", "SmolVLMVisionTransformer"),
             "GraniteDoclingVisionModel",
         ),
-        run=lambda tower, images: tower(images),
+        run=run_plainly,
     ),
     replace(
         SIGLIP,
@@ -117,7 +127,7 @@ FAMILIES = (
         num_heads="attention.num_heads",
         patch_embed="transformer.embeddings.patch_embedding",
         attention="attention",
-        run=lambda tower, images: tower(images),
+        run=run_plainly,
     ),
     replace(SIGLIP, name="transformers Molmo2", towers="Molmo2VisionModel", blocks="layers", patch_embed=(), run=None),
     replace(
@@ -137,7 +147,7 @@ FAMILIES = (
         prefix=0,
         scale="lambda_2",
         beside={"position_embeddings": unrotated},
-        run=lambda tower, images: tower(images),
+        run=run_plainly,
     ),
     replace(
         CLIP,
