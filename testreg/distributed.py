@@ -1,0 +1,77 @@
+"""Several processes that share the images of one run, as torchrun starts them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+Sums = dict[str, Tensor]
+
+
+def rank() -> int:
+    """Which of the processes this is: 0 if there is one."""
+    return dist.get_rank() if _is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if _is_initialized() else 1
+
+
+def _is_initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def gathered(value: T) -> list[T]:
+    """What each process has for `value`, by rank; all must call it. Tensors are best on the CPU."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def add(sums: Sums, more: Mapping[str, Tensor]) -> None:
+    """Add to sums over images, which are kept in float64 on the CPU."""
+    for name, value in more.items():
+        value = value.detach().cpu().double()
+        sums[name] = sums[name] + value if name in sums else value
+
+
+def summed(sums: Sums) -> Sums:
+    """The sums over all processes; keys may be missing in some, which had no image.
+
+    They are gathered and then added in the order of ranks, so that all processes have the same result, bit for bit.
+    """
+    total: Sums = {}
+    for each in gathered(sums):
+        add(total, each)
+    return total
+
+
+@contextmanager
+def process_group(device: str | torch.device) -> Iterator[torch.device]:
+    """Joins the processes that torchrun started, for as long as the context lasts, and yields this one's device.
+
+    With "cuda", each process gets the GPU of its local rank. A process that was started alone, or that has a group
+    already, gets `device` as it is.
+    """
+    device = torch.device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _is_initialized():
+        yield device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)  # through which NCCL sends objects
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
