@@ -1,6 +1,6 @@
 """testreg: takes the artefacts out of pretrained Vision Transformers at test time, without training."""
 
-from testreg.calibrate import NoOutliersError, calibrate
+from testreg.calibrate import ImmovableOutliersError, NoOutliersError, calibrate
 from testreg.checkpoint import load, save
 from testreg.diagnose import Diagnosis, diagnose
 from testreg.families import Family, add_family
@@ -12,6 +12,7 @@ from testreg.register import disabled, is_patched, patch, registers, unpatch
 __all__ = [
     "Diagnosis",
     "Family",
+    "ImmovableOutliersError",
     "NoOutliersError",
     "OutlierRule",
     "RegisterNeurons",

@@ -1,107 +1,78 @@
-"""Find register neurons in one pass over images (arXiv 2506.08010, Algorithm 1).
+"""Find the register neurons of a model: diagnose, rank, choose by measuring the patched model.
 
-Outlier tokens are known only once the forward has passed the layer that shows them; the neurons that make them live
-before it. So the pass keeps the *input* of every MLP, four times smaller than its hidden activation, and recomputes
-the hidden activation afterwards, at the outlier tokens and a few normal ones only. The cost is about that of the plain
-forward, the memory that of one batch.
-
-The layer that shows the outliers best is not known beforehand either. Statistics are therefore kept for every
-candidate layer at once, which is cheap because outliers are few, and the layer is chosen at the end.
+Images are dealt out as they come. Of the first `2 * held_out`, every other one is put aside: the neurons are chosen,
+and the result is verified, on images that had no part in diagnosis and ranking. The rest is read in chunks until the
+ranking is stable. Which image goes where depends on its number alone, so that several processes (torch.distributed),
+and a run that was interrupted and resumed, come to the result of a single one.
 """
 
 from __future__ import annotations
 
 import datetime
 import functools
+import itertools
+import json
+import operator
+import os
 import platform
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, get_args
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from testreg.data import ImageBatches, Images, Transform
-from testreg.families import Block, Mlp, Tower, find_tower
-from testreg.neurons import RegisterNeurons, describe_model
-from testreg.outliers import OutlierRule, recorded_norms
+from testreg.data import Images, ImageStream, Transform, batched
+from testreg.diagnose import Diagnosis, diagnose
+from testreg.distributed import gathered, rank, world_size
+from testreg.families import Tower, find_tower
+from testreg.files import replacing
+from testreg.models import OwnTransform
+from testreg.neurons import Neuron, RegisterNeurons, describe_model, fingerprint
+from testreg.outliers import Detection, OutlierRule
+from testreg.progress import progress_bar
+from testreg.ranking import Score, Statistics, best, look_at, overlap, scores
 from testreg.register import is_patched
+from testreg.selection import MAX_MEASUREMENTS, Effect, Head, HeldOut, Selection, select, worst_of
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+CHUNK = 64  # images between two looks at whether the ranking is stable, and between two saved states
+MIN_RANKED = 1000  # neurons that the list keeps, so that it can be cut anew
 
-Score = Literal["write", "activation"]
-
-NORMAL_TOKENS = 8  # sampled from each image, for comparison
-MIN_FRACTION = 1e-3  # of the patches must be outliers somewhere, or there is nothing to fix
-SPARSE = 0.5  # activations below it count as silent for the released code's sparsity filter
+STATE = "testreg-calibration"
 
 
 class NoOutliersError(Exception):
     """The model shows no outlier tokens on these images: there is nothing to fix."""
 
 
-@dataclass
-class Statistics:
-    """Sums over images, from which every score follows. D candidate detection layers, L blocks, H neurons.
-
-    `outlier[d, l, h]` sums, over the images with outliers at candidate d, the image's mean |activation| of neuron
-    (l, h) at those outliers: images count alike, however many outliers they have (Algorithm 1).
-    """
-
-    candidates: list[int]
-    outlier: Tensor  # (D, L, H)
-    normal: Tensor  # (L, H), sum over sampled normal tokens of |activation|
-    num_normal: int
-    images_with_outliers: Tensor  # (D,)
-    num_outliers: Tensor  # (D,)
-    excess: Tensor  # (D, L), sum over the outliers at d of norm / median - 1 at l
-    median_norm: Tensor  # (L,), sum over images
-    num_images: int
-    num_patches: int
-
-    @classmethod
-    def empty(cls, tower: Tower, candidates: list[int], device: torch.device) -> Statistics:
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, device=device)
-
-        num_candidates, depth, width = len(candidates), tower.depth, tower.mlp_width
-        return cls(
-            candidates=candidates,
-            outlier=zeros(num_candidates, depth, width),
-            normal=zeros(depth, width),
-            num_normal=0,
-            images_with_outliers=zeros(num_candidates),
-            num_outliers=zeros(num_candidates),
-            excess=zeros(num_candidates, depth),
-            median_norm=zeros(depth),
-            num_images=0,
-            num_patches=0,
-        )
-
-    def detection(self) -> int:
-        """Index of the candidate whose outliers stand out most: the sum of norm / median - 1 over them."""
-        return int(torch.stack([self.excess[d, layer] for d, layer in enumerate(self.candidates)]).argmax())
-
-    def onset(self, d: int) -> int:
-        """The layer after which candidate d's outliers are there: the first with half of the excess that they reach."""
-        excess = self.excess[d, : self.candidates[d] + 1]
-        return int((excess >= 0.5 * excess[-1]).float().argmax())
+class ImmovableOutliersError(Exception):
+    """The model has outliers that registers do not move: at fixed positions, or not made by MLP neurons."""
 
 
 def calibrate(
-    model: nn.Module,
+    model: nn.Module | Sequence[nn.Module],
     images: Images,
     *,
-    transform: Transform | None = None,
+    transform: Transform | Sequence[Transform] | None = None,
     layer: int | None = None,
     threshold: float | None = None,
     rule: OutlierRule | None = None,
     max_layer: int | None = None,
-    top_k: int = 50,
-    score: Score = "write",
+    score: Score = "contribution",
     sparsity_filter: bool = False,
+    top_k: int | None = None,
+    target: float = 0.05,
+    max_change: float | None = None,
+    budget: float | None = None,
+    head: Head | None = None,
+    held_out: int = 64,
+    stability: float | None = 0.95,
+    resume: str | os.PathLike[str] | None = None,
     batch_size: int = 16,
     num_images: int | None = None,
     workers: int = 0,
@@ -109,275 +80,137 @@ def calibrate(
     seed: int = 0,
     progress: bool = True,
 ) -> RegisterNeurons:
-    """Rank the MLP neurons of `model` by how much they do at its outlier tokens, in one pass over `images`.
+    """Find the register neurons of `model`: rank its MLP neurons on some images, and choose among them on others.
 
     Args:
-        model: a vision tower, or any model that contains one; not patched. It is run on the device it is on.
-        images: a folder, a Dataset, or any iterable of PIL images or tensors (see `testreg.data.ImageBatches`).
-        transform: PIL image -> tensor (3, h, w); None takes the preprocessing that the model's own library names.
-        layer: block (0-based, negative from the end) at whose output outliers are looked for; None takes the layer
+        model: a vision tower, or any model that contains one; not patched. It is run on the device it is on. Several
+            models are one checkpoint at several image sizes: the neurons must do at each of them.
+        images: a folder, a Dataset, or any iterable of PIL images or tensors (see `testreg.data.ImageStream`).
+        transform: PIL image -> tensor (3, h, w), one or one for each model; None takes the preprocessing that the
+            model's own library names.
+        layer: block (0-based, negative from the end) at whose output outliers are looked for; None takes the one
             where they stand out most.
         threshold: norm above which a token is an outlier; None for the `rule`, which adapts to the model.
         max_layer: last block whose neurons are ranked; None for the block after which the outliers are there.
-            Neurons behind it fire at outliers because of them.
-        top_k: how many neurons the list recommends. The ranking keeps more, so that it can be cut anew.
-        score: "write" ranks by how much more a neuron adds to the residual stream at outliers than at normal tokens:
-            (mean |a| at outliers - mean |a| at normal tokens) * norm of its output column, as a fraction of the
-            layer's median token norm. Neurons that are loud everywhere, or that write nothing, rank low. "activation"
-            is the paper's: mean |a| at outliers (Algorithm 1; CLS may count as an outlier, as in the released code).
+            Neurons behind it fire at outliers because of them, so later blocks are tried only if that fails.
+        score: what neurons are ranked by, see `testreg.ranking.scores`; "activation" is the paper's.
         sparsity_filter: as in the released code, a neuron counts in an image only if at least half of the tokens have
             |a| < 0.5. Needs all hidden activations, so it is slower.
+        top_k: how many neurons to recommend; None chooses them by measuring (`testreg.selection.select`). The list
+            keeps more, so that it can be cut anew.
+        target: outliers that may be left after any block, as a fraction of those before.
+        max_change: how much features may change (1 - cosine, see `testreg.selection.Effect`); None for any.
+        budget: seconds after which no more images are ranked and no more sets of neurons measured.
+        head: model, images (B, 3, h, w) -> scores (B, classes), such as `lambda model, images: model(images)`: how
+            often it agrees with itself without registers is measured. None for a random linear head.
+        held_out: at most so many images, and at most every other one, are put aside for choosing and verifying. With 0
+            nothing is measured, and `top_k` must be given.
+        stability: ranking ends when the rankings by two halves of the images have this share of the best neurons in
+            common; None reads all images.
+        resume: a safetensors file for the state of the ranking, which goes on from there if the file exists.
         amp: torch.bfloat16 or torch.float16 to run under autocast.
 
     Returns:
-        The ranked neurons, with the facts of the run in `calibration`.
+        The neurons, with the facts of the run in `calibration`. If the target was not reached, "target_met" is false
+        there, and the set is the one that came closest.
 
     Raises:
         NoOutliersError: there is nothing to fix.
-        ValueError: an argument does not fit the model; no image could be read.
+        ImmovableOutliersError: a register would not fix it (unless `layer` or `max_layer` insists).
+        ValueError: an argument does not fit the model; too few images could be read.
         RuntimeError: the model is patched.
     """
-    tower = find_tower(model)
-    if is_patched(model):
+    started = time.monotonic()
+    models = [model] if isinstance(model, nn.Module) else list(model)
+    transforms = list(transform) if isinstance(transform, Sequence) else [transform] * len(models)
+    if not models or len(transforms) != len(models):
+        raise ValueError(f"{len(models)} models and {len(transforms)} transforms: give one transform for each")
+    towers = [find_tower(each) for each in models]
+    if any(is_patched(each) for each in models):
         raise RuntimeError("the model is patched: calibrate it before, or after testreg.unpatch(model)")
-    if score not in ("write", "activation"):
-        raise ValueError(f"score must be 'write' or 'activation', got {score!r}")
-    if top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if len({fingerprint(tower) for tower in towers}) > 1:
+        raise ValueError("several models must be one checkpoint at several image sizes, but their weights differ")
+    if score not in get_args(Score):
+        raise ValueError(f"score must be one of {', '.join(get_args(Score))}, got {score!r}")
+    for name, value in (("target", target), ("max_change", max_change), ("budget", budget), ("stability", stability)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+    for name, number in (("top_k", top_k), ("batch_size", batch_size)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    if held_out < 0 or (held_out == 0 and top_k is None):
+        raise ValueError(f"with held_out={held_out} no set of neurons can be measured: give top_k")
     if threshold is not None and rule is not None:
         raise ValueError("give a threshold or a rule, not both")
     rule = rule or OutlierRule(threshold=threshold)
-    candidates = list(range(tower.depth)) if layer is None else [_layer(layer, tower.depth, "layer")]
-    last_layer = None if max_layer is None else _layer(max_layer, tower.depth, "max_layer")
-    batches = ImageBatches(
-        images,
-        transform or OwnTransform(model),
-        batch_size=batch_size,
-        num_images=num_images,
-        workers=workers,
-        seed=seed,
-    )
-    statistics = Statistics.empty(tower, candidates, tower.device)
-    generator = torch.Generator().manual_seed(seed)
-    image_size: tuple[int, ...] = ()
-    was_training = tower.module.training
-    tower.module.eval()
-    try:
-        for batch in with_progress(batches, "calibrating", progress):
-            image_size = tuple(batch.shape[-2:])
-            _accumulate(
-                statistics, tower, batch, rule, generator, amp, sparsity_filter, include_prefix=score == "activation"
-            )
-    finally:
-        tower.module.train(was_training)
-    return _rank(
-        statistics,
-        model,
-        tower,
-        max_layer=last_layer,
-        top_k=top_k,
-        score=score,
-        facts={
-            "images": statistics.num_images,
-            "unreadable_images": batches.num_skipped,
-            "source": batches.source,
-            "image_size": list(image_size),
+    depth = towers[0].depth
+    layer = None if layer is None else _block(layer, depth, "layer")
+    max_layer = None if max_layer is None else _block(max_layer, depth, "max_layer")
+    if isinstance(images, Iterator) and (len(models) > 1 or resume is not None):
+        raise ValueError("several models, and resumed runs, need images that can be read again: not an iterator")
+
+    def is_late() -> bool:
+        return budget is not None and any(gathered(time.monotonic() - started > budget))
+
+    views = []
+    for each, tower, own in zip(models, towers, transforms, strict=True):
+        stream = ImageStream(images, own or OwnTransform(each), num_images=num_images, workers=workers, seed=seed)
+        views.append(_View(each, tower, stream, batch_size, seed, progress))
+    with _evaluating(towers, amp):
+        for view in views:
+            view.deal(held_out)
+        found = _detect(views, rule, layer, insist=layer is not None or max_layer is not None)
+        last = found.onset if max_layer is None else max_layer
+        facts: dict[str, Any] = {
+            "source": found.stream.source,
+            "image_size": found.diagnosis.image_size,
             "rule": rule.describe(),
             "sparsity_filter": sparsity_filter,
             "seed": seed,
-            "dtype": str(amp or tower.dtype).removeprefix("torch."),
-        },
-    )
-
-
-def _layer(index: int, depth: int, name: str) -> int:
-    if not -depth <= index < depth:
-        raise ValueError(f"{name}={index} is out of range: the model has {depth} blocks")
-    return index % depth
-
-
-class OwnTransform:
-    """The preprocessing that the model's own library names; looked up only if an image needs it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    @functools.cached_property
-    def transform(self) -> Transform:
-        from testreg.models import transform_for
-
-        return transform_for(self.model)
-
-    def __call__(self, image: Image) -> Tensor:
-        return self.transform(image)
-
-
-def with_progress(batches: ImageBatches, what: str, progress: bool) -> Iterator[Tensor]:
-    from tqdm import tqdm
-
-    # disable=None shows the bar on a terminal only
-    with tqdm(total=batches.length, unit="image", desc=what, disable=None if progress else True) as bar:
-        for batch in batches:
-            yield batch
-            bar.update(len(batch))
-
-
-@torch.no_grad()
-def _accumulate(
-    statistics: Statistics,
-    tower: Tower,
-    images: Tensor,
-    rule: OutlierRule,
-    generator: torch.Generator,
-    amp: torch.dtype | None,
-    sparsity_filter: bool,
-    *,
-    include_prefix: bool,
-) -> None:
-    """Add one batch (B, 3, h, w) to the statistics."""
-    device = tower.device
-    with (
-        torch.autocast(device.type, amp) if amp is not None else nullcontext(),
-        recorded_norms(tower) as block_norms,
-        _recorded_mlp_inputs(tower, sparsity_filter) as (mlp_inputs, sparse),
-    ):
-        tower.run(images)
-    norms = torch.stack(block_norms)  # (L, B, T)
-
-    num_prefix = tower.num_prefix
-    patches = norms[..., num_prefix:]
-    limit = rule.limit(patches)
-    is_outlier = norms > limit  # (L, B, T)
-    is_outlier_patch = is_outlier[..., num_prefix:]
-    if not include_prefix:
-        is_outlier = is_outlier.clone()
-        is_outlier[..., :num_prefix] = False
-    candidates = torch.tensor(statistics.candidates, device=device)
-    detected = is_outlier[candidates]  # (D, B, T)
-    detected_patches = detected[..., num_prefix:].float()  # (D, B, N)
-    median = patches.median(-1, keepdim=True).values
-
-    statistics.num_images += len(images)
-    statistics.num_patches += patches[0].numel()
-    statistics.median_norm += median.sum((1, 2))
-    statistics.num_outliers += detected_patches.sum((1, 2))
-    statistics.excess += torch.einsum("dbn,lbn->dl", detected_patches, patches / median - 1)
-    per_image = detected.sum(-1)  # (D, B)
-    statistics.images_with_outliers += (per_image > 0).sum(1)
-
-    normal = _sample_normal(is_outlier_patch.any(0), generator)  # (B, N)
-    selected = detected.any(0)  # (B, T)
-    selected[:, num_prefix:] |= normal
-    image, token = selected.nonzero(as_tuple=True)  # (n,) each
-    weight = detected[:, image, token] / per_image[:, image].clamp(min=1)  # (D, n), sums to 1 in each image
-    is_normal = torch.zeros_like(selected)
-    is_normal[:, num_prefix:] = normal
-    normal_weight = is_normal[image, token].float()  # (n,)
-    statistics.num_normal += int(normal.sum())
-    for i, block in enumerate(tower.blocks):
-        hidden = _hidden_at(block, [inputs[image, token] for inputs in mlp_inputs[i]]).float().abs()  # (n, H)
-        statistics.normal[i] += normal_weight @ hidden
-        if sparsity_filter:
-            hidden = hidden * torch.cat(sparse[i], -1)[image]
-        statistics.outlier[:, i] += weight @ hidden
-
-
-def _sample_normal(outlier: Tensor, generator: torch.Generator) -> Tensor:
-    """A mask (B, N) of up to NORMAL_TOKENS patches an image that are outliers (B, N) at no layer."""
-    order = torch.rand(outlier.shape, generator=generator).to(outlier.device).masked_fill(outlier, -1)
-    count = min(NORMAL_TOKENS, outlier.shape[1])
-    chosen = torch.zeros_like(outlier).scatter_(1, order.topk(count, dim=1).indices, True)
-    return chosen & ~outlier
-
-
-@contextmanager
-def _recorded_mlp_inputs(
-    tower: Tower, sparsity_filter: bool
-) -> Iterator[tuple[list[list[Tensor]], list[list[Tensor]]]]:
-    """Inputs (B, T, C) of each block's MLPs; of one that is no module, the hidden activation (B, T, H) itself.
-
-    With `sparsity_filter` also, for each MLP, which neurons (B, H) are silent on half of an image's tokens.
-    """
-    inputs: list[list[Tensor]] = [[] for _ in tower.blocks]
-    sparse: list[list[Tensor]] = [[] for _ in tower.blocks]
-
-    def record(layer: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs[layer].append(tower.batch_first(args[0]))
-
-    def record_sparse(layer: int, mlp: Mlp, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        hidden = tower.batch_first(args[0])[..., mlp.first :]
-        sparse[layer].append((hidden.abs() < SPARSE).float().mean(1) >= 0.5)
-
-    handles = []
-    for layer, block in enumerate(tower.blocks):
-        for mlp in block.mlps:
-            handles.append((mlp.module or mlp.down).register_forward_pre_hook(functools.partial(record, layer)))
-            if sparsity_filter:
-                handles.append(mlp.down.register_forward_pre_hook(functools.partial(record_sparse, layer, mlp)))
-    try:
-        yield inputs, sparse
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _hidden_at(block: Block, selected: Sequence[Tensor]) -> Tensor:
-    """Inputs (n, C) of each of the block's MLPs -> hidden activations (n, H)."""
-    return torch.cat([_mlp_hidden_at(*each) for each in zip(block.mlps, selected, strict=True)], -1)
-
-
-def _mlp_hidden_at(mlp: Mlp, selected: Tensor) -> Tensor:
-    """The MLP is run, and the input of its second linear kept."""
-    if mlp.module is None:
-        return selected[:, mlp.first :]
-    kept: list[Tensor] = []
-    handle = mlp.down.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
-    try:
-        mlp.module(selected.unsqueeze(0))
-    finally:
-        handle.remove()
-    return kept[0].squeeze(0)
-
-
-def _rank(
-    statistics: Statistics,
-    model: nn.Module,
-    tower: Tower,
-    *,
-    max_layer: int | None,
-    top_k: int,
-    score: Score,
-    facts: dict[str, Any],
-) -> RegisterNeurons:
-    d = statistics.detection()
-    layer = statistics.candidates[d]
-    fraction = float(statistics.num_outliers[d]) / statistics.num_patches
-    if fraction < MIN_FRACTION:
-        raise NoOutliersError(
-            f"no outliers: at most {fraction:.3%} of the patches of {statistics.num_images} images "
-            f"({facts['rule']}), so there is nothing to fix"
+            "dtype": str(amp or found.tower.dtype).removeprefix("torch."),
+        }
+        _rank(
+            views,
+            state=None if resume is None else _State(Path(resume), {**facts, "held_out": held_out}),
+            is_enough=lambda: stability is not None and _stability(views, score, last)[0] >= stability,
+            is_late=is_late,
+            sparsity_filter=sparsity_filter,
+            include_prefix=score == "activation",
         )
-    onset = statistics.onset(d)
-    last = onset if max_layer is None else max_layer
-    scores = _scores(statistics, tower, d, score)[: last + 1]  # (layers, H)
-    values, order = scores.flatten().sort(descending=True, stable=True)
-    keep = int((values > 0).sum().clamp(max=max(10 * top_k, 1000)))
-    ranking = tuple(
-        (index // tower.mlp_width, index % tower.mlp_width, value)
-        for index, value in zip(order[:keep].tolist(), values[:keep].tolist(), strict=True)
-    )
+        lasts = {last} if max_layer is not None else {last, found.detection.block}
+        choice = _choose(
+            views,
+            score,
+            sorted(lasts),
+            verifies=held_out > 0,
+            dtype=facts["dtype"],
+            top_k=top_k,
+            target=target,
+            max_change=max_change,
+            head=head,
+            is_late=is_late,
+            progress=progress,
+        )
+    overlapping, compared = _stability(views, score, choice.last, len(choice.neurons))
+    total = found.statistics.total()
     return RegisterNeurons(
-        ranking,
-        top_k=min(top_k, len(ranking)),
-        model=describe_model(model, tower),
+        choice.neurons + choice.others,
+        top_k=len(choice.neurons),
+        model=describe_model(found.model, found.tower),
         calibration={
             **facts,
+            "images": int(total.num_images),
+            "held_out": sum(gathered(len(found.held_out))),
+            "unreadable_images": sum(gathered(found.stream.num_skipped)),
+            "verdict": found.diagnosis.verdict,
             "score": score,
-            "detection_layer": layer,
-            "onset_layer": onset,
-            "max_layer": last,
-            "outlier_fraction": fraction,
-            "images_with_outliers": int(statistics.images_with_outliers[d]),
+            "detection_layer": found.detection.block,
+            "onset_layer": found.onset,
+            "max_layer": choice.last,
+            "outlier_fraction": float(total.num_outliers / total.num_patches),
+            "images_with_outliers": int(total.num_with_outliers),
+            "stability": {"overlap": overlapping, "neurons": compared},
+            **choice.facts,
             "made_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "versions": _versions(),
         },
@@ -385,25 +218,313 @@ def _rank(
     )
 
 
-def _scores(statistics: Statistics, tower: Tower, d: int, score: Score) -> Tensor:
-    """(L, H)"""
-    at_outliers = statistics.outlier[d] / statistics.images_with_outliers[d]
-    if score == "activation":
-        return at_outliers
-    contrast = at_outliers - statistics.normal / max(statistics.num_normal, 1)
-    median_norm = statistics.median_norm / statistics.num_images  # (L,)
-    return contrast * torch.stack([_column_norms(block) for block in tower.blocks]) / median_norm.unsqueeze(-1)
+def _is_held_out(number: int, held_out: int) -> bool:
+    return number % 2 == 1 and number < 2 * held_out
 
 
-def _column_norms(block: Block) -> Tensor:
-    """(H,): norm of what one unit of a neuron's activation adds to the residual stream, LayerScale included."""
-    norms = []
-    for mlp in block.mlps:
-        columns = mlp.columns.detach().float()
-        if mlp.scale is not None:
-            columns = columns * mlp.scale.detach().float().unsqueeze(-1)
-        norms.append(columns.norm(dim=0))
-    return torch.cat(norms)
+def held_out_images(
+    images: Images, transform: Transform, *, held_out: int, num_images: int | None, seed: int
+) -> list[Tensor]:
+    """The images that `calibrate` with these arguments puts aside, read again."""
+    numbered = ImageStream(images, transform, num_images=num_images, seed=seed).numbered()
+    first = itertools.takewhile(lambda item: item[0] < 2 * held_out, numbered)
+    return [image for number, image in first if _is_held_out(number, held_out)]
+
+
+def _block(index: int, depth: int, name: str) -> int:
+    if not -depth <= index < depth:
+        raise ValueError(f"{name}={index} is out of range: the model has {depth} blocks")
+    return index % depth
+
+
+@contextmanager
+def _evaluating(towers: Sequence[Tower], amp: torch.dtype | None) -> Iterator[None]:
+    with ExitStack() as stack:
+        for tower in towers:
+            stack.callback(tower.module.train, tower.module.training)
+            tower.module.eval()
+        if amp is not None:
+            stack.enter_context(torch.autocast(towers[0].device.type, amp))
+        yield
+
+
+@dataclass(eq=False)
+class _View:
+    """A model at one image size, the images prepared for it, and what they showed."""
+
+    model: nn.Module
+    tower: Tower
+    stream: ImageStream
+    batch_size: int
+    seed: int
+    progress: bool
+    first: list[tuple[int, Tensor]] = field(default_factory=list)
+    """Numbers and images of this process for diagnosis and ranking, of those read at once."""
+    held_out: list[Tensor] = field(default_factory=list)
+    end_of_first: int = 0
+    """All images with lower numbers have been dealt to one or the other."""
+
+    def __post_init__(self) -> None:
+        self.statistics = Statistics.zeros(self.tower)
+        self.diagnosis: Diagnosis
+        self.detection: Detection
+        self.onset: int
+
+    def deal(self, held_out: int) -> None:
+        """Read the first images."""
+        self.go_to(0)
+        self.end_of_first = max(2 * held_out, CHUNK)
+        for number, image in self.take(self.end_of_first):
+            if _is_held_out(number, held_out):
+                self.held_out.append(image)
+            else:
+                self.first.append((number, image))
+        if 0 in gathered(len(self.first)):
+            if world_size() > 1:
+                raise ValueError(f"{self.stream.source} has fewer images than there are processes ({world_size()})")
+            skipped = f": all {self.stream.num_skipped} were unreadable" if self.stream.num_skipped else ""
+            raise ValueError(f"no image could be read from {self.stream.source}{skipped}")
+        if held_out and not any(gathered(len(self.held_out))):
+            raise ValueError(
+                f"{self.stream.source} has a single image, and none to hold out: give more, or held_out=0 and top_k"
+            )
+
+    def go_to(self, number: int) -> None:
+        self.numbered = self.stream.numbered(number, rank(), world_size())
+        self.next = next(self.numbered, None)
+
+    def take(self, end: int) -> Iterator[tuple[int, Tensor]]:
+        """Those of this process that are numbered below `end` and were not taken yet."""
+        while self.next is not None and self.next[0] < end:
+            yield self.next
+            self.next = next(self.numbered, None)
+
+    def diagnose(self, rule: OutlierRule, layer: int | None, ignored: frozenset[tuple[int, int]]) -> Diagnosis:
+        images = [image for _, image in self.first]
+        options: dict[str, Any] = {"batch_size": self.batch_size, "progress": self.progress}
+        return diagnose(self.model, images, rule=rule, block=layer, ignored=ignored, **options)
+
+
+def _detect(views: Sequence[_View], rule: OutlierRule, layer: int | None, *, insist: bool) -> _View:
+    """Decide in each view which tokens are the outliers; returns the first view that has any."""
+    found: list[_View] = []
+    for view in views:
+        ignored: frozenset[tuple[int, int]] = frozenset()
+        view.diagnosis = diagnosis = view.diagnose(rule, layer, ignored)
+        # Outliers at the same position in all images say nothing of the neurons that make the others.
+        while (outliers := diagnosis.outliers) is not None and outliers.fixed_positions:
+            ignored |= {(each.row, each.column) for each in outliers.fixed_positions}
+            diagnosis = view.diagnose(rule, layer, ignored)
+        if outliers is None and insist:
+            outliers, ignored = view.diagnosis.outliers, frozenset()
+        if outliers is not None and (outliers.kind == "movable" or insist):
+            view.detection, view.onset = Detection(rule, outliers.block, ignored), outliers.onset_block
+            found.append(view)
+    if not found:
+        diagnosis = next((view.diagnosis for view in views if view.diagnosis.outliers is not None), views[0].diagnosis)
+        if diagnosis.outliers is not None:
+            raise ImmovableOutliersError(diagnosis.verdict)
+        most = max(block.after_mlp.outlier_fraction for block in diagnosis.blocks)
+        raise NoOutliersError(
+            f"{diagnosis.verdict} (at most {most:.3%} of the patches of {diagnosis.images} images, {rule.describe()})"
+        )
+    for view in views:
+        if view not in found:  # it has no say in the ranking, but its images are looked at all the same
+            view.detection, view.onset = found[0].detection, found[0].onset
+    return found[0]
+
+
+def _rank(
+    views: Sequence[_View],
+    *,
+    state: _State | None,
+    is_enough: Callable[[], bool],
+    is_late: Callable[[], bool],
+    sparsity_filter: bool,
+    include_prefix: bool,
+) -> None:
+    """Add images to the views' statistics, chunk by chunk."""
+    done = 0 if state is None else state.load(views)  # images with lower numbers are in the statistics
+    for view in views if done else ():
+        view.go_to(done)
+
+    def is_read() -> bool:
+        return all(gathered(all(view.next is None for view in views)))
+
+    with progress_bar("ranking", views[0].stream.length, views[0].progress) as bar:
+        while not done or not (is_read() or is_late() or (done > views[0].end_of_first and is_enough())):
+            end = done + CHUNK if done else views[0].end_of_first
+            for view in views:
+                images = view.take(end) if done else iter(view.first)
+                added = Statistics.zeros(view.tower)
+                while batch := list(itertools.islice(images, view.batch_size)):
+                    numbers = [number for number, _ in batch]
+                    (tensor,) = batched((image for _, image in batch), view.batch_size)
+                    added += look_at(
+                        view.tower,
+                        tensor,
+                        numbers,
+                        view.detection,
+                        sparsity_filter=sparsity_filter,
+                        include_prefix=include_prefix,
+                        seed=view.seed,
+                    )
+                    bar.update(len(batch) if view is views[0] else 0)
+                view.statistics += functools.reduce(operator.add, gathered(added))
+            done = end
+            if state is not None:
+                state.save(views, done)
+
+
+class _State:
+    """The statistics of a run that may be interrupted, in a safetensors file."""
+
+    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
+        self.path, self.facts = path, facts
+
+    def _of(self, views: Sequence[_View]) -> dict[str, Any]:
+        """What must be the same for the sums to be of the same run; as JSON gives it back."""
+        detections = [[view.detection.block, view.onset, sorted(view.detection.ignored)] for view in views]
+        weights = fingerprint(views[0].tower)
+        sizes = [view.diagnosis.image_size for view in views]
+        return json.loads(json.dumps({**self.facts, "weights": weights, "sizes": sizes, "detection": detections}))
+
+    def save(self, views: Sequence[_View], done: int) -> None:
+        if rank() != 0:
+            return
+        tensors = {
+            f"{i}.{name}": tensor for i, view in enumerate(views) for name, tensor in view.statistics.tensors().items()
+        }
+        run = {"format": STATE, "done": done, "run": self._of(views)}
+        with replacing(self.path) as temporary:
+            save_file(tensors, temporary, metadata={"testreg": json.dumps(run)})
+
+    def load(self, views: Sequence[_View]) -> int:
+        """Fill the views' statistics; returns the number of the first image that is not in them."""
+        if not self.path.exists():
+            return 0
+        try:
+            with safe_open(self.path, "pt") as file:
+                saved = json.loads((file.metadata() or {}).get("testreg", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except Exception as error:
+            raise ValueError(f"{self.path} is not a saved state: {error}. Delete it to start anew") from error
+        if saved.get("format") != STATE:
+            raise ValueError(f"{self.path} is not the saved state of a calibration: name another file")
+        now = self._of(views)
+        for key, value in saved["run"].items():
+            if now.get(key) != value:
+                raise ValueError(
+                    f"{self.path} is of another run: {key} was {value}, and is {now.get(key)}. "
+                    "Name another file, or delete it to start anew"
+                )
+        for i, view in enumerate(views):
+            names = view.statistics.tensors()
+            view.statistics = Statistics(**{name: tensors[f"{i}.{name}"] for name in names})
+        return int(saved["done"])
+
+
+def _mean_scores(views: Sequence[_View], score: Score, part: Callable[[Statistics], Statistics]) -> Tensor:
+    """(L, H), of the views that show outliers."""
+    showing = [view for view in views if view.statistics.total().num_with_outliers > 0]
+    return torch.stack([scores(part(view.statistics), view.tower, score) for view in showing]).mean(0)
+
+
+def _stability(views: Sequence[_View], score: Score, last: int, count: int | None = None) -> tuple[float, int]:
+    """Share of the best neurons that the rankings by two halves of the images have in common, and their number."""
+    first, second = (_mean_scores(views, score, functools.partial(Statistics.half, index=i)) for i in (0, 1))
+    return overlap(first, second, last, count)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    neurons: tuple[Neuron, ...]
+    others: tuple[Neuron, ...]
+    """The rest of the ranking, without those that were found to have no effect."""
+    last: int
+    """The last block with neurons in the ranking."""
+    facts: dict[str, Any]
+
+
+def _choose(
+    views: Sequence[_View],
+    score: Score,
+    lasts: Sequence[int],
+    *,
+    verifies: bool,
+    dtype: str,
+    top_k: int | None,
+    target: float,
+    max_change: float | None,
+    head: Head | None,
+    is_late: Callable[[], bool],
+    progress: bool,
+) -> _Choice:
+    """The neurons of the ranking up to the first of the blocks `lasts` with which the target is met, or nearly so."""
+    combined = _mean_scores(views, score, Statistics.total)
+    rankings = {last: best(combined, last, max(MIN_RANKED, 10 * (top_k or 0))) for last in lasts}
+    if not all(rankings.values()):
+        raise ImmovableOutliersError(
+            f"{views[0].diagnosis.verdict}, but no neuron of the blocks up to {lasts[0]} has a positive score"
+        )
+    held = [
+        HeldOut(
+            view.model,
+            view.tower,
+            view.held_out,
+            view.detection,
+            view.onset,
+            batch_size=view.batch_size,
+            head=head,
+            seed=view.seed,
+        )
+        for view in (views if verifies else ())
+    ]
+    facts: dict[str, Any] = {}
+    last, dropped = lasts[0], tuple[Neuron, ...]()
+    if top_k is None:
+        selections: dict[int, Selection] = {}
+        with progress_bar("choosing", MAX_MEASUREMENTS, progress, unit="set") as bar:
+
+            def measure(neurons: Sequence[Neuron]) -> Effect:
+                bar.update()
+                return worst_of([each.effect(neurons) for each in held])
+
+            for tried in lasts:
+                selections[tried] = select(
+                    rankings[tried], measure, target=target, max_change=max_change, is_late=is_late
+                )
+                if selections[tried].effect.remaining <= target:
+                    break
+        last = min(selections, key=lambda each: max(selections[each].effect.remaining, target))
+        chosen, dropped = selections[last].neurons, selections[last].dropped
+        facts["curve"] = [asdict(effect) for effect in selections[last].curve]
+    else:
+        chosen = rankings[last][:top_k]
+    if held:
+        effects = [each.effect(chosen) for each in held]
+        effect = worst_of(effects)
+        facts |= {
+            "target": target,
+            "target_met": effect.remaining <= target,
+            "max_change": max_change,
+            "chosen": asdict(effect),
+            "dropped": [list(neuron) for neuron in dropped],
+            "verified_at": [
+                {
+                    "image_size": view.diagnosis.image_size,
+                    "grid": list(each.grid),
+                    "dtype": dtype,
+                    "images": each.num_images,
+                    "outlier_fraction": each.outlier_fraction,
+                    **asdict(effect),
+                }
+                for view, each, effect in zip(views, held, effects, strict=True)
+            ],
+        }
+    taken = {*chosen, *dropped}
+    others = tuple(neuron for neuron in rankings[last] if neuron not in taken)
+    return _Choice(chosen, others, last, facts)
 
 
 def _versions() -> dict[str, str]:

@@ -5,37 +5,49 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
+from testreg.data import KINDS
 from testreg.files import replacing
 from testreg.models import NAMES
 from testreg.neurons import RegisterNeurons, bundled
+from testreg.ranking import Score
 
 if TYPE_CHECKING:
+    import torch
     from matplotlib.figure import Figure
 
     from testreg.models import LoadedModel
 
+EXIT_CODES = (
+    "Exit codes: 0 outliers that registers move; 1 error; 2 wrong usage; 3 no outliers: nothing to fix; 4 outliers "
+    "that registers do not fix: at fixed positions, or not made by MLPs; 130 interrupted."
+)
 OK, ERROR, NOTHING_TO_FIX, NOT_FIXABLE, INTERRUPTED = 0, 1, 3, 4, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
-    0 done, 1 error, 2 wrong usage, 3 the model has no outliers (nothing to fix), 4 a diagnosis found outliers that
-    registers do not fix, 130 interrupted.
+    0 done, 1 error, 2 wrong usage, 3 the model has no outliers (nothing to fix), 4 it has outliers that registers do
+    not fix, 130 interrupted.
     """
     args = _parser().parse_args(argv)
-    from testreg.calibrate import NoOutliersError
+    args.argv = sys.argv[1:] if argv is None else list(argv)
+    from testreg.calibrate import ImmovableOutliersError, NoOutliersError
 
     try:
         return args.run(args) or OK
     except NoOutliersError as found_none:
         print(found_none, file=sys.stderr)
         return NOTHING_TO_FIX
+    except ImmovableOutliersError as immovable:
+        print(immovable, file=sys.stderr)
+        return NOT_FIXABLE
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
@@ -70,34 +82,37 @@ def _parser() -> argparse.ArgumentParser:
         "diagnose",
         parents=[common],
         help="where a model's outliers are, and whether registers fix them",
-        epilog="Exit codes: 0 outliers that registers move; 1 error; 2 wrong usage; 3 no outliers: nothing to fix; "
-        "4 outliers that registers do not fix: at fixed positions, or not made by MLPs; 130 interrupted.",
+        epilog=EXIT_CODES,
     )
     _add_model(diagnose)
-    diagnose.add_argument("--images", type=Path, required=True, metavar="DIR", help="a folder of photographs")
+    _add_images(diagnose, num_images=200)
     diagnose.add_argument("--threshold", type=float, help="norm of an outlier (default: median + 5 robust sigma)")
-    diagnose.add_argument("--num-images", type=int, default=200, help="at most so many (default: 200)")
-    diagnose.add_argument("--batch-size", type=int, default=16)
-    diagnose.add_argument("--workers", type=int, default=0, help="processes that decode images")
-    diagnose.add_argument("--seed", type=int, default=0)
     diagnose.add_argument("--json", metavar="FILE", help="write all figures; - for the output, in place of the table")
     diagnose.set_defaults(run=_diagnose)
 
-    calibrate = commands.add_parser("calibrate", parents=[common], help="find the register neurons of a model")
-    _add_model(calibrate)
-    calibrate.add_argument("--images", type=Path, required=True, metavar="DIR", help="a folder of photographs")
+    calibrate = commands.add_parser(
+        "calibrate", parents=[common], help="find the register neurons of a model", epilog=EXIT_CODES
+    )
+    _add_model(calibrate, several_sizes=True)
+    _add_images(calibrate, num_images=500)
     calibrate.add_argument("-o", "--output", type=Path, required=True, metavar="JSON")
+    calibrate.add_argument("--report", type=Path, metavar="HTML", help="write a page that shows what was found")
+    calibrate.add_argument("--figures", type=Path, metavar="DIR", help="write its pictures as PNG, for papers")
+    calibrate.add_argument("--target", type=float, default=0.05, help="outliers that may be left (default: 0.05)")
+    calibrate.add_argument("--max-change", type=float, help="how much features may change, 1 - cosine (default: any)")
+    calibrate.add_argument("--budget", type=float, metavar="SECONDS", help="stop measuring then (default: never)")
+    calibrate.add_argument("--held-out", type=int, default=64, help="images to choose and verify on (default: 64)")
+    calibrate.add_argument(
+        "--resume", type=Path, metavar="FILE", help="keep the state there (safetensors); go on from it"
+    )
     calibrate.add_argument("--layer", type=int, help="block to look for outliers at (default: where they stand out)")
     calibrate.add_argument("--threshold", type=float, help="norm of an outlier (default: median + 5 robust sigma)")
     calibrate.add_argument("--max-layer", type=int, help="last block to take neurons from (default: outlier onset)")
-    calibrate.add_argument("--top-k", type=int, default=50, help="how many neurons to recommend (default: 50)")
-    calibrate.add_argument("--score", choices=["write", "activation"], default="write", help="activation: the paper's")
+    calibrate.add_argument("--top-k", type=int, help="how many neurons to recommend (default: chosen by measuring)")
+    scores = get_args(Score)
+    calibrate.add_argument("--score", choices=scores, default=scores[0], help="activation: the paper's")
     calibrate.add_argument("--sparsity-filter", action="store_true", help="as in the released code")
-    calibrate.add_argument("--num-images", type=int, default=200, help="at most so many (default: 200)")
-    calibrate.add_argument("--batch-size", type=int, default=16)
-    calibrate.add_argument("--workers", type=int, default=0, help="processes that decode images")
     calibrate.add_argument("--amp", choices=["bfloat16", "float16"], help="run under autocast")
-    calibrate.add_argument("--seed", type=int, default=0)
     calibrate.set_defaults(run=_calibrate)
 
     apply = commands.add_parser("apply", parents=[common], help="save a patched checkpoint")
@@ -116,10 +131,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser, *, several_sizes: bool = False) -> None:
     parser.add_argument("model", metavar="MODEL", help=NAMES)
-    parser.add_argument("--image-size", type=int, help="side of the input in pixels (default: the model's own)")
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        action="append" if several_sizes else "store",
+        help="side of the input in pixels (default: the model's own)" + "; may be repeated" * several_sizes,
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+
+
+def _add_images(parser: argparse.ArgumentParser, *, num_images: int) -> None:
+    parser.add_argument("--images", required=True, help=KINDS)
+    parser.add_argument("--num-images", type=int, default=num_images, help=f"at most so many (default: {num_images})")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
+    parser.add_argument("--seed", type=int, default=0)
 
 
 def _add_patch(parser: argparse.ArgumentParser) -> None:
@@ -155,14 +183,14 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _diagnose(args: argparse.Namespace) -> int:
-    from testreg.data import image_paths
+    from testreg.data import check_images
     from testreg.diagnose import diagnose
     from testreg.outliers import OutlierRule
 
     to_output = args.json == "-"
     if args.json and not to_output:
         _check_writable(Path(args.json))
-    image_paths(args.images)  # before a model is loaded for nothing
+    check_images(args.images)  # before a model is loaded for nothing
     loaded = _load(args)
     found = diagnose(
         loaded.model,
@@ -186,36 +214,78 @@ def _diagnose(args: argparse.Namespace) -> int:
 def _calibrate(args: argparse.Namespace) -> None:
     import torch
 
-    from testreg.calibrate import calibrate
-    from testreg.data import image_paths
+    from testreg.calibrate import calibrate, held_out_images
+    from testreg.data import check_images
+    from testreg.distributed import process_group, rank
+    from testreg.models import load_model
 
-    _check_writable(args.output)
-    image_paths(args.images)  # before a model is loaded for nothing
-    loaded = _load(args)
-    neurons = calibrate(
-        loaded.model,
-        args.images,
-        transform=loaded.transform,
-        layer=args.layer,
-        threshold=args.threshold,
-        max_layer=args.max_layer,
-        top_k=args.top_k,
-        score=args.score,
-        sparsity_filter=args.sparsity_filter,
-        batch_size=args.batch_size,
-        num_images=args.num_images,
-        workers=args.workers,
-        amp=getattr(torch, args.amp) if args.amp else None,
-        seed=args.seed,
-    )
+    for path in (args.output, args.report, args.resume):
+        if path is not None:
+            _check_writable(path)
+    if args.figures is not None and args.figures.exists() and not args.figures.is_dir():
+        raise NotADirectoryError(f"{args.figures} is a file: name a folder for the figures")
+    check_images(args.images)  # before a model is loaded for nothing
+    sizes = args.image_size or [None]
+    with process_group(_device(args)) as device:
+        loaded = [load_model(args.model, image_size=size, device=device) for size in sizes]
+        neurons = calibrate(
+            [each.model for each in loaded],
+            args.images,
+            transform=[each.transform for each in loaded],
+            layer=args.layer,
+            threshold=args.threshold,
+            max_layer=args.max_layer,
+            score=args.score,
+            sparsity_filter=args.sparsity_filter,
+            top_k=args.top_k,
+            target=args.target,
+            max_change=args.max_change,
+            budget=args.budget,
+            held_out=args.held_out,
+            resume=args.resume,
+            batch_size=args.batch_size,
+            num_images=args.num_images,
+            workers=args.workers,
+            amp=getattr(torch, args.amp) if args.amp else None,
+            seed=args.seed,
+        )
+        if rank() != 0:
+            return
     neurons.save(args.output)
+    print(_found(neurons), f"{args.output}: {neurons.top_k} register neurons, and the ranking they are from", sep="\n")
+    if args.report or args.figures:
+        from testreg.report import write_report
+
+        images = held_out_images(
+            args.images, loaded[0].transform, held_out=args.held_out, num_images=args.num_images, seed=args.seed
+        )
+        command = shlex.join(["testreg", *args.argv])
+        write_report(args.report, loaded[0].model, neurons, images, command=command, figures=args.figures)
+        print(*(path for path in (args.report, args.figures) if path), sep="\n")
+
+
+def _found(neurons: RegisterNeurons) -> str:
+    """What calibration found, in a few lines."""
     facts = neurons.calibration
-    print(
-        f"{facts['images']} images ({facts['unreadable_images']} unreadable), "
-        f"{facts['outlier_fraction']:.2%} of the patches are outliers at block {facts['detection_layer']}, "
-        f"there from block {facts['onset_layer']} on"
-    )
-    print(f"{args.output}: {len(neurons.ranking)} neurons ranked, top_k {neurons.top_k}")
+    skipped = f", {facts['unreadable_images']} unreadable" if facts["unreadable_images"] else ""
+    agreement = facts["stability"]["overlap"]
+    lines = [
+        facts["verdict"],
+        f"ranked on {facts['images']} images{skipped}; halves of them agree on {agreement:.0%} of the neurons",
+    ]
+    for each in facts.get("verified_at", ()):
+        height, width = each["image_size"]
+        lines.append(
+            f"verified on {each['images']} others at {height} x {width}: {each['remaining']:.1%} of the outliers left "
+            f"at worst (block {each['worst_layer']}), features changed by {each['change_pooled']:.3f} (pooled) and "
+            f"{each['change_patches']:.3f} (patches)"
+        )
+    if not facts.get("target_met", True):
+        lines.append(
+            f"the target of {facts['target']:.1%} was not reached: this set came closest. More images, another "
+            "--max-layer or a higher --target may help; testreg diagnose says what kind of outliers they are"
+        )
+    return "\n".join(lines)
 
 
 def _apply(args: argparse.Namespace) -> None:
@@ -245,14 +315,16 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _load(args: argparse.Namespace) -> LoadedModel:
-    import torch
-
     from testreg.models import load_model
 
-    device = args.device
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return load_model(args.model, image_size=args.image_size, device=device)
+    return load_model(args.model, image_size=args.image_size, device=_device(args))
+
+
+def _device(args: argparse.Namespace) -> torch.device:
+    import torch
+
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return torch.device(args.device or best)
 
 
 def _patch(loaded: LoadedModel, args: argparse.Namespace) -> RegisterNeurons:

@@ -2,7 +2,7 @@
 
 One streaming pass. The residual stream is looked at in front of the blocks, and after the attention and after the MLP
 of each: its 2L+1 *places*, for L blocks. All figures follow from sums over images, so that memory is that of a batch,
-the batch size does not matter, and passes over parts of a data set could be added.
+the batch size does not matter, and those of several processes (torch.distributed) are added.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -23,12 +23,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from testreg.attention import Recorder
-from testreg.calibrate import MIN_FRACTION, OwnTransform, with_progress
 from testreg.data import ImageBatches, Images, Transform
+from testreg.distributed import Sums, add, gathered
 from testreg.families import Tower, find_tower
 from testreg.files import replacing
+from testreg.models import OwnTransform
 from testreg.neurons import describe_model
-from testreg.outliers import OutlierRule
+from testreg.outliers import MIN_FRACTION, OutlierRule, ignored_patches
+from testreg.progress import progress_bar
 from testreg.register import is_patched
 
 FORMAT = "testreg-diagnosis"
@@ -48,7 +50,6 @@ BINS = math.ceil((HIGHEST - LOWEST) / BIN)
 
 Part = Literal["embedding", "attention", "MLP", "block"]
 Kind = Literal["none", "movable", "fixed", "immovable"]
-Sums = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -270,6 +271,8 @@ def diagnose(
     batch_size: int = 16,
     num_images: int | None = None,
     rule: OutlierRule | None = None,
+    block: int | None = None,
+    ignored: Collection[tuple[int, int]] = (),
     workers: int = 0,
     seed: int = 0,
     progress: bool = True,
@@ -282,12 +285,16 @@ def diagnose(
         images: a folder, a Dataset, or any iterable of PIL images or tensors (see `testreg.data.ImageBatches`).
         transform: PIL image -> tensor (3, h, w); None takes the preprocessing that the model's own library names.
         rule: which patches are outliers.
+        block: at whose output to judge the outliers; None for the one where they stand out most.
+        ignored: positions (row, column) that do not count as outliers, such as the fixed ones of another diagnosis.
 
     Raises:
         ValueError: an argument does not fit the model; no image could be read; norms are not finite.
     """
     tower = find_tower(model)
     rule = rule or OutlierRule()
+    if block is not None and not 0 <= block < tower.depth:
+        raise ValueError(f"block={block} is out of range: the model has {tower.depth} blocks")
     batches = ImageBatches(
         images,
         transform or OwnTransform(model),
@@ -300,11 +307,14 @@ def diagnose(
     was_training = tower.module.training
     tower.module.eval()
     try:
-        for batch in with_progress(batches, "diagnosing", progress):
-            image_size = list(batch.shape[-2:])
-            _accumulate(sums, tower, batch, rule)
+        with progress_bar("diagnosing", batches.length, progress) as bar:
+            for batch in batches:
+                image_size = list(batch.shape[-2:])
+                _accumulate(sums, tower, batch, rule, ignored)
+                bar.update(len(batch))
     finally:
         tower.module.train(was_training)
+    sums = functools.reduce(_AllSums.add, gathered(sums))
     residuals = [_residual(place) if place else None for place in sums.places]
     embedding, *_ = residuals
     assert embedding is not None
@@ -312,13 +322,13 @@ def diagnose(
     return Diagnosis(
         model=describe_model(model, tower),
         patched=is_patched(model),
-        images=batches.num_read,
-        unreadable_images=batches.num_skipped,
+        images=int(sums.places[0]["images"]),
+        unreadable_images=sum(gathered(batches.num_skipped)),
         image_size=image_size,
         rule=rule.describe(),
         embedding=embedding,
         blocks=blocks,
-        outliers=_outliers(sums, blocks),
+        outliers=_outliers(sums, blocks, block),
         prefix_roles=_prefix_roles(blocks),
     )
 
@@ -335,20 +345,24 @@ class _AllSums:
         self.attention: list[Sums] = [{} for _ in range(depth)]
         self.excess = torch.zeros(depth, 2 * depth + 1, dtype=torch.float64)
         """[d, p]: over the outliers after block d, of ratio - 1 at place p; NaN where there is nothing to see."""
-        self.positions: dict[tuple[int, int], Sums] = defaultdict(dict)
+        self.positions: defaultdict[tuple[int, int], Sums] = defaultdict(dict)
         """Per patch, by the grid of patches, since images may be of several sizes."""
 
-
-def _add(sums: Sums, more: Mapping[str, Tensor]) -> None:
-    for name, value in more.items():
-        value = value.cpu().double()
-        sums[name] = sums[name] + value if name in sums else value
+    def add(self, other: _AllSums) -> _AllSums:
+        """Adds the sums over other images, in place."""
+        pairs = zip(self.places + self.attention, other.places + other.attention, strict=True)
+        for mine, theirs in (*pairs, *((self.positions[grid], more) for grid, more in other.positions.items())):
+            add(mine, theirs)
+        self.excess += other.excess
+        return self
 
 
 @torch.no_grad()
-def _accumulate(sums: _AllSums, tower: Tower, images: Tensor, rule: OutlierRule) -> None:
+def _accumulate(
+    sums: _AllSums, tower: Tower, images: Tensor, rule: OutlierRule, ignored: Collection[tuple[int, int]]
+) -> None:
     """Add one batch (B, 3, h, w) to the sums."""
-    watch = _Watch(sums, tower, images, rule)
+    watch = _Watch(sums, tower, images, rule, ignored)
     with watch.installed():
         tower.run(images)
     ratios = torch.stack(
@@ -357,14 +371,21 @@ def _accumulate(sums: _AllSums, tower: Tower, images: Tensor, rule: OutlierRule)
     outlier = torch.stack(watch.outlier[2::2]).float()  # (L, B, N)
     sums.excess += torch.einsum("dbn,pbn->dp", outlier, ratios - 1).cpu().double()
     counts = {"events": outlier.sum(1), "embedding": ratios[0].sum(0), "images": torch.tensor(len(images))}
-    _add(sums.positions[watch.grid], counts)
+    add(sums.positions[watch.grid], counts)
 
 
 class _Watch:
     """Looks at one batch as it passes through the blocks, and adds what it sees to the sums."""
 
-    def __init__(self, sums: _AllSums, tower: Tower, images: Tensor, rule: OutlierRule) -> None:
-        self.sums, self.tower, self.images, self.rule = sums, tower, images, rule
+    def __init__(
+        self,
+        sums: _AllSums,
+        tower: Tower,
+        images: Tensor,
+        rule: OutlierRule,
+        ignored: Collection[tuple[int, int]],
+    ) -> None:
+        self.sums, self.tower, self.images, self.rule, self.ignored = sums, tower, images, rule, ignored
         self.ratios: list[Any] = []  # of each place (B, N), or None
         self.outlier: list[Any] = []  # masks of the same shape
         self.entered: Tensor | None = None  # the tokens (B, T, C) that the running block got
@@ -410,7 +431,7 @@ class _Watch:
             to_outliers = (drawn[:, self.patches] * self.outlier[-1]).sum()
             to_prefix = drawn[:, : self.tower.num_prefix].sum(0)
             images = torch.tensor(len(drawn))
-            _add(self.sums.attention[layer], {"outliers": to_outliers, "prefix": to_prefix, "images": images})
+            add(self.sums.attention[layer], {"outliers": to_outliers, "prefix": to_prefix, "images": images})
         assert self.entered is not None
         before_mlp = self.residual_sum.before_mlp(self.tower, self.entered, tokens)
         self.residual_sum.clear()  # so that it does not follow what is computed here
@@ -422,8 +443,9 @@ class _Watch:
         ratio = outlier = None
         if tokens is not None:
             prefix, patches = tokens[:, : self.tower.num_prefix].float(), tokens[:, self.patches].float()
-            more, ratio, outlier = _look_at(prefix, patches, self.grid, self.rule)
-            _add(self.sums.places[len(self.ratios)], more)
+            counted = ~ignored_patches(self.ignored, self.grid).to(patches.device)
+            more, ratio, outlier = _look_at(prefix, patches, self.grid, self.rule, counted)
+            add(self.sums.places[len(self.ratios)], more)
         self.ratios.append(ratio)
         self.outlier.append(outlier)
 
@@ -473,12 +495,17 @@ class _ResidualSum(TorchFunctionMode):
         return before if in_turn else None
 
 
-def _look_at(prefix: Tensor, patches: Tensor, grid: tuple[int, int], rule: OutlierRule) -> tuple[Sums, Tensor, Tensor]:
-    """Sums over a batch (B, P, C) and (B, N, C) at one place; and of each patch (B, N) the ratio, and if an outlier."""
+def _look_at(
+    prefix: Tensor, patches: Tensor, grid: tuple[int, int], rule: OutlierRule, counted: Tensor
+) -> tuple[Sums, Tensor, Tensor]:
+    """Sums over a batch (B, P, C) and (B, N, C) at one place; and of each patch (B, N) the ratio, and if an outlier.
+
+    Only the patches that are `counted` (N,) may be outliers.
+    """
     norms = patches.norm(dim=-1)  # (B, N)
     median = norms.median(-1, keepdim=True).values  # (B, 1)
     ratio = norms / median
-    outlier = norms > rule.limit(norms)
+    outlier = (norms > rule.limit(norms)) & counted
     cosine = neighbour_cosine(patches, grid)
     at_outliers = patches[outlier]  # (n, C)
     exact = ratio.cpu().double()
@@ -577,12 +604,16 @@ def _blocks(residuals: Sequence[Residual | None], attention: Sequence[Sums]) -> 
     return blocks
 
 
-def _outliers(sums: _AllSums, blocks: Sequence[BlockDiagnosis]) -> Outliers | None:
+def _outliers(sums: _AllSums, blocks: Sequence[BlockDiagnosis], at: int | None) -> Outliers | None:
+    """Those after block `at`, or after the one where they stand out most."""
     fraction = torch.tensor([block.after_mlp.outlier_fraction for block in blocks], dtype=torch.float64)
-    if not (fraction >= MIN_FRACTION).any():
+    candidates = fraction >= MIN_FRACTION
+    if at is not None:
+        candidates &= torch.arange(len(blocks)) == at
+    if not candidates.any():
         return None
     excess = sums.excess[:, 2::2]  # (L, L), after blocks
-    d = int(excess.diagonal().masked_fill(fraction < MIN_FRACTION, -math.inf).argmax())
+    d = int(excess.diagonal().masked_fill(~candidates, -math.inf).argmax())
     path, peak = sums.excess[d, : 2 * d + 3], excess[d, d]
     onset = int((path >= HALF * peak).float().argmax())  # NaN is not
     faded = (excess[d, d + 1 :] < HALF * peak).nonzero()

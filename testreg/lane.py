@@ -7,7 +7,9 @@ hooks, wrapper modules and another class would all be seen by somebody.
 from __future__ import annotations
 
 import inspect
+import math
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 MaxOver = Literal["neuron", "layer"]
 Zero = Literal["patches", "all"]
+
+FAR = 2  # times as many patches, or as few, as verified
 
 _LANE = "_testreg_lane"  # attribute of a hidden state between two patched blocks
 _LAYOUT = "_testreg_layout"  # attribute of what a padded or packed block gets beside its tokens
@@ -104,6 +108,29 @@ class Patch:
 
     def __post_init__(self) -> None:
         self.overrides: list[Override] = []
+        verified = [
+            each for each in self.neurons.calibration.get("verified_at", ()) if {"grid", "dtype"} <= each.keys()
+        ]
+        self.verified_patches = [math.prod(each["grid"]) for each in verified]
+        self.verified_dtypes = {each["dtype"] for each in verified}
+        self.warns = bool(verified)
+
+    def check_use(self, num_patches: int, hidden: Tensor) -> None:
+        """Warn, once, of an image size or dtype far from all with which the neurons were verified."""
+        device = hidden.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = str(torch.get_autocast_dtype(device) if autocast else hidden.dtype).removeprefix("torch.")
+        far = all(max(num_patches / each, each / num_patches) > FAR for each in self.verified_patches)
+        # What holds in a coarser dtype holds in these; not the other way round.
+        if far or dtype not in self.verified_dtypes | {"float32", "float64"}:
+            self.warns = False
+            numbers, dtypes = " and ".join(map(str, self.verified_patches)), " and ".join(sorted(self.verified_dtypes))
+            warnings.warn(
+                f"the register neurons were verified on images of {numbers} patches in {dtypes}, and are used on "
+                f"{num_patches} in {dtype}: they may do less there. Calibrate at this size and in this dtype too "
+                "(testreg calibrate MODEL --image-size A --image-size B, --amp)",
+                stacklevel=2,
+            )
 
     @property
     def options(self) -> dict[str, Any]:
@@ -204,6 +231,8 @@ class Lane(Override):
 
     def _entering(self, hidden: Tensor, layout: Layout) -> Tensor:
         """With zero tokens; in CLIP-like towers they pass the norm before the blocks and enter as its bias."""
+        if self.patch.warns and layout is self.plain and not torch.compiler.is_compiling():
+            self.patch.check_use(hidden.shape[layout.dim] - self.patch.num_prefix, hidden)
         register = hidden.new_zeros(1, 1, hidden.shape[-1])
         if self.entry_norm is not None:
             register = self.entry_norm.forward(register).to(hidden.dtype)  # .forward: hooks saw this norm already

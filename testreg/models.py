@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,6 +101,20 @@ def transform_for(model: nn.Module) -> Transform:
         f"this {type(model).__name__} does not say how its images are prepared: pass transform=, a function from a PIL "
         "image to a tensor (3, h, w), or load the model with testreg.load_model"
     )
+
+
+class OwnTransform:
+    """`transform_for(model)`, looked up only if an image needs it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @functools.cached_property
+    def transform(self) -> Transform:
+        return transform_for(self.model)
+
+    def __call__(self, image: Image) -> Tensor:
+        return self.transform(image)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from testreg.families import Tower
+
+MIN_FRACTION = 1e-3  # of the patches must be outliers after some block, or there is nothing to fix
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,35 @@ class OutlierRule:
         if self.threshold is not None:
             return f"norm > {self.threshold:g}"
         return f"norm > max(median + {self.k:g} * 1.4826 * MAD, {self.min_ratio:g} * median) of the image's patches"
+
+
+@dataclass(frozen=True)
+class Detection:
+    """Which patches count as outliers: by what rule, after which block, and where not."""
+
+    rule: OutlierRule
+    block: int
+    ignored: frozenset[tuple[int, int]] = frozenset()
+    """Positions (row, column) that do not count: artefacts that are there whatever the image shows."""
+
+    def outliers(
+        self, norms: Tensor, num_prefix: int, grid: tuple[int, int], *, include_prefix: bool = False
+    ) -> Tensor:
+        """Norms (..., T) of prefix tokens and a grid of patches -> which are outliers (..., T)."""
+        outlier = norms > self.rule.limit(norms[..., num_prefix:])
+        outlier[..., :num_prefix] &= include_prefix
+        outlier[..., num_prefix:] &= ~ignored_patches(self.ignored, grid).to(norms.device)
+        return outlier
+
+
+def ignored_patches(ignored: Collection[tuple[int, int]], grid: tuple[int, int]) -> Tensor:
+    """Which of a grid's patches (N,) lie at `ignored` positions (row, column)."""
+    rows, columns = grid
+    mask = torch.zeros(rows, columns, dtype=torch.bool)
+    for row, column in ignored:
+        if row < rows and column < columns:
+            mask[row, column] = True
+    return mask.flatten()
 
 
 @contextmanager

@@ -1,4 +1,6 @@
+import copy
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -7,11 +9,11 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from timm.models.vision_transformer import checkpoint_filter_fn
-from tiny import BUILDERS, SPREAD_MLP, build, fresh
+from tiny import BUILDERS, SPREAD_MLP, TIMM, build, fresh
 from torch.utils.data import DataLoader, TensorDataset
 
 import testreg
-from testreg.calibrate import NoOutliersError, calibrate
+from testreg.calibrate import ImmovableOutliersError, NoOutliersError, calibrate, held_out_images
 from testreg.demo import photographs
 from testreg.families import find_tower
 from testreg.outliers import OutlierRule, token_norms
@@ -50,8 +52,8 @@ def test_planted_neurons_are_found_and_patching_removes_their_outliers(name, see
     before = token_norms(tower, photos)[..., tower.num_prefix :]
     limit = OutlierRule().limit(before)
 
-    found = calibrate(model, photos, top_k=4, progress=False)
-    assert first(found, 4) == as_set(planted.neurons)
+    found = calibrate(model, photos, progress=False)
+    assert first(found, found.top_k) == as_set(planted.neurons)
     assert found.calibration["max_layer"] == found.calibration["onset_layer"] == 2
 
     testreg.patch(model, found)
@@ -92,6 +94,7 @@ def test_released_ranking(key, sparse):
         score="activation",
         sparsity_filter=sparse,
         top_k=192,
+        held_out=0,
         batch_size=7,
         progress=False,
     )
@@ -121,7 +124,15 @@ def test_activation_score_equals_a_ranking_from_whole_activations(name):
         for i in with_outliers:
             expected[layer] += tokens[i][norms[1, i] > threshold].abs().mean(0) / len(with_outliers)
     found = calibrate(
-        model, images, layer=1, threshold=threshold, max_layer=3, score="activation", top_k=99, progress=False
+        model,
+        images,
+        layer=1,
+        threshold=threshold,
+        max_layer=3,
+        score="activation",
+        top_k=99,
+        held_out=0,
+        progress=False,
     )
     assert len(found.ranking) > 500
     for layer, unit, score in found.ranking:
@@ -145,19 +156,15 @@ def test_scores_do_not_depend_on_the_batch_size(batch_size, planted, photos):
 
 def test_every_kind_of_images_gives_the_same_ranking(planted, photos, tmp_path):
     model, _ = planted
-    as_pil = [Image.fromarray(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()) for image in photos]
-    for i, image in enumerate(as_pil):
+    pictures = as_pil(photos)
+    for i, image in enumerate(pictures):
         (tmp_path / f"class{i % 3}").mkdir(exist_ok=True)
         image.save(tmp_path / f"class{i % 3}" / f"{i}.png")
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     (tmp_path / "notes.txt").write_text("not an image either")
 
-    def transform(image):
-        return (
-            torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(64, 64, 3).permute(2, 0, 1) / 127.5 - 1
-        )
-
-    tensors = torch.stack([transform(image) for image in as_pil])
+    transform = ToTensor(64)
+    tensors = torch.stack([transform(image) for image in pictures])
     dataset = TensorDataset(tensors, torch.zeros(len(tensors)))
     kinds = {
         "tensor": tensors,
@@ -165,14 +172,14 @@ def test_every_kind_of_images_gives_the_same_ranking(planted, photos, tmp_path):
         "batches": tensors.split(4),
         "dataset of pairs": dataset,
         "dataloader": DataLoader(dataset, batch_size=8),
-        "PIL": as_pil,
+        "PIL": pictures,
         "folder": tmp_path,
         "folder name": str(tmp_path),
     }
     rankings = {}
     for kind, images in kinds.items():
         found = calibrate(model, images, transform=transform, top_k=4, progress=False)
-        assert found.calibration["images"] == 45, kind
+        assert found.calibration["images"] + found.calibration["held_out"] == 45, kind
         assert found.calibration["unreadable_images"] == ("folder" in kind), kind
         rankings[kind] = [(layer, unit) for layer, unit, _ in found.ranking[:4]]
     assert len({tuple(ranking) for ranking in rankings.values()}) == 1
@@ -249,7 +256,7 @@ def test_the_json_says_how_it_was_made(planted, photos, tmp_path):
 
 @pytest.mark.parametrize("name", ["timm_vit", "hf_clip", "open_clip"])
 def test_a_clean_model_has_nothing_to_fix(name, photos):
-    with pytest.raises(NoOutliersError, match=r"no outliers: at most 0.*45 images.*nothing to fix"):
+    with pytest.raises(NoOutliersError, match=r"no outliers: nothing to fix \(at most 0.* 23 images"):
         calibrate(build(name), photos, progress=False)
 
 
@@ -265,7 +272,12 @@ def test_a_clean_model_has_nothing_to_fix(name, photos):
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"num_images": 0}, "num_images must be at least 1"),
         ({"images": []}, "no image could be read from list"),
-        ({"images": [torch.zeros(3, 64, 64), torch.zeros(3, 32, 32)]}, "different shapes"),
+        ({"images": [torch.zeros(3, size, size) for size in (64, 64, 32)]}, "different shapes"),
+        ({"images": [torch.zeros(3, 64, 64)]}, "a single image, and none to hold out"),
+        ({"held_out": 0}, "held_out=0 no set of neurons can be measured: give top_k"),
+        ({"target": 0}, "target must be positive"),
+        ({"budget": -1.0}, "budget must be positive"),
+        ({"transform": [None, None]}, "1 models and 2 transforms"),
         ({"images": torch.zeros(3, 64)}, "expected image tensors"),
     ],
 )
@@ -298,3 +310,198 @@ def test_planting_refuses_what_it_cannot_do(photos):
         plant(fresh("hf_dinov2_swiglu"), photos)
     with pytest.raises(ValueError, match="layer must leave a block"):
         plant(fresh("timm_vit"), photos, layer=3)
+
+
+def as_pil(images):
+    return [Image.fromarray(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()) for image in images]
+
+
+class ToTensor:
+    """PIL image -> (3, size, size), in [-1, 1]."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def __call__(self, image):
+        pixels = torch.frombuffer(bytearray(image.resize((self.size, self.size)).tobytes()), dtype=torch.uint8)
+        return pixels.view(self.size, self.size, 3).permute(2, 0, 1) / 127.5 - 1
+
+
+def facts_of(neurons):
+    return {key: value for key, value in neurons.calibration.items() if key != "made_at"}
+
+
+def test_several_image_sizes_are_ranked_together_and_verified_each(planted, photos):
+    model, planted_neurons = planted
+    larger = copy.deepcopy(model)
+    larger.set_input_size((96, 96))
+    sizes = (64, 96)
+    found = calibrate([model, larger], as_pil(photos), transform=[ToTensor(size) for size in sizes], progress=False)
+    assert first(found, found.top_k) == as_set(planted_neurons.neurons)
+    at_64, at_96 = found.calibration["verified_at"]
+    assert (at_64["image_size"], at_64["grid"], at_64["images"]) == ([64, 64], [4, 4], 22)
+    assert (at_96["image_size"], at_96["grid"], at_96["images"]) == ([96, 96], [6, 6], 22)
+    assert at_64["excess"] != at_96["excess"]
+    assert found.calibration["chosen"]["change_pooled"] == max(at_64["change_pooled"], at_96["change_pooled"])
+
+
+def test_a_size_without_outliers_has_no_say_but_is_verified(planted, photos):
+    model, planted_neurons = planted
+    other = copy.deepcopy(model)
+
+    def dark(image):
+        return ToTensor(64)(image) * 0.1 - 0.8
+
+    found = calibrate([other, model], as_pil(photos), transform=[dark, ToTensor(64)], progress=False)
+    assert first(found, found.top_k) == as_set(planted_neurons.neurons)
+    in_the_dark, in_the_light = found.calibration["verified_at"]
+    assert in_the_dark["outlier_fraction"] < 1e-3 < in_the_light["outlier_fraction"]
+    assert found.calibration["verdict"].endswith("movable")
+
+
+def test_models_of_several_sizes_must_be_one_checkpoint(photos):
+    with pytest.raises(ValueError, match="one checkpoint at several image sizes, but their weights differ"):
+        calibrate([fresh("timm_clip", seed) for seed in (0, 1)], photos, progress=False)
+
+
+def test_held_out_images_have_no_part_in_the_ranking(planted, photos):
+    model, _ = planted
+    odd_changed = photos.clone()
+    odd_changed[1::2] = odd_changed[1::2].flip(-1)
+    first_run, second_run = (calibrate(model, images, progress=False) for images in (photos, odd_changed))
+    assert first_run.ranking == second_run.ranking
+    assert first_run.calibration["chosen"] != second_run.calibration["chosen"]
+    read_again = held_out_images(photos, None, held_out=64, num_images=None, seed=0)
+    assert torch.equal(torch.stack(read_again), photos[1::2])
+
+
+def test_ranking_ends_when_it_is_stable(planted, photos):
+    model, _ = planted
+    many = photos.repeat(8, 1, 1, 1)  # 360
+    early = calibrate(model, many, progress=False)
+    assert early.calibration["stability"]["overlap"] == 1.0
+    assert (early.calibration["images"], early.calibration["held_out"]) == (128, 64)
+    whole = calibrate(model, many, stability=None, progress=False)
+    assert whole.calibration["images"] == 360 - 64
+    at_once = calibrate(model, many, budget=1e-9, progress=False)
+    assert at_once.calibration["images"] == 64
+    assert len(at_once.calibration["curve"]) == 1
+
+
+class Interrupted(torch.utils.data.Dataset):
+    def __init__(self, images, at):
+        self.images, self.at = images, at
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        if index == self.at:
+            raise KeyboardInterrupt
+        return self.images[index]
+
+
+def test_an_interrupted_run_goes_on_to_the_same_result(planted, photos, tmp_path):
+    model, _ = planted
+    many, state = photos.repeat(8, 1, 1, 1), tmp_path / "state.safetensors"
+    whole = calibrate(model, Interrupted(many, None), stability=None, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, Interrupted(many, 300), stability=None, resume=state, progress=False)
+    with safe_open(state, "pt") as file:
+        assert json.loads(file.metadata()["testreg"])["done"] == 256
+    resumed = calibrate(model, Interrupted(many, 200), stability=None, resume=state, progress=False)  # 200 was read
+    assert resumed.ranking == whole.ranking
+    assert facts_of(resumed) == facts_of(whole)
+    again = calibrate(model, Interrupted(many, 200), stability=None, resume=state, progress=False)  # nothing is left
+    assert facts_of(again) == facts_of(whole)
+
+
+def test_the_state_of_another_run_is_refused(planted, photos, tmp_path):
+    model, _ = planted
+    state = tmp_path / "state.safetensors"
+    calibrate(model, photos, resume=state, progress=False)
+    before = state.read_bytes()
+    with pytest.raises(ValueError, match=r"state.safetensors is of another run: seed was 0, and is 1\. Name another"):
+        calibrate(model, photos, resume=state, seed=1, progress=False)
+    other = fresh("timm_clip", 1)
+    plant(other, photos, num_neurons=4)
+    with pytest.raises(ValueError, match="is of another run: weights was"):
+        calibrate(other, photos, resume=state, progress=False)
+    assert state.read_bytes() == before
+    state.write_bytes(before[:100])
+    with pytest.raises(ValueError, match=r"is not a saved state: .*Delete it"):
+        calibrate(model, photos, resume=state, progress=False)
+    with pytest.raises(ValueError, match="can be read again: not an iterator"):
+        calibrate(model, iter(photos), resume=state, progress=False)
+
+
+def with_fixed_artefact(model, row, column, norm):
+    """A position embedding (or a whole one) far longer than a token."""
+    with torch.no_grad():
+        model.pos_embed[0, model.num_prefix_tokens + row * 4 + column] *= norm / model.pos_embed[0, 1].norm()
+
+
+def test_fixed_positions_do_not_hide_the_neurons(photos):
+    model = fresh("timm_vit")
+    planted = plant(model, photos, num_neurons=4)
+    with_fixed_artefact(model, 2, 3, norm=300)
+    found = calibrate(model, photos, progress=False)
+    assert first(found, found.top_k) == as_set(planted.neurons)
+    assert found.calibration["chosen"]["remaining"] < 0.05
+    assert found.calibration["onset_layer"] == 2
+
+
+def test_fixed_positions_alone_are_not_calibrated(photos):
+    model = fresh("timm_vit")
+    with_fixed_artefact(model, 2, 3, norm=300)
+    with pytest.raises(ImmovableOutliersError, match=r"fixed-position artefacts from .* at \(2, 3\)"):
+        calibrate(model, photos, progress=False)
+    insisted = calibrate(model, photos, layer=1, top_k=3, progress=False)
+    assert insisted.calibration["target_met"] is False
+
+
+@pytest.mark.parametrize("score", ["contribution", "write", "contrast", "activation"])
+def test_every_score_leads_to_the_planted_neurons(score, planted, photos):
+    """Decoys that rank high are dropped, because moving them does nothing to outliers."""
+    model, planted_neurons = planted
+    found = calibrate(model, photos, score=score, progress=False)
+    assert first(found, found.top_k) == as_set(planted_neurons.neurons)
+    dropped = {(layer, unit) for layer, unit, _ in found.calibration["dropped"]}
+    assert dropped >= (as_set(planted_neurons.decoys) if score == "activation" else set())
+    assert not dropped & {(layer, unit) for layer, unit, _ in found.ranking}
+
+
+def test_contributions_are_shares_of_the_outliers(photos):
+    """Of all that the planted block adds, the four planted neurons write nearly everything."""
+    model = fresh("timm_clip")
+    planted = plant(model, photos, num_neurons=4)
+    found = calibrate(model, photos, held_out=0, top_k=4, progress=False)
+    shares = [score for layer, unit, score in found.ranking if (layer, unit) in as_set(planted.neurons)]
+    assert sum(shares) == pytest.approx(1, abs=0.02)
+
+
+def test_other_sizes_and_dtypes_than_verified_warn_once(planted, photos):
+    model, _ = planted
+    neurons = calibrate(model, photos, progress=False)
+    larger = timm.create_model("vit_base_patch16_clip_224", num_classes=10, dynamic_img_size=True, **TIMM)
+    larger.load_state_dict(model.state_dict())
+    testreg.patch(larger.eval(), neurons)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        larger(photos[:1])
+        larger(torch.zeros(1, 3, 80, 80))  # 25 patches
+    with (
+        torch.no_grad(),
+        pytest.warns(UserWarning, match="verified on images of 16 patches in float32.* 36 in float32"),
+    ):
+        larger(torch.zeros(1, 3, 96, 96))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        larger(torch.zeros(1, 3, 96, 96))
+    testreg.unpatch(larger)
+    testreg.patch(larger.to(torch.bfloat16), neurons)
+    with torch.no_grad(), pytest.warns(UserWarning, match="used on 16 in bfloat16: they may do less there"):
+        larger(photos[:1].bfloat16())
+    testreg.patch(testreg.unpatch(larger).float(), neurons)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match="16 in bfloat16"):
+        larger(photos[:1])

@@ -87,7 +87,7 @@ def test_calibrate_finds_the_planted_neurons(folder, calibrated):
     neurons = testreg.RegisterNeurons.load(calibrated)
     (layer, units), *_ = json.loads((folder / "planted.json").read_text()).items()
     assert {(layer, unit) for layer, unit, _ in neurons.cut().ranking} == {(int(layer), unit) for unit in units}
-    assert neurons.calibration["images"] == 45
+    assert neurons.calibration["images"] + neurons.calibration["held_out"] == 45
     assert neurons.calibration["unreadable_images"] == 1
 
 
@@ -237,3 +237,31 @@ def test_patching_imports_no_images_plots_or_model_libraries():
     code = f"import sys, testreg; testreg.patch; print([name for name in {heavy} if name in sys.modules])"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "[]"
+
+
+def test_two_processes_find_what_one_finds(folder, tmp_path):
+    """torchrun shards the images; sums are added in another order, hence 1e-5."""
+    command = [str(folder / "model"), "--images", str(folder / "photos"), "--batch-size", "5", "--device", "cpu"]
+    assert main(["calibrate", *command, "-o", str(tmp_path / "one.json")]) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "testreg"]
+    options = ["-o", str(tmp_path / "two.json"), "--resume", str(tmp_path / "state.safetensors")]
+    done = subprocess.run(
+        [*launcher, "calibrate", *command, *options],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = (testreg.RegisterNeurons.load(tmp_path / f"{name}.json") for name in ("one", "two"))
+    assert done.stdout.count("register neurons, and the ranking") == 1
+    assert one.by_layer() == two.by_layer()
+    scores = [{neuron[:2]: neuron[2] for neuron in each.ranking} for each in (one, two)]
+    common = scores[0].keys() & scores[1].keys()
+    assert len(common) > 0.9 * len(scores[0])
+    assert all(scores[0][neuron] == pytest.approx(scores[1][neuron], rel=1e-5, abs=1e-5) for neuron in common)
+    for key in ("images", "held_out", "unreadable_images", "outlier_fraction", "images_with_outliers", "stability"):
+        assert one.calibration[key] == two.calibration[key], key
+    assert one.calibration["chosen"] == pytest.approx(two.calibration["chosen"], abs=1e-5)
+    again = tmp_path / "again.json"  # the state of two processes, continued by one
+    assert main(["calibrate", *command, "-o", str(again), "--resume", options[-1]]) == 0
+    assert testreg.RegisterNeurons.load(again).ranking == two.ranking

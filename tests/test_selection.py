@@ -1,0 +1,176 @@
+import itertools
+
+import pytest
+import torch
+from test_calibrate import as_set
+from tiny import fresh
+
+import testreg
+from testreg.demo import photographs
+from testreg.families import find_tower
+from testreg.outliers import Detection, OutlierRule, token_norms
+from testreg.planted import plant
+from testreg.selection import MAX_MEASUREMENTS, Effect, HeldOut, select, worst_of
+
+RULE = OutlierRule()
+
+
+def crops(size=192):
+    return photographs(size).unfold(2, 64, 64).unfold(3, 64, 64).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 64, 64)
+
+
+def ranking(count):
+    return tuple((0, unit, 1 - unit / 1000) for unit in range(count))
+
+
+class Model:
+    """Outliers are there while more than 0.3 of the causes stay; each moved neuron changes a little."""
+
+    def __init__(self, causes, change=0.001, costly=()):
+        self.causes, self.change, self.costly = set(causes), change, set(costly)
+        self.measured = []
+
+    def __call__(self, neurons):
+        units = {unit for _, unit, _ in neurons}
+        self.measured.append(units)
+        left = len(self.causes - units) / len(self.causes)
+        change = self.change * len(units) + 0.1 * len(units & self.costly)
+        return Effect(len(units), 1.0 if left > 0.3 else 0.0, 5, left, change, change / 2, 1 - change)
+
+
+@pytest.mark.parametrize("causes", [[0], [0, 1, 2], [0, 2, 5], [3, 4], range(7), range(50), [90]])
+def test_the_causes_are_chosen_and_nothing_else(causes):
+    model = Model(causes)
+    found = select(ranking(120), model, target=0.05)
+    assert {unit for _, unit, _ in found.neurons} == set(causes)
+    assert found.effect == model(found.neurons)
+    assert {unit for _, unit, _ in found.dropped} == set(range(max(causes) + 1)) - set(causes)
+    assert [point.neurons for point in found.curve] == sorted(point.neurons for point in found.curve)
+    assert len(model.measured) <= MAX_MEASUREMENTS + 2
+
+
+def test_a_set_that_merely_hides_the_outliers_is_not_enough():
+    """Three of four causes bring all outliers under the limit, but leave a quarter of their norm."""
+    found = select(ranking(20), Model([0, 1, 2, 3]), target=0.05)
+    assert len(found.neurons) == 4
+
+
+def test_an_unreachable_target_gives_the_closest_set():
+    model = Model([0, 1, 2, 300])
+    found = select(ranking(100), model, target=0.05)
+    assert found.effect.remaining == 0.0  # three of four causes do
+    model.causes |= {301, 302, 303}
+    found = select(ranking(100), model, target=0.05)
+    assert found.effect.remaining == 1.0
+    assert {unit for _, unit, _ in found.neurons} == {0, 1, 2}
+
+
+def test_max_change_bounds_the_set():
+    model = Model(range(10), change=0.01)
+    assert len(select(ranking(40), model, target=0.05).neurons) == 10
+    found = select(ranking(40), model, target=0.05, max_change=0.05)
+    assert found.effect.change <= 0.05
+    assert len(found.neurons) == 5
+    with pytest.raises(
+        ValueError, match=r"the first neuron alone changes features by 0\.01: more than max_change=0\.001"
+    ):
+        select(ranking(40), model, target=0.05, max_change=0.001)
+
+
+def test_the_search_ends_when_it_is_late():
+    calls = itertools.count()
+    model = Model(range(10))
+    found = select(ranking(40), model, target=0.05, is_late=lambda: next(calls) >= 2)
+    assert [point.neurons for point in found.curve] == [1, 2, 4]
+    assert len(found.neurons) == 4
+
+
+def test_worst_of():
+    at_224 = Effect(5, 0.2, 3, 0.1, 0.01, 0.04, 0.9)
+    at_518 = Effect(5, 0.1, 7, 0.3, 0.02, 0.03, 0.8)
+    assert worst_of([at_224, at_518]) == Effect(5, 0.2, 3, 0.3, 0.02, 0.04, 0.8)
+
+
+@pytest.mark.parametrize("name", ["timm_clip", "hf_siglip", "open_clip_sequence_first"])
+def test_effect_by_hand(name):
+    """Every figure of an effect, computed with loops from the norms and features of the two models."""
+    images = crops()[:10]
+    model = fresh(name)
+    planted = plant(model, images, num_neurons=4)
+    tower = find_tower(model)
+    neurons = [(layer, unit, None) for layer, unit in sorted(as_set(planted.neurons))[:2]]
+    held_out = HeldOut(model, tower, list(images), Detection(RULE, 2), 2, batch_size=3)
+    effect = held_out.effect(neurons)
+
+    def look():
+        kept = []
+        handle = tower.blocks[-1].module.register_forward_hook(lambda *args: kept.append(args[-1]))
+        norms = token_norms(tower, images)[..., tower.num_prefix :]
+        handle.remove()
+        tokens = kept[0][0] if isinstance(kept[0], tuple) else kept[0]
+        return norms, tower.batch_first(tokens).detach()
+
+    before, tokens_before = look()
+    testreg.patch(model, testreg.RegisterNeurons(tuple(neurons)))
+    after, tokens_after = look()
+    testreg.unpatch(model)
+    limit = RULE.limit(before)
+    old = (before > limit)[:2].any(0)
+    left, share, excess, excess_before = [], 0.0, 0.0, 0.0
+    for layer in range(4):
+        was = ((before[layer] > limit[layer]) & ~old).sum().item()
+        now = ((after[layer] > limit[layer]) & ~old).sum().item()
+        left.append(now / max(was, 1e-3 * before[layer].numel()))
+    for i in range(10):
+        median = before[2, i].median()
+        for n in range(before.shape[-1]):
+            if before[2, i, n] > limit[2, i] and not old[i, n]:
+                share += 1 / before[2].numel()
+                excess += max((after[2, i, n] / median - 1).item(), 0)
+                excess_before += (before[2, i, n] / median - 1).item()
+    assert held_out.outlier_fraction == pytest.approx(share)
+    assert effect.neurons == 2
+    assert effect.remaining == pytest.approx(max(left))
+    assert effect.worst_layer == left.index(max(left))
+    assert effect.excess == pytest.approx(excess / excess_before, rel=1e-4)
+    assert 0.1 < effect.excess < 0.9
+    if tower.num_prefix:
+        first, second = tokens_before[:, 0], tokens_after[:, 0]
+        centre = first.mean(0)
+        cosine = torch.cosine_similarity(first - centre, second - centre, dim=-1).mean().item()
+        assert effect.change_pooled == pytest.approx(1 - cosine, abs=1e-5)
+    assert 0 < effect.change_patches < 0.5
+    assert not testreg.is_patched(model)
+
+
+def test_moving_nothing_that_matters_changes_nothing():
+    images = list(crops()[:6])
+    model = fresh("timm_clip")
+    planted = plant(model, torch.stack(images), num_neurons=4)
+    tower = find_tower(model)
+    with torch.no_grad():
+        tower.blocks[3].mlps[0].columns[:, 7] = 0
+    held_out = HeldOut(model, tower, images, Detection(RULE, 2), 2, batch_size=4)
+    effect = held_out.effect([(3, 7, None)])
+    assert effect.remaining == pytest.approx(1, abs=0.02)
+    assert effect.excess == pytest.approx(1, abs=0.01)
+    everything = held_out.effect([(2, unit, None) for unit in planted.neurons[2]])
+    assert everything.remaining == 0
+    assert everything.excess < 0.01
+
+
+def test_the_given_head_is_asked():
+    images = list(crops()[:8])
+    model = fresh("timm_clip")
+    plant(model, torch.stack(images), num_neurons=4)
+    tower = find_tower(model)
+
+    def head(model, images):
+        """Class 0 for the plain model, and for a patched one class 1 of every image but the first."""
+        model(images)
+        scores = torch.zeros(len(images), 2)
+        scores[1:, 1] = float(testreg.is_patched(model))
+        return scores
+
+    held_out = HeldOut(model, tower, images, Detection(RULE, 2), 2, batch_size=4, head=head)
+    assert held_out.effect([(2, 0, None)]).agreement == pytest.approx(2 / 8)
