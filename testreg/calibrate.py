@@ -1,9 +1,9 @@
 """Find the register neurons of a model: diagnose, rank, choose by measuring the patched model.
 
-Images are dealt out as they come. Of the first `2 * held_out`, every other one is put aside: the neurons are chosen,
-and the result is verified, on images that had no part in diagnosis and ranking. The rest is read in chunks until the
-ranking is stable. Which image goes where depends on its number alone, so that several processes (torch.distributed),
-and a run that was interrupted and resumed, come to the result of a single one.
+Images are dealt out as they come. Of the first `2 * held_out`, every other one is put aside: the neurons are chosen on
+images that had no part in diagnosis and ranking, and the result is verified on others still. The rest is read in chunks
+until the ranking is stable. Which image goes where depends on its number alone, so that several processes
+(torch.distributed), and a run that was interrupted and resumed, come to the result of a single one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import safe_open
@@ -41,6 +41,7 @@ from testreg.register import is_patched
 from testreg.selection import MAX_MEASUREMENTS, Effect, Head, HeldOut, Selection, select, worst_of
 
 CHUNK = 64  # images between two looks at whether the ranking is stable, and between two saved states
+NUM_CHOOSING = 24  # held-out images on which sets of neurons are compared; the rest verifies the one that was chosen
 MIN_RANKED = 1000  # neurons that the list keeps, so that it can be cut anew
 
 STATE = "testreg-calibration"
@@ -103,8 +104,9 @@ def calibrate(
         budget: seconds after which no more images are ranked and no more sets of neurons measured.
         head: model, images (B, 3, h, w) -> scores (B, classes), such as `lambda model, images: model(images)`: how
             often it agrees with itself without registers is measured. None for a random linear head.
-        held_out: at most so many images, and at most every other one, are put aside for choosing and verifying. With 0
-            nothing is measured, and `top_k` must be given.
+        held_out: at most so many images, and at most every other one, are put aside: the first `NUM_CHOOSING` for
+            choosing, the others for verifying (fewer than twice as many are for both). With 0 nothing is measured, and
+            `top_k` must be given.
         stability: ranking ends when the rankings by two halves of the images have this share of the best neurons in
             common; None reads all images.
         resume: a safetensors file for the state of the ranking, which goes on from there if the file exists.
@@ -260,7 +262,7 @@ class _View:
     progress: bool
     first: list[tuple[int, Tensor]] = field(default_factory=list)
     """Numbers and images of this process for diagnosis and ranking, of those read at once."""
-    held_out: list[Tensor] = field(default_factory=list)
+    held_out: list[tuple[int, Tensor]] = field(default_factory=list)
     end_of_first: int = 0
     """All images with lower numbers have been dealt to one or the other."""
 
@@ -276,7 +278,7 @@ class _View:
         self.end_of_first = max(2 * held_out, CHUNK)
         for number, image in self.take(self.end_of_first):
             if _is_held_out(number, held_out):
-                self.held_out.append(image)
+                self.held_out.append((number, image))
             else:
                 self.first.append((number, image))
         if 0 in gathered(len(self.first)):
@@ -288,6 +290,12 @@ class _View:
             raise ValueError(
                 f"{self.stream.source} has a single image, and none to hold out: give more, or held_out=0 and top_k"
             )
+
+    def held_out_for(self, purpose: Literal["choosing", "verifying"]) -> list[Tensor]:
+        if sum(gathered(len(self.held_out))) < 2 * NUM_CHOOSING:
+            return [image for _, image in self.held_out]
+        chooses = purpose == "choosing"
+        return [image for number, image in self.held_out if (number < 2 * NUM_CHOOSING) == chooses]
 
     def go_to(self, number: int) -> None:
         self.numbered = self.stream.numbered(number, rank(), world_size())
@@ -467,28 +475,32 @@ def _choose(
         raise ImmovableOutliersError(
             f"{views[0].diagnosis.verdict}, but no neuron of the blocks up to {lasts[0]} has a positive score"
         )
-    held = [
-        HeldOut(
-            view.model,
-            view.tower,
-            view.held_out,
-            view.detection,
-            view.onset,
-            batch_size=view.batch_size,
-            head=head,
-            seed=view.seed,
-        )
-        for view in (views if verifies else ())
-    ]
+
+    def held_out(purpose: Literal["choosing", "verifying"]) -> list[HeldOut]:
+        return [
+            HeldOut(
+                view.model,
+                view.tower,
+                view.held_out_for(purpose),
+                view.detection,
+                view.onset,
+                batch_size=view.batch_size,
+                head=head,
+                seed=view.seed,
+            )
+            for view in views
+        ]
+
     facts: dict[str, Any] = {}
     last, dropped = lasts[0], tuple[Neuron, ...]()
     if top_k is None:
         selections: dict[int, Selection] = {}
+        choosing = held_out("choosing")
         with progress_bar("choosing", MAX_MEASUREMENTS, progress, unit="set") as bar:
 
             def measure(neurons: Sequence[Neuron]) -> Effect:
                 bar.update()
-                return worst_of([each.effect(neurons) for each in held])
+                return worst_of([each.effect(neurons) for each in choosing])
 
             for tried in lasts:
                 selections[tried] = select(
@@ -501,8 +513,9 @@ def _choose(
         facts["curve"] = [asdict(effect) for effect in selections[last].curve]
     else:
         chosen = rankings[last][:top_k]
-    if held:
-        effects = [each.effect(chosen) for each in held]
+    if verifies:
+        verifying = held_out("verifying")
+        effects = [each.effect(chosen) for each in verifying]
         effect = worst_of(effects)
         facts |= {
             "target": target,
@@ -519,7 +532,7 @@ def _choose(
                     "outlier_fraction": each.outlier_fraction,
                     **asdict(effect),
                 }
-                for view, each, effect in zip(views, held, effects, strict=True)
+                for view, each, effect in zip(views, verifying, effects, strict=True)
             ],
         }
     taken = {*chosen, *dropped}

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from testreg.models import LoadedModel
 
+REPORT_IMAGES = 32
 EXIT_CODES = (
     "Exit codes: 0 outliers that registers move; 1 error; 2 wrong usage; 3 no outliers: nothing to fix; 4 outliers "
     "that registers do not fix: at fixed positions, or not made by MLPs; 130 interrupted."
@@ -218,6 +219,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     from testreg.data import check_images
     from testreg.distributed import process_group, rank
     from testreg.models import load_model
+    from testreg.outliers import OutlierRule
 
     for path in (args.output, args.report, args.resume):
         if path is not None:
@@ -260,7 +262,16 @@ def _calibrate(args: argparse.Namespace) -> None:
             args.images, loaded[0].transform, held_out=args.held_out, num_images=args.num_images, seed=args.seed
         )
         command = shlex.join(["testreg", *args.argv])
-        write_report(args.report, loaded[0].model, neurons, images, command=command, figures=args.figures)
+        write_report(
+            args.report,
+            loaded[0].model,
+            neurons,
+            images[-REPORT_IMAGES:],  # the last were not chosen on
+            command=command,
+            figures=args.figures,
+            rule=OutlierRule(threshold=args.threshold),
+            batch_size=args.batch_size,
+        )
         print(*(path for path in (args.report, args.figures) if path), sep="\n")
 
 

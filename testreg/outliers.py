@@ -39,8 +39,12 @@ class OutlierRule:
         median = norms.median(-1, keepdim=True).values
         if self.threshold is not None:
             return torch.full_like(median, self.threshold)
-        mad = (norms - median).abs().median(-1, keepdim=True).values
-        return torch.maximum(median + self.k * 1.4826 * mad, self.min_ratio * median)
+        return torch.maximum(self.normal(norms), self.min_ratio * median)
+
+    def normal(self, norms: Tensor) -> Tensor:
+        """Norms (..., N) of an image's patches -> the norm (..., 1) up to which they vary: median + k sigma."""
+        median = norms.median(-1, keepdim=True).values
+        return median + self.k * 1.4826 * (norms - median).abs().median(-1, keepdim=True).values
 
     def describe(self) -> str:
         if self.threshold is not None:

@@ -23,7 +23,7 @@ from testreg.register import patch, unpatch
 
 Head = Callable[[nn.Module, Tensor], Tensor]
 
-TOLERANCE = 0.01  # of the outliers' excess norm: sets that differ by less remove them equally well
+TOLERANCE = 0.02  # of the outliers' excess norm: sets that differ by less remove them equally well
 MAX_NEURONS = 512  # in a set that is measured; InternViT-6B needed 300
 MAX_MEASUREMENTS = 64  # of sets of neurons, in one selection
 NORMAL_PATCHES = 64  # of an image, whose change is measured
@@ -40,7 +40,8 @@ class Effect:
     worst_layer: int
     """That block."""
     excess: float
-    """What is left, after the detection block, of the norm by which outliers exceed the median; of that before."""
+    """What is left, after the detection block, of the norm by which outliers exceed what is normal (median + 5 robust
+    sigma); as a fraction of that before. Unlike a count, it tells whether neurons were left out that matter."""
     change_pooled: float
     """1 - cosine of the last block's CLS token, or of the mean of the normal patches where there is none, without and
     with registers. What all images have in common is subtracted first: it would hide any change."""
@@ -71,7 +72,7 @@ class _Plain:
     """A batch, and what the plain model makes of it. L blocks, B images, N patches, K of them sampled, C width."""
 
     images: Tensor  # (B, 3, h, w)
-    median: Tensor  # (B, 1), norm of the patches after the detection block
+    normal: Tensor  # (B, 1), norm after the detection block up to which patches vary
     limit: Tensor  # (L, B, 1), norm above which a patch is an outlier
     counted: Tensor  # (B, N), patches that are outliers neither before the onset nor at an ignored position
     outlier: Tensor  # (B, N), after the detection block
@@ -159,7 +160,8 @@ class HeldOut:
     def _look(self, images: Tensor, sums: Sums, seed: int) -> _Plain:
         norms, tokens, answer = self._run(images)
         block, grid = self.detection.block, self.tower.grid(images)
-        limit, median = self.detection.rule.limit(norms), norms[block].median(-1, keepdim=True).values
+        rule = self.detection.rule
+        limit, normal = rule.limit(norms), rule.normal(norms[block])
         outlier = norms > limit  # (L, B, N)
         counted = ~(outlier[: self.onset].any(0) | ignored_patches(self.detection.ignored, grid).to(norms.device))
         number = min(NORMAL_PATCHES, max(1, norms.shape[-1] // 2))
@@ -167,7 +169,7 @@ class HeldOut:
         sampled = order.expand(len(images), -1).masked_fill(outlier.any(0), -1).topk(number).indices
         plain = _Plain(
             images=images,
-            median=median,
+            normal=normal,
             limit=limit,
             counted=counted,
             outlier=outlier[block] & counted,
@@ -181,7 +183,7 @@ class HeldOut:
             {
                 "outliers": (outlier & counted).sum((1, 2)),
                 "patches": torch.tensor(norms[0].numel()),
-                "excess": (norms[block] / median - 1)[plain.outlier].sum(),
+                "excess": _excess(norms[block], plain),
                 "features": torch.stack([pooled.sum(0), patches.sum(0)]),
                 "count": torch.tensor([len(pooled), len(patches)]),
             },
@@ -197,7 +199,6 @@ class HeldOut:
 
     def _compare(self, plain: _Plain, sums: Sums) -> None:
         norms, tokens, answer = self._run(plain.images)
-        ratio = norms[self.detection.block] / plain.median
         before, after = (
             torch.cat([features[:, :1] - self.centre[0].to(features), features[:, 1:] - self.centre[1].to(features)], 1)
             for features in (plain.features, self._features(tokens, plain.sampled))
@@ -212,11 +213,16 @@ class HeldOut:
             sums,
             {
                 "outliers": ((norms > plain.limit) & plain.counted).sum((1, 2)),
-                "excess": (ratio - 1).clamp(min=0)[plain.outlier].sum(),
+                "excess": _excess(norms[self.detection.block], plain),
                 "cosine": torch.stack([cosine[:, 0].sum(), cosine[:, 1:].sum()]),
                 "agreed": (first == second).sum(),
             },
         )
+
+
+def _excess(norms: Tensor, plain: _Plain) -> Tensor:
+    """Sum over the outliers of how far norms (B, N) exceed the normal, in units of that."""
+    return (norms / plain.normal - 1).clamp(min=0)[plain.outlier].sum()
 
 
 @contextmanager

@@ -67,10 +67,11 @@ def test_planted_neurons_are_found_and_patching_removes_their_outliers(name, see
 def test_decoys_take_in_the_ranking_by_activation_but_not_the_default(name, photos):
     model = fresh(name)
     planted = plant(model, photos, num_neurons=4, decoys=True)
-    by_activation = calibrate(model, photos, top_k=4, score="activation", progress=False)
-    by_write = calibrate(model, photos, top_k=4, progress=False)
-    assert first(by_activation, 4) & as_set(planted.decoys) == as_set(planted.decoys)
-    assert not first(by_write, 6) & as_set(planted.decoys)
+    ranked = {"held_out": 0, "top_k": 4, "progress": False}
+    by_activation = calibrate(model, photos, score="activation", **ranked)
+    by_contribution = calibrate(model, photos, **ranked)
+    assert {planted.named_decoys["loud"], planted.named_decoys["idle"]} <= first(by_activation, 4)
+    assert first(by_contribution, 4) == as_set(planted.neurons)
 
 
 @pytest.mark.parametrize(("key", "sparse"), [("scores", False), ("scores_sparsity_filter", True)])
@@ -467,7 +468,8 @@ def test_every_score_leads_to_the_planted_neurons(score, planted, photos):
     found = calibrate(model, photos, score=score, progress=False)
     assert first(found, found.top_k) == as_set(planted_neurons.neurons)
     dropped = {(layer, unit) for layer, unit, _ in found.calibration["dropped"]}
-    assert dropped >= (as_set(planted_neurons.decoys) if score == "activation" else set())
+    decoys = planted_neurons.named_decoys
+    assert dropped >= ({decoys["loud"], decoys["idle"], decoys["trap"]} if score == "activation" else set())
     assert not dropped & {(layer, unit) for layer, unit, _ in found.ranking}
 
 

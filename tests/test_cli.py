@@ -265,3 +265,18 @@ def test_two_processes_find_what_one_finds(folder, tmp_path):
     again = tmp_path / "again.json"  # the state of two processes, continued by one
     assert main(["calibrate", *command, "-o", str(again), "--resume", options[-1]]) == 0
     assert testreg.RegisterNeurons.load(again).ranking == two.ranking
+
+
+def test_calibrate_writes_the_report_and_the_figures(folder, tmp_path, capsys):
+    report, figures, output = tmp_path / "report.html", tmp_path / "figures", tmp_path / "neurons.json"
+    command = ["calibrate", str(folder / "model"), "--images", str(folder / "photos"), "-o", str(output)]
+    command += ["--image-size", "64", "--image-size", "96", "--report", str(report), "--figures", str(figures)]
+    assert main(command) == 0
+    text = report.read_text()
+    assert f"testreg {' '.join(command)}" in text
+    assert "4 register neurons: all of the outlier patches are gone" in text
+    assert {path.name for path in figures.iterdir()} == {"norms.png", "histograms.png", "curve.png", "maps.png"}
+    out = capsys.readouterr().out
+    assert "verified on 23 others at 64 x 64" in out
+    assert "verified on 23 others at 96 x 96" in out
+    assert out.endswith(f"{report}\n{figures}\n")

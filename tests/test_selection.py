@@ -38,7 +38,7 @@ class Model:
         return Effect(len(units), 1.0 if left > 0.3 else 0.0, 5, left, change, change / 2, 1 - change)
 
 
-@pytest.mark.parametrize("causes", [[0], [0, 1, 2], [0, 2, 5], [3, 4], range(7), range(50), [90]])
+@pytest.mark.parametrize("causes", [[0], [0, 1, 2], [0, 2, 5], [3, 4], range(7), range(40), [90]])
 def test_the_causes_are_chosen_and_nothing_else(causes):
     model = Model(causes)
     found = select(ranking(120), model, target=0.05)
@@ -123,11 +123,12 @@ def test_effect_by_hand(name):
         left.append(now / max(was, 1e-3 * before[layer].numel()))
     for i in range(10):
         median = before[2, i].median()
+        normal = median + 5 * 1.4826 * (before[2, i] - median).abs().median()
         for n in range(before.shape[-1]):
             if before[2, i, n] > limit[2, i] and not old[i, n]:
                 share += 1 / before[2].numel()
-                excess += max((after[2, i, n] / median - 1).item(), 0)
-                excess_before += (before[2, i, n] / median - 1).item()
+                excess += max((after[2, i, n] / normal - 1).item(), 0)
+                excess_before += max((before[2, i, n] / normal - 1).item(), 0)
     assert held_out.outlier_fraction == pytest.approx(share)
     assert effect.neurons == 2
     assert effect.remaining == pytest.approx(max(left))
