@@ -74,7 +74,7 @@ class _Plain:
     images: Tensor  # (B, 3, h, w)
     normal: Tensor  # (B, 1), norm after the detection block up to which patches vary
     limit: Tensor  # (L, B, 1), norm above which a patch is an outlier
-    counted: Tensor  # (B, N), patches that are outliers neither before the onset nor at an ignored position
+    counted: Tensor  # (L, B, N), see `HeldOut`
     outlier: Tensor  # (B, N), after the detection block
     sampled: Tensor  # (B, K), indices of normal patches
     features: Tensor  # (B, 1 + K, C), of the pooled token and of these, after the last block
@@ -84,9 +84,12 @@ class _Plain:
 class HeldOut:
     """Images that did not rank the neurons, and what the plain model makes of them.
 
+    From the onset on all outliers are counted, new ones too; before it, those that are outliers after the detection
+    block as well, since early blocks may have others, of no harm.
+
     Args:
         images: tensors (3, h, w), few enough to be kept.
-        onset: the block after which the outliers are there. Patches that are outliers earlier are of another kind.
+        onset: the block after which the outliers are there.
         head: model, images (B, 3, h, w) -> scores (B, classes); None for a random linear one.
     """
 
@@ -163,7 +166,8 @@ class HeldOut:
         rule = self.detection.rule
         limit, normal = rule.limit(norms), rule.normal(norms[block])
         outlier = norms > limit  # (L, B, N)
-        counted = ~(outlier[: self.onset].any(0) | ignored_patches(self.detection.ignored, grid).to(norms.device))
+        counted = (~ignored_patches(self.detection.ignored, grid).to(norms.device)).repeat(*norms.shape[:2], 1)
+        counted[: self.onset] &= outlier[block]
         number = min(NORMAL_PATCHES, max(1, norms.shape[-1] // 2))
         order = torch.rand(norms.shape[-1], generator=torch.Generator().manual_seed(seed)).to(norms.device)
         sampled = order.expand(len(images), -1).masked_fill(outlier.any(0), -1).topk(number).indices
@@ -172,7 +176,7 @@ class HeldOut:
             normal=normal,
             limit=limit,
             counted=counted,
-            outlier=outlier[block] & counted,
+            outlier=outlier[block] & counted[block],
             sampled=sampled,
             features=self._features(tokens, sampled),
             answer=answer,

@@ -342,7 +342,7 @@ def test_several_image_sizes_are_ranked_together_and_verified_each(planted, phot
     at_64, at_96 = found.calibration["verified_at"]
     assert (at_64["image_size"], at_64["grid"], at_64["images"]) == ([64, 64], [4, 4], 22)
     assert (at_96["image_size"], at_96["grid"], at_96["images"]) == ([96, 96], [6, 6], 22)
-    assert at_64["excess"] != at_96["excess"]
+    assert at_64["change_pooled"] != at_96["change_pooled"]
     assert found.calibration["chosen"]["change_pooled"] == max(at_64["change_pooled"], at_96["change_pooled"])
 
 

@@ -1,0 +1,388 @@
+"""Does calibration find the neurons that make outliers, and nothing else? Measured where the answer is known.
+
+    python scripts/proof.py                                  # everything: under half an hour on one core
+    python scripts/proof.py --seeds 2 --families "timm ViT"
+
+Models are small, random and *planted* (`testreg.planted`): their register neurons were set by hand, among decoys. The
+seeds differ in the block and the number of the planted neurons, in whether these lie in two blocks, and in whether one
+position is an artefact besides, which no neuron makes (where the family has position embeddings that can do it).
+Clean models have nothing planted but decoys, in every other seed; those with an artefact at a fixed position, likewise.
+
+The rows of the table:
+
+- `testreg`: `testreg.calibrate(model, images)` with its defaults. It is told nothing.
+- `paper`: the recipe of arXiv 2506.08010 with the released code's sparsity filter: mean |activation| at the patches
+  whose norm behind the last block exceeds mean + 3 sigma. Two numbers it leaves to whoever uses it, how many neurons
+  and up to which block: it is told the true ones.
+- `planted`: the planted neurons themselves, as a bound.
+
+Outliers and changes are measured on crops of parts of the photographs that calibration does not see, by the few lines
+in `measure`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import typing
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import open_clip
+import timm
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as tv
+from tqdm import tqdm
+
+import testreg
+from testreg.data import image_paths, open_image
+from testreg.demo import PHOTOGRAPHS
+from testreg.families import find_tower
+from testreg.outliers import token_norms
+from testreg.planted import Planted, plant
+from testreg.ranking import Score
+
+DEPTH, WIDTH, HEADS, PATCH, IMAGE = 6, 64, 4, 8, 112  # 14 x 14 patches
+STRENGTH = 0.7  # of the random weights of blocks, in units of 1 / sqrt(inputs): blocks matter, and make no outliers
+FIXED = (3, 9)  # row and column of the position that may be an artefact
+SPLIT = 224  # of 384 columns of a photograph, those in front are for calibration
+CALIBRATION_CROPS, TEST_CROPS = 12, 8  # of each of the five photographs
+PAPER_CHOICE = 10, DEPTH // 2  # neurons and last block where there are no true ones: as published for ViT-B/16
+
+TIMM = {"img_size": IMAGE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS}
+HF = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": DEPTH,
+    "num_attention_heads": HEADS,
+    "image_size": IMAGE,
+    "patch_size": PATCH,
+}
+HF_MLP = {**HF, "intermediate_size": 4 * WIDTH}
+OPEN_CLIP_VISION = {
+    "image_size": IMAGE,
+    "patch_size": PATCH,
+    "width": WIDTH,
+    "layers": DEPTH,
+    "head_width": WIDTH // HEADS,
+}
+OPEN_CLIP_TEXT = {"context_length": 16, "vocab_size": 99, "width": 32, "heads": 4, "layers": 1}
+
+FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    "timm ViT": lambda: timm.create_model("vit_base_patch16_224", num_classes=0, **TIMM),
+    "timm Eva": lambda: timm.create_model(
+        "vit_small_patch16_rope_ape_224", num_classes=0, mlp_ratio=4, init_values=1.0, **TIMM
+    ),
+    "CLIP": lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**HF_MLP)),
+    "DINOv2": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**HF)),
+    "SigLIP": lambda: transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**HF_MLP)),
+    "DINOv3": lambda: transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**HF_MLP, num_register_tokens=4)),
+    "open_clip": lambda: (
+        open_clip.model.CLIP(embed_dim=32, vision_cfg=OPEN_CLIP_VISION, text_cfg=OPEN_CLIP_TEXT).visual
+    ),
+}
+WITH_POSITIONS = ("timm ViT", "timm Eva", "DINOv2", "SigLIP")  # learned, and no norm behind them
+
+ALL_IMAGES: dict[str, Any] = {"held_out": 0, "stability": None}  # rank by them: nothing has to be chosen
+WAYS = ("testreg", "paper", "planted")
+Neuron = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one way of choosing neurons gave on one planted model."""
+
+    family: str
+    seed: int
+    way: str
+    chosen: set[Neuron]
+    planted: set[Neuron]
+    decoys: dict[Neuron, str]
+    outliers_left: float
+    """At the worst block, as a fraction of those before."""
+    change_of_patches: float
+    """Mean 1 - cosine of normal patches behind the last block."""
+    change_of_pooled: float
+    """The same of CLS, or of the mean of the normal patches where there is none."""
+
+    @property
+    def precision(self) -> float:
+        return len(self.chosen & self.planted) / max(1, len(self.chosen))
+
+    @property
+    def recall(self) -> float:
+        return len(self.chosen & self.planted) / len(self.planted)
+
+    @property
+    def decoys_chosen(self) -> list[str]:
+        return sorted(self.decoys[neuron] for neuron in self.chosen & self.decoys.keys())
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether one way left a model alone that has nothing to move."""
+
+    family: str
+    way: str
+    kind: str
+    """clean or fixed."""
+    left_alone: bool
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    images, unseen = crops(0, SPLIT, CALIBRATION_CROPS), crops(SPLIT, 384, TEST_CROPS)
+    outcomes: list[Outcome] = []
+    verdicts: list[Verdict] = []
+    recalls: dict[Score, list[float]] = {score: [] for score in typing.get_args(Score)}
+    models = [(family, seed) for family in args.families for seed in range(args.seeds)]
+    for family, seed in tqdm(models, unit="model", disable=None):
+        model, planted = planted_model(family, seed, images)
+        neurons = as_set(planted.neurons)
+        chosen = {
+            "testreg": calibrated(model, images),
+            "paper": by_paper(model, images, len(neurons), max(planted.neurons)),
+            "planted": neurons,
+        }
+        outcomes += [measure(family, seed, way, model, planted, chosen[way], unseen) for way in WAYS]
+        for score, found in recalls.items():
+            found.append(recall(score, model, neurons, images))
+        for kind in ("clean", "fixed") if family in WITH_POSITIONS else ("clean",):
+            model = plain_model(family, seed, images, fixed=kind == "fixed")
+            verdicts.append(Verdict(family, "testreg", kind, not calibrated(model, images)))
+            verdicts.append(Verdict(family, "paper", kind, not by_paper(model, images, *PAPER_CHOICE)))
+    print_outcomes(outcomes, verdicts)
+    print_decoys(outcomes)
+    print_recalls(recalls)
+    print_shortfalls([each for each in outcomes if each.way == "testreg"])
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--seeds", type=int, default=10, help="models of each family (default: 10)")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), metavar="FAMILY")
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args()
+
+
+# Images and models ----------------------------------------------------------------------------------------------------
+
+
+def crops(left: int, right: int, count: int) -> Tensor:
+    """Random crops (5 * count, 3, h, w) between two columns of the photographs, equalised, some of them mirrored."""
+    generator = torch.Generator().manual_seed(left)
+
+    def below(limit: int) -> int:
+        return int(torch.randint(limit, (), generator=generator))
+
+    found = []
+    for path in image_paths(PHOTOGRAPHS):
+        photograph = tv.pil_to_tensor(open_image(path))[..., left:right]
+        for _ in range(count):
+            size = IMAGE + below(right - left - IMAGE + 1)
+            crop = tv.crop(photograph, below(384 - size + 1), below(right - left - size + 1), size, size)
+            crop = tv.resize(tv.equalize(crop), [IMAGE, IMAGE], antialias=True)
+            found.append(tv.horizontal_flip(crop) if below(2) else crop)
+    return torch.stack(found).float() / 127.5 - 1
+
+
+def planted_model(name: str, seed: int, images: Tensor) -> tuple[nn.Module, Planted]:
+    """Each planted neuron writes enough to make outliers by itself, so that none can be left out."""
+    num_neurons = 4 + seed % 7
+    model = random_model(name, seed)
+    planted = plant(
+        model,
+        images,
+        layer=2 + seed % 3,
+        num_neurons=num_neurons,
+        two_blocks=seed % 2 == 1,
+        norm_ratio=4.0 * num_neurons,
+        decoys=True,
+        fixed_position=FIXED if name in WITH_POSITIONS and seed % 4 >= 2 else None,
+        seed=seed,
+    )
+    return model, planted
+
+
+def plain_model(name: str, seed: int, images: Tensor, *, fixed: bool) -> nn.Module:
+    """Without register neurons."""
+    model = random_model(name, seed)
+    decoys, fixed_position = seed % 2 == 1, FIXED if fixed else None
+    plant(model, images, num_neurons=0, decoys=decoys, fixed_position=fixed_position, seed=seed)
+    return model
+
+
+@torch.no_grad()
+def random_model(name: str, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    model = FAMILIES[name]().eval()
+    for block in find_tower(model).blocks:
+        for parameter in block.module.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=STRENGTH / parameter.shape[1] ** 0.5)
+    return model
+
+
+# Ways of choosing neurons ---------------------------------------------------------------------------------------------
+
+
+def calibrated(model: nn.Module, images: Tensor, **options: Any) -> set[Neuron]:
+    """The neurons that `calibrate` recommends; none if it says that there is nothing to move."""
+    try:
+        found = testreg.calibrate(model, images, progress=False, **options)
+    except (testreg.NoOutliersError, testreg.ImmovableOutliersError):
+        return set()
+    return {(layer, unit) for layer, unit, _ in found.cut().ranking}
+
+
+def by_paper(model: nn.Module, images: Tensor, top_k: int, max_layer: int) -> set[Neuron]:
+    tower = find_tower(model)
+    norms = token_norms(tower, images)[-1, :, tower.num_prefix :]
+    return calibrated(
+        model,
+        images,
+        layer=-1,
+        threshold=float(norms.mean() + 3 * norms.std()),
+        max_layer=max_layer,
+        score="activation",
+        sparsity_filter=True,
+        top_k=top_k,
+        **ALL_IMAGES,
+    )
+
+
+def recall(score: Score, model: nn.Module, neurons: set[Neuron], images: Tensor) -> float:
+    """Of the planted neurons, among the first of a ranking, as many as were planted."""
+    return len(calibrated(model, images, score=score, top_k=len(neurons), **ALL_IMAGES) & neurons) / len(neurons)
+
+
+def as_set(neurons: dict[int, list[int]]) -> set[Neuron]:
+    return {(layer, unit) for layer, units in neurons.items() for unit in units}
+
+
+# Measures -------------------------------------------------------------------------------------------------------------
+
+
+def measure(
+    family: str, seed: int, way: str, model: nn.Module, planted: Planted, chosen: set[Neuron], images: Tensor
+) -> Outcome:
+    before = after = observe(model, images)
+    if chosen:
+        testreg.patch(model, {layer: [unit for i, unit in chosen if i == layer] for layer, _ in chosen})
+        after = observe(model, images)
+        testreg.unpatch(model)
+    (outlier, prefix, patches), (outlier_after, prefix_after, patches_after) = before, after
+    made = slice(min(planted.neurons), None)  # blocks
+    left = outlier_after[made].sum((1, 2)) / outlier[made].sum((1, 2)).clamp(min=1)
+    normal = ~outlier.any(0)  # (B, N)
+    change = distance(patches, patches_after)[normal].mean()
+    if prefix.shape[1]:
+        change_of_pooled = distance(prefix[:, 0], prefix_after[:, 0]).mean()
+    else:
+        means = [(each * normal.unsqueeze(-1)).sum(1) for each in (patches, patches_after)]
+        change_of_pooled = distance(*means).mean()
+    decoys = {neuron: name for name, neuron in planted.named_decoys.items()}
+    figures = (float(left.max()), float(change), float(change_of_pooled))
+    return Outcome(family, seed, way, chosen, as_set(planted.neurons), decoys, *figures)
+
+
+@torch.no_grad()
+def observe(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which patches (L, B, N) are outliers, and prefix tokens (B, P, C) and patches (B, N, C) behind the last block.
+
+    The rule is written out here: norm > max(median + 5 * 1.4826 * MAD, 2 * median) of the image's patches. The position
+    that may be an artefact is left out.
+    """
+    tower = find_tower(model)
+    tokens: list[Tensor] = []
+
+    def record(module: nn.Module, args: tuple[Tensor, ...], out: Tensor | tuple[Tensor, ...]) -> None:
+        tokens.append(tower.batch_first(out[0] if isinstance(out, tuple) else out))
+
+    handles = [block.module.register_forward_hook(record) for block in tower.blocks]
+    try:
+        tower.run(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    columns = IMAGE // PATCH
+    kept = [i for i in range(columns**2) if i != FIXED[0] * columns + FIXED[1]]
+    patches = [each[:, tower.num_prefix :][:, kept] for each in tokens]
+    norms = torch.stack(patches).norm(dim=-1)  # (L, B, N)
+    median = norms.median(-1, keepdim=True).values
+    spread = 1.4826 * (norms - median).abs().median(-1, keepdim=True).values
+    return norms > torch.maximum(median + 5 * spread, 2 * median), tokens[-1][:, : tower.num_prefix], patches[-1]
+
+
+def distance(before: Tensor, after: Tensor) -> Tensor:
+    return (1 - F.cosine_similarity(before, after, dim=-1)).clamp(min=0)
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+def print_outcomes(outcomes: list[Outcome], verdicts: list[Verdict]) -> None:
+    print(
+        "| family | way | precision | recall | decoys chosen | outliers left | change of patches | of CLS or mean "
+        "| clean left alone | fixed left alone |\n|---|---|---|---|---|---|---|---|---|---|"
+    )
+    families = list(dict.fromkeys(each.family for each in outcomes))
+    for family in (*families, "all"):
+        for way in WAYS if family == "all" else WAYS[:2]:
+            rows = [each for each in outcomes if family in (each.family, "all") and each.way == way]
+            alone = [each for each in verdicts if family in (each.family, "all") and each.way == way]
+            cells = [
+                family,
+                way,
+                mean_and_worst([each.precision for each in rows], min),
+                mean_and_worst([each.recall for each in rows], min),
+                str(sum(len(each.decoys_chosen) for each in rows)),
+                mean_and_worst([each.outliers_left for each in rows], max, ".1%"),
+                mean_and_worst([each.change_of_patches for each in rows], max, ".3f"),
+                mean_and_worst([each.change_of_pooled for each in rows], max, ".3f"),
+                *(fraction([each.left_alone for each in alone if each.kind == kind]) for kind in ("clean", "fixed")),
+            ]
+            print(f"| {' | '.join(cells)} |")
+    print("\nMean over the seeds (worst).")
+
+
+def print_decoys(outcomes: list[Outcome]) -> None:
+    for way in WAYS[:2]:
+        names = Counter(name for each in outcomes if each.way == way for name in each.decoys_chosen)
+        print(f"\nDecoys that {way} chose: {', '.join(f'{name} {n}' for name, n in names.most_common()) or 'none'}.")
+
+
+def mean_and_worst(values: list[float], worst: Callable[[list[float]], float], form: str = ".2f") -> str:
+    return f"{sum(values) / len(values):{form}} ({worst(values):{form}})"
+
+
+def fraction(flags: list[bool]) -> str:
+    return f"{sum(flags)} of {len(flags)}" if flags else ""
+
+
+def print_recalls(recalls: dict[Score, list[float]]) -> None:
+    """Of the scores alone: how many planted neurons are first, if as many are taken."""
+    print("\n| score | recall | models with all |\n|---|---|---|")
+    for score, values in recalls.items():
+        print(f"| {score} | {mean_and_worst(values, min)} | {fraction([value == 1 for value in values])} |")
+
+
+def print_shortfalls(outcomes: list[Outcome]) -> None:
+    print("\nWhere testreg fell short:")
+    for each in outcomes:
+        if each.chosen != each.planted or each.outliers_left >= 0.05:
+            others = len(each.chosen - each.planted - each.decoys.keys())
+            print(
+                f"- {each.family}, seed {each.seed}: missed {len(each.planted - each.chosen)} of {len(each.planted)}, "
+                f"chose {each.decoys_chosen} and {others} others; {each.outliers_left:.1%} of the outliers left"
+            )
+
+
+if __name__ == "__main__":
+    main()
