@@ -185,7 +185,8 @@ def random_images(count: int, model: nn.Module) -> Tensor:
 def calibrate(model: nn.Module, batches: Any, batch_size: int) -> None:
     from testreg.calibrate import calibrate
 
-    calibrate(model, batches, batch_size=batch_size, progress=False)
+    # Diagnosis and ranking; choosing neurons is forwards of the patched model, whose cost is measured above.
+    calibrate(model, batches, layer=-1, top_k=NUM_NEURONS, held_out=0, batch_size=batch_size, progress=False)
 
 
 def in_turns(sides: dict[str, Run], device: str, turns: int) -> dict[str, list[float]]:

@@ -511,17 +511,16 @@ def _choose(
         last = min(selections, key=lambda each: max(selections[each].effect.remaining, target))
         chosen, dropped = selections[last].neurons, selections[last].dropped
         facts["curve"] = [asdict(effect) for effect in selections[last].curve]
+        facts["chosen"] = asdict(selections[last].effect)
     else:
         chosen = rankings[last][:top_k]
     if verifies:
         verifying = held_out("verifying")
         effects = [each.effect(chosen) for each in verifying]
-        effect = worst_of(effects)
         facts |= {
             "target": target,
-            "target_met": effect.remaining <= target,
+            "target_met": worst_of(effects).remaining <= target,
             "max_change": max_change,
-            "chosen": asdict(effect),
             "dropped": [list(neuron) for neuron in dropped],
             "verified_at": [
                 {

@@ -39,7 +39,7 @@ MEASURED = {
     "excess": "excess norm left",
     "change_pooled": "change, pooled",
     "change_patches": "change, patches",
-    "agreement": "random head agrees",
+    "agreement": "head agrees",
 }  # of a point of the trade-off, or of a check at another size
 ELSEWHERE = {"curve", "chosen", "dropped", "verified_at", "stability", "versions"}  # these have their own place
 
@@ -101,6 +101,11 @@ class Report:
     def choice(self) -> dict[str, float]:
         """The point that was chosen; empty if unknown."""
         return _numbers_in(self.facts.get("chosen") or {})
+
+    @property
+    def checks(self) -> list[dict[str, float]]:
+        """What was measured on images that had no part in the choice, at each image size."""
+        return [_numbers_in(check) for check in self.facts.get("verified_at") or ()]
 
     @property
     def limits(self) -> dict[str, float]:
@@ -302,9 +307,9 @@ def _cards(report: Report) -> str:
         ("Largest norm / median norm", _change(*ratios), f"{where}, mean over the images"),
         ("Register neurons", str(len(report.chosen.ranking)), f"{in_blocks}, of {total:,} MLP neurons"),
     ]
-    if "change_pooled" in report.choice:
-        change = f"{report.choice['change_pooled']:.2g}"
-        cards.append(("Change of the pooled feature", change, "1 &minus; cosine similarity to before"))
+    if changes := [check["change_pooled"] for check in report.checks if "change_pooled" in check]:
+        note = "1 &minus; cosine similarity to before"
+        cards.append(("Change of the pooled feature", f"{max(changes):.2g}", note))
     items = (f"<div><dt>{name}</dt><dd>{value} <small>{note}</small></dd></div>" for name, value, note in cards)
     return f'<dl class="numbers">{"".join(items)}</dl>'
 
@@ -400,7 +405,7 @@ def _curve_section(report: Report) -> str:
         made_with = ("image_size", "dtype", "images")
         rows = [[*(point.get(key) for key in made_with), *_measured(point)] for point in verified]
         table = _table([*map(_words, made_with), *MEASURED.values()], rows)
-        parts.append(f"<h3>At other sizes and precisions</h3>\n{table}")
+        parts.append(f"<h3>Verified on other images</h3>\n{table}")
     return _section("Trade-off", *parts) if parts else ""
 
 
@@ -418,7 +423,7 @@ def _neuron_section(report: Report) -> str:
     stability = _numbers_in(report.facts.get("stability") or {})
     if stability.keys() >= {"overlap", "neurons"}:
         overlap = f"{_percent(stability['overlap'])} of the best {stability['neurons']:g}"
-        parts.append(f"<p>Ranked anew on other images, {overlap} are the same.</p>")
+        parts.append(f"<p>Ranked by either half of the images alone, {overlap} are the same.</p>")
     if dropped := report.facts.get("dropped"):
         parts.append(_folded(f"{len(dropped)} ranked, but left out", _table(["block", "unit", "score"], dropped)))
     return _section("The neurons", *parts)

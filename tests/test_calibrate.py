@@ -448,7 +448,7 @@ def test_fixed_positions_do_not_hide_the_neurons(photos):
     with_fixed_artefact(model, 2, 3, norm=300)
     found = calibrate(model, photos, progress=False)
     assert first(found, found.top_k) == as_set(planted.neurons)
-    assert found.calibration["chosen"]["remaining"] < 0.05
+    assert found.calibration["verified_at"][0]["remaining"] < 0.05
     assert found.calibration["onset_layer"] == 2
 
 

@@ -662,7 +662,7 @@ def test_calibration_ranks_every_kind_of_tower(name: str) -> None:
     norms = token_norms(tower, pictures)[-1]
     threshold = float(norms.median())  # random models have no outliers: half of the tokens stand for them
     options = {"threshold": threshold, "layer": -1, "max_layer": -1, "progress": False}
-    neurons = testreg.calibrate(model, list(pictures), score="activation", **options)
+    neurons = testreg.calibrate(model, list(pictures), score="activation", top_k=50, held_out=0, **options)
 
     # Algorithm 1 in one line: each image's mean |activation| at its outliers, averaged over the images.
     hidden: list[list[Tensor]] = [[] for _ in tower.blocks]
@@ -681,12 +681,14 @@ def test_calibration_ranks_every_kind_of_tower(name: str) -> None:
         assert value == pytest.approx(float(means[layer, unit]), rel=1e-3)
     assert all(first[2] >= second[2] for first, second in pairwise(neurons.ranking))
 
-    by_write = testreg.calibrate(model, list(pictures), **options)
-    places = {(layer, unit) for layer, unit, _ in by_write.ranking}
+    by_contribution = testreg.calibrate(model, list(pictures), top_k=50, **options)  # ranks on two, measures on two
+    assert by_contribution.calibration["verified_at"][0]["grid"] == list(tower.grid(pictures))
+    assert 0 < by_contribution.calibration["verified_at"][0]["change_patches"] < 1
+    places = {(layer, unit) for layer, unit, _ in by_contribution.ranking}
     assert places <= {(layer, unit) for layer in range(tower.depth) for unit in range(tower.mlp_width)}
     if name == "vit_base_patch16_18x2_224":
         assert {unit < tower.mlp_width // 2 for _, unit in places} == {True, False}
-    testreg.patch(model, by_write)  # and the list fits
+    testreg.patch(model, by_contribution)  # and the list fits
 
 
 # What the registers hold ---------------------------------------------------------------------------------------------
