@@ -4,7 +4,7 @@ from testreg.calibrate import ImmovableOutliersError, NoOutliersError, calibrate
 from testreg.checkpoint import load, save
 from testreg.diagnose import Diagnosis, diagnose
 from testreg.families import Family, add_family
-from testreg.models import load_model
+from testreg.models import demo_model, load_model
 from testreg.neurons import RegisterNeurons
 from testreg.outliers import OutlierRule
 from testreg.register import disabled, is_patched, patch, registers, unpatch
@@ -18,6 +18,7 @@ __all__ = [
     "RegisterNeurons",
     "add_family",
     "calibrate",
+    "demo_model",
     "diagnose",
     "disabled",
     "is_patched",

@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", parents=[common], help="the whole job on a synthetic model, offline")
+    demo = commands.add_parser("demo", parents=[common], help="the whole job on a small model, offline")
     demo.add_argument("-o", "--output", type=Path, default=Path("testreg-demo.png"), help="picture to write")
     demo.set_defaults(run=_demo)
 
@@ -163,13 +163,12 @@ def _demo(args: argparse.Namespace) -> None:
     from testreg.demo import run_demo
     from testreg.viz import table
 
-    print("A synthetic model: a random ViT with planted register neurons; no pretrained weights are involved.")
+    _check_writable(args.output)
+    print("A small ViT, trained on CIFAR-10 around a planted outlier mechanism: see testreg/demo_model/README.md.")
     demo = run_demo()
-    (layer, planted), *_ = demo.planted.neurons.items()
-    print(f"planted:    {len(planted)} register neurons in block {layer}, and 2 decoys")
-    print(
-        f"calibrated: {len(demo.found.ranking)} neurons ranked; {demo.recovered} of {len(planted)} planted ones on top"
-    )
+    planted = sum(map(len, demo.planted.values()))
+    print(f"diagnosed:  {demo.found.calibration['verdict']}")
+    print(f"calibrated: {demo.found.top_k} register neurons, {demo.recovered} of the {planted} planted ones among them")
     print(f"patched:    one register\n\n{table(demo.before, demo.after)}\n")
     _save(demo.picture, args.output)
 
@@ -284,6 +283,13 @@ def _found(neurons: RegisterNeurons) -> str:
         facts["verdict"],
         f"ranked on {facts['images']} images{skipped}; halves of them agree on {agreement:.0%} of the neurons",
     ]
+    if curve := facts.get("curve"):
+        columns = ("neurons", "outliers left", "excess norm left", "change, pooled", "change, patches")
+        lines.append(f"chosen on held-out images:\n{'  '.join(columns)}")
+        for point in curve:
+            values = (f"{point[key]:.3f}" for key in ("remaining", "excess", "change_pooled", "change_patches"))
+            cells = zip((str(point["neurons"]), *values), columns, strict=True)
+            lines.append("  ".join(f"{cell:>{len(column)}}" for cell, column in cells))
     for each in facts.get("verified_at", ()):
         height, width = each["image_size"]
         lines.append(

@@ -1,7 +1,8 @@
-"""The main job on a model that needs no download: plant, calibrate, patch, compare."""
+"""The main job on the model that comes with the package: calibrate, patch, compare. No download is needed."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from testreg.calibrate import calibrate
 from testreg.data import image_paths, open_image
+from testreg.models import DEMO, demo_model
 from testreg.neurons import RegisterNeurons
-from testreg.planted import Planted, plant
 from testreg.register import patch
 from testreg.viz import Maps, compare, figure
 
@@ -20,51 +21,55 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PHOTOGRAPHS = Path(__file__).parent / "photographs"
-IMAGE_SIZE = 256
+IMAGE_SIZE, CROP_SIZE = 128, 96  # 32 x 32 patches are drawn, 24 x 24 calibrate
 
 
 @dataclass(frozen=True)
 class Demo:
-    planted: Planted
+    planted: dict[int, list[int]]
+    """What makes the outliers, as it was planted before the network was trained around it."""
     found: RegisterNeurons
-    recovered: int
-    """How many planted neurons are among the first of the ranking, as many as were planted."""
     before: Maps
     after: Maps
     picture: Figure
 
+    @property
+    def recovered(self) -> int:
+        """How many of the planted neurons were found."""
+        found = self.found.by_layer()
+        return sum(unit in found.get(layer, ()) for layer, units in self.planted.items() for unit in units)
 
-def photographs(size: int = IMAGE_SIZE) -> Tensor:
+
+def photographs(size: int, *, equalized: bool = False) -> Tensor:
     """The public-domain photographs that come with the package: (5, 3, size, size), in [-1, 1].
 
-    Their histograms are equalised, so that one threshold of brightness finds a few patches in each of them.
+    With equalised histograms, one threshold of brightness finds a few patches in each: planted models need that.
     """
     from torchvision.transforms.v2 import functional as tv
 
-    images = [tv.equalize(tv.pil_to_tensor(open_image(path))) for path in image_paths(PHOTOGRAPHS)]
+    images = [tv.pil_to_tensor(open_image(path)) for path in image_paths(PHOTOGRAPHS)]
+    images = [tv.equalize(image) for image in images] if equalized else images
     return torch.stack([tv.resize(image, [size, size], antialias=True) for image in images]).float() / 127.5 - 1
 
 
-def run_demo(seed: int = 0) -> Demo:
-    """Plant register neurons into a random ViT, let calibration find them without being told, patch and compare."""
-    import timm
+def crops(images: Tensor, size: int, stride: int | None = None) -> Tensor:
+    """All crops (n, 3, size, size) at a stride, by default `size`, of images (B, 3, h, w)."""
+    cut = images.unfold(2, size, stride or size).unfold(3, size, stride or size)  # (B, 3, rows, columns, size, size)
+    return cut.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
 
-    torch.manual_seed(seed)
-    model = timm.create_model(
-        "vit_base_patch16_clip_224",
-        img_size=IMAGE_SIZE,
-        patch_size=8,
-        depth=8,
-        embed_dim=128,
-        num_heads=4,
-        num_classes=0,
-    ).eval()
-    images = photographs()
-    planted = plant(model, images, outlier_fraction=0.01, decoys=True, seed=seed)
-    wanted = {(layer, unit) for layer, units in planted.neurons.items() for unit in units}
-    found = calibrate(model, images, top_k=len(wanted))
-    recovered = len(wanted & {(layer, unit) for layer, unit, _ in found.cut().ranking})
+
+def planted_neurons() -> dict[int, list[int]]:
+    """The register neurons of the demo model, `{layer: [units]}`."""
+    planted = json.loads((DEMO / "config.json").read_text(encoding="utf-8"))["testreg"]
+    return {planted["block"]: planted["units"]}
+
+
+def run_demo() -> Demo:
+    """Let calibration find the demo model's register neurons without being told, patch them, and compare."""
+    model = demo_model(IMAGE_SIZE)
+    found = calibrate(model, crops(photographs(2 * CROP_SIZE), CROP_SIZE, CROP_SIZE // 2))
+    images = photographs(IMAGE_SIZE)
     patch(model, found)
     before, after = compare(model, images, layer=found.calibration["detection_layer"])
-    picture = figure(images, before, after, "testreg on a synthetic model (random ViT with planted register neurons)")
-    return Demo(planted, found, recovered, before, after, picture)
+    picture = figure(images, before, after, "testreg's demo model: trained on CIFAR-10 around planted outliers")
+    return Demo(planted_neurons(), found, before, after, picture)

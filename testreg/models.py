@@ -20,7 +20,11 @@ from testreg.families import find_tower
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-NAMES = "timm:NAME, hf:NAME, open_clip:ARCH/PRETRAINED, hub:OWNER/REPO/NAME, torchvision:NAME or a checkpoint folder"
+NAMES = (
+    "timm:NAME, hf:NAME, open_clip:ARCH/PRETRAINED, hub:OWNER/REPO/NAME, torchvision:NAME, a checkpoint folder, or "
+    "demo: the small model that comes with testreg"
+)
+DEMO = Path(__file__).parent / "demo_model"
 _CHECK_HUB = "Check the name on huggingface.co, and the network"
 _CHECK_FOLDER = "The folder is damaged, or not for this release of the library: copy it, or save it, again"
 _RESIZE = 256 / 224  # ImageNet evaluation: short side to 256, then the middle 224
@@ -50,7 +54,8 @@ def load_model(
 
     Args:
         name: `timm:NAME` (also `timm:hf-hub:ORG/NAME`), `hf:NAME`, `open_clip:ARCH/PRETRAINED`, `hub:OWNER/REPO/NAME`,
-            `torchvision:NAME`, or the folder of a checkpoint of timm, transformers, open_clip or testreg.
+            `torchvision:NAME`, the folder of a checkpoint of timm, transformers, open_clip or testreg, or `demo` for
+            the model of `demo_model`.
         image_size: side of the square input in pixels; None for the model's own. Position embeddings are resampled.
             Models of torch.hub round it down to whole patches.
         pretrained: False for random weights.
@@ -69,7 +74,10 @@ def load_model(
         "torchvision": _load_torchvision,
     }
     library, _, rest = name.partition(":")
-    if library in loaders and rest:
+    if name == "demo":
+        model = demo_model() if image_size is None else demo_model(image_size)
+        loaded = LoadedModel(model, _timm_transform(model), name)
+    elif library in loaders and rest:
         loaded = loaders[library](name, rest, image_size, pretrained)
     else:
         loaded = _load_folder(name, image_size, pretrained)
@@ -77,6 +85,17 @@ def load_model(
     if device is not None:
         loaded.model.to(device)
     return loaded
+
+
+def demo_model(image_size: int = 128) -> nn.Module:
+    """The small ViT that comes with testreg, in eval mode, for images (B, 3, image_size, image_size) in [-1, 1].
+
+    A timm VisionTransformer with patches of 4 x 4 that classifies CIFAR-10, and has outliers on its background patches.
+    The mechanism was planted and the network trained around it: see `testreg/demo_model/README.md`.
+    """
+    model = _load_timm("demo", f"local-dir:{DEMO}", image_size, pretrained=True).model.eval()
+    model.__dict__["testreg_source"] = "demo"
+    return model
 
 
 def transform_for(model: nn.Module) -> Transform:
@@ -143,7 +162,9 @@ def _load_timm(name: str, rest: str, image_size: int | None, pretrained: bool) -
 def _timm_transform(model: nn.Module, image_size: int | None = None) -> Transform:
     from timm.data import create_transform, resolve_model_data_config
 
-    asked = {"input_size": (3, image_size, image_size)} if image_size else {}
+    made_for = getattr(getattr(model, "patch_embed", None), "img_size", None)  # with create_model(..., img_size=...)
+    height, width = (image_size, image_size) if image_size else made_for or (None, None)
+    asked = {"input_size": (3, height, width)} if height else {}
     return create_transform(**resolve_model_data_config(model, args=asked), is_training=False)
 
 

@@ -40,8 +40,9 @@ class Effect:
     worst_layer: int
     """That block."""
     excess: float
-    """What is left, after the detection block, of the norm by which outliers exceed what is normal (median + 5 robust
-    sigma); as a fraction of that before. Unlike a count, it tells whether neurons were left out that matter."""
+    """What is left, after the detection block, of the norm by which the plain model's outliers exceed what is normal in
+    their image (median + 5 robust sigma), in units of that; as a fraction of that before. Unlike a count, it tells
+    whether neurons were left out that matter."""
     change_pooled: float
     """1 - cosine of the last block's CLS token, or of the mean of the normal patches where there is none, without and
     with registers. What all images have in common is subtracted first: it would hide any change."""
@@ -72,8 +73,6 @@ class _Plain:
     """A batch, and what the plain model makes of it. L blocks, B images, N patches, K of them sampled, C width."""
 
     images: Tensor  # (B, 3, h, w)
-    normal: Tensor  # (B, 1), norm after the detection block up to which patches vary
-    limit: Tensor  # (L, B, 1), norm above which a patch is an outlier
     counted: Tensor  # (L, B, N), see `HeldOut`
     outlier: Tensor  # (B, N), after the detection block
     sampled: Tensor  # (B, K), indices of normal patches
@@ -163,9 +162,7 @@ class HeldOut:
     def _look(self, images: Tensor, sums: Sums, seed: int) -> _Plain:
         norms, tokens, answer = self._run(images)
         block, grid = self.detection.block, self.tower.grid(images)
-        rule = self.detection.rule
-        limit, normal = rule.limit(norms), rule.normal(norms[block])
-        outlier = norms > limit  # (L, B, N)
+        outlier = norms > self.detection.rule.limit(norms)  # (L, B, N)
         counted = (~ignored_patches(self.detection.ignored, grid).to(norms.device)).repeat(*norms.shape[:2], 1)
         counted[: self.onset] &= outlier[block]
         number = min(NORMAL_PATCHES, max(1, norms.shape[-1] // 2))
@@ -173,8 +170,6 @@ class HeldOut:
         sampled = order.expand(len(images), -1).masked_fill(outlier.any(0), -1).topk(number).indices
         plain = _Plain(
             images=images,
-            normal=normal,
-            limit=limit,
             counted=counted,
             outlier=outlier[block] & counted[block],
             sampled=sampled,
@@ -187,7 +182,7 @@ class HeldOut:
             {
                 "outliers": (outlier & counted).sum((1, 2)),
                 "patches": torch.tensor(norms[0].numel()),
-                "excess": _excess(norms[block], plain),
+                "excess": self._excess(norms, plain),
                 "features": torch.stack([pooled.sum(0), patches.sum(0)]),
                 "count": torch.tensor([len(pooled), len(patches)]),
             },
@@ -200,6 +195,11 @@ class HeldOut:
         patches = tokens.gather(1, (sampled + num_prefix).unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
         pooled = tokens[:, :1] if num_prefix else patches.mean(1, keepdim=True)
         return torch.cat([pooled, patches], 1)
+
+    def _excess(self, norms: Tensor, plain: _Plain) -> Tensor:
+        """Sum over the plain model's outliers of how far norms (L, B, N) exceed the normal, in units of that."""
+        norms = norms[self.detection.block]
+        return (norms / self.detection.rule.normal(norms) - 1).clamp(min=0)[plain.outlier].sum()
 
     def _compare(self, plain: _Plain, sums: Sums) -> None:
         norms, tokens, answer = self._run(plain.images)
@@ -216,17 +216,12 @@ class HeldOut:
         add(
             sums,
             {
-                "outliers": ((norms > plain.limit) & plain.counted).sum((1, 2)),
-                "excess": _excess(norms[self.detection.block], plain),
+                "outliers": ((norms > self.detection.rule.limit(norms)) & plain.counted).sum((1, 2)),
+                "excess": self._excess(norms, plain),
                 "cosine": torch.stack([cosine[:, 0].sum(), cosine[:, 1:].sum()]),
                 "agreed": (first == second).sum(),
             },
         )
-
-
-def _excess(norms: Tensor, plain: _Plain) -> Tensor:
-    """Sum over the outliers of how far norms (B, N) exceed the normal, in units of that."""
-    return (norms / plain.normal - 1).clamp(min=0)[plain.outlier].sum()
 
 
 @contextmanager

@@ -9,12 +9,11 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from timm.models.vision_transformer import checkpoint_filter_fn
-from tiny import BUILDERS, SPREAD_MLP, TIMM, build, fresh
+from tiny import BUILDERS, SPREAD_MLP, TIMM, build, fresh, photograph_crops
 from torch.utils.data import DataLoader, TensorDataset
 
 import testreg
 from testreg.calibrate import ImmovableOutliersError, NoOutliersError, calibrate, held_out_images
-from testreg.demo import photographs
 from testreg.families import find_tower
 from testreg.outliers import OutlierRule, token_norms
 from testreg.planted import plant
@@ -26,7 +25,7 @@ PLANTABLE = [name for name in BUILDERS if "swiglu" not in name and name not in S
 @pytest.fixture(scope="module")
 def photos():
     """45 crops of 64 pixels."""
-    return photographs(192).unfold(2, 64, 64).unfold(3, 64, 64).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 64, 64)
+    return photograph_crops()
 
 
 @pytest.fixture

@@ -12,12 +12,11 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from tiny import IMAGE, TIMM, TIMM_RECORDS, fresh
+from tiny import IMAGE, TIMM, TIMM_RECORDS, fresh, photograph_crops
 from torchvision.transforms.v2 import functional as tv
 
 import testreg
 from testreg.cli import main
-from testreg.demo import photographs
 from testreg.planted import plant
 
 records = pytest.mark.skipif(not TIMM_RECORDS, reason="this timm cannot rebuild a model of unusual size")
@@ -27,7 +26,7 @@ records = pytest.mark.skipif(not TIMM_RECORDS, reason="this timm cannot rebuild 
 def folder(tmp_path_factory):
     """A folder of photographs, a planted timm model saved in its library's own format, and one without outliers."""
     root = tmp_path_factory.mktemp("cli")
-    photos = photographs(192).unfold(2, 64, 64).unfold(3, 64, 64).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 64, 64)
+    photos = photograph_crops()
     (root / "photos").mkdir()
     for i, photo in enumerate(photos):
         tv.to_pil_image((photo + 1) / 2).save(root / "photos" / f"{i:02}.png")

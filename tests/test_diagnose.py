@@ -5,11 +5,10 @@ import pytest
 import timm
 import torch
 import transformers
-from tiny import HF, TIMM, build, fresh
+from tiny import HF, TIMM, build, fresh, photograph_crops
 from torch.overrides import _len_torch_function_stack
 
 import testreg
-from testreg.demo import photographs
 from testreg.diagnose import MASSIVE, QUANTILES, diagnose, neighbour_cosine
 from testreg.families import find_tower
 from testreg.outliers import OutlierRule
@@ -30,7 +29,7 @@ NORM_BEFORE_MLP = {
 @pytest.fixture(scope="module")
 def photos():
     """45 crops of 64 pixels."""
-    return photographs(192).unfold(2, 64, 64).unfold(3, 64, 64).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 64, 64)
+    return photograph_crops()
 
 
 @pytest.fixture

@@ -5,9 +5,8 @@ from contextlib import contextmanager
 import pytest
 import timm
 import torch
-from tiny import TIMM, fresh
+from tiny import TIMM, fresh, photograph_crops
 
-from testreg.demo import photographs
 from testreg.families import find_tower
 from testreg.outliers import OutlierRule, token_norms
 from testreg.planted import plant
@@ -20,7 +19,7 @@ FIXED = (1, 2)  # of 4 x 4 patches
 @pytest.fixture(scope="module")
 def photos():
     """45 crops of 64 pixels."""
-    return photographs(192).unfold(2, 64, 64).unfold(3, 64, 64).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 64, 64)
+    return photograph_crops()
 
 
 def random_model(name):

@@ -10,10 +10,9 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from PIL import Image
-from tiny import build, fresh
+from tiny import build, fresh, photograph_crops
 
 import testreg
-from testreg.demo import photographs
 from testreg.families import find_tower
 from testreg.neurons import RegisterNeurons
 from testreg.outliers import OutlierRule, token_norms
@@ -62,7 +61,7 @@ CALIBRATION = {
 @pytest.fixture(scope="module")
 def photos():
     """45 crops of 64 pixels."""
-    return photographs(192).unfold(2, 64, 64).unfold(3, 64, 64).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 64, 64)
+    return photograph_crops()
 
 
 @pytest.fixture(scope="module")

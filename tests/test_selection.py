@@ -3,20 +3,15 @@ import itertools
 import pytest
 import torch
 from test_calibrate import as_set
-from tiny import fresh
+from tiny import fresh, photograph_crops
 
 import testreg
-from testreg.demo import photographs
 from testreg.families import find_tower
 from testreg.outliers import Detection, OutlierRule, token_norms
 from testreg.planted import plant
 from testreg.selection import MAX_MEASUREMENTS, Effect, HeldOut, select, worst_of
 
 RULE = OutlierRule()
-
-
-def crops(size=192):
-    return photographs(size).unfold(2, 64, 64).unfold(3, 64, 64).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 64, 64)
 
 
 def ranking(count):
@@ -94,7 +89,7 @@ def test_worst_of():
 @pytest.mark.parametrize("name", ["timm_clip", "hf_siglip", "open_clip_sequence_first"])
 def test_effect_by_hand(name):
     """Every figure of an effect, computed with loops from the norms and features of the two models."""
-    images = crops()[:10]
+    images = photograph_crops()[:10]
     model = fresh(name)
     planted = plant(model, images, num_neurons=4)
     tower = find_tower(model)
@@ -114,20 +109,21 @@ def test_effect_by_hand(name):
     testreg.patch(model, testreg.RegisterNeurons(tuple(neurons)))
     after, tokens_after = look()
     testreg.unpatch(model)
-    limit = RULE.limit(before)
+    limit, limit_after = RULE.limit(before), RULE.limit(after)
     left, share, excess, excess_before = [], 0.0, 0.0, 0.0
     for layer in range(4):
         counted = before[2] > limit[2] if layer < 2 else torch.tensor(True)
         was = ((before[layer] > limit[layer]) & counted).sum().item()
-        now = ((after[layer] > limit[layer]) & counted).sum().item()
+        now = ((after[layer] > limit_after[layer]) & counted).sum().item()
         left.append(now / max(was, 1e-3 * before[layer].numel()))
     for i in range(10):
-        median = before[2, i].median()
+        median, median_after = before[2, i].median(), after[2, i].median()
         normal = median + 5 * 1.4826 * (before[2, i] - median).abs().median()
+        normal_after = median_after + 5 * 1.4826 * (after[2, i] - median_after).abs().median()
         for n in range(before.shape[-1]):
             if before[2, i, n] > limit[2, i]:
                 share += 1 / before[2].numel()
-                excess += max((after[2, i, n] / normal - 1).item(), 0)
+                excess += max((after[2, i, n] / normal_after - 1).item(), 0)
                 excess_before += max((before[2, i, n] / normal - 1).item(), 0)
     assert held_out.outlier_fraction == pytest.approx(share)
     assert effect.neurons == 2
@@ -145,7 +141,7 @@ def test_effect_by_hand(name):
 
 
 def test_moving_nothing_that_matters_changes_nothing():
-    images = list(crops()[:6])
+    images = list(photograph_crops()[:6])
     model = fresh("timm_clip")
     planted = plant(model, torch.stack(images), num_neurons=4)
     tower = find_tower(model)
@@ -161,7 +157,7 @@ def test_moving_nothing_that_matters_changes_nothing():
 
 
 def test_the_given_head_is_asked():
-    images = list(crops()[:8])
+    images = list(photograph_crops()[:8])
     model = fresh("timm_clip")
     plant(model, torch.stack(images), num_neurons=4)
     tower = find_tower(model)

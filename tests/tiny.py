@@ -9,7 +9,9 @@ import timm
 import torch
 import torchvision
 import transformers
-from torch import nn
+from torch import Tensor, nn
+
+from testreg.demo import crops, photographs
 
 TIMM_RECORDS = tuple(map(int, timm.__version__.split(".")[:3])) >= (1, 0, 31)  # the arguments that made a model
 TORCH_2_9 = torch.__version__.startswith("2.9.")
@@ -112,3 +114,8 @@ def build(name: str, seed: int = 0) -> nn.Module:
             elif parameter.ndim == 2 and parameter.shape[0] > 1 and "embed" not in key:
                 parameter.normal_(std=1.2 / parameter.shape[1] ** 0.5)
     return model
+
+
+def photograph_crops() -> Tensor:
+    """45 crops (3, 64, 64) of the photographs that come with the package, for planting."""
+    return crops(photographs(192, equalized=True), 64)
