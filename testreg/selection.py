@@ -36,7 +36,8 @@ class Effect:
 
     neurons: int
     remaining: float
-    """Outliers left after the block where most are, as a fraction of those before."""
+    """Outliers left after the block where most are, as a fraction of those before. What is left exceeds the limit of
+    its image both as the plain and as the patched model sees it."""
     worst_layer: int
     """That block."""
     excess: float
@@ -73,6 +74,7 @@ class _Plain:
     """A batch, and what the plain model makes of it. L blocks, B images, N patches, K of them sampled, C width."""
 
     images: Tensor  # (B, 3, h, w)
+    limit: Tensor  # (L, B, 1), norm above which a patch is an outlier
     counted: Tensor  # (L, B, N), see `HeldOut`
     outlier: Tensor  # (B, N), after the detection block
     sampled: Tensor  # (B, K), indices of normal patches
@@ -162,7 +164,8 @@ class HeldOut:
     def _look(self, images: Tensor, sums: Sums, seed: int) -> _Plain:
         norms, tokens, answer = self._run(images)
         block, grid = self.detection.block, self.tower.grid(images)
-        outlier = norms > self.detection.rule.limit(norms)  # (L, B, N)
+        limit = self.detection.rule.limit(norms)
+        outlier = norms > limit  # (L, B, N)
         counted = (~ignored_patches(self.detection.ignored, grid).to(norms.device)).repeat(*norms.shape[:2], 1)
         counted[: self.onset] &= outlier[block]
         number = min(NORMAL_PATCHES, max(1, norms.shape[-1] // 2))
@@ -170,6 +173,7 @@ class HeldOut:
         sampled = order.expand(len(images), -1).masked_fill(outlier.any(0), -1).topk(number).indices
         plain = _Plain(
             images=images,
+            limit=limit,
             counted=counted,
             outlier=outlier[block] & counted[block],
             sampled=sampled,
@@ -203,6 +207,8 @@ class HeldOut:
 
     def _compare(self, plain: _Plain, sums: Sums) -> None:
         norms, tokens, answer = self._run(plain.images)
+        # By both limits: norms may grow evenly, so that none stands out, or even out, so that small ones do.
+        outlier = norms > torch.maximum(plain.limit, self.detection.rule.limit(norms))
         before, after = (
             torch.cat([features[:, :1] - self.centre[0].to(features), features[:, 1:] - self.centre[1].to(features)], 1)
             for features in (plain.features, self._features(tokens, plain.sampled))
@@ -216,7 +222,7 @@ class HeldOut:
         add(
             sums,
             {
-                "outliers": ((norms > self.detection.rule.limit(norms)) & plain.counted).sum((1, 2)),
+                "outliers": (outlier & plain.counted).sum((1, 2)),
                 "excess": self._excess(norms, plain),
                 "cosine": torch.stack([cosine[:, 0].sum(), cosine[:, 1:].sum()]),
                 "agreed": (first == second).sum(),

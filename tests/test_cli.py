@@ -136,11 +136,11 @@ def test_no_outliers_is_exit_code_3_and_no_file(folder, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_demo_recovers_what_was_planted_and_says_that_it_is_synthetic(tmp_path, capsys):
+def test_demo_finds_what_was_planted_and_says_that_it_was(tmp_path, capsys):
     assert main(["demo", "-o", str(tmp_path / "demo.png")]) == 0
     out = capsys.readouterr().out
-    assert "synthetic" in out
-    assert "6 of 6 planted" in out
+    assert "around a planted outlier mechanism" in out
+    assert "6 register neurons, 6 of the 6 planted ones among them" in out
     before, after = (float(value.rstrip("%")) for value in out.split("outlier patches")[1].split()[:2])
     assert after < 0.05 * before
     assert (tmp_path / "demo.png").stat().st_size > 50_000
@@ -279,3 +279,12 @@ def test_calibrate_writes_the_report_and_the_figures(folder, tmp_path, capsys):
     assert "verified on 23 others at 64 x 64" in out
     assert "verified on 23 others at 96 x 96" in out
     assert out.endswith(f"{report}\n{figures}\n")
+
+
+def test_the_demo_model_is_a_model_like_others(folder, tmp_path, capsys):
+    assert main(["diagnose", "demo", "--images", str(folder / "photos"), "--image-size", "64"]) == 0
+    assert "outliers from block 3 (MLP)" in capsys.readouterr().out
+    photo = str(folder / "photos" / "00.png")
+    assert main(["show", "demo", photo, "-o", str(tmp_path / "picture.png")]) == 0
+    assert main(["apply", "demo", "-o", str(tmp_path / "patched")]) == 0
+    assert testreg.is_patched(testreg.load(tmp_path / "patched"))
