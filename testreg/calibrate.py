@@ -38,10 +38,11 @@ from testreg.outliers import Detection, OutlierRule
 from testreg.progress import progress_bar
 from testreg.ranking import Score, Statistics, best, look_at, overlap, scores
 from testreg.register import is_patched
-from testreg.selection import MAX_MEASUREMENTS, Effect, Head, HeldOut, Selection, select, worst_of
+from testreg.selection import MAX_MEASUREMENTS, MAX_NEURONS, Effect, Head, HeldOut, Selection, select, worst_of
 
 CHUNK = 64  # images between two looks at whether the ranking is stable, and between two saved states
 NUM_CHOOSING = 24  # held-out images on which sets of neurons are compared; the rest verifies the one that was chosen
+NEGLIGIBLE = 0.01  # of the best score: what less may do, in some image, is chance
 MIN_RANKED = 1000  # neurons that the list keeps, so that it can be cut anew
 
 STATE = "testreg-calibration"
@@ -503,9 +504,8 @@ def _choose(
                 return worst_of([each.effect(neurons) for each in choosing])
 
             for tried in lasts:
-                selections[tried] = select(
-                    rankings[tried], measure, target=target, max_change=max_change, is_late=is_late
-                )
+                candidates = best(combined, tried, MAX_NEURONS, at_least=NEGLIGIBLE)
+                selections[tried] = select(candidates, measure, target=target, max_change=max_change, is_late=is_late)
                 if selections[tried].effect.remaining <= target:
                     break
         last = min(selections, key=lambda each: max(selections[each].effect.remaining, target))

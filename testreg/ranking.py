@@ -244,10 +244,14 @@ def _columns(block: Block) -> Tensor:
     return torch.cat(columns, -1).cpu()
 
 
-def best(scores: Tensor, last: int, count: int) -> tuple[Neuron, ...]:
-    """The best `count` neurons of the blocks up to `last`, by scores (L, H); those without a positive one are none."""
+def best(scores: Tensor, last: int, count: int, *, at_least: float = 0.0) -> tuple[Neuron, ...]:
+    """The best `count` neurons of the blocks up to `last`, by scores (L, H), that are positive.
+
+    Args:
+        at_least: leave out those with less than this fraction of the best score.
+    """
     values, order = scores[: last + 1].flatten().sort(descending=True, stable=True)
-    keep = int((values > 0).sum().clamp(max=count))
+    keep = int(((values > 0) & (values >= at_least * values[0])).sum().clamp(max=count))
     width = scores.shape[1]
     return tuple(
         (index // width, index % width, value)

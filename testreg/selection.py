@@ -302,9 +302,8 @@ def select(
             curve.append(measured(ranking[:middle]))
             low, high = (low, middle) if is_enough(curve[-1]) else (middle, high)
 
-    limit = min(len(ranking), MAX_NEURONS)
-    while curve[-1].neurons < limit and not is_over():
-        curve.append(measured(ranking[: min(2 * curve[-1].neurons, limit)]))
+    while curve[-1].neurons < len(ranking) and not is_over():
+        curve.append(measured(ranking[: 2 * curve[-1].neurons]))
         before, last = curve[-2:]
         if not is_allowed(last):
             bisect(before.neurons, last.neurons, lambda effect: not is_allowed(effect))

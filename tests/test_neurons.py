@@ -13,8 +13,10 @@ import transformers
 
 import testreg
 from testreg import RegisterNeurons
+from testreg.demo import planted_neurons
 from testreg.families import find_tower
 from testreg.neurons import bundled, config_folder, describe_model, fingerprint, resolve
+from testreg.register import patch_of
 
 RANKING = ((5, 599, 7.0), (5, 1869, 4.5), (4, 2028, 2.25), (3, 1074, 1.2))
 
@@ -387,12 +389,12 @@ DEFAULT_NAMES = [(name, key) for key, one in BUNDLED.items() for name in one.mod
 
 
 def test_there_are_bundled_lists_and_every_file_is_one() -> None:
-    assert len(BUNDLED) == 18
+    assert len(BUNDLED) == 18 + 1  # and that of the demo model
     assert {path.name for path in config_folder().iterdir()} == {f"{key}.json" for key in BUNDLED}
 
 
-@pytest.mark.parametrize("key", BUNDLED)
-def test_bundled_list_is_complete(key: str) -> None:
+@pytest.mark.parametrize("key", BUNDLED.keys() - {"demo"})
+def test_published_list_is_complete(key: str) -> None:
     one = BUNDLED[key]
     assert key == key.lower()
     assert set(key) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
@@ -406,6 +408,15 @@ def test_bundled_list_is_complete(key: str) -> None:
     assert one.calibration
     one.check_fits(one.model["depth"], one.model["mlp_width"])
     assert one.by_layer()
+
+
+def test_the_demo_model_has_its_list(recwarn: pytest.WarningsRecorder) -> None:
+    """Made by testreg on these very weights; it holds the planted neurons."""
+    model = testreg.patch(testreg.demo_model())
+    assert BUNDLED["demo"].verified
+    found = patch_of(model).neurons.by_layer()
+    assert all(set(units) <= set(found[layer]) for layer, units in planted_neurons().items())
+    assert not recwarn.list
 
 
 def test_bundled_lists_are_written_as_save_writes(tmp_path: Path) -> None:
