@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -84,15 +84,28 @@ def ignored_patches(ignored: Collection[tuple[int, int]], grid: tuple[int, int])
 @contextmanager
 def recorded_norms(tower: Tower) -> Iterator[list[Tensor]]:
     """Within the block, a forward of the tower appends the norms (B, T), in float32, of each block's output tokens."""
-    norms: list[Tensor] = []
+    with _recorded(tower, range(tower.depth), lambda tokens: tokens.float().norm(dim=-1)) as norms:
+        yield norms
+
+
+@contextmanager
+def recorded_tokens(tower: Tower, layer: int) -> Iterator[list[Tensor]]:
+    """Within the block, a forward of the tower appends the tokens (B, T, C) that block `layer` gives."""
+    with _recorded(tower, [layer], lambda tokens: tokens) as tokens:
+        yield tokens
+
+
+@contextmanager
+def _recorded(tower: Tower, layers: Sequence[int], reduce: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+    recorded: list[Tensor] = []
 
     def record(module: nn.Module, args: tuple[object, ...], output: Tensor | tuple[Tensor, ...]) -> None:
         tokens = output[0] if isinstance(output, tuple) else output
-        norms.append(tower.batch_first(tokens.detach().float().norm(dim=-1)))
+        recorded.append(tower.batch_first(reduce(tokens.detach())))
 
-    handles = [block.module.register_forward_hook(record) for block in tower.blocks]
+    handles = [tower.blocks[layer].module.register_forward_hook(record) for layer in layers]
     try:
-        yield norms
+        yield recorded
     finally:
         for handle in handles:
             handle.remove()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from testreg.families import Block, Mlp, Tower
 from testreg.neurons import Neuron
-from testreg.outliers import Detection, recorded_norms
+from testreg.outliers import Detection, recorded_norms, recorded_tokens
 
 Score = Literal["contribution", "write", "contrast", "activation"]
 
@@ -90,18 +90,13 @@ def look_at(
     seed: int = 0,
 ) -> Statistics:
     """Statistics of one batch (B, 3, h, w), on the CPU. The images' numbers choose halves and normal tokens."""
-    kept: list[Tensor] = []
-
-    def keep(module: nn.Module, args: tuple[object, ...], output: Tensor | tuple[Tensor, ...]) -> None:
-        kept.append(tower.batch_first(output[0] if isinstance(output, tuple) else output))
-
-    handle = tower.blocks[detection.block].module.register_forward_hook(keep)
-    try:
-        with recorded_norms(tower) as block_norms, _recorded_mlp_inputs(tower, sparsity_filter) as (inputs, sparse):
-            tower.run(images)
-    finally:
-        handle.remove()
-    norms, tokens = torch.stack(block_norms), kept[0]  # (L, B, T), (B, T, C)
+    with (
+        recorded_norms(tower) as block_norms,
+        recorded_tokens(tower, detection.block) as block_tokens,
+        _recorded_mlp_inputs(tower, sparsity_filter) as (inputs, sparse),
+    ):
+        tower.run(images)
+    norms, tokens = torch.stack(block_norms), block_tokens[0]  # (L, B, T), (B, T, C)
     grid, num_prefix = tower.grid(images), tower.num_prefix
     norms, tokens = norms[..., : num_prefix + grid[0] * grid[1]], tokens[:, : num_prefix + grid[0] * grid[1]]
     patches = norms[..., num_prefix:]

@@ -292,7 +292,7 @@ def _sample(report: Report) -> str:
     count = f"{report.before.images} image{'s' * (report.before.images != 1)}"
     if report.facts.get("held_out") is None:
         return f"Before and after are measured on the {count} that this report was given."
-    also = " How many of the ranked neurons to use was chosen on such images." if report.curve else ""
+    also = " How many of the ranked neurons to use was chosen on others still." if report.curve else ""
     return f"Before and after are measured on {count} held out: the neurons were ranked without them.{also}"
 
 

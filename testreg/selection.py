@@ -18,7 +18,7 @@ from testreg.data import batched
 from testreg.distributed import Sums, add, gathered, summed
 from testreg.families import Tower
 from testreg.neurons import Neuron, RegisterNeurons
-from testreg.outliers import MIN_FRACTION, Detection, ignored_patches, recorded_norms
+from testreg.outliers import MIN_FRACTION, Detection, ignored_patches, recorded_norms, recorded_tokens
 from testreg.register import patch, unpatch
 
 Head = Callable[[nn.Module, Tensor], Tensor]
@@ -145,21 +145,13 @@ class HeldOut:
 
     def _run(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Norms (L, B, N) of the patches, tokens (B, P + N, C) after the last block, and the given head's classes."""
-        tower, kept = self.tower, list[Tensor]()
-
-        def keep(module: nn.Module, args: tuple[object, ...], output: Tensor | tuple[Tensor, ...]) -> None:
-            kept.append(tower.batch_first(output[0] if isinstance(output, tuple) else output))
-
-        handle = tower.blocks[-1].module.register_forward_hook(keep)
-        try:
-            with torch.no_grad(), recorded_norms(tower) as norms:
-                scores = tower.run(images) if self.head is None else self.head(self.model, images)
-        finally:
-            handle.remove()
+        tower = self.tower
+        with torch.no_grad(), recorded_norms(tower) as norms, recorded_tokens(tower, -1) as last:
+            scores = tower.run(images) if self.head is None else self.head(self.model, images)
         rows, columns = tower.grid(images)
         end = tower.num_prefix + rows * columns
         answer = None if self.head is None else scores.argmax(-1)
-        return torch.stack(norms)[..., tower.num_prefix : end], kept[0][:, :end].float(), answer
+        return torch.stack(norms)[..., tower.num_prefix : end], last[0][:, :end].float(), answer
 
     def _look(self, images: Tensor, sums: Sums, seed: int) -> _Plain:
         norms, tokens, answer = self._run(images)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from testreg.attention import attention_to_patches, entropy
 from testreg.families import Tower, find_tower
-from testreg.outliers import OutlierRule, token_norms
+from testreg.outliers import OutlierRule, recorded_tokens, token_norms
 from testreg.register import disabled
 
 if TYPE_CHECKING:
@@ -64,14 +64,8 @@ def measure(
         limit: an earlier result's limit, to count what is left of the outliers by the same measure.
         attention: False leaves it out, of towers whose attention cannot be observed.
     """
-    kept: list[Tensor] = []
-    handle = tower.blocks[-1].module.register_forward_hook(
-        lambda module, args, output: kept.append(output[0] if isinstance(output, tuple) else output)
-    )
-    try:
+    with recorded_tokens(tower, -1) as last:
         norms = token_norms(tower, images)
-    finally:
-        handle.remove()
     rows, columns = grid = tower.grid(images)
     patches = slice(tower.num_prefix, tower.num_prefix + rows * columns)
     norms = norms[layer, :, patches]  # (B, N)
@@ -80,7 +74,7 @@ def measure(
     maps = Maps(
         norms=norms.unflatten(1, grid).cpu(),
         attention=None if drawn is None else drawn.mean(1).unflatten(1, grid).cpu(),
-        features=tower.batch_first(kept[0])[:, patches].detach().float().unflatten(1, grid).cpu(),
+        features=last[0][:, patches].float().unflatten(1, grid).cpu(),
         outlier_fraction=float((norms > limit).float().mean()),
         max_over_median=float((norms.amax(1) / norms.median(1).values).mean()),
         attention_entropy=None if drawn is None else float(entropy(drawn).mean()),
