@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 import testreg
 from testreg.families import find_tower
+from testreg.planted import plant
 
 NUM_NEURONS, LAYERS = 50, (3, 4, 5, 6, 7, 8)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -158,9 +159,8 @@ def measure_memory(args: argparse.Namespace) -> Row:
 def build(args: argparse.Namespace, dtype: torch.dtype, *, with_outliers: bool = False) -> nn.Module:
     torch.manual_seed(0)
     model = timm.create_model(args.model, pretrained=False)
-    if with_outliers:  # a huge position embedding makes two patches stand out in every block
-        with torch.no_grad():
-            model.pos_embed[:, [40, 120]] += 50 * torch.randn(1, 2, model.embed_dim)
+    if with_outliers:
+        plant(model, random_images(8, model))
     return model.to(args.device, dtype).eval()
 
 
@@ -186,7 +186,7 @@ def calibrate(model: nn.Module, batches: Any, batch_size: int) -> None:
     from testreg.calibrate import calibrate
 
     # Diagnosis and ranking; choosing neurons is forwards of the patched model, whose cost is measured above.
-    calibrate(model, batches, layer=-1, top_k=NUM_NEURONS, held_out=0, batch_size=batch_size, progress=False)
+    calibrate(model, batches, top_k=NUM_NEURONS, held_out=0, batch_size=batch_size, progress=False)
 
 
 def in_turns(sides: dict[str, Run], device: str, turns: int) -> dict[str, list[float]]:
