@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import testreg
-from testreg.data import image_paths, open_image
+from testreg.demo import photographs
 from testreg.diagnose import neighbour_cosine
 from testreg.families import find_tower
 from testreg.files import replacing
@@ -552,18 +552,6 @@ def probes(before: Tensor, after: Tensor, outlier: Tensor, images: Tensor) -> di
         "position": explained(place.flatten(0, 1).expand(len(images), -1, -1)),
         "mean colour": explained(F.avg_pool2d(images, PATCH).flatten(2).transpose(1, 2)),
     }
-
-
-def photographs(size: int) -> Tensor:
-    """The photographs that come with testreg, (5, 3, size, size)."""
-    from torchvision.transforms.v2 import functional as tv
-
-    paths = image_paths(Path(testreg.__file__).parent / "photographs")
-    images = [
-        tv.center_crop(tv.resize(tv.pil_to_tensor(open_image(path)), size, antialias=True), [size, size])
-        for path in paths
-    ]
-    return normalised(torch.stack(images))
 
 
 def measure(model: Model, units: Sequence[int], data: tuple[Tensor, Tensor]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -159,7 +159,11 @@ def calibrate(
     for each, tower, own in zip(models, towers, transforms, strict=True):
         stream = ImageStream(images, own or OwnTransform(each), num_images=num_images, workers=workers, seed=seed)
         views.append(_View(each, tower, stream, batch_size, seed, progress))
-    with _evaluating(towers, amp):
+    with ExitStack() as stack:
+        for tower in towers:
+            stack.enter_context(tower.evaluating())
+        if amp is not None:
+            stack.enter_context(torch.autocast(towers[0].device.type, amp))
         for view in views:
             view.deal(held_out)
         found = _detect(views, rule, layer, insist=layer is not None or max_layer is not None)
@@ -174,7 +178,7 @@ def calibrate(
         }
         _rank(
             views,
-            state=None if resume is None else _State(Path(resume), {**facts, "held_out": held_out}),
+            state=None if resume is None else _State(Path(resume), views, {**facts, "held_out": held_out}),
             is_enough=lambda: stability is not None and _stability(views, score, last)[0] >= stability,
             is_late=is_late,
             sparsity_filter=sparsity_filter,
@@ -238,17 +242,6 @@ def _block(index: int, depth: int, name: str) -> int:
     if not -depth <= index < depth:
         raise ValueError(f"{name}={index} is out of range: the model has {depth} blocks")
     return index % depth
-
-
-@contextmanager
-def _evaluating(towers: Sequence[Tower], amp: torch.dtype | None) -> Iterator[None]:
-    with ExitStack() as stack:
-        for tower in towers:
-            stack.callback(tower.module.train, tower.module.training)
-            tower.module.eval()
-        if amp is not None:
-            stack.enter_context(torch.autocast(towers[0].device.type, amp))
-        yield
 
 
 @dataclass(eq=False)
@@ -353,7 +346,7 @@ def _rank(
     include_prefix: bool,
 ) -> None:
     """Add images to the views' statistics, chunk by chunk."""
-    done = 0 if state is None else state.load(views)  # images with lower numbers are in the statistics
+    done = 0 if state is None else state.load()  # images with lower numbers are in the statistics
     for view in views if done else ():
         view.go_to(done)
 
@@ -382,33 +375,36 @@ def _rank(
                 view.statistics += functools.reduce(operator.add, gathered(added))
             done = end
             if state is not None:
-                state.save(views, done)
+                state.save(done)
 
 
 class _State:
-    """The statistics of a run that may be interrupted, in a safetensors file."""
+    """The views' statistics of a run that may be interrupted, in a safetensors file."""
 
-    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
-        self.path, self.facts = path, facts
-
-    def _of(self, views: Sequence[_View]) -> dict[str, Any]:
+    def __init__(self, path: Path, views: Sequence[_View], facts: dict[str, Any]) -> None:
+        self.path, self.views = path, views
+        run = {
+            **facts,
+            "weights": fingerprint(views[0].tower),
+            "sizes": [view.diagnosis.image_size for view in views],
+            "detection": [[view.detection.block, view.onset, sorted(view.detection.ignored)] for view in views],
+        }
+        self.run: dict[str, Any] = json.loads(json.dumps(run))
         """What must be the same for the sums to be of the same run; as JSON gives it back."""
-        detections = [[view.detection.block, view.onset, sorted(view.detection.ignored)] for view in views]
-        weights = fingerprint(views[0].tower)
-        sizes = [view.diagnosis.image_size for view in views]
-        return json.loads(json.dumps({**self.facts, "weights": weights, "sizes": sizes, "detection": detections}))
 
-    def save(self, views: Sequence[_View], done: int) -> None:
+    def save(self, done: int) -> None:
         if rank() != 0:
             return
         tensors = {
-            f"{i}.{name}": tensor for i, view in enumerate(views) for name, tensor in view.statistics.tensors().items()
+            f"{i}.{name}": tensor
+            for i, view in enumerate(self.views)
+            for name, tensor in view.statistics.tensors().items()
         }
-        run = {"format": STATE, "done": done, "run": self._of(views)}
+        saved = {"format": STATE, "done": done, "run": self.run}
         with replacing(self.path) as temporary:
-            save_file(tensors, temporary, metadata={"testreg": json.dumps(run)})
+            save_file(tensors, temporary, metadata={"testreg": json.dumps(saved)})
 
-    def load(self, views: Sequence[_View]) -> int:
+    def load(self) -> int:
         """Fill the views' statistics; returns the number of the first image that is not in them."""
         if not self.path.exists():
             return 0
@@ -420,14 +416,13 @@ class _State:
             raise ValueError(f"{self.path} is not a saved state: {error}. Delete it to start anew") from error
         if saved.get("format") != STATE:
             raise ValueError(f"{self.path} is not the saved state of a calibration: name another file")
-        now = self._of(views)
         for key, value in saved["run"].items():
-            if now.get(key) != value:
+            if self.run.get(key) != value:
                 raise ValueError(
-                    f"{self.path} is of another run: {key} was {value}, and is {now.get(key)}. "
+                    f"{self.path} is of another run: {key} was {value}, and is {self.run.get(key)}. "
                     "Name another file, or delete it to start anew"
                 )
-        for i, view in enumerate(views):
+        for i, view in enumerate(self.views):
             names = view.statistics.tensors()
             view.statistics = Statistics(**{name: tensors[f"{i}.{name}"] for name in names})
         return int(saved["done"])

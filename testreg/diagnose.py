@@ -304,16 +304,11 @@ def diagnose(
         seed=seed,
     )
     sums = _AllSums(tower.depth)
-    was_training = tower.module.training
-    tower.module.eval()
-    try:
-        with progress_bar("diagnosing", batches.length, progress) as bar:
-            for batch in batches:
-                image_size = list(batch.shape[-2:])
-                _accumulate(sums, tower, batch, rule, ignored)
-                bar.update(len(batch))
-    finally:
-        tower.module.train(was_training)
+    with tower.evaluating(), progress_bar("diagnosing", batches.length, progress) as bar:
+        for batch in batches:
+            image_size = list(batch.shape[-2:])
+            _accumulate(sums, tower, batch, rule, ignored)
+            bar.update(len(batch))
     sums = functools.reduce(_AllSums.add, gathered(sums))
     residuals = [_residual(place) if place else None for place in sums.places]
     embedding, *_ = residuals

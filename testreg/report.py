@@ -189,23 +189,21 @@ def look(
     images = images if isinstance(images, Tensor) else torch.stack(list(images))
     rule = rule or OutlierRule()
     tower = find_tower(model)
-    was_training = tower.module.training
     patch(model, neurons)
-    tower.module.eval()
     try:
-        with disabled(model):
-            before = diagnose(model, images, batch_size=batch_size, rule=rule, progress=False)
-            before = replace(before, patched=False)
-            layer = _most_outlying(before, neurons)
-            norms_before = _norms(model, tower, images.split(batch_size), layer, rule)
-        after = diagnose(model, images, batch_size=batch_size, rule=rule, progress=False)
-        norms_after = _norms(model, tower, images.split(batch_size), layer, rule)
-        most = norms_before.outliers.argsort(descending=True, stable=True)[:NUM_PHOTOGRAPHS]
-        photographs = images[most.sort().values]
-        observable = before.blocks[-1].outlier_attention is not None
-        maps_before, maps_after = compare(model, photographs, layer, attention=observable)
+        with tower.evaluating():
+            with disabled(model):
+                before = diagnose(model, images, batch_size=batch_size, rule=rule, progress=False)
+                before = replace(before, patched=False)
+                layer = _most_outlying(before, neurons)
+                norms_before = _norms(model, tower, images.split(batch_size), layer, rule)
+            after = diagnose(model, images, batch_size=batch_size, rule=rule, progress=False)
+            norms_after = _norms(model, tower, images.split(batch_size), layer, rule)
+            most = norms_before.outliers.argsort(descending=True, stable=True)[:NUM_PHOTOGRAPHS]
+            photographs = images[most.sort().values]
+            observable = before.blocks[-1].outlier_attention is not None
+            maps_before, maps_after = compare(model, photographs, layer, attention=observable)
     finally:
-        tower.module.train(was_training)
         unpatch(model)
     return Report(
         neurons=neurons,

@@ -7,6 +7,15 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers and timm are imported
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))  # whose architectures are tested too
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def photos() -> torch.Tensor:
+    """45 crops of 64 pixels."""
+    from tiny import photograph_crops
+
+    return photograph_crops()

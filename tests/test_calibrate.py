@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from timm.models.vision_transformer import checkpoint_filter_fn
-from tiny import BUILDERS, SPREAD_MLP, TIMM, build, fresh, photograph_crops
+from tiny import BUILDERS, SPREAD_MLP, TIMM, build, fresh
 from torch.utils.data import DataLoader, TensorDataset
 
 import testreg
@@ -20,12 +20,6 @@ from testreg.planted import plant
 
 DATA = Path(__file__).parent / "data"
 PLANTABLE = [name for name in BUILDERS if "swiglu" not in name and name not in SPREAD_MLP]
-
-
-@pytest.fixture(scope="module")
-def photos():
-    """45 crops of 64 pixels."""
-    return photograph_crops()
 
 
 @pytest.fixture

@@ -1,41 +1,32 @@
 """The trained model that comes with the package, on the photographs that come with it."""
 
-import json
-from pathlib import Path
-
 import pytest
 import timm
-import torch
 from torch import Tensor, nn
-from torchvision.transforms.v2 import functional as tv
 
 import testreg
-from testreg.data import image_paths, open_image
+from testreg import demo
+from testreg.demo import planted_neurons
 from testreg.families import find_tower
+from testreg.models import DEMO
 from testreg.outliers import OutlierRule, token_norms
 
-PACKAGE = Path(testreg.__file__).parent
-FOLDER = PACKAGE / "demo_model"
 SIZES = (128, 224)
 
 
 @pytest.fixture(scope="module")
 def neurons() -> dict[int, list[int]]:
-    planted = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))["testreg"]
-    return {planted["block"]: planted["units"]}
+    return planted_neurons()
 
 
 @pytest.fixture
 def model() -> nn.Module:
-    return timm.create_model(f"local-dir:{FOLDER}", pretrained=True).eval()
+    return timm.create_model(f"local-dir:{DEMO}", pretrained=True).eval()
 
 
 @pytest.fixture(scope="module", params=SIZES)
 def photographs(request: pytest.FixtureRequest) -> Tensor:
-    images = [tv.pil_to_tensor(open_image(path)) for path in image_paths(PACKAGE / "photographs")]
-    size = request.param
-    images = [tv.center_crop(tv.resize(image, size, antialias=True), [size, size]) for image in images]
-    return torch.stack(images).float() / 127.5 - 1
+    return demo.photographs(request.param)
 
 
 def patch_norms(model: nn.Module, images: Tensor) -> Tensor:
@@ -46,7 +37,7 @@ def patch_norms(model: nn.Module, images: Tensor) -> Tensor:
 
 def test_it_is_small(model: nn.Module) -> None:
     assert sum(weight.numel() for weight in model.parameters()) < 2_000_000
-    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 4_000_000
+    assert sum(path.stat().st_size for path in DEMO.iterdir()) < 4_000_000
 
 
 def test_every_photograph_has_outliers_from_the_planted_block_to_the_last(

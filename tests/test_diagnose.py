@@ -5,7 +5,7 @@ import pytest
 import timm
 import torch
 import transformers
-from tiny import HF, TIMM, build, fresh, photograph_crops
+from tiny import HF, TIMM, build, fresh
 from torch.overrides import _len_torch_function_stack
 
 import testreg
@@ -24,12 +24,6 @@ NORM_BEFORE_MLP = {
     "open_clip_sequence_first": "ln_2",
     "torchvision_vit": "ln_2",
 }
-
-
-@pytest.fixture(scope="module")
-def photos():
-    """45 crops of 64 pixels."""
-    return photograph_crops()
 
 
 @pytest.fixture

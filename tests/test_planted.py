@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import timm
 import torch
-from tiny import TIMM, fresh, photograph_crops
+from tiny import TIMM, fresh
 
 from testreg.families import find_tower
 from testreg.outliers import OutlierRule, token_norms
@@ -14,12 +14,6 @@ from testreg.planted import plant
 FAMILIES = ["timm_vit", "timm_eva", "hf_clip", "hf_dinov2", "hf_siglip", "hf_dinov3", "open_clip"]
 WITH_POSITIONS = ["timm_vit", "timm_eva", "hf_dinov2", "hf_siglip"]
 FIXED = (1, 2)  # of 4 x 4 patches
-
-
-@pytest.fixture(scope="module")
-def photos():
-    """45 crops of 64 pixels."""
-    return photograph_crops()
 
 
 def random_model(name):

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from PIL import Image
-from tiny import build, fresh, photograph_crops
+from tiny import build, fresh
 
 import testreg
 from testreg.families import find_tower
@@ -56,12 +56,6 @@ CALIBRATION = {
     "verified_at": [{"image_size": [96, 64], "grid": [6, 4], "dtype": HOSTILE, "images": 5, **CURVE[2]}],
     "versions": {"torch": "2.99", HOSTILE: HOSTILE},
 }
-
-
-@pytest.fixture(scope="module")
-def photos():
-    """45 crops of 64 pixels."""
-    return photograph_crops()
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +96,16 @@ class Tower:
                 "cannot run it by itself: neither calibrate nor draw it. It can be patched with given neurons"
             )
         return self.family.run(self.module, images.to(self.device, self.dtype))
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within the block the tower is in eval mode."""
+        was_training = self.module.training
+        self.module.eval()
+        try:
+            yield
+        finally:
+            self.module.train(was_training)
 
     @property
     def device(self) -> torch.device:
