@@ -1,0 +1,87 @@
+"""Run the README's test command with the oldest and the newest releases that testreg promises to work with.
+
+    python scripts/matrix.py [ROW ...] [--environments FOLDER]
+
+Each row is a fresh virtual environment, so the machine must reach PyPI; one takes about 8 GB of disk while it lasts. The
+rows run one after the other, and a table of results ends the output. It exits with 1 if any row failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+OLDEST = ("timm==1.0.26", "transformers==4.56.0", "open_clip_torch==3.0.0", "safetensors==0.5.0")  # as in pyproject.toml
+ROWS = {
+    "oldest": ("torch==2.9.1", "torchvision==0.24.1", *OLDEST),
+    "2.9": ("torch==2.9.1", "torchvision==0.24.1"),
+    "2.12": ("torch==2.12.1", "torchvision==0.27.1"),
+    "2.14": ("torch==2.14.1", "torchvision==0.29.1"),
+    "2.15": ("torch==2.15.0",),
+}
+SHOWN = ("torch", "torchvision", "timm", "transformers", "open_clip_torch")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)} (default: all)")
+    parser.add_argument("--environments", type=Path, help="keep the environments there, and use those that are there")
+    args = parser.parse_args()
+    if unknown := set(args.rows) - ROWS.keys():
+        parser.error(f"no row {', '.join(sorted(unknown))}: the rows are {', '.join(ROWS)}")
+    lines = [f"| row | {' | '.join(SHOWN)} | result | minutes |", "|---" * (len(SHOWN) + 3) + "|"]
+    failed = False
+    for row in args.rows or ROWS:
+        with tempfile.TemporaryDirectory() as temporary:
+            environment = (args.environments or Path(temporary)) / row
+            install(environment, ROWS[row])
+            started = time.monotonic()
+            code, result = run_tests(environment)
+            minutes = (time.monotonic() - started) / 60
+        failed |= code != 0
+        lines.append(f"| {row} | {' | '.join(versions(environment))} | {result} | {minutes:.1f} |")
+    print("\n".join(lines))
+    return int(failed)
+
+
+def install(environment: Path, pins: tuple[str, ...]) -> None:
+    """An environment with the pinned releases, and the newest of everything else that goes with them."""
+    if not environment.exists():
+        venv.create(environment, with_pip=True)
+    # The pins are no constraints of the machine, which may cap torch.
+    pip = [environment / "bin/pip", "install", "-q", *pins, "-e", f"{ROOT}[dev]"]
+    subprocess.run(pip, check=True, env={**os.environ, "PIP_CONFIG_FILE": os.devnull})
+
+
+def run_tests(environment: Path) -> tuple[int, str]:
+    """Exit code and last line of the README's test command, its installation left out."""
+    command = re.search(r"^pip install .*\[dev\].* && (.*pytest.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert command is not None, "the README has no test command"
+    path = f"{environment / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    run = subprocess.Popen(
+        command[1], shell=True, cwd=ROOT, env={**os.environ, "PATH": path}, stdout=subprocess.PIPE, text=True
+    )
+    assert run.stdout is not None
+    line = ""
+    for line in run.stdout:
+        print(line, end="", flush=True)
+    return run.wait(), line.strip(" =\n")
+
+
+def versions(environment: Path) -> list[str]:
+    """Releases of the libraries in `SHOWN`."""
+    script = f"from importlib.metadata import version\nfor name in {SHOWN}: print(version(name))"
+    run = subprocess.run([environment / "bin/python", "-c", script], capture_output=True, text=True, check=True)
+    return run.stdout.split()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
