@@ -20,9 +20,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 OLDEST = ("timm==1.0.26", "transformers==4.56.0", "open_clip_torch==3.0.0", "safetensors==0.5.0")  # as in pyproject.toml
+TORCH_2_9 = ("torch==2.9.1", "torchvision==0.24.1", "torchao==0.14.1")  # newer torchao does not import with torch 2.9
 ROWS = {
-    "oldest": ("torch==2.9.1", "torchvision==0.24.1", *OLDEST),
-    "2.9": ("torch==2.9.1", "torchvision==0.24.1"),
+    "oldest": (*TORCH_2_9, *OLDEST),
+    "2.9": TORCH_2_9,
     "2.12": ("torch==2.12.1", "torchvision==0.27.1"),
     "2.14": ("torch==2.14.1", "torchvision==0.29.1"),
     "2.15": ("torch==2.15.0",),
