@@ -236,7 +236,7 @@ NAMES = {
     "open_clip:ViT-B-32/nope": (ValueError, r"cannot load open_clip:ViT-B-32/nope: .*list_pretrained"),
     "open_clip:Nope/openai": (ValueError, r"cannot load open_clip:Nope/openai: .*not found"),
     "hub:dinov2_vits14": (ValueError, "not of the form hub:OWNER/REPO/NAME"),
-    "hub:no-one/nothing/none": (OSError, "cannot load hub:no-one/nothing/none: .*network"),
+    "hub:pytorch/nothing/none": (OSError, "cannot load hub:pytorch/nothing/none: .*network"),
     "torchvision:vit_nope": (ValueError, r"cannot load torchvision:vit_nope: .*list_models"),
 }
 
