@@ -94,7 +94,11 @@ class Record:
 
 
 def _is_file_name(name: object) -> bool:
-    return isinstance(name, str) and formats.is_file_name(name)
+    return _is_name(name) and formats.is_file_name(str(name))
+
+
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and len(name) <= 1000 and name.isprintable()
 
 
 def _are_options(value: object) -> bool:
@@ -107,8 +111,8 @@ def _are_options(value: object) -> bool:
 
 _VALID: dict[str, Callable[[Any], bool]] = {
     "library": lambda value: value is None or value in formats.LIBRARIES,
-    "class_name": lambda value: isinstance(value, str),
-    "source": lambda value: value is None or isinstance(value, str),
+    "class_name": _is_name,
+    "source": lambda value: value is None or _is_name(value),
     "files": lambda value: isinstance(value, list) and all(map(_is_file_name, value)),
     "model_args": lambda value: isinstance(value, dict),
     "options": _are_options,

@@ -53,7 +53,8 @@ class _Asked:
     pretrained: bool = True
     trust_remote_code: bool = False
 
-    def code_allowed(self) -> AbstractContextManager[None]:
+    def as_trusted(self) -> AbstractContextManager[None]:
+        """Where libraries may ask whether to run code only if the user trusts it."""
         return nullcontext() if self.trust_remote_code else formats.without_asking()
 
 
@@ -200,7 +201,7 @@ def _load_transformers(name: str, rest: str, asked: _Asked) -> LoadedModel:
             _require(Path(rest), "*.safetensors")
     processor = _image_processor(rest, asked)
     trust: dict[str, Any] = {"trust_remote_code": asked.trust_remote_code}
-    with _explained(name, _CHECK_FOLDER if local else _CHECK_HUB), asked.code_allowed():
+    with _explained(name, _CHECK_FOLDER if local else _CHECK_HUB), asked.as_trusted():
         config = transformers.AutoConfig.from_pretrained(rest, **trust)
         # The class that was saved, not the one of AutoModel, so that a head or a text tower is not lost.
         model_class = formats.transformers_class((config.architectures or [""])[0]) or transformers.AutoModel
@@ -244,7 +245,7 @@ def _image_processor(source: str, asked: _Asked) -> Any:
             "transformers.AutoImageProcessor.from_pretrained(ORIGINAL).save_pretrained(FOLDER)"
         )
     image_size, trust = asked.image_size, {"trust_remote_code": asked.trust_remote_code}
-    with _explained(source, _CHECK_FOLDER if folder.is_dir() else _CHECK_HUB), asked.code_allowed():
+    with _explained(source, _CHECK_FOLDER if folder.is_dir() else _CHECK_HUB), asked.as_trusted():
         processor = AutoImageProcessor.from_pretrained(source, **trust)
         if image_size is None:
             return processor
@@ -275,7 +276,7 @@ def _load_open_clip(name: str, rest: str, asked: _Asked) -> LoadedModel:
             raise ValueError(f"{name} does not say which weights: add /PRETRAINED, which is {tags}")
         # Left to itself, open_clip runs OpenAI's weights with another activation than they were trained with.
         quick_gelu = bool(open_clip.get_pretrained_cfg(arch, tag).get("quick_gelu"))
-    with _explained(name, fix), asked.code_allowed():
+    with _explained(name, fix), asked.as_trusted():
         model, _, transform = open_clip.create_model_and_transforms(
             arch,
             tag if asked.pretrained else None,

@@ -3,6 +3,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import os
 import pickle
 import sys
 from collections.abc import Callable
@@ -281,6 +282,31 @@ def test_folders_that_lack_something(case: str, tmp_path: Path) -> None:
     write(name, tmp_path)
     harm(tmp_path)
     with pytest.raises(kind, match=message) as caught:
+        load_model(str(tmp_path))
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("hf_vit", "config.json"),
+        ("hf_vit", "preprocessor_config.json"),
+        ("hf_vit", "model.safetensors"),
+        ("timm_vit", "config.json"),
+        ("timm_vit", "model.safetensors"),
+        ("open_clip", "open_clip_config.json"),
+        ("open_clip", "open_clip_model.safetensors"),
+    ],
+)
+def test_pipes_devices_and_folders_are_no_files(
+    name: str, file: str, make: Callable[[Path], None], tmp_path: Path
+) -> None:
+    write(name, tmp_path)
+    (tmp_path / file).unlink()
+    make(tmp_path / file)
+    with pytest.raises((OSError, ValueError)) as caught:
         load_model(str(tmp_path))
     assert str(tmp_path) in str(caught.value)
 
