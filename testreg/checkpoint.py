@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import tempfile
+import reprlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,12 @@ from torch import nn
 
 from testreg import formats
 from testreg.families import checkpoint_names, find_tower
+from testreg.install import PENDING, RECORD, installing, is_interrupted, recover
 from testreg.neurons import RegisterNeurons
 from testreg.register import is_patched, patch, patch_of
 
 FORMAT = "testreg-checkpoint"
 VERSION = 1
-RECORD = "testreg.json"
 
 
 @dataclass(frozen=True)
@@ -61,40 +60,45 @@ class Record:
         """Read and check the testreg.json of `folder`.
 
         Raises:
-            FileNotFoundError, ValueError: there is none, or not a valid one.
+            OSError, ValueError: there is none, or not a valid one, or a save of it was interrupted.
         """
         path = folder / RECORD
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if is_interrupted(folder):
+            raise OSError(
+                f"a save into {folder} was interrupted, or has not ended: testreg.install.recover(folder) brings back "
+                "what was there before, and so does the next save into it"
+            )
+        if not os.path.lexists(path):
             raise FileNotFoundError(
                 f"{folder} is not a patched checkpoint (it has no {RECORD}): load it with its own library, or make a "
                 "patched one of it with `testreg apply`"
-            ) from None
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON (truncated?): {error}") from None
+            )
+        data = formats.read_json(path)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f'{path} was not written by testreg ("format": "{FORMAT}" is missing)')
         version: Any = data.get("version")
         if type(version) is not int or version < 1:
-            raise ValueError(f"{path}: version must be a whole number, got {version!r}")
+            raise ValueError(f"{path}: version must be a whole number, got {reprlib.repr(version)}")
         if version > VERSION:
             unknown = ", ".join(sorted(data.keys() - {"format", "version", *_VALID, "neurons"})) or "none"
             warnings.warn(
-                f"{path} has version {version}, newer than this testreg reads ({VERSION}); "
-                f"keys that are ignored: {unknown}. Upgrade testreg to use them",
+                f"{path} has version {reprlib.repr(version)}, newer than this testreg reads ({VERSION}); "
+                f"keys that are ignored: {formats.one_line(unknown)}. Upgrade testreg to use them",
                 stacklevel=3,
             )
         for key, valid in _VALID.items():
-            if not valid(data.get(key)):
-                raise ValueError(f'{path}: "{key}" is not valid: {data.get(key)!r}')
+            if key not in data or not valid(data[key]):
+                raise ValueError(f'{path}: "{key}" is not valid: {reprlib.repr(data.get(key))}')
         neurons = RegisterNeurons.from_json(data.get("neurons"), source=f'"neurons" of {path}')
         return cls(**{key: data[key] for key in _VALID}, neurons=neurons)
 
 
 def _is_file_name(name: object) -> bool:
-    # A name alone: the record of a stranger must not lead out of its folder.
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:")
+    return _is_name(name) and formats.is_file_name(str(name))
+
+
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and len(name) <= 1000 and name.isprintable()
 
 
 def _are_options(value: object) -> bool:
@@ -107,8 +111,8 @@ def _are_options(value: object) -> bool:
 
 _VALID: dict[str, Callable[[Any], bool]] = {
     "library": lambda value: value is None or value in formats.LIBRARIES,
-    "class_name": lambda value: isinstance(value, str),
-    "source": lambda value: value is None or isinstance(value, str),
+    "class_name": _is_name,
+    "source": lambda value: value is None or _is_name(value),
     "files": lambda value: isinstance(value, list) and all(map(_is_file_name, value)),
     "model_args": lambda value: isinstance(value, dict),
     "options": _are_options,
@@ -125,8 +129,12 @@ def save(
 ) -> None:
     """Write a patched model: the files of its own library (config, safetensors) and `testreg.json`.
 
-    Everything is written beside `folder` and then moved in. If anything fails, `folder` is what it was. An earlier
-    checkpoint of testreg in it is replaced; files that testreg did not write stay.
+    `load` gives the same model, bit for bit. Only the memory format is not kept, since safetensors has no word for it:
+    a model in channels_last computes the same, bit for bit, after `.to(memory_format=torch.channels_last)`.
+
+    If anything fails, `folder` is what it was. If the process is killed, `load` finds the earlier checkpoint or the new
+    one, whole, or says that the save was interrupted; the next `save` cleans up. An earlier checkpoint of testreg in
+    `folder` is replaced; files that testreg did not write stay.
 
     Args:
         model: what was patched, whole: a classifier, a CLIP, a vision tower. `load` rebuilds models of timm,
@@ -140,33 +148,33 @@ def save(
     Raises:
         ValueError: the model is not patched, or its library could not rebuild it from what it would write.
         FileExistsError: `folder` holds something else than a checkpoint of testreg.
-        OSError: the checkpoint could not be written.
+        OSError: the checkpoint could not be written, or another process is saving into `folder`.
     """
     if not is_patched(model):
         raise ValueError(f"this {type(model).__name__} is not patched: call testreg.patch(model, ...) before saving it")
     target = Path(folder).resolve()
+    recover(target)
     stale = _replaceable_files(target)
     state = patch_of(model)
     library = formats.library_of(model)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
-        args = formats.write(model, library, stage, arch=arch, model_args=model_args)
-        if processor is not None:
-            processor.save_pretrained(stage)
-        files = sorted(os.listdir(stage))
-        record = Record(library, type(model).__name__, _source(model), files, args, state.options, state.neurons)
-        (stage / RECORD).write_text(json.dumps(record.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        _install(stage, target, {*stale, *files})
+        with installing(target, stale) as stage:
+            args = formats.write(model, library, stage, arch=arch, model_args=model_args)
+            if processor is not None:
+                processor.save_pretrained(stage)
+            files = sorted(os.listdir(stage))
+            record = Record(library, type(model).__name__, _source(model), files, args, state.options, state.neurons)
+            (stage / RECORD).write_text(
+                json.dumps(record.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8"
+            )
     except (OSError, SafetensorError) as error:
-        raise OSError(f"could not write the checkpoint to {folder}, which is left as it was: {error}") from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        left = "where the save was interrupted" if is_interrupted(target) else "which is left as it was"
+        raise OSError(f"could not write the checkpoint to {folder}, {left}: {error}") from error
 
 
 def _replaceable_files(target: Path) -> list[str]:
     """The files of the checkpoint in `target`; none if that is new or empty."""
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+    if not target.exists() or (target.is_dir() and not any(path.name != PENDING for path in target.iterdir())):
         return []
     try:
         return Record.load(target).files
@@ -174,32 +182,6 @@ def _replaceable_files(target: Path) -> list[str]:
         raise FileExistsError(
             f"{target} exists and is no checkpoint of testreg, so it is not replaced: choose a new or an empty folder"
         ) from error
-
-
-def _install(stage: Path, target: Path, replaced: Iterable[str]) -> None:
-    """Move the `replaced` files out of `target` and the staged ones in: all, or after an error none.
-
-    testreg.json leaves first and arrives last, so a crash in between leaves nothing that passes for a checkpoint.
-    """
-    previous = stage / ".previous"
-    arriving = sorted(os.listdir(stage), key=lambda name: name == RECORD)
-    leaving = [name for name in (RECORD, *replaced) if (target / name).exists()]
-    moves = [(target / name, previous / name) for name in leaving]
-    moves += [(stage / name, target / name) for name in arriving]
-    previous.mkdir()
-    new_folder = not target.exists()
-    target.mkdir(exist_ok=True)
-    done: list[tuple[Path, Path]] = []
-    try:
-        for source, destination in moves:
-            os.rename(source, destination)
-            done.append((source, destination))
-    except BaseException:
-        for source, destination in reversed(done):
-            os.rename(destination, source)
-        if new_folder:
-            target.rmdir()
-        raise
 
 
 def _source(model: nn.Module) -> str | None:
@@ -211,7 +193,9 @@ def _source(model: nn.Module) -> str | None:
 def load(
     name: str | os.PathLike[str], model: nn.Module | None = None, *, device: torch.device | str | None = None
 ) -> nn.Module:
-    """Load what `save` wrote: the model, patched, in eval mode, its parameters in the dtypes they were saved in.
+    """Load what `save` wrote: the model, patched, in eval mode, its parameters bit for bit and in their dtypes.
+
+    Outputs are the same bit for bit where the memory format is: see `save`.
 
     Args:
         name: a folder, or the id of a repository on the Hugging Face Hub (only json, txt and safetensors are fetched).
@@ -265,19 +249,22 @@ def _local_folder(name: str | os.PathLike[str]) -> Path:
 
 
 def _check_files(folder: Path, record: Record) -> None:
+    formats.check_folder(folder)
     if not record.weights:
         raise ValueError(
             f"{folder / RECORD} lists no safetensors file, and testreg reads no pickles (.bin, .pt, .pth): "
             "save the checkpoint again with testreg.save"
         )
     if missing := [name for name in record.files if not (folder / name).is_file()]:
-        raise FileNotFoundError(f"{folder} is incomplete: {', '.join(missing)} is missing. Copy or save it again")
+        raise FileNotFoundError(f"{folder} is incomplete: {', '.join(missing[:3])} is missing. Copy or save it again")
     for name in record.weights:
         try:
             with safe_open(folder / name, framework="pt"):
                 pass
         except SafetensorError as error:
-            raise ValueError(f"{folder / name} is damaged or truncated ({error}): copy or save it again") from None
+            raise ValueError(
+                f"{folder / name} is damaged or truncated ({formats.one_line(error)}): copy or save it again"
+            ) from None
 
 
 def _check_neurons(folder: Path, record: Record, model: nn.Module) -> None:
@@ -302,5 +289,6 @@ def _rebuild(folder: Path, record: Record) -> nn.Module:
         )
     except Exception as error:
         raise ValueError(
-            f"{folder} could not be rebuilt by {record.library} ({error}): it is damaged, or another release wrote it"
+            f"{folder} could not be rebuilt by {record.library} ({formats.one_line(error)}): it is damaged, or another "
+            "release wrote it"
         ) from error

@@ -1,12 +1,15 @@
 """The checkpoint format of each library: what it writes, and how it builds the model again from that.
 
-Weights are safetensors throughout; nothing is unpickled, and classes are looked up in their library only.
+Weights are safetensors throughout; nothing is unpickled, and classes are looked up in their library only. A folder may
+come from a stranger: it is checked before a library sees it, and no library may run code that it names.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,8 @@ from torch import Tensor, nn
 
 from testreg.families import Tower, find_tower
 
+_READ_BY_LIBRARIES = (".json", ".safetensors", ".txt", ".model", ".jinja")
+_ASKING = threading.RLock()
 LIBRARIES = ("timm", "transformers", "open_clip", "torchvision")
 # open_clip's name for the dtypes in a checkpoint; in the mixtures the norms are float32.
 _OPEN_CLIP_PRECISION = {
@@ -39,6 +44,75 @@ def library_of(model: nn.Module) -> str | None:
         "torchvision": lambda: str(model.__dict__.get("testreg_source")).startswith("torchvision:"),
     }
     return package if package in rebuilds and rebuilds[package]() else None
+
+
+def one_line(message: object) -> str:
+    """What an error says, fit to be quoted in another: a line of printable characters, not too long."""
+    lines = [line.strip() for line in str(message).splitlines() if line.strip()] or [type(message).__name__]
+    return "".join(char if char.isprintable() else "?" for char in lines[0][:300])
+
+
+def is_file_name(name: str) -> bool:
+    """Whether it is a name alone: what a stranger's file names must not lead out of its folder."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\:") and name.isprintable()
+
+
+def read_json(path: Path) -> Any:
+    """The contents of a JSON file.
+
+    Raises:
+        OSError: it cannot be read. A pipe or a device is refused, since reading it might never end.
+        ValueError: it is not valid JSON.
+    """
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(f"{path} is a broken link: copy the folder again, with the files that it links to")
+    if not path.is_file():
+        raise OSError(f"{path} is not a regular file")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # nested too deeply
+        raise ValueError(f"{path} is damaged, not valid JSON (truncated?): {one_line(error)}") from None
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder whose files would have a library wait for ever, or read files outside of it, or pickles.
+
+    Raises:
+        OSError, ValueError: which file it is.
+    """
+    for path in folder.iterdir():
+        if path.suffix in _READ_BY_LIBRARIES and path.exists() and not (path.is_file() or path.is_dir()):
+            raise OSError(f"{path} is a pipe or a device, not a file")
+    named = {"config.json": lambda data: [data["transformers_weights"]] if data.get("transformers_weights") else []}
+    named |= {path.name: lambda data: data["weight_map"].values() for path in folder.glob("*.safetensors.index.json")}
+    for file, names in named.items():
+        if not (folder / file).is_file():
+            continue
+        data = read_json(folder / file)
+        try:
+            bad = [name for name in names(data) if not (is_file_name(name) and ".safetensors" in name)]
+        except (AttributeError, KeyError, TypeError):
+            raise ValueError(f"{folder / file} is damaged: copy it again") from None
+        if bad:
+            raise ValueError(f"{folder / file} names {one_line(bad[0])}, which is no safetensors file of its folder")
+
+
+@contextmanager
+def without_asking() -> Iterator[None]:
+    """transformers raises an error where it would ask on the terminal whether to run a repository's code.
+
+    `trust_remote_code=False` does not reach the models that a model is made of, nor the text towers of open_clip. One
+    thread at a time: transformers has one setting for all.
+    """
+    from transformers import dynamic_module_utils
+
+    with _ASKING:
+        seconds = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+        try:
+            yield
+        finally:
+            dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds
 
 
 def write(
@@ -122,6 +196,7 @@ def _write_timm(model: nn.Module, stage: Path, model_args: Mapping[str, Any] | N
     _check_twin(twin, model, "pass the arguments of timm.create_model that timm did not record as model_args=")
 
 
+@without_asking()
 def _write_transformers(model: Any, stage: Path) -> None:
     dtypes = {str(value.dtype) for value in model.state_dict().values() if value.is_floating_point()}
     if len(dtypes) > 1:
@@ -132,6 +207,7 @@ def _write_transformers(model: Any, stage: Path) -> None:
     _check_twin(twin, model, "undo, or merge, what changed its modules (adapters, another head)")
 
 
+@without_asking()
 def _write_open_clip(model: Any, stage: Path, arch: str | Mapping[str, Any] | None) -> None:
     preprocess = {key: value for key, value in getattr(model.visual, "preprocess_cfg", {}).items() if key != "size"}
     config = {"model_cfg": _open_clip_config(model, arch), "preprocess_cfg": preprocess}
@@ -170,13 +246,17 @@ def _check_twin(twin: nn.Module, model: nn.Module, fix: str) -> None:
 
 
 def _difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    """Where two state_dicts disagree in keys or shapes, in a few words; "" if nowhere."""
+    """Where two state_dicts disagree in keys, shapes or kinds of numbers, in a few words; "" if nowhere."""
+    both = expected.keys() & found.keys()
     kinds = {
         "missing": expected.keys() - found.keys(),
         "unexpected": found.keys() - expected.keys(),
-        "of another shape": {key for key in expected.keys() & found.keys() if expected[key].shape != found[key].shape},
+        "of another shape": {key for key in both if expected[key].shape != found[key].shape},
+        "floating point or not": {
+            key for key in both if expected[key].is_floating_point() != found[key].is_floating_point()
+        },
     }
-    return "; ".join(f"{kind}: {', '.join(sorted(keys)[:3])}" for kind, keys in kinds.items() if keys)
+    return "; ".join(f"{kind}: {one_line(', '.join(sorted(keys)[:3]))}" for kind, keys in kinds.items() if keys)
 
 
 def _open_clip_config(model: Any, arch: str | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -250,6 +330,7 @@ def _difference_from(config: Mapping[str, Any], model: nn.Module) -> str:
     return _difference(twin.state_dict(), model.state_dict())
 
 
+@without_asking()
 def _read_transformers(folder: Path, class_name: str) -> nn.Module:
     model_class = transformers_class(class_name)
     if model_class is None:
@@ -262,6 +343,7 @@ def _read_transformers(folder: Path, class_name: str) -> nn.Module:
     return model
 
 
+@without_asking()
 def _read_open_clip(folder: Path, weights: Sequence[str]) -> nn.Module:
     import open_clip
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-import json
+import os
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from testreg import checkpoint, formats
 from testreg.data import Transform
 from testreg.families import find_tower
+from testreg.install import is_interrupted
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -43,12 +45,26 @@ class LoadedModel:
     """transformers' image processor, for `testreg.save(..., processor=...)`."""
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """The arguments of `load_model`, for each library's loader."""
+
+    image_size: int | None = None
+    pretrained: bool = True
+    trust_remote_code: bool = False
+
+    def as_trusted(self) -> AbstractContextManager[None]:
+        """Where libraries may ask whether to run code only if the user trusts it."""
+        return nullcontext() if self.trust_remote_code else formats.without_asking()
+
+
 def load_model(
     name: str,
     *,
     image_size: int | None = None,
     pretrained: bool = True,
     device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Load a model and its preprocessing.
 
@@ -59,13 +75,18 @@ def load_model(
         image_size: side of the square input in pixels; None for the model's own. Position embeddings are resampled.
             Models of torch.hub round it down to whole patches.
         pretrained: False for random weights.
+        trust_remote_code: run code that comes with the model: Python files in a repository of transformers, and
+            repositories that torch.hub was not told to trust before. Where a model names further repositories,
+            transformers asks about these on the terminal. If False, nothing is asked, and no such code runs.
 
     Raises:
-        ValueError: the name means nothing, or the folder lacks something, or holds its weights as pickles only.
+        ValueError: the name means nothing, or the folder lacks something, or holds its weights as pickles only, or the
+            model needs code that is not trusted.
         OSError: a folder or file is missing, or could not be fetched.
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size must be at least 1, got {image_size}")
+    asked = _Asked(image_size, pretrained, trust_remote_code)
     loaders = {
         "timm": _load_timm,
         "hf": _load_transformers,
@@ -78,9 +99,9 @@ def load_model(
         model = demo_model() if image_size is None else demo_model(image_size)
         loaded = LoadedModel(model, _timm_transform(model), name)
     elif library in loaders and rest:
-        loaded = loaders[library](name, rest, image_size, pretrained)
+        loaded = loaders[library](name, rest, asked)
     else:
-        loaded = _load_folder(name, image_size, pretrained)
+        loaded = _load_folder(name, asked)
     loaded.model.eval()
     if device is not None:
         loaded.model.to(device)
@@ -93,7 +114,7 @@ def demo_model(image_size: int = 128) -> nn.Module:
     A timm VisionTransformer with patches of 4 x 4 that classifies CIFAR-10, and has outliers on its background patches.
     The mechanism was planted and the network trained around it: see `testreg/demo_model/README.md`.
     """
-    model = _load_timm("demo", f"local-dir:{DEMO}", image_size, pretrained=True).model.eval()
+    model = _load_timm("demo", f"local-dir:{DEMO}", _Asked(image_size)).model.eval()
     model.__dict__["testreg_source"] = "demo"
     return model
 
@@ -111,7 +132,7 @@ def transform_for(model: nn.Module) -> Transform:
     if getattr(model, "pretrained_cfg", None):
         return _timm_transform(model)
     if folder_or_name := getattr(own_config, "_name_or_path", ""):
-        return _Processor(_image_processor(folder_or_name))
+        return _Processor(_image_processor(folder_or_name, _Asked()))
     if source == "torchvision":
         return _torchvision_transform(name, model.image_size)  # type: ignore[arg-type]
     if source == "hub":
@@ -142,12 +163,14 @@ def _explained(name: str, fix: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        message = (str(error) or type(error).__name__).splitlines()[0][:300].rstrip(".")
+        message = formats.one_line(error).rstrip(".")
+        if "trust_remote_code" in str(error):
+            fix = "If you trust that code, pass trust_remote_code=True (--trust-remote-code)"
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"cannot load {name}: {message}. {fix}") from error
 
 
-def _load_timm(name: str, rest: str, image_size: int | None, pretrained: bool) -> LoadedModel:
+def _load_timm(name: str, rest: str, asked: _Asked) -> LoadedModel:
     import timm
 
     fix = "The names are those of timm.list_models(pretrained=True)"
@@ -155,8 +178,8 @@ def _load_timm(name: str, rest: str, image_size: int | None, pretrained: bool) -
         fix = _CHECK_FOLDER
         _require(Path(rest.removeprefix("local-dir:")), "model.safetensors")
     with _explained(name, fix):
-        model = timm.create_model(rest, pretrained=pretrained, img_size=image_size)
-        return LoadedModel(model, _timm_transform(model, image_size), name)
+        model = timm.create_model(rest, pretrained=asked.pretrained, img_size=asked.image_size)
+        return LoadedModel(model, _timm_transform(model, asked.image_size), name)
 
 
 def _timm_transform(model: nn.Module, image_size: int | None = None) -> Transform:
@@ -168,23 +191,26 @@ def _timm_transform(model: nn.Module, image_size: int | None = None) -> Transfor
     return create_transform(**resolve_model_data_config(model, args=asked), is_training=False)
 
 
-def _load_transformers(name: str, rest: str, image_size: int | None, pretrained: bool) -> LoadedModel:
+def _load_transformers(name: str, rest: str, asked: _Asked) -> LoadedModel:
     import transformers
 
     local = Path(rest).is_dir()
     if local:
         _require(Path(rest), "config.json")
-        if pretrained:
+        if asked.pretrained:
             _require(Path(rest), "*.safetensors")
-    processor = _image_processor(rest, image_size)
-    with _explained(name, _CHECK_FOLDER if local else _CHECK_HUB):
-        config = transformers.AutoConfig.from_pretrained(rest, trust_remote_code=False)
+    processor = _image_processor(rest, asked)
+    trust: dict[str, Any] = {"trust_remote_code": asked.trust_remote_code}
+    with _explained(name, _CHECK_FOLDER if local else _CHECK_HUB), asked.as_trusted():
+        config = transformers.AutoConfig.from_pretrained(rest, **trust)
         # The class that was saved, not the one of AutoModel, so that a head or a text tower is not lost.
         model_class = formats.transformers_class((config.architectures or [""])[0]) or transformers.AutoModel
-        if pretrained:
-            model = model_class.from_pretrained(rest, dtype="auto", use_safetensors=True if local else None)
+        if asked.pretrained:
+            # Only AutoModel is told: the classes of the library would take it for a setting.
+            told = trust if model_class is transformers.AutoModel else {}
+            model = model_class.from_pretrained(rest, dtype="auto", use_safetensors=True if local else None, **told)
         elif model_class is transformers.AutoModel:
-            model = model_class.from_config(config)
+            model = model_class.from_config(config, **trust)
         else:
             model = model_class(config)
     return LoadedModel(model, _Processor(processor), name, processor)
@@ -206,8 +232,8 @@ class _Processor:
         return pixels[0]
 
 
-def _image_processor(source: str, image_size: int | None = None) -> Any:
-    """The image processor of a checkpoint of transformers, its sizes scaled so that it makes `image_size`."""
+def _image_processor(source: str, asked: _Asked) -> Any:
+    """The image processor of a checkpoint of transformers, its sizes scaled so that it makes the size asked for."""
     from transformers import AutoImageProcessor
 
     folder = Path(source)
@@ -218,8 +244,9 @@ def _image_processor(source: str, image_size: int | None = None) -> Any:
             f"{folder} has no preprocessor_config.json, which says how images are prepared: save it there with "
             "transformers.AutoImageProcessor.from_pretrained(ORIGINAL).save_pretrained(FOLDER)"
         )
-    with _explained(source, _CHECK_FOLDER if folder.is_dir() else _CHECK_HUB):
-        processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+    image_size, trust = asked.image_size, {"trust_remote_code": asked.trust_remote_code}
+    with _explained(source, _CHECK_FOLDER if folder.is_dir() else _CHECK_HUB), asked.as_trusted():
+        processor = AutoImageProcessor.from_pretrained(source, **trust)
         if image_size is None:
             return processor
         settings = processor.to_dict()
@@ -232,10 +259,10 @@ def _image_processor(source: str, image_size: int | None = None) -> Any:
             for key, edges in sizes.items()
             if edges
         }
-        return AutoImageProcessor.from_pretrained(source, trust_remote_code=False, **scaled)
+        return AutoImageProcessor.from_pretrained(source, **trust, **scaled)
 
 
-def _load_open_clip(name: str, rest: str, image_size: int | None, pretrained: bool) -> LoadedModel:
+def _load_open_clip(name: str, rest: str, asked: _Asked) -> LoadedModel:
     import open_clip
 
     arch, tag, quick_gelu, fix = rest, None, False, "The names are those of open_clip.list_pretrained()"
@@ -249,14 +276,14 @@ def _load_open_clip(name: str, rest: str, image_size: int | None, pretrained: bo
             raise ValueError(f"{name} does not say which weights: add /PRETRAINED, which is {tags}")
         # Left to itself, open_clip runs OpenAI's weights with another activation than they were trained with.
         quick_gelu = bool(open_clip.get_pretrained_cfg(arch, tag).get("quick_gelu"))
-    with _explained(name, fix):
+    with _explained(name, fix), asked.as_trusted():
         model, _, transform = open_clip.create_model_and_transforms(
             arch,
-            tag if pretrained else None,
-            load_weights=pretrained,
-            pretrained_text=pretrained,
+            tag if asked.pretrained else None,
+            load_weights=asked.pretrained,
+            pretrained_text=asked.pretrained,
             force_quick_gelu=quick_gelu,
-            force_image_size=image_size,
+            force_image_size=asked.image_size,
         )
     model.testreg_source = name
     return LoadedModel(model, transform, name)
@@ -268,14 +295,31 @@ def _open_clip_transform(preprocess: dict[str, Any]) -> Transform:
     return image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
 
 
-def _load_hub(name: str, rest: str, image_size: int | None, pretrained: bool) -> LoadedModel:
+def _load_hub(name: str, rest: str, asked: _Asked) -> LoadedModel:
     repository, _, entry = rest.rpartition("/")
     if repository.count("/") != 1 or not entry:
         raise ValueError(f"{name} is not of the form hub:OWNER/REPO/NAME")
+    told: dict[str, Any] = {} if asked.pretrained else {"pretrained": False}
+    if asked.trust_remote_code:
+        told["trust_repo"] = True
+    elif not _hub_trusts(repository):
+        raise ValueError(
+            f"{name} runs code from github.com/{repository}, which torch.hub was not told to trust: if you do, pass "
+            "trust_remote_code=True (--trust-remote-code), or for good add the line "
+            f"{repository.partition(':')[0].replace('/', '_')} to {torch.hub.get_dir()}/trusted_list"
+        )
     with _explained(name, "Check the name on github.com, and the network"):
-        model = torch.hub.load(repository, entry, **({} if pretrained else {"pretrained": False}))
+        model = torch.hub.load(repository, entry, **told)
     model.testreg_source = name
-    return LoadedModel(model, _imagenet_transform(model, image_size), name)
+    return LoadedModel(model, _imagenet_transform(model, asked.image_size), name)
+
+
+def _hub_trusts(repository: str) -> bool:
+    """As torch.hub decides before a download. Left to itself, it takes whatever lies in its cache for trusted."""
+    owner, repo = repository.partition(":")[0].split("/")
+    trusted = Path(torch.hub.get_dir()) / "trusted_list"
+    listed = trusted.read_text(encoding="utf-8").splitlines() if trusted.is_file() else []
+    return owner in torch.hub._TRUSTED_REPO_OWNERS or f"{owner}_{repo}" in [line.strip() for line in listed]
 
 
 def _imagenet_transform(model: nn.Module, image_size: int | None = None) -> Transform:
@@ -293,21 +337,21 @@ def _imagenet_transform(model: nn.Module, image_size: int | None = None) -> Tran
     return transforms.Compose(steps)
 
 
-def _load_torchvision(name: str, rest: str, image_size: int | None, pretrained: bool) -> LoadedModel:
+def _load_torchvision(name: str, rest: str, asked: _Asked) -> LoadedModel:
     from torchvision import models
     from torchvision.models.vision_transformer import interpolate_embeddings
 
     with _explained(name, "The names are those of torchvision.models.list_models()"):
         weights = models.get_model_weights(rest)["DEFAULT"]
-        if image_size is None:
-            model = models.get_model(rest, weights=weights if pretrained else None)
+        if asked.image_size is None:
+            model = models.get_model(rest, weights=weights if asked.pretrained else None)
         else:
-            model = models.get_model(rest, weights=None, image_size=image_size)
-            if pretrained:
+            model = models.get_model(rest, weights=None, image_size=asked.image_size)
+            if asked.pretrained:
                 state = weights.get_state_dict(progress=True, check_hash=True)
-                model.load_state_dict(interpolate_embeddings(image_size, model.patch_size, state))
+                model.load_state_dict(interpolate_embeddings(asked.image_size, model.patch_size, state))
         model.testreg_source = name
-        return LoadedModel(model, _torchvision_transform(rest, image_size), name)
+        return LoadedModel(model, _torchvision_transform(rest, asked.image_size), name)
 
 
 def _torchvision_transform(model_name: str, image_size: int | None) -> Transform:
@@ -319,34 +363,49 @@ def _torchvision_transform(model_name: str, image_size: int | None) -> Transform
     return own(crop_size=image_size, resize_size=round(image_size * _RESIZE))
 
 
-def _load_folder(name: str, image_size: int | None, pretrained: bool) -> LoadedModel:
+def _load_folder(name: str, asked: _Asked) -> LoadedModel:
     """The files in a checkpoint's folder tell which library wrote it."""
     folder = Path(name)
     if not folder.is_dir():
-        raise ValueError(f"{name!r} is neither a checkpoint folder nor a model name: names are {NAMES}")
-    if (folder / checkpoint.RECORD).is_file():
-        return _load_patched(name, image_size)
+        meant = f": did you mean {_library_of_name(name)}:{name}?" if _library_of_name(name) else ""
+        raise ValueError(
+            f"{name[:300]!r} is neither a checkpoint folder nor a model name{meant or f': names are {NAMES}'}"
+        )
+    if os.path.lexists(folder / checkpoint.RECORD) or is_interrupted(folder):
+        return _load_patched(name, asked)
     if (folder / "open_clip_config.json").is_file():
-        return _load_open_clip(name, f"local-dir:{name}", image_size, pretrained)
+        return _load_open_clip(name, f"local-dir:{name}", asked)
     _require(folder, "config.json")
     with _explained(name, _CHECK_FOLDER):
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = formats.read_json(folder / "config.json")
     if "architecture" in config:
-        return _load_timm(name, f"local-dir:{name}", image_size, pretrained)
+        return _load_timm(name, f"local-dir:{name}", asked)
     if "model_type" in config:
-        return _load_transformers(name, name, image_size, pretrained)
+        return _load_transformers(name, name, asked)
     raise ValueError(
         f'{folder / "config.json"} is neither of timm ("architecture") nor of transformers ("model_type"): testreg '
         "loads folders that timm, transformers, open_clip or testreg wrote"
     )
 
 
-def _load_patched(name: str, image_size: int | None) -> LoadedModel:
+def _library_of_name(name: str) -> str:
+    """The library that knows a model of that name, or may know it; "" if none."""
+    import open_clip
+    import timm
+
+    if open_clip.get_pretrained_cfg(*name.rpartition("/")[::2]):
+        return "open_clip"
+    if timm.is_model(name):
+        return "timm"
+    return "hf" if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) else ""
+
+
+def _load_patched(name: str, asked: _Asked) -> LoadedModel:
     model = checkpoint.load(name)
     if getattr(model, "config", None) is not None:
-        processor = _image_processor(name, image_size)
+        processor = _image_processor(name, asked)
         return LoadedModel(model, _Processor(processor), name, processor)
-    if image_size is not None:
+    if asked.image_size is not None:
         raise ValueError(
             f"the patched checkpoint {name} has a fixed image size: patch the original at that size instead"
         )
@@ -354,6 +413,9 @@ def _load_patched(name: str, image_size: int | None) -> LoadedModel:
 
 
 def _require(folder: Path, pattern: str) -> None:
+    """Refuse a folder that lacks such a file, or that holds files which no library should be given."""
+    if folder.is_dir():
+        formats.check_folder(folder)
     if any(folder.glob(pattern)):
         return
     pickles = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth"))

@@ -3,7 +3,9 @@ from __future__ import annotations
 import functools
 import io
 import json
+import os
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -226,6 +228,10 @@ def test_bare_weights_need_their_model(tmp_path: Path) -> None:
 
 NAMES = {
     "dinov2": (ValueError, "neither a checkpoint folder nor a model name: names are timm:NAME"),
+    "facebook/dinov2-small": (ValueError, "did you mean hf:facebook/dinov2-small"),
+    "vit_tiny_patch16_224": (ValueError, r"did you mean timm:vit_tiny_patch16_224\?"),
+    "vit_small_patch14_dinov2.lvd142m": (ValueError, "did you mean timm:vit_small_patch14_dinov2.lvd142m"),
+    "ViT-B-32/openai": (ValueError, "did you mean open_clip:ViT-B-32/openai"),
     "keras:vit": (ValueError, "neither a checkpoint folder nor a model name"),
     "timm:": (ValueError, "neither a checkpoint folder nor a model name"),
     "timm:vit_nope": (ValueError, r"cannot load timm:vit_nope: Unknown model.*timm.list_models"),
@@ -236,7 +242,7 @@ NAMES = {
     "open_clip:ViT-B-32/nope": (ValueError, r"cannot load open_clip:ViT-B-32/nope: .*list_pretrained"),
     "open_clip:Nope/openai": (ValueError, r"cannot load open_clip:Nope/openai: .*not found"),
     "hub:dinov2_vits14": (ValueError, "not of the form hub:OWNER/REPO/NAME"),
-    "hub:no-one/nothing/none": (OSError, "cannot load hub:no-one/nothing/none: .*network"),
+    "hub:pytorch/nothing/none": (OSError, "cannot load hub:pytorch/nothing/none: .*network"),
     "torchvision:vit_nope": (ValueError, r"cannot load torchvision:vit_nope: .*list_models"),
 }
 
@@ -280,14 +286,192 @@ def test_folders_that_lack_something(case: str, tmp_path: Path) -> None:
     assert str(tmp_path) in str(caught.value)
 
 
-def test_code_in_a_folder_is_not_run(tmp_path: Path) -> None:
-    write("hf_vit", tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "evil.py").write_text("raise AssertionError('this ran')")
-    with pytest.raises(ValueError, match=r"cannot load .* contains custom code"):
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("hf_vit", "config.json"),
+        ("hf_vit", "preprocessor_config.json"),
+        ("hf_vit", "model.safetensors"),
+        ("timm_vit", "config.json"),
+        ("timm_vit", "model.safetensors"),
+        ("open_clip", "open_clip_config.json"),
+        ("open_clip", "open_clip_model.safetensors"),
+    ],
+)
+def test_pipes_devices_and_folders_are_no_files(
+    name: str, file: str, make: Callable[[Path], None], tmp_path: Path
+) -> None:
+    write(name, tmp_path)
+    (tmp_path / file).unlink()
+    make(tmp_path / file)
+    with pytest.raises((OSError, ValueError)) as caught:
         load_model(str(tmp_path))
+    assert str(tmp_path) in str(caught.value)
+
+
+CODE = """
+from pathlib import Path
+from transformers import ViTConfig, ViTImageProcessor, ViTModel
+Path({marker!r}).write_text("this ran")
+class Config(ViTConfig):
+    model_type = "stranger"
+class Model(ViTModel):
+    config_class = Config
+class Processor(ViTImageProcessor):
+    pass
+"""
+AUTO_MAP = {name: f"code.{name.removeprefix('Auto').removeprefix('Image')}" for name in ("AutoConfig", "AutoModel")}
+AUTO_MAP["AutoImageProcessor"] = "code.Processor"
+ENCODERS = {"encoder": {**HF, "model_type": "vit"}, "decoder": {**HF, "model_type": "vit"}}
+TWO_TOWERS = {
+    "model_type": "vision-text-dual-encoder",
+    "architectures": ["VisionTextDualEncoderModel"],
+    "vision_config": {**HF, "model_type": "trocr", "auto_map": AUTO_MAP},
+    "text_config": {**HF, "model_type": "bert"},
+}
+# Which of transformers' classes find code in the folder: without its own word for a model, or in a part of a model.
+STRANGERS = {
+    "config": {"config.json": {"model_type": "stranger", "auto_map": AUTO_MAP}},
+    "model": {
+        "config.json": {"model_type": "encoder-decoder", "architectures": None, "auto_map": AUTO_MAP, **ENCODERS}
+    },
+    "processor": {"preprocessor_config.json": {"image_processor_type": "Processor", "auto_map": AUTO_MAP}},
+    "part": {"config.json": TWO_TOWERS},
+}
+
+
+class Stranger:
+    """A folder with code, and somebody at the terminal who answers yes to everything."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        self.marker = folder.parent / "marker"
+        self.asked = 0
+        monkeypatch.setattr("builtins.input", self.answer)
+        monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(folder.parent / "modules"))
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        folder.mkdir()
+        (folder / "code.py").write_text(CODE.format(marker=str(self.marker)))
+
+    def answer(self, *question: object) -> str:
+        self.asked += 1
+        return "y"
+
+    def edit(self, file: str, changes: dict[str, Any]) -> None:
+        config = json.loads((self.folder / file).read_text())
+        (self.folder / file).write_text(json.dumps({**config, **changes}))
+
+
+@pytest.fixture
+def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stranger:
+    return Stranger(tmp_path / "folder", monkeypatch)
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+@pytest.mark.parametrize("prefix", ["", "hf:"])
+@pytest.mark.parametrize("case", STRANGERS)
+def test_code_in_a_folder_is_not_run(case: str, prefix: str, pretrained: bool, stranger: Stranger) -> None:
+    write("hf_vit", stranger.folder)
+    for file, changes in STRANGERS[case].items():
+        stranger.edit(file, changes)
+    with pytest.raises(ValueError, match=r"cannot load .*--trust-remote-code") as caught:
+        load_model(f"{prefix}{stranger.folder}", pretrained=pretrained)
+    assert str(stranger.folder) in str(caught.value)
+    assert not stranger.marker.exists()
+    assert not stranger.asked
+
+
+def test_code_is_run_for_who_trusts_it(stranger: Stranger) -> None:
+    write("hf_vit", stranger.folder)
+    stranger.edit("config.json", {"model_type": "stranger", "auto_map": AUTO_MAP, "architectures": ["Model"]})
+    loaded = load_model(str(stranger.folder), trust_remote_code=True)
+    assert type(loaded.model).__name__ == "Model"
+    assert stranger.marker.exists()
+    assert not stranger.asked
+
+
+def test_code_beside_a_patched_checkpoint_is_not_run(stranger: Stranger) -> None:
+    code = (stranger.folder / "code.py").rename(stranger.folder.parent / "code.py")
+    save(patch(build("hf_vit"), NEURONS), stranger.folder, processor=PROCESSORS["hf_vit"])
+    code.rename(stranger.folder / "code.py")
+    stranger.edit("preprocessor_config.json", STRANGERS["processor"]["preprocessor_config.json"])
+    with pytest.raises(ValueError, match=r"cannot load .*--trust-remote-code"):
+        load_model(str(stranger.folder))
+    stranger.edit("config.json", TWO_TOWERS)
+    stranger.edit("testreg.json", {"class_name": "VisionTextDualEncoderModel"})
+    with pytest.raises(ValueError, match="could not be rebuilt by transformers"):
+        load(stranger.folder)
+    assert not stranger.marker.exists()
+    assert not stranger.asked
+
+
+@pytest.mark.parametrize("patched", [True, False])
+def test_the_code_of_a_text_tower_is_not_run(patched: bool, stranger: Stranger, tmp_path: Path) -> None:
+    (stranger.folder / "config.json").write_text(json.dumps({"model_type": "stranger", "auto_map": AUTO_MAP}))
+    clip = tmp_path / "clip"
+    save(patch(build("open_clip"), NEURONS), clip, arch=OPEN_CLIP)
+    config = json.loads((clip / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"] = {"hf_model_name": str(stranger.folder), "hf_tokenizer_name": str(stranger.folder)}
+    (clip / "open_clip_config.json").write_text(json.dumps(config))
+    if not patched:
+        (clip / "testreg.json").unlink()
+    with pytest.raises(ValueError, match=r"(cannot load|could not be rebuilt by open_clip).*trust"):
+        load_model(str(clip))
+    with pytest.raises(ValueError, match="no config of open_clip fits"):
+        save(patch(build("open_clip"), NEURONS), tmp_path / "out", arch=config["model_cfg"])
+    assert not stranger.marker.exists()
+    assert not stranger.asked
+
+
+def test_asking_is_switched_on_again(stranger: Stranger) -> None:
+    before = transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    assert before > 0
+    write("hf_vit", stranger.folder)
+    load_model(str(stranger.folder))
+    stranger.edit("config.json", STRANGERS["model"]["config.json"])
+    with pytest.raises(ValueError, match="cannot load"):
+        load_model(str(stranger.folder))
+    assert before == transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stranger:
+    """A repository that somebody's torch.hub downloaded."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    (tmp_path / "hub").mkdir()
+    stranger = Stranger(tmp_path / "hub" / "someone_dino_main", monkeypatch)
+    code = (
+        f"open({str(stranger.marker)!r}, 'w').close()\nfrom architectures.dinov2 import DinoVisionTransformer as vit\n"
+    )
+    (stranger.folder / "hubconf.py").write_text(code)
+    return stranger
+
+
+@pytest.mark.parametrize("listed", ["", "someone_else\nsomeone_din\n"])
+def test_a_cached_repository_is_not_trusted(listed: str, cached: Stranger) -> None:
+    (cached.folder.parent / "trusted_list").write_text(listed)
+    with pytest.raises(
+        ValueError, match=r"someone/dino:main, .*not told to trust.*add the line someone_dino to .*/hub/"
+    ):
+        load_model("hub:someone/dino:main/vit", pretrained=False)
+    assert not cached.marker.exists()
+    assert not cached.asked
+
+
+@pytest.mark.parametrize("trust", ["listed", "argument", "owner"])
+def test_a_trusted_repository_is_loaded(trust: str, cached: Stranger) -> None:
+    owner = "someone"
+    if trust == "listed":
+        (cached.folder.parent / "trusted_list").write_text("a_b\nsomeone_dino \n")
+    elif trust == "owner":
+        owner = "facebookresearch"
+        cached.folder.rename(cached.folder.parent / "facebookresearch_dino_main")
+    loaded = load_model(f"hub:{owner}/dino:main/vit", trust_remote_code=trust == "argument")
+    assert type(loaded.model).__name__ == "DinoVisionTransformer"
+    assert cached.marker.exists()
+    assert not cached.asked
 
 
 def test_image_size_is_checked() -> None:
