@@ -1,11 +1,15 @@
 """Real processes, started by torchrun, with gloo on the CPU."""
 
+import datetime
+import os
+import socket
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from testreg import distributed
 from testreg.distributed import gathered, process_group, rank, summed, world_size
 
 # Two images for three processes: rank 0 has both, and the others none.
@@ -57,3 +61,59 @@ def test_a_single_process_needs_no_group(environment, monkeypatch):
         assert (rank(), world_size()) == (0, 1)
         assert torch.equal(summed(sums)["a"], torch.ones(2))
         assert gathered("a") == ["a"]
+
+
+@pytest.fixture
+def one_of_two(monkeypatch):
+    """The environment of one of two processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return environment
+
+
+@pytest.mark.parametrize("own_rank", ["0", "1"])
+def test_a_process_that_never_comes_is_not_waited_for(own_rank, one_of_two, monkeypatch):
+    monkeypatch.setenv("RANK", own_rank)
+    monkeypatch.setattr(distributed, "JOINING", datetime.timedelta(seconds=1))
+    message = "not all of the 2 processes were there after 1 s: one of them has stopped"
+    with pytest.raises(TimeoutError, match=message), process_group("cpu"):
+        pass
+    assert not torch.distributed.is_initialized()
+    assert distributed.JOINING < distributed.ANSWERING
+
+
+KILLED = """
+import os, signal
+from testreg.distributed import gathered, process_group, rank
+
+with process_group("cpu"):
+    assert gathered(rank()) == [0, 1]
+    if rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    gathered(1)
+"""
+
+
+def test_a_process_that_is_killed_ends_the_other(one_of_two, tmp_path):
+    (tmp_path / "program.py").write_text(KILLED)
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, tmp_path / "program.py"],
+            env={**os.environ, "RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    )
+    try:
+        _, error = first.communicate(timeout=60)
+        assert "RuntimeError: another of the 2 processes has ended, or does not answer" in error
+        assert first.returncode == 1
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.communicate()
