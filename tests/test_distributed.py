@@ -123,7 +123,7 @@ def test_processes_share_images_and_agree(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    subprocess.run([*torchrun, tmp_path / "program.py", tmp_path], check=True, timeout=120, env=environment)
+    subprocess.run([*torchrun, tmp_path / "program.py", tmp_path], check=True, timeout=300, env=environment)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["report"] == 45
     assert first["rankings"][0] == first["rankings"][1]
