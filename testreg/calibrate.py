@@ -15,10 +15,11 @@ import json
 import operator
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -28,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from testreg.data import Images, ImageStream, Transform, batched
-from testreg.diagnose import Diagnosis, diagnose
+from testreg.diagnose import Diagnosis, conclude, named, observe
 from testreg.distributed import gathered, rank, world_size
 from testreg.families import Tower, find_tower
 from testreg.files import replacing
@@ -42,6 +43,7 @@ from testreg.selection import MAX_MEASUREMENTS, MAX_NEURONS, Effect, Head, HeldO
 
 CHUNK = 64  # images between two looks at whether the ranking is stable, and between two saved states
 NUM_CHOOSING = 24  # held-out images on which sets of neurons are compared; the rest verifies the one that was chosen
+MIN_VERIFYING = 16  # fewer images verify nothing: one more or less of their outliers decides
 NEGLIGIBLE = 0.01  # of the best score: what less may do, in some image, is chance
 MIN_RANKED = 1000  # neurons that the list keeps, so that it can be cut anew
 
@@ -104,23 +106,26 @@ def calibrate(
         max_change: how much features may change (1 - cosine, see `testreg.selection.Effect`); None for any.
         budget: seconds after which no more images are ranked and no more sets of neurons measured.
         head: model, images (B, 3, h, w) -> scores (B, classes), such as `lambda model, images: model(images)`: how
-            often it agrees with itself without registers is measured. None for a random linear head.
+            often it agrees with itself without registers is measured. The images are on the model's device and in its
+            dtype.
         held_out: at most so many images, and at most every other one, are put aside: the first `NUM_CHOOSING` for
-            choosing, the others for verifying (fewer than twice as many are for both). With 0 nothing is measured, and
-            `top_k` must be given.
+            choosing, the others for verifying. If these are fewer than `MIN_VERIFYING`, all are for both, and the list
+            does not count as verified. With 0 nothing is measured, and `top_k` must be given.
         stability: ranking ends when the rankings by two halves of the images have this share of the best neurons in
             common; None reads all images.
-        resume: a safetensors file for the state of the ranking, which goes on from there if the file exists.
+        resume: a safetensors file for the state of the ranking, which goes on from there if the file exists. With
+            several processes, it is that of the first.
         amp: torch.bfloat16 or torch.float16 to run under autocast.
 
     Returns:
-        The neurons, with the facts of the run in `calibration`. If the target was not reached, "target_met" is false
-        there, and the set is the one that came closest.
+        The neurons, with the facts of the run in `calibration`. They are `verified` if they reach the target on at
+        least `MIN_VERIFYING` held-out images that had no part in the choice, at each image size. If the target was not
+        reached, "target_met" is false in the facts, and the set is the one that came closest.
 
     Raises:
         NoOutliersError: there is nothing to fix.
         ImmovableOutliersError: a register would not fix it (unless `layer` or `max_layer` insists).
-        ValueError: an argument does not fit the model; too few images could be read.
+        ValueError: an argument does not fit the model; too few images could be read; norms are not finite.
         RuntimeError: the model is patched.
     """
     started = time.monotonic()
@@ -172,6 +177,7 @@ def calibrate(
             "source": found.stream.source,
             "image_size": found.diagnosis.image_size,
             "rule": rule.describe(),
+            "score": score,
             "sparsity_filter": sparsity_filter,
             "seed": seed,
             "dtype": str(amp or found.tower.dtype).removeprefix("torch."),
@@ -209,8 +215,12 @@ def calibrate(
             "images": int(total.num_images),
             "held_out": sum(gathered(len(found.held_out))),
             "unreadable_images": sum(gathered(found.stream.num_skipped)),
-            "verdict": found.diagnosis.verdict,
-            "score": score,
+            "verdict": _verdict(found, choice),
+            "ignored": [
+                {"grid": list(view.grid), "positions": sorted(map(list, view.ignored))}
+                for view in views
+                if view.ignored
+            ],
             "detection_layer": found.detection.block,
             "onset_layer": found.onset,
             "max_layer": choice.last,
@@ -221,7 +231,7 @@ def calibrate(
             "made_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "versions": _versions(),
         },
-        verified=True,
+        verified=choice.verified,
     )
 
 
@@ -262,9 +272,15 @@ class _View:
 
     def __post_init__(self) -> None:
         self.statistics = Statistics.zeros(self.tower)
-        self.diagnosis: Diagnosis
+        self.ignored: frozenset[tuple[int, int]] = frozenset()
+        """Fixed positions of outliers, which are not those that neurons are looked for."""
+        self.diagnosis: Diagnosis  # of the others
         self.detection: Detection
         self.onset: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.tower.grid(self.first[0][1])
 
     def deal(self, held_out: int) -> None:
         """Read the first images."""
@@ -285,8 +301,13 @@ class _View:
                 f"{self.stream.source} has a single image, and none to hold out: give more, or held_out=0 and top_k"
             )
 
+    @property
+    def is_split(self) -> bool:
+        """Whether there are enough held-out images to choose on some and to verify on others."""
+        return sum(gathered(len(self.held_out))) >= NUM_CHOOSING + MIN_VERIFYING
+
     def held_out_for(self, purpose: Literal["choosing", "verifying"]) -> list[Tensor]:
-        if sum(gathered(len(self.held_out))) < 2 * NUM_CHOOSING:
+        if not self.is_split:
             return [image for _, image in self.held_out]
         chooses = purpose == "choosing"
         return [image for number, image in self.held_out if (number < 2 * NUM_CHOOSING) == chooses]
@@ -302,28 +323,32 @@ class _View:
             self.next = next(self.numbered, None)
 
     def diagnose(self, rule: OutlierRule, layer: int | None, ignored: frozenset[tuple[int, int]]) -> Diagnosis:
-        images = [image for _, image in self.first]
-        options: dict[str, Any] = {"batch_size": self.batch_size, "progress": self.progress}
-        return diagnose(self.model, images, rule=rule, block=layer, ignored=ignored, **options)
+        """Of the first images of all processes."""
+        batches = batched((image for _, image in self.first), self.batch_size)
+        with progress_bar("diagnosing", len(self.first), self.progress) as bar:
+            seen = observe(self.tower, batches, rule, ignored=ignored, on_images=bar.update)
+        return conclude(self.model, gathered(seen), rule, block=layer)
 
 
 def _detect(views: Sequence[_View], rule: OutlierRule, layer: int | None, *, insist: bool) -> _View:
     """Decide in each view which tokens are the outliers; returns the first view that has any."""
     found: list[_View] = []
+    of_all: list[Diagnosis] = []  # fixed positions included
     for view in views:
-        ignored: frozenset[tuple[int, int]] = frozenset()
-        view.diagnosis = diagnosis = view.diagnose(rule, layer, ignored)
+        view.diagnosis = view.diagnose(rule, layer, view.ignored)
+        of_all.append(view.diagnosis)
         # Outliers at the same position in all images say nothing of the neurons that make the others.
-        while (outliers := diagnosis.outliers) is not None and outliers.fixed_positions:
-            ignored |= {(each.row, each.column) for each in outliers.fixed_positions}
-            diagnosis = view.diagnose(rule, layer, ignored)
+        while (outliers := view.diagnosis.outliers) is not None and outliers.fixed_positions:
+            view.ignored |= set(outliers.positions)
+            view.diagnosis = view.diagnose(rule, layer, view.ignored)
         if outliers is None and insist:
-            outliers, ignored = view.diagnosis.outliers, frozenset()
+            view.diagnosis, view.ignored = of_all[-1], frozenset()
+            outliers = view.diagnosis.outliers
         if outliers is not None and (outliers.kind == "movable" or insist):
-            view.detection, view.onset = Detection(rule, outliers.block, ignored), outliers.onset_block
+            view.detection, view.onset = Detection(rule, outliers.block, view.ignored), outliers.onset_block
             found.append(view)
     if not found:
-        diagnosis = next((view.diagnosis for view in views if view.diagnosis.outliers is not None), views[0].diagnosis)
+        diagnosis = next((each for each in of_all if each.outliers is not None), of_all[0])
         if diagnosis.outliers is not None:
             raise ImmovableOutliersError(diagnosis.verdict)
         most = max(block.after_mlp.outlier_fraction for block in diagnosis.blocks)
@@ -332,8 +357,21 @@ def _detect(views: Sequence[_View], rule: OutlierRule, layer: int | None, *, ins
         )
     for view in views:
         if view not in found:  # it has no say in the ranking, but its images are looked at all the same
-            view.detection, view.onset = found[0].detection, found[0].onset
+            view.detection, view.onset = replace(found[0].detection, ignored=view.ignored), found[0].onset
     return found[0]
+
+
+def _verdict(view: _View, choice: _Choice) -> str:
+    """Of the outliers that the neurons are for, which are those at no fixed position."""
+    outliers = view.diagnosis.outliers
+    assert outliers is not None
+    if outliers.kind != "movable" and choice.facts.get("target_met"):
+        verdict = f"{outliers.summary}, which these neurons move against the diagnosis"
+    else:
+        verdict = view.diagnosis.verdict
+    if not view.ignored:
+        return verdict
+    return f"{verdict}; besides, artefacts at {named(sorted(view.ignored))}, where a register fixes nothing"
 
 
 def _rank(
@@ -405,27 +443,77 @@ class _State:
             save_file(tensors, temporary, metadata={"testreg": json.dumps(saved)})
 
     def load(self) -> int:
-        """Fill the views' statistics; returns the number of the first image that is not in them."""
-        if not self.path.exists():
+        """Fill the views' statistics; returns the number of the first image that is not in them.
+
+        The first process reads the file for all of them: on other machines it may be missing, or another one.
+
+        Raises:
+            ValueError: the file is damaged, or of another run.
+        """
+        found: tuple[int, list[Statistics]] | ValueError | None = None
+        if rank() == 0 and self.path.exists():
+            try:
+                found = self._read()
+            except ValueError as error:
+                found = error
+        found = gathered(found)[0]
+        if isinstance(found, ValueError):
+            raise found
+        if found is None:
             return 0
+        done, statistics = found
+        for view, saved in zip(self.views, statistics, strict=True):
+            view.statistics = saved
+        return done
+
+    def _read(self) -> tuple[int, list[Statistics]]:
         try:
             with safe_open(self.path, "pt") as file:
-                saved = json.loads((file.metadata() or {}).get("testreg", "{}"))
+                saved = json.loads((file.metadata() or {}).get("testreg", "null"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except Exception as error:
-            raise ValueError(f"{self.path} is not a saved state: {error}. Delete it to start anew") from error
-        if saved.get("format") != STATE:
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"{self.path} is not a saved state: {reason[:200]}. Delete it to start anew") from error
+        if not isinstance(saved, dict) or saved.get("format") != STATE:
             raise ValueError(f"{self.path} is not the saved state of a calibration: name another file")
-        for key, value in saved["run"].items():
-            if self.run.get(key) != value:
+        if not isinstance(run := saved.get("run"), dict):
+            raise self._damage("it does not say of which run it is")
+        for key in self.run | run:
+            if self.run.get(key) != run.get(key):
+                name = key if key in self.run else _short(key)
                 raise ValueError(
-                    f"{self.path} is of another run: {key} was {value}, and is {self.run.get(key)}. "
-                    "Name another file, or delete it to start anew"
+                    f"{self.path} is of another run: {name} was {_short(run.get(key))}, and is "
+                    f"{_short(self.run.get(key))}. Name another file, or delete it to start anew"
                 )
-        for i, view in enumerate(self.views):
-            names = view.statistics.tensors()
-            view.statistics = Statistics(**{name: tensors[f"{i}.{name}"] for name in names})
-        return int(saved["done"])
+        done = saved.get("done")
+        first = self.views[0].end_of_first
+        if type(done) is not int or not first <= done <= sys.maxsize or (done - first) % CHUNK:
+            raise self._damage(f"it cannot have ended at image {_short(done)}")
+        return done, [self._statistics(tensors, i, done) for i in range(len(self.views))]
+
+    def _statistics(self, tensors: dict[str, Tensor], index: int, done: int) -> Statistics:
+        """Those of one view, checked."""
+        expected = Statistics.zeros(self.views[index].tower).tensors()
+        found = {name: tensors.get(f"{index}.{name}") for name in expected}
+        for name, like in expected.items():
+            value = found[name]
+            if value is None or value.shape != like.shape or value.dtype != like.dtype:
+                raise self._damage(f"{name} is missing, or does not fit the model")
+            if not value.isfinite().all():
+                raise self._damage(f"{name} is not finite")
+        statistics = Statistics(**found)  # type: ignore[arg-type]
+        if not 0 < float(statistics.num_images.sum()) <= done:
+            raise self._damage(f"it cannot be of {float(statistics.num_images.sum()):g} images, if it ended at {done}")
+        return statistics
+
+    def _damage(self, what: str) -> ValueError:
+        return ValueError(f"{self.path} is damaged: {what}. Delete it to start anew")
+
+
+def _short(value: object) -> str:
+    """Of a file that may hold anything, at any length."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _mean_scores(views: Sequence[_View], score: Score, part: Callable[[Statistics], Statistics]) -> Tensor:
@@ -448,6 +536,7 @@ class _Choice:
     last: int
     """The last block with neurons in the ranking."""
     facts: dict[str, Any]
+    verified: bool
 
 
 def _choose(
@@ -488,6 +577,7 @@ def _choose(
         ]
 
     facts: dict[str, Any] = {}
+    verified = False
     last, dropped = lasts[0], tuple[Neuron, ...]()
     if top_k is None:
         selections: dict[int, Selection] = {}
@@ -512,9 +602,13 @@ def _choose(
     if verifies:
         verifying = held_out("verifying")
         effects = [each.effect(chosen) for each in verifying]
+        target_met = worst_of(effects).remaining <= target
+        on_others = top_k is not None or all(view.is_split for view in views)
+        verified = target_met and on_others and all(each.num_images >= MIN_VERIFYING for each in verifying)
         facts |= {
             "target": target,
-            "target_met": worst_of(effects).remaining <= target,
+            "target_met": target_met,
+            "verified_on_others": on_others,
             "max_change": max_change,
             "dropped": [list(neuron) for neuron in dropped],
             "verified_at": [
@@ -531,7 +625,7 @@ def _choose(
         }
     taken = {*chosen, *dropped}
     others = tuple(neuron for neuron in rankings[last] if neuron not in taken)
-    return _Choice(chosen, others, last, facts)
+    return _Choice(chosen, others, last, facts, verified)
 
 
 def _versions() -> dict[str, str]:

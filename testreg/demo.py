@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 PHOTOGRAPHS = Path(__file__).parent / "photographs"
 IMAGE_SIZE, CROP_SIZE = 128, 96  # 32 x 32 patches are drawn, 24 x 24 calibrate
+STRIDE = 32  # of the crops: 80, which is what it takes to choose neurons on some and to verify them on others
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def planted_neurons() -> dict[int, list[int]]:
 def run_demo() -> Demo:
     """Let calibration find the demo model's register neurons without being told, patch them, and compare."""
     model = demo_model(IMAGE_SIZE)
-    found = calibrate(model, crops(photographs(2 * CROP_SIZE), CROP_SIZE, CROP_SIZE // 2))
+    found = calibrate(model, crops(photographs(2 * CROP_SIZE), CROP_SIZE, STRIDE))
     images = photographs(IMAGE_SIZE)
     patch(model, found)
     before, after = compare(model, images, layer=found.calibration["detection_layer"])

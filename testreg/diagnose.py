@@ -2,7 +2,8 @@
 
 One streaming pass. The residual stream is looked at in front of the blocks, and after the attention and after the MLP
 of each: its 2L+1 *places*, for L blocks. All figures follow from sums over images, so that memory is that of a batch,
-the batch size does not matter, and those of several processes (torch.distributed) are added.
+the batch size does not matter, and several processes (torch.distributed) share the images: `observe` takes the sums
+over the images of one process, and `conclude` those of all processes together.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -23,13 +24,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from testreg.attention import Recorder
-from testreg.data import ImageBatches, Images, Transform
-from testreg.distributed import Sums, add, gathered
+from testreg.data import Images, ImageStream, Transform, batched
+from testreg.distributed import Sums, add, gathered, rank, world_size
 from testreg.families import Tower, find_tower
 from testreg.files import replacing
 from testreg.models import OwnTransform
 from testreg.neurons import describe_model
-from testreg.outliers import MIN_FRACTION, OutlierRule, ignored_patches
+from testreg.outliers import MIN_FRACTION, OutlierRule, check_finite, exactly, ignored_patches
 from testreg.progress import progress_bar
 from testreg.register import is_patched
 
@@ -132,6 +133,18 @@ class Outliers:
         return "movable" if by_mlp else "immovable"
 
     @property
+    def summary(self) -> str:
+        """What they are, in one line; not what becomes of them."""
+        if self.kind != "fixed":
+            return f"outliers from {self.origin}, {100 * self.fraction:.1f} % of patches"
+        return f"fixed-position artefacts from {self.origin} at {named(self.positions)}"
+
+    @property
+    def positions(self) -> list[tuple[int, int]]:
+        """Rows and columns of the fixed ones."""
+        return [(each.row, each.column) for each in self.fixed_positions]
+
+    @property
     def origin(self) -> str:
         where = f"block {self.onset_block}"
         return {"embedding": "the embedding", "block": where}.get(self.onset_part, f"{where} ({self.onset_part})")
@@ -177,13 +190,12 @@ class Diagnosis:
         if found is None:
             roles = [f"prefix token {role.token}, {role.ratio:.0f} x the median norm" for role in self.prefix_roles]
             return "no outliers: nothing to fix" + (f" (their role is taken by {'; '.join(roles)})" if roles else "")
-        if found.kind == "fixed":
-            named = ", ".join(f"({each.row}, {each.column})" for each in found.fixed_positions[:NUM_POSITIONS])
-            unnamed = len(found.fixed_positions) - NUM_POSITIONS
-            more = f" and {unnamed} more" if unnamed > 0 else ""
-            return f"fixed-position artefacts from {found.origin} at {named}{more}: a register does not fix them"
-        fate = "movable" if found.kind == "movable" else "not made by MLPs: a register does not move them"
-        return f"outliers from {found.origin}, {100 * found.fraction:.1f} % of patches, {fate}"
+        fate = {
+            "movable": ", movable",
+            "fixed": ": a register does not fix them",
+            "immovable": ", not made by MLPs: a register does not move them",
+        }
+        return found.summary + fate[found.kind]
 
     @property
     def notes(self) -> list[str]:
@@ -238,6 +250,12 @@ class Diagnosis:
             temporary.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def named(positions: Sequence[tuple[int, int]]) -> str:
+    """Rows and columns in words; of many, the first."""
+    more = f" and {len(positions) - NUM_POSITIONS} more" if len(positions) > NUM_POSITIONS else ""
+    return ", ".join(map(str, positions[:NUM_POSITIONS])) + more
+
+
 def _row(name: str, before: float | None, after: Residual, to_outliers: float | None, to_prefix: float | None) -> str:
     def cell(value: float | None, width: int, form: str, factor: float = 1.0) -> str:
         return f"{'-' if value is None else format(factor * value, form):>{width}}"
@@ -279,10 +297,12 @@ def diagnose(
 ) -> Diagnosis:
     """Look at the outlier tokens of `model`, and tell whether registers would move them, in one pass over `images`.
 
+    The processes of torch.distributed share the images: all must call this, and all get the same result.
+
     Args:
         model: a vision tower, or any model that contains one, on the device that it is on. A patched model is looked
             at as it computes, without its registers: there should be no outliers left.
-        images: a folder, a Dataset, or any iterable of PIL images or tensors (see `testreg.data.ImageBatches`).
+        images: a folder, a Dataset, or any iterable of PIL images or tensors (see `testreg.data.ImageStream`).
         transform: PIL image -> tensor (3, h, w); None takes the preprocessing that the model's own library names.
         rule: which patches are outliers.
         block: at whose output to judge the outliers; None for the one where they stand out most.
@@ -295,21 +315,56 @@ def diagnose(
     rule = rule or OutlierRule()
     if block is not None and not 0 <= block < tower.depth:
         raise ValueError(f"block={block} is out of range: the model has {tower.depth} blocks")
-    batches = ImageBatches(
-        images,
-        transform or OwnTransform(model),
-        batch_size=batch_size,
-        num_images=num_images,
-        workers=workers,
-        seed=seed,
-    )
-    sums = _AllSums(tower.depth)
-    with tower.evaluating(), progress_bar("diagnosing", batches.length, progress) as bar:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    stream = ImageStream(images, transform or OwnTransform(model), num_images=num_images, workers=workers, seed=seed)
+    batches = batched((image for _, image in stream.numbered(0, rank(), world_size())), batch_size)
+    with progress_bar("diagnosing", stream.length, progress) as bar:
+        seen = observe(tower, batches, rule, ignored=ignored, on_images=bar.update)
+    seen.unreadable_images = stream.num_skipped
+    all_seen = gathered(seen)
+    if all(each.image_size is None for each in all_seen):
+        skipped = sum(each.unreadable_images for each in all_seen)
+        unreadable = f": all {skipped} were unreadable" if skipped else ""
+        raise ValueError(f"no image could be read from {stream.source}{unreadable}")
+    return conclude(model, all_seen, rule, block=block)
+
+
+def observe(
+    tower: Tower,
+    batches: Iterable[Tensor],
+    rule: OutlierRule,
+    *,
+    ignored: Collection[tuple[int, int]] = (),
+    on_images: Callable[[int], object] = lambda count: None,
+) -> Observations:
+    """What a tower shows on batches (B, 3, h, w), of which there may be none, in this process alone.
+
+    Args:
+        on_images: called with the number of images after each batch.
+
+    Raises:
+        ValueError: norms are not finite.
+    """
+    seen = Observations(tower.depth)
+    with tower.evaluating():
         for batch in batches:
-            image_size = list(batch.shape[-2:])
-            _accumulate(sums, tower, batch, rule, ignored)
-            bar.update(len(batch))
-    sums = functools.reduce(_AllSums.add, gathered(sums))
+            _accumulate(seen, tower, batch, rule, ignored)
+            on_images(len(batch))
+    return seen
+
+
+def conclude(
+    model: nn.Module, parts: Sequence[Observations], rule: OutlierRule, *, block: int | None = None
+) -> Diagnosis:
+    """The diagnosis from what was observed of `model` on some images, by this process or by several.
+
+    Args:
+        parts: changed by this; one at least has seen an image.
+    """
+    tower = find_tower(model)
+    sums = functools.reduce(Observations.add, parts)
+    assert sums.image_size is not None
     residuals = [_residual(place) if place else None for place in sums.places]
     embedding, *_ = residuals
     assert embedding is not None
@@ -318,8 +373,8 @@ def diagnose(
         model=describe_model(model, tower),
         patched=is_patched(model),
         images=int(sums.places[0]["images"]),
-        unreadable_images=sum(gathered(batches.num_skipped)),
-        image_size=image_size,
+        unreadable_images=sums.unreadable_images,
+        image_size=sums.image_size,
         rule=rule.describe(),
         embedding=embedding,
         blocks=blocks,
@@ -331,10 +386,13 @@ def diagnose(
 # The pass -------------------------------------------------------------------------------------------------------------
 
 
-class _AllSums:
+class Observations:
     """Sums over images, in float64 on the CPU. Place 0 is in front of the blocks, 2i+1 and 2i+2 are of block i."""
 
     def __init__(self, depth: int) -> None:
+        self.image_size: list[int] | None = None
+        """Height and width of the last image; None before the first."""
+        self.unreadable_images = 0
         self.places: list[Sums] = [{} for _ in range(2 * depth + 1)]
         """Empty where there is nothing to see."""
         self.attention: list[Sums] = [{} for _ in range(depth)]
@@ -343,8 +401,10 @@ class _AllSums:
         self.positions: defaultdict[tuple[int, int], Sums] = defaultdict(dict)
         """Per patch, by the grid of patches, since images may be of several sizes."""
 
-    def add(self, other: _AllSums) -> _AllSums:
+    def add(self, other: Observations) -> Observations:
         """Adds the sums over other images, in place."""
+        self.image_size = other.image_size or self.image_size
+        self.unreadable_images += other.unreadable_images
         pairs = zip(self.places + self.attention, other.places + other.attention, strict=True)
         for mine, theirs in (*pairs, *((self.positions[grid], more) for grid, more in other.positions.items())):
             add(mine, theirs)
@@ -354,9 +414,10 @@ class _AllSums:
 
 @torch.no_grad()
 def _accumulate(
-    sums: _AllSums, tower: Tower, images: Tensor, rule: OutlierRule, ignored: Collection[tuple[int, int]]
+    sums: Observations, tower: Tower, images: Tensor, rule: OutlierRule, ignored: Collection[tuple[int, int]]
 ) -> None:
     """Add one batch (B, 3, h, w) to the sums."""
+    sums.image_size = list(images.shape[-2:])
     watch = _Watch(sums, tower, images, rule, ignored)
     with watch.installed():
         tower.run(images)
@@ -364,7 +425,8 @@ def _accumulate(
         [torch.full_like(watch.ratios[0], math.nan) if ratio is None else ratio for ratio in watch.ratios]
     )  # (2L+1, B, N)
     outlier = torch.stack(watch.outlier[2::2]).float()  # (L, B, N)
-    sums.excess += torch.einsum("dbn,pbn->dp", outlier, ratios - 1).cpu().double()
+    with exactly(outlier.device):
+        sums.excess += torch.einsum("dbn,pbn->dp", outlier, ratios - 1).cpu().double()
     counts = {"events": outlier.sum(1), "embedding": ratios[0].sum(0), "images": torch.tensor(len(images))}
     add(sums.positions[watch.grid], counts)
 
@@ -374,7 +436,7 @@ class _Watch:
 
     def __init__(
         self,
-        sums: _AllSums,
+        sums: Observations,
         tower: Tower,
         images: Tensor,
         rule: OutlierRule,
@@ -439,7 +501,9 @@ class _Watch:
         if tokens is not None:
             prefix, patches = tokens[:, : self.tower.num_prefix].float(), tokens[:, self.patches].float()
             counted = ~ignored_patches(self.ignored, self.grid).to(patches.device)
-            more, ratio, outlier = _look_at(prefix, patches, self.grid, self.rule, counted)
+            norms = patches.norm(dim=-1)  # (B, N)
+            check_finite(norms, self.images)
+            more, ratio, outlier = _look_at(prefix, patches, norms, self.grid, self.rule, counted)
             add(self.sums.places[len(self.ratios)], more)
         self.ratios.append(ratio)
         self.outlier.append(outlier)
@@ -491,13 +555,12 @@ class _ResidualSum(TorchFunctionMode):
 
 
 def _look_at(
-    prefix: Tensor, patches: Tensor, grid: tuple[int, int], rule: OutlierRule, counted: Tensor
+    prefix: Tensor, patches: Tensor, norms: Tensor, grid: tuple[int, int], rule: OutlierRule, counted: Tensor
 ) -> tuple[Sums, Tensor, Tensor]:
     """Sums over a batch (B, P, C) and (B, N, C) at one place; and of each patch (B, N) the ratio, and if an outlier.
 
-    Only the patches that are `counted` (N,) may be outliers.
+    `norms` (B, N) are those of the patches. Only those that are `counted` (N,) may be outliers.
     """
-    norms = patches.norm(dim=-1)  # (B, N)
     median = norms.median(-1, keepdim=True).values  # (B, 1)
     ratio = norms / median
     outlier = (norms > rule.limit(norms)) & counted
@@ -599,7 +662,7 @@ def _blocks(residuals: Sequence[Residual | None], attention: Sequence[Sums]) -> 
     return blocks
 
 
-def _outliers(sums: _AllSums, blocks: Sequence[BlockDiagnosis], at: int | None) -> Outliers | None:
+def _outliers(sums: Observations, blocks: Sequence[BlockDiagnosis], at: int | None) -> Outliers | None:
     """Those after block `at`, or after the one where they stand out most."""
     fraction = torch.tensor([block.after_mlp.outlier_fraction for block in blocks], dtype=torch.float64)
     candidates = fraction >= MIN_FRACTION
@@ -635,7 +698,7 @@ def _part(place: int, excess: Tensor) -> Part:
     return "block" if excess[place - 1].isnan() else "MLP"
 
 
-def _fixed_positions(sums: _AllSums, d: int) -> tuple[float | None, list[FixedPosition]]:
+def _fixed_positions(sums: Observations, d: int) -> tuple[float | None, list[FixedPosition]]:
     """Share of the outliers after block d that lie where most images have one, and where that is.
 
     Of images of several sizes, those of the most frequent one are compared.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,9 @@ from torch import Tensor
 
 T = TypeVar("T")
 Sums = dict[str, Tensor]
+
+JOINING = datetime.timedelta(seconds=30)  # from the first process to the last: they are started together
+ANSWERING = datetime.timedelta(minutes=30)  # a process may read and compute so long while others wait for it
 
 
 def rank() -> int:
@@ -30,11 +34,20 @@ def _is_initialized() -> bool:
 
 
 def gathered(value: T) -> list[T]:
-    """What each process has for `value`, by rank; all must call it. Tensors are best on the CPU."""
+    """What each process has for `value`, by rank; all must call it. Tensors are best on the CPU.
+
+    Raises:
+        RuntimeError: another process has ended, or has not called this for so long that it is given up.
+    """
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    try:
+        dist.all_gather_object(values, value)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"another of the {world_size()} processes has ended, or does not answer ({_first_line(error)})"
+        ) from error
     return values
 
 
@@ -62,6 +75,13 @@ def process_group(device: str | torch.device) -> Iterator[torch.device]:
 
     With "cuda", each process gets the GPU of its local rank. A process that was started alone, or that has a group
     already, gets `device` as it is.
+
+    Nobody waits for ever. All processes must have called this within `JOINING` of the first. After that, one that has
+    ended is noticed by the others as soon as they exchange results (gloo), or is noticed by torchrun, which stops them;
+    one that is alive but silent is waited for as long as an honest computation may take: `ANSWERING`.
+
+    Raises:
+        TimeoutError: not all processes are there in time.
     """
     device = torch.device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _is_initialized():
@@ -70,8 +90,28 @@ def process_group(device: str | torch.device) -> Iterator[torch.device]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)  # through which NCCL sends objects
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    store, own_rank, size = _joined()
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=own_rank, world_size=size, timeout=ANSWERING)
     try:
         yield device
     finally:
         dist.destroy_process_group()
+
+
+def _joined() -> tuple[dist.Store, int, int]:
+    """The store that the processes share, this one's rank and their number, once all of them are there."""
+    try:
+        store, own_rank, size = next(dist.rendezvous("env://", timeout=JOINING))
+        store.set(f"testreg/{own_rank}", "here")
+        store.wait([f"testreg/{each}" for each in range(size)], JOINING)
+    except dist.DistError as error:
+        raise TimeoutError(
+            f"not all of the {os.environ['WORLD_SIZE']} processes were there after {JOINING.seconds} s: one of them "
+            f"has stopped, or was not started ({_first_line(error)})"
+        ) from error
+    return store, own_rank, size
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

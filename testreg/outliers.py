@@ -81,6 +81,26 @@ def ignored_patches(ignored: Collection[tuple[int, int]], grid: tuple[int, int])
     return mask.flatten()
 
 
+def exactly(device: torch.device) -> torch.autocast:
+    """Within this context, autocast is off, under which the model may run: for the sums that statistics are.
+
+    Under it, matrix products of float32 tensors (`@`, einsum) are taken in half precision, where sums saturate or
+    overflow. Norms, means and other sums are not.
+    """
+    return torch.autocast(device.type, enabled=False)
+
+
+def check_finite(norms: Tensor, images: Tensor) -> None:
+    """Raise ValueError unless all norms, of the tokens of these images, are finite: NaN would pass for no outlier."""
+    if norms.isfinite().all():
+        return
+    if not images.isfinite().all():
+        raise ValueError(
+            "an image has pixels that are not finite (NaN or infinity): leave it out, or mend its transform"
+        )
+    raise ValueError("the norms of the tokens are not finite: run the model in float32 or bfloat16")
+
+
 @contextmanager
 def recorded_norms(tower: Tower) -> Iterator[list[Tensor]]:
     """Within the block, a forward of the tower appends the norms (B, T), in float32, of each block's output tokens."""

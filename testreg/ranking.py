@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from testreg.families import Block, Mlp, Tower
 from testreg.neurons import Neuron
-from testreg.outliers import Detection, recorded_norms, recorded_tokens
+from testreg.outliers import Detection, check_finite, exactly, recorded_norms, recorded_tokens
 
 Score = Literal["contribution", "write", "contrast", "activation"]
 
@@ -89,7 +89,11 @@ def look_at(
     include_prefix: bool = False,
     seed: int = 0,
 ) -> Statistics:
-    """Statistics of one batch (B, 3, h, w), on the CPU. The images' numbers choose halves and normal tokens."""
+    """Statistics of one batch (B, 3, h, w), on the CPU. The images' numbers choose halves and normal tokens.
+
+    Raises:
+        ValueError: norms are not finite.
+    """
     with (
         recorded_norms(tower) as block_norms,
         recorded_tokens(tower, detection.block) as block_tokens,
@@ -97,6 +101,7 @@ def look_at(
     ):
         tower.run(images)
     norms, tokens = torch.stack(block_norms), block_tokens[0]  # (L, B, T), (B, T, C)
+    check_finite(norms, images)
     grid, num_prefix = tower.grid(images), tower.num_prefix
     norms, tokens = norms[..., : num_prefix + grid[0] * grid[1]], tokens[:, : num_prefix + grid[0] * grid[1]]
     patches = norms[..., num_prefix:]
@@ -113,25 +118,26 @@ def look_at(
     at_normal = half[:, image] * normal[image, token]
     mean_normal = normal / normal.sum(-1, keepdim=True).clamp(min=1)
     contrast = detected / per_image.clamp(min=1).unsqueeze(-1) - mean_normal * (per_image > 0).unsqueeze(-1)  # (B, T)
-    direction = torch.einsum("bt,btc->bc", contrast, tokens.float())
 
     statistics = Statistics.zeros(tower)
     for i, block in enumerate(tower.blocks):
-        hidden = _hidden_at(block, [each[image, token] for each in inputs[i]]).float()  # (n, H)
+        hidden = _hidden_at(block, [each[image, token] for each in inputs[i]]).float()  # (n, H), as the model has them
         magnitude = hidden.abs()
         counted = magnitude * torch.cat(sparse[i], -1)[image] if sparsity_filter else magnitude
-        statistics.magnitude[:, i] = at_outliers @ counted
-        statistics.activation[:, i] = at_outliers @ hidden
-        statistics.normal_magnitude[:, i] = at_normal @ magnitude
-        statistics.normal_activation[:, i] = at_normal @ hidden
-        statistics.normal_square[:, i] = at_normal @ hidden.square()
-    statistics.direction[:] = half @ direction
-    statistics.median_norm[:] = half @ patches.median(-1).values.T
-    statistics.num_normal[:] = half @ normal.sum(-1).float()
-    statistics.num_with_outliers[:] = half @ (per_image > 0).float()
-    statistics.num_outliers[:] = half @ detected[:, num_prefix:].sum(-1).float()
-    statistics.num_images[:] = half.sum(-1)
-    statistics.num_patches[:] = half.sum(-1) * patches.shape[-1]
+        with exactly(norms.device):
+            statistics.magnitude[:, i] = at_outliers @ counted
+            statistics.activation[:, i] = at_outliers @ hidden
+            statistics.normal_magnitude[:, i] = at_normal @ magnitude
+            statistics.normal_activation[:, i] = at_normal @ hidden
+            statistics.normal_square[:, i] = at_normal @ hidden.square()
+    with exactly(norms.device):
+        statistics.direction[:] = half @ torch.einsum("bt,btc->bc", contrast, tokens.float())
+        statistics.median_norm[:] = half @ patches.median(-1).values.T
+        statistics.num_normal[:] = half @ normal.sum(-1).float()
+        statistics.num_with_outliers[:] = half @ (per_image > 0).float()
+        statistics.num_outliers[:] = half @ detected[:, num_prefix:].sum(-1).float()
+        statistics.num_images[:] = half.sum(-1)
+        statistics.num_patches[:] = half.sum(-1) * patches.shape[-1]
     return statistics
 
 
@@ -226,7 +232,10 @@ def scores(statistics: Statistics, tower: Tower, score: Score) -> Tensor:
         norms = torch.stack([each.norm(dim=0) for each in columns])
         return (magnitude - normal_magnitude) * norms / median_norm.unsqueeze(-1)
     direction = statistics.direction / with_outliers
-    along = torch.stack([direction @ each for each in columns]) / direction.square().sum().clamp(min=1e-12)  # (L, H)
+    with exactly(direction.device):
+        along = torch.stack([direction @ each for each in columns]) / direction.square().sum().clamp(
+            min=1e-12
+        )  # (L, H)
     return (statistics.activation / with_outliers - statistics.normal_activation / num_normal) * along
 
 
@@ -235,7 +244,10 @@ def _columns(block: Block) -> Tensor:
     columns = []
     for mlp in block.mlps:
         scale = 1.0 if mlp.scale is None else mlp.scale.detach().float().unsqueeze(-1)
-        columns.append(mlp.columns.detach().float() * scale)
+        written = mlp.columns.detach()
+        if type(written).dequantize is not Tensor.dequantize:  # torchao's weights take part in no arithmetic
+            written = written.dequantize()
+        columns.append(written.float() * scale)
     return torch.cat(columns, -1).cpu()
 
 

@@ -1,7 +1,8 @@
 """The report of a calibration: one HTML page that needs no other file, and the same pictures as PNG for papers.
 
 `look` measures a model without and with its registers; the charts and the page are drawn from what it found, and from
-what the neurons' `calibration` says. Any entry of that may be missing: a list may come from elsewhere.
+what the neurons' `calibration` says. Any entry of that may be missing: a list may come from elsewhere. All is done by
+the process that asks for it: of several (torch.distributed), the others need not know.
 """
 
 from __future__ import annotations
@@ -21,17 +22,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from testreg.diagnose import Diagnosis, diagnose
+from testreg.calibrate import MIN_VERIFYING
+from testreg.diagnose import Diagnosis, conclude, named, observe
 from testreg.families import Tower, find_tower
 from testreg.files import replacing
 from testreg.neurons import RegisterNeurons, describe_model
-from testreg.outliers import OutlierRule, token_norms
+from testreg.outliers import OutlierRule, ignored_patches, token_norms
 from testreg.register import disabled, patch, registers, unpatch
 from testreg.viz import CSS, Chart, Maps, Panel, charts_of, compare, draw, feature_colours, figure, panels
 
 NUM_PHOTOGRAPHS = 5
 PHOTOGRAPH_SIDE = 384  # pixels in the page; the maps have one for each patch
 LONG_TABLE = 20  # rows that are shown without being asked for
+AGREEMENT = 0.99  # of the head with itself: what is less is said at the top
 
 MEASURED = {
     "neurons": "neurons",
@@ -41,7 +44,7 @@ MEASURED = {
     "change_patches": "change, patches",
     "agreement": "head agrees",
 }  # of a point of the trade-off, or of a check at another size
-ELSEWHERE = {"curve", "chosen", "dropped", "verified_at", "stability", "versions"}  # these have their own place
+ELSEWHERE = {"curve", "chosen", "dropped", "ignored", "verified_at", "stability", "versions"}  # these have a place
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class Report:
     model: Mapping[str, Any]
     layer: int
     """The block after which outliers stand out most."""
+    ignored: list[tuple[int, int]]
+    """Rows and columns of patches that do not count as outliers, since they are fixed: calibration left them out."""
     before: Diagnosis
     after: Diagnosis
     norms_before: Norms
@@ -111,6 +116,11 @@ class Report:
     def limits(self) -> dict[str, float]:
         """What the choice had to meet: target, max_change; as far as known."""
         return _numbers_in({key: self.facts.get(key) for key in ("target", "max_change")})
+
+    @property
+    def agreement(self) -> float | None:
+        """The lowest share of images to which the user's head gives the same class as before; None if unknown."""
+        return min((check["agreement"] for check in self.checks if "agreement" in check), default=None)
 
     @property
     def headline(self) -> str:
@@ -187,18 +197,21 @@ def look(
 ) -> Report:
     """Measure `model`, which is unpatched and left so, without and with the registers of `neurons`."""
     images = images if isinstance(images, Tensor) else torch.stack(list(images))
+    if images.ndim != 4 or not len(images):
+        raise ValueError(f"expected image tensors (B, 3, h, w), one at least, got {tuple(images.shape)}")
     rule = rule or OutlierRule()
-    tower = find_tower(model)
-    patch(model, neurons)
+    tower, batches = find_tower(model), images.split(batch_size)
+    patch(model, replace(neurons, verified=True))  # what they do is measured here: no warning
     try:
         with tower.evaluating():
+            ignored = _ignored(neurons, tower.grid(images))
             with disabled(model):
-                before = diagnose(model, images, batch_size=batch_size, rule=rule, progress=False)
+                before = conclude(model, [observe(tower, batches, rule, ignored=ignored)], rule)
                 before = replace(before, patched=False)
                 layer = _most_outlying(before, neurons)
-                norms_before = _norms(model, tower, images.split(batch_size), layer, rule)
-            after = diagnose(model, images, batch_size=batch_size, rule=rule, progress=False)
-            norms_after = _norms(model, tower, images.split(batch_size), layer, rule)
+                norms_before = _norms(model, tower, batches, layer, rule, ignored)
+            after = conclude(model, [observe(tower, batches, rule, ignored=ignored)], rule)
+            norms_after = _norms(model, tower, batches, layer, rule, ignored)
             most = norms_before.outliers.argsort(descending=True, stable=True)[:NUM_PHOTOGRAPHS]
             photographs = images[most.sort().values]
             observable = before.blocks[-1].outlier_attention is not None
@@ -209,6 +222,7 @@ def look(
         neurons=neurons,
         model=describe_model(model, tower),
         layer=layer,
+        ignored=ignored,
         before=before,
         after=after,
         norms_before=norms_before,
@@ -225,7 +239,29 @@ def _most_outlying(before: Diagnosis, neurons: RegisterNeurons) -> int:
     return before.outliers.block if before.outliers else int(neurons.calibration.get("detection_layer", last))
 
 
-def _norms(model: nn.Module, tower: Tower, batches: Sequence[Tensor], layer: int, rule: OutlierRule) -> Norms:
+def _ignored(neurons: RegisterNeurons, grid: tuple[int, int]) -> list[tuple[int, int]]:
+    """The fixed positions that calibration left out at this size, as far as the list says any."""
+    ignored: list[tuple[int, int]] = []
+    entries = neurons.calibration.get("ignored")
+    for entry in entries if isinstance(entries, list) else ():
+        match entry:
+            case {"grid": [rows, columns], "positions": [*positions]} if (rows, columns) == grid:
+                ignored += [tuple(each) for each in positions if _is_pair(each)]
+    return ignored
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(each, int) and each >= 0 for each in value)
+
+
+def _norms(
+    model: nn.Module,
+    tower: Tower,
+    batches: Sequence[Tensor],
+    layer: int,
+    rule: OutlierRule,
+    ignored: Sequence[tuple[int, int]],
+) -> Norms:
     """Of batches of images (b, 3, h, w)."""
     rows, columns = tower.grid(batches[0])
     largest, median, on_registers, kept = [], [], [], []
@@ -243,7 +279,7 @@ def _norms(model: nn.Module, tower: Tower, batches: Sequence[Tensor], layer: int
         median=torch.cat(median, 1).mean(1).cpu(),
         registers=torch.cat(on_registers, 1).mean(1).cpu() if on_registers else None,
         ratios=dict(zip((layer, tower.depth - 1), shown / shown.median(-1, keepdim=True).values, strict=True)),
-        outliers=(shown[0] > rule.limit(shown[0])).sum(1),
+        outliers=((shown[0] > rule.limit(shown[0])) & ~ignored_patches(ignored, (rows, columns))).sum(1),
     )
 
 
@@ -276,8 +312,21 @@ def _head(report: Report) -> str:
         lines.append(f'<p><strong class="{side}">{side.capitalize()}</strong>: {escape(diagnosis.verdict)}.</p>')
     if report.neurons.provenance.get("synthetic") or "synthetic" in str(report.model["name"]).lower():
         lines.append(_notice("A synthetic model: it shows the mechanism, not what patching does for a trained one."))
+    if report.ignored:
+        lines.append(
+            _notice(
+                f"Artefacts at the fixed positions {named(report.ignored)} are not counted here, and stay: a register "
+                "fixes nothing there. Maps and norms show them all the same."
+            )
+        )
     if report.facts.get("target_met") is False:
         lines.append(_notice("The calibration did not meet its target: see the trade-off."))
+    elif report.facts.get("target_met") and not report.neurons.verified:
+        lines.append(
+            _notice(f"Not verified: that takes {MIN_VERIFYING} held-out images that had no part in the choice.")
+        )
+    if report.agreement is not None and report.agreement < AGREEMENT:
+        lines.append(_notice(f"The head gives {_percent(1 - report.agreement)} of the held-out images another class."))
     return "\n".join([*lines, _cards(report), f'<p class="quiet">{_sample(report)}</p>'])
 
 
@@ -290,7 +339,8 @@ def _sample(report: Report) -> str:
     count = f"{report.before.images} image{'s' * (report.before.images != 1)}"
     if report.facts.get("held_out") is None:
         return f"Before and after are measured on the {count} that this report was given."
-    also = " How many of the ranked neurons to use was chosen on others still." if report.curve else ""
+    on_others = report.curve and report.facts.get("verified_on_others", True)
+    also = " How many of the ranked neurons to use was chosen on others still." if on_others else ""
     return f"Before and after are measured on {count} held out: the neurons were ranked without them.{also}"
 
 
@@ -397,19 +447,30 @@ def _curve_section(report: Report) -> str:
         points = [("", point) for point in report.facts["curve"]]
         if report.choice:
             points.append(("chosen", report.facts["chosen"]))
-        figures = _table(["", *MEASURED.values()], [[note, *_measured(point)] for note, point in points])
+        keys = _keys([point for _, point in points])
+        figures = _table(
+            ["", *(MEASURED[key] for key in keys)], [[note, *_measured(point, keys)] for note, point in points]
+        )
         parts += [_svgs(charts_of(report)["curve"], report), _folded("The figures", figures)]
     if verified := report.facts.get("verified_at"):
         made_with = ("image_size", "dtype", "images")
-        rows = [[*(point.get(key) for key in made_with), *_measured(point)] for point in verified]
-        table = _table([*map(_words, made_with), *MEASURED.values()], rows)
-        parts.append(f"<h3>Verified on other images</h3>\n{table}")
+        keys = _keys(verified)
+        rows = [[*(point.get(key) for key in made_with), *_measured(point, keys)] for point in verified]
+        table = _table([*map(_words, made_with), *(MEASURED[key] for key in keys)], rows)
+        on_others = report.facts.get("verified_on_others", True)
+        title = "Verified on other images" if on_others else "Measured on the images of the choice"
+        parts.append(f"<h3>{title}</h3>\n{table}")
     return _section("Trade-off", *parts) if parts else ""
 
 
-def _measured(point: Mapping[str, Any]) -> list[float | None]:
+def _keys(points: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What was measured at any of the points: without a head, there is no agreement."""
+    return [key for key in MEASURED if any(key in _numbers_in(point) for point in points)]
+
+
+def _measured(point: Mapping[str, Any], keys: Sequence[str]) -> list[float | None]:
     known = _numbers_in(point)
-    return [known.get(key) for key in MEASURED]
+    return [known.get(key) for key in keys]
 
 
 def _neuron_section(report: Report) -> str:

@@ -18,7 +18,14 @@ from testreg.data import batched
 from testreg.distributed import Sums, add, gathered, summed
 from testreg.families import Tower
 from testreg.neurons import Neuron, RegisterNeurons
-from testreg.outliers import MIN_FRACTION, Detection, ignored_patches, recorded_norms, recorded_tokens
+from testreg.outliers import (
+    MIN_FRACTION,
+    Detection,
+    check_finite,
+    ignored_patches,
+    recorded_norms,
+    recorded_tokens,
+)
 from testreg.register import patch, unpatch
 
 Head = Callable[[nn.Module, Tensor], Tensor]
@@ -27,7 +34,6 @@ TOLERANCE = 0.02  # of the outliers' excess norm: sets that differ by less remov
 MAX_NEURONS = 512  # in a set that is measured; InternViT-6B needed 300
 MAX_MEASUREMENTS = 64  # of sets of neurons, in one selection
 NORMAL_PATCHES = 64  # of an image, whose change is measured
-NUM_CLASSES = 100  # of the random head
 
 
 @dataclass(frozen=True)
@@ -36,8 +42,8 @@ class Effect:
 
     neurons: int
     remaining: float
-    """Outliers left after the block where most are, as a fraction of those before. What is left exceeds the limit of
-    its image both as the plain and as the patched model sees it."""
+    """Outliers left after the block where most are, of the onset and those behind it, as a fraction of those before.
+    What is left exceeds the limit of its image both as the plain and as the patched model sees it."""
     worst_layer: int
     """That block."""
     excess: float
@@ -49,8 +55,8 @@ class Effect:
     with registers. What all images have in common is subtracted first: it would hide any change."""
     change_patches: float
     """The same, of normal patches."""
-    agreement: float
-    """Fraction of the images that the head gives the same class as before."""
+    agreement: float | None
+    """Fraction of the images that the user's head gives the same class as before; None without a head."""
 
     @property
     def change(self) -> float:
@@ -65,7 +71,7 @@ def worst_of(effects: Sequence[Effect]) -> Effect:
         excess=max(effect.excess for effect in effects),
         change_pooled=max(effect.change_pooled for effect in effects),
         change_patches=max(effect.change_patches for effect in effects),
-        agreement=min(effect.agreement for effect in effects),
+        agreement=min((effect.agreement for effect in effects if effect.agreement is not None), default=None),
     )
 
 
@@ -75,23 +81,30 @@ class _Plain:
 
     images: Tensor  # (B, 3, h, w)
     limit: Tensor  # (L, B, 1), norm above which a patch is an outlier
-    counted: Tensor  # (L, B, N), see `HeldOut`
+    counted: Tensor  # (N,), patches that may be outliers
     outlier: Tensor  # (B, N), after the detection block
     sampled: Tensor  # (B, K), indices of normal patches
     features: Tensor  # (B, 1 + K, C), of the pooled token and of these, after the last block
-    answer: Tensor | None  # (B,), class that the given head says
+    answer: Tensor | None  # (B,), class that the user's head says
 
 
 class HeldOut:
     """Images that did not rank the neurons, and what the plain model makes of them.
 
-    From the onset on all outliers are counted, new ones too; before it, those that are outliers after the detection
-    block as well, since early blocks may have others, of no harm.
+    Outliers are counted after the onset and after every block behind it, new ones too. In front of the onset they are
+    not: early blocks have high norms of their own there, a bright patch say, which mean nothing, and which no neuron
+    of a later block reaches. Nothing is missed, since an outlier that arises earlier and lasts is there after the onset
+    as well. And since the count begins at the same block for all sets of neurons, none looks better for beginning late:
+    all outliers between the onset and its first neuron are left.
 
     Args:
         images: tensors (3, h, w), few enough to be kept.
         onset: the block after which the outliers are there.
-        head: model, images (B, 3, h, w) -> scores (B, classes); None for a random linear one.
+        head: model, images (B, 3, h, w) on the model's device and in its dtype -> scores (B, classes).
+
+    Raises:
+        ValueError: norms are not finite; the head does not run the model once, or does not give scores. So do its
+            methods.
     """
 
     def __init__(
@@ -112,8 +125,6 @@ class HeldOut:
         self.before = summed(sums)
         self.grid = next(grid for grid in gathered(tower.grid(images[0][None]) if images else None) if grid)
         self.centre = self.before["features"] / self.before["count"].unsqueeze(-1)  # (2, C), of pooled and patches
-        generator = torch.Generator().manual_seed(seed)
-        self.random_head = torch.randn(len(self.centre[0]), NUM_CLASSES, generator=generator)
 
     @property
     def num_images(self) -> int:
@@ -132,34 +143,42 @@ class HeldOut:
                 self._compare(plain, sums)
         after, before = summed(sums), self.before
         remaining = after["outliers"] / before["outliers"].clamp(min=MIN_FRACTION * float(before["patches"]))
+        remaining = remaining[self.onset :]
         cosine = after["cosine"] / before["count"]
         return Effect(
             neurons=len(neurons),
             remaining=float(remaining.max()),
-            worst_layer=int(remaining.argmax()),
+            worst_layer=self.onset + int(remaining.argmax()),
             excess=float(after["excess"] / before["excess"].clamp(min=1e-12)),
             change_pooled=1 - float(cosine[0]),
             change_patches=1 - float(cosine[1]),
-            agreement=float(after["agreed"] / before["count"][0]),
+            agreement=float(after["agreed"] / before["count"][0]) if "agreed" in after else None,
         )
 
     def _run(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Norms (L, B, N) of the patches, tokens (B, P + N, C) after the last block, and the given head's classes."""
+        """Norms (L, B, N) of the patches, tokens (B, P + N, C) after the last block, and the head's classes (B,)."""
         tower = self.tower
-        with torch.no_grad(), recorded_norms(tower) as norms, recorded_tokens(tower, -1) as last:
+        images = images.to(tower.device, tower.dtype)
+        with torch.no_grad(), recorded_norms(tower) as recorded, recorded_tokens(tower, -1) as last:
             scores = tower.run(images) if self.head is None else self.head(self.model, images)
+        if len(recorded) != tower.depth:
+            raise ValueError(
+                f"the head ran {len(recorded)} blocks of a tower of {tower.depth}: it must run the model that it is "
+                "given, once, as `lambda model, images: model(images)` does"
+            )
+        norms = torch.stack(recorded)
+        check_finite(norms, images)
         rows, columns = tower.grid(images)
         end = tower.num_prefix + rows * columns
-        answer = None if self.head is None else scores.argmax(-1)
-        return torch.stack(norms)[..., tower.num_prefix : end], last[0][:, :end].float(), answer
+        answer = None if self.head is None else _classes(scores, len(images))
+        return norms[..., tower.num_prefix : end], last[0][:, :end].float(), answer
 
     def _look(self, images: Tensor, sums: Sums, seed: int) -> _Plain:
         norms, tokens, answer = self._run(images)
         block, grid = self.detection.block, self.tower.grid(images)
         limit = self.detection.rule.limit(norms)
         outlier = norms > limit  # (L, B, N)
-        counted = (~ignored_patches(self.detection.ignored, grid).to(norms.device)).repeat(*norms.shape[:2], 1)
-        counted[: self.onset] &= outlier[block]
+        counted = ~ignored_patches(self.detection.ignored, grid).to(norms.device)
         number = min(NORMAL_PATCHES, max(1, norms.shape[-1] // 2))
         order = torch.rand(norms.shape[-1], generator=torch.Generator().manual_seed(seed)).to(norms.device)
         sampled = order.expand(len(images), -1).masked_fill(outlier.any(0), -1).topk(number).indices
@@ -167,7 +186,7 @@ class HeldOut:
             images=images,
             limit=limit,
             counted=counted,
-            outlier=outlier[block] & counted[block],
+            outlier=outlier[block] & counted,
             sampled=sampled,
             features=self._features(tokens, sampled),
             answer=answer,
@@ -206,20 +225,22 @@ class HeldOut:
             for features in (plain.features, self._features(tokens, plain.sampled))
         )
         cosine = F.cosine_similarity(before, after, dim=-1)  # (B, 1 + K)
-        if plain.answer is None:
-            first, second = ((each[:, 0] @ self.random_head.to(each)).argmax(-1) for each in (before, after))
-        else:
-            assert answer is not None
-            first, second = plain.answer, answer
-        add(
-            sums,
-            {
-                "outliers": (outlier & plain.counted).sum((1, 2)),
-                "excess": self._excess(norms, plain),
-                "cosine": torch.stack([cosine[:, 0].sum(), cosine[:, 1:].sum()]),
-                "agreed": (first == second).sum(),
-            },
-        )
+        added = {
+            "outliers": (outlier & plain.counted).sum((1, 2)),
+            "excess": self._excess(norms, plain),
+            "cosine": torch.stack([cosine[:, 0].sum(), cosine[:, 1:].sum()]),
+        }
+        if plain.answer is not None and answer is not None:
+            added["agreed"] = (plain.answer == answer).sum()
+        add(sums, added)
+
+
+def _classes(scores: Tensor, num_images: int) -> Tensor:
+    """Of scores (B, classes), the best class (B,) of each image."""
+    if not isinstance(scores, Tensor) or scores.ndim != 2 or len(scores) != num_images:
+        what = f"of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+        raise ValueError(f"the head must give scores ({num_images}, classes) for {num_images} images, got {what}")
+    return scores.argmax(-1)
 
 
 @contextmanager

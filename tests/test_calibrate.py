@@ -1,5 +1,6 @@
 import copy
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -8,15 +9,18 @@ import timm
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 from tiny import BUILDERS, SPREAD_MLP, TIMM, build, fresh
 from torch.utils.data import DataLoader, TensorDataset
 
 import testreg
 from testreg.calibrate import ImmovableOutliersError, NoOutliersError, calibrate, held_out_images
+from testreg.diagnose import Outliers
 from testreg.families import find_tower
-from testreg.outliers import OutlierRule, token_norms
+from testreg.outliers import Detection, OutlierRule, token_norms
 from testreg.planted import plant
+from testreg.ranking import best, look_at, scores
 
 DATA = Path(__file__).parent / "data"
 PLANTABLE = [name for name in BUILDERS if "swiglu" not in name and name not in SPREAD_MLP]
@@ -395,19 +399,26 @@ class Interrupted(torch.utils.data.Dataset):
         return self.images[index]
 
 
-def test_an_interrupted_run_goes_on_to_the_same_result(planted, photos, tmp_path):
+@pytest.mark.parametrize("score", ["contribution", "write", "contrast", "activation"])
+def test_an_interrupted_run_goes_on_to_the_same_result(score, planted, photos, tmp_path):
     model, _ = planted
-    many, state = photos.repeat(8, 1, 1, 1), tmp_path / "state.safetensors"
-    whole = calibrate(model, Interrupted(many, None), stability=None, progress=False)
+    many, state = photos.repeat(6, 1, 1, 1), tmp_path / "state.safetensors"
+    options = {"score": score, "stability": None, "batch_size": 32, "progress": False}
+    whole = calibrate(model, Interrupted(many, None), **options)
     with pytest.raises(KeyboardInterrupt):
-        calibrate(model, Interrupted(many, 300), stability=None, resume=state, progress=False)
+        calibrate(model, Interrupted(many, 230), resume=state, **options)
     with safe_open(state, "pt") as file:
-        assert json.loads(file.metadata()["testreg"])["done"] == 256
-    resumed = calibrate(model, Interrupted(many, 200), stability=None, resume=state, progress=False)  # 200 was read
-    assert resumed.ranking == whole.ranking
-    assert facts_of(resumed) == facts_of(whole)
-    again = calibrate(model, Interrupted(many, 200), stability=None, resume=state, progress=False)  # nothing is left
-    assert facts_of(again) == facts_of(whole)
+        assert json.loads(file.metadata()["testreg"])["done"] == 192
+    resumed = calibrate(model, Interrupted(many, 150), resume=state, **options)  # 150 was read
+    assert resumed.by_layer() == whole.by_layer()
+    scores = [{neuron[:2]: neuron[2] for neuron in each.ranking} for each in (resumed, whole)]
+    assert scores[0] == pytest.approx(scores[1])
+    assert facts_of(resumed).keys() == facts_of(whole).keys()
+    for key in ("images", "onset_layer", "detection_layer", "max_layer", "num_images", "verdict", "stability"):
+        assert resumed.calibration.get(key) == whole.calibration.get(key), key
+    assert resumed.calibration["chosen"] == pytest.approx(whole.calibration["chosen"])
+    again = calibrate(model, Interrupted(many, 150), resume=state, **options)  # nothing is left to read
+    assert again.ranking == resumed.ranking
 
 
 def test_the_state_of_another_run_is_refused(planted, photos, tmp_path):
@@ -421,12 +432,78 @@ def test_the_state_of_another_run_is_refused(planted, photos, tmp_path):
     plant(other, photos, num_neurons=4)
     with pytest.raises(ValueError, match="is of another run: weights was"):
         calibrate(other, photos, resume=state, progress=False)
+    with pytest.raises(ValueError, match="is of another run: score was 'contribution', and is 'activation'"):
+        calibrate(model, photos, resume=state, score="activation", progress=False)
     assert state.read_bytes() == before
     state.write_bytes(before[:100])
     with pytest.raises(ValueError, match=r"is not a saved state: .*Delete it"):
         calibrate(model, photos, resume=state, progress=False)
     with pytest.raises(ValueError, match="can be read again: not an iterator"):
         calibrate(model, iter(photos), resume=state, progress=False)
+
+
+def set_run(saved, tensors):
+    del saved["run"]
+
+
+def set_done(done):
+    def damage(saved, tensors):
+        saved["done"] = done
+
+    return damage
+
+
+def set_tensor(name, change):
+    def damage(saved, tensors):
+        tensors[name] = change(tensors[name])
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (set_run, "is damaged: it does not say of which run it is"),
+        (lambda saved, tensors: saved.update(run=[]), "is damaged: it does not say of which run it is"),
+        (lambda saved, tensors: saved["run"].pop("seed"), "is of another run: seed was None, and is 0"),
+        (lambda saved, tensors: saved["run"].update(more="x" * 10**6), r"'more' was 'x{76}\.\.\., and is None"),
+        (lambda saved, tensors: saved.pop("done"), "is damaged: it cannot have ended at image None"),
+        (set_done(-1), "is damaged: it cannot have ended at image -1"),
+        (set_done(127), "is damaged: it cannot have ended at image 127"),
+        (set_done(128.0), r"is damaged: it cannot have ended at image 128\.0"),
+        (set_done(128 + 64 * 10**30), "is damaged: it cannot have ended at image 64"),
+        (lambda saved, tensors: tensors.pop("0.direction"), "is damaged: direction is missing, or does not fit"),
+        (set_tensor("0.magnitude", lambda value: value[..., :-1]), "is damaged: magnitude is missing, or does not fit"),
+        (set_tensor("0.magnitude", torch.Tensor.double), "is damaged: magnitude is missing, or does not fit the model"),
+        (set_tensor("0.direction", lambda value: value * float("nan")), "is damaged: direction is not finite"),
+        (set_tensor("0.num_images", lambda value: value + 1000), "is damaged: it cannot be of 2023 images"),
+        (set_tensor("0.num_images", torch.zeros_like), "is damaged: it cannot be of 0 images"),
+    ],
+)
+def test_damaged_states_are_refused(damage, message, finished_state, photos, tmp_path):
+    model, state = finished_state
+    with safe_open(state, "pt") as file:
+        saved = json.loads(file.metadata()["testreg"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    damage(saved, tensors)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    damaged = tmp_path / "state.safetensors"
+    save_file(tensors, damaged, metadata={"testreg": json.dumps(saved)})
+    before = damaged.read_bytes()
+    with pytest.raises(ValueError, match=message) as error:
+        calibrate(model, photos, resume=damaged, progress=False)
+    assert len(str(error.value)) < 400
+    assert damaged.read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def finished_state(photos, tmp_path_factory):
+    """A planted model, and the state of a run on it."""
+    model = fresh("timm_clip")
+    plant(model, photos, num_neurons=4)
+    state = tmp_path_factory.mktemp("state") / "state.safetensors"
+    calibrate(model, photos, top_k=4, resume=state, progress=False)
+    return model, state
 
 
 def with_fixed_artefact(model, row, column, norm):
@@ -443,6 +520,11 @@ def test_fixed_positions_do_not_hide_the_neurons(photos):
     assert first(found, found.top_k) == as_set(planted.neurons)
     assert found.calibration["verified_at"][0]["remaining"] < 0.05
     assert found.calibration["onset_layer"] == 2
+    assert found.calibration["ignored"] == [{"grid": [4, 4], "positions": [[2, 3]]}]
+    assert re.fullmatch(
+        r"outliers from block 2 \(MLP\), .* movable; besides, artefacts at \(2, 3\), where a register fixes nothing",
+        found.calibration["verdict"],
+    )
 
 
 def test_fixed_positions_alone_are_not_calibrated(photos):
@@ -452,6 +534,86 @@ def test_fixed_positions_alone_are_not_calibrated(photos):
         calibrate(model, photos, progress=False)
     insisted = calibrate(model, photos, layer=1, top_k=3, progress=False)
     assert insisted.calibration["target_met"] is False
+    assert not insisted.verified
+    assert "a register does not fix them" in insisted.calibration["verdict"]
+
+
+def test_neurons_that_move_what_the_diagnosis_did_not_expect_say_so(planted, photos, monkeypatch):
+    model, _ = planted
+    monkeypatch.setattr(Outliers, "kind", "immovable")
+    with pytest.raises(ImmovableOutliersError):
+        calibrate(model, photos, progress=False)
+    found = calibrate(model, photos, layer=2, max_layer=2, progress=False)
+    assert found.calibration["target_met"]
+    assert found.calibration["verdict"].endswith("which these neurons move against the diagnosis")
+
+
+@pytest.mark.parametrize(
+    ("num_images", "top_k", "verified", "on_others"),
+    [
+        (80, None, True, True),  # 24 held-out images choose, and 16 verify
+        (79, None, False, False),  # 39 do both
+        (32, 4, True, True),  # nothing is chosen: all 16 verify
+        (31, 4, False, True),
+    ],
+)
+def test_a_list_is_verified_by_16_images_that_had_no_part_in_the_choice(
+    num_images, top_k, verified, on_others, planted, photos
+):
+    model, _ = planted
+    found = calibrate(model, photos.repeat(2, 1, 1, 1), num_images=num_images, top_k=top_k, progress=False)
+    assert found.calibration["target_met"]
+    assert found.verified is verified
+    assert found.calibration["verified_on_others"] is on_others
+
+
+def test_a_list_that_misses_the_target_is_not_verified(planted, photos):
+    model, _ = planted
+    found = calibrate(model, photos, top_k=1, progress=False)
+    assert found.calibration["target_met"] is False
+    assert not found.verified
+
+
+@pytest.mark.parametrize("number", [0, 1, 88, 89])
+def test_an_image_that_is_not_finite_is_an_error(number, planted, photos):
+    """Whether it is diagnosed, chosen on or verified on, or ranked later."""
+    model, _ = planted
+    images = photos.repeat(4, 1, 1, 1)
+    images[number, 0, 5, 5] = float("nan")
+    with pytest.raises(ValueError, match="an image has pixels that are not finite"):
+        calibrate(model, images, stability=None, progress=False)
+
+
+@pytest.mark.parametrize("score", ["contribution", "write"])
+def test_neurons_of_quantized_weights_are_scored(score, planted, photos):
+    quantization = pytest.importorskip("torchao.quantization")
+    model, planted_neurons = planted
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    tower = find_tower(model)
+    found = look_at(tower, photos, range(len(photos)), Detection(OutlierRule(), 2)).total()
+    ranking = best(scores(found, tower, score), 2, 4)
+    assert as_set(planted_neurons.neurons) >= {neuron[:2] for neuron in ranking if neuron[0] == 2}
+    assert ranking[0][:2] in as_set(planted_neurons.neurons)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_are_not_rounded_under_autocast(dtype, planted, photos):
+    """Only the forward is in half precision."""
+    model, _ = planted
+    tower, detection = find_tower(model), Detection(OutlierRule(), 2)
+    images = photos.repeat(11, 1, 1, 1)
+    with torch.autocast("cpu", dtype):
+        norms = token_norms(tower, images)
+        found = look_at(tower, images, range(len(images)), detection).total()
+        shares = scores(found, tower, "contribution")
+    outlier = detection.outliers(norms, tower.num_prefix, (4, 4))[2]
+    assert found.num_outliers == outlier.sum()
+    assert found.num_with_outliers == outlier.any(1).sum()
+    assert found.num_normal == 8 * len(images)
+    assert torch.equal(shares, scores(found, tower, "contribution"))
+    for name in ("magnitude", "activation", "normal_magnitude", "normal_activation", "normal_square", "direction"):
+        value = found.tensors()[name]
+        assert (value.to(dtype).float() != value).float().mean() > 0.9, name
 
 
 @pytest.mark.parametrize("score", ["contribution", "write", "contrast", "activation"])

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 import testreg
 from testreg import demo
+from testreg.calibrate import MIN_VERIFYING, NUM_CHOOSING
 from testreg.demo import planted_neurons
 from testreg.families import find_tower
 from testreg.models import DEMO
@@ -66,6 +67,11 @@ def test_calibration_finds_the_planted_neurons(
     (units,) = neurons.values()
     found = testreg.calibrate(model, photographs, top_k=len(units), progress=False)
     assert {layer: sorted(units) for layer, units in found.by_layer().items()} == neurons
+
+
+def test_the_demo_has_images_enough_to_verify_what_it_finds() -> None:
+    images = demo.crops(demo.photographs(2 * demo.CROP_SIZE), demo.CROP_SIZE, demo.STRIDE)
+    assert len(images) // 2 >= NUM_CHOOSING + MIN_VERIFYING
 
 
 def test_diagnosis(model: nn.Module, neurons: dict[int, list[int]], photographs: Tensor) -> None:

@@ -387,6 +387,24 @@ def test_half_precision(planted, photos):
     assert look(planted.bfloat16(), photos).kind == "movable"
 
 
+def test_sums_do_not_overflow_under_autocast(planted, photos):
+    """The excess of the outliers of a batch is above what float16 holds, 65,504."""
+    with torch.no_grad():
+        planted.blocks[2].mlp.fc2.weight *= 2000
+    plain = look(planted, photos, batch_size=45).outliers
+    with torch.autocast("cpu", torch.bfloat16):
+        found = look(planted, photos, batch_size=45).outliers
+    assert (found.block, found.onset_block, found.onset_part) == (plain.block, plain.onset_block, plain.onset_part)
+    assert found.mlp_share == pytest.approx(plain.mlp_share, abs=1e-4)
+
+
+def test_an_image_that_is_not_finite(planted, photos):
+    images = photos.clone()
+    images[20, 0, 3, 3] = math.nan
+    with pytest.raises(ValueError, match="an image has pixels that are not finite"):
+        look(planted, images)
+
+
 def test_a_tower_for_videos_says_that_it_takes_no_images():
     model = transformers.VideoMAEModel(transformers.VideoMAEConfig(**HF, num_frames=2)).eval()
     with pytest.raises(ValueError, match="takes no batch of images"):

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -197,6 +198,52 @@ def test_figures_are_those_of_the_model(planted, photos):
     shown = [int((photos == photo).flatten(1).all(1).nonzero()[0]) for photo in report.photographs]
     assert sorted(counts[shown].tolist()) == sorted(counts.tolist())[-5:]
     assert not report.before.patched
+
+
+def test_fixed_positions_that_calibration_left_out_do_not_count(photos):
+    model = fresh("timm_vit")
+    plant(model, photos, num_neurons=4, fixed_position=(2, 3))
+    found = testreg.calibrate(model, photos, progress=False)
+    report = look(model, found, photos[1::2])
+    assert report.ignored == [(2, 3)]
+    assert report.headline == "4 register neurons: all of the outlier patches are gone"
+    assert report.before.verdict.endswith("movable")
+    assert report.after.kind == "none"
+    assert "Artefacts at the fixed positions (2, 3) are not counted here" in Page(page(report)).text
+    counted = look(model, RegisterNeurons(found.ranking, found.top_k), photos[1::2])
+    assert counted.ignored == []
+    assert (report.norms_before.outliers == counted.norms_before.outliers - 1).all()
+    assert "gone" not in counted.headline or "all of" not in counted.headline
+
+
+@pytest.mark.parametrize(
+    "ignored", [None, 1, "x", [1], [{}], [{"grid": 4}], [{"grid": [4, 4], "positions": [7, [1], [1, "2"]]}]]
+)
+def test_facts_from_elsewhere_ignore_nothing(ignored, planted, photos):
+    model, neurons = planted
+    assert look(model, replace(neurons, calibration={"ignored": ignored}), photos[:2]).ignored == []
+
+
+@pytest.mark.parametrize(
+    ("agreement", "shown"), [(0.9, True), (0.98, True), (0.99, False), (1.0, False), (None, False)]
+)
+def test_a_head_that_disagrees_is_shown(agreement, shown, planted, photos):
+    model, neurons = planted
+    facts = {"verified_at": [{"image_size": [64, 64], "images": 40, "agreement": agreement}]}
+    text = Page(page(look(model, replace(neurons, calibration=facts), photos[:2]))).text
+    assert ("of the held-out images another class" in text) is shown
+    assert ("head agrees" in text) is (agreement is not None)
+
+
+@pytest.mark.parametrize("verified", [False, True])
+def test_a_list_that_is_not_verified_says_so(verified, planted, photos):
+    model, neurons = planted
+    facts = {**CALIBRATION, "target_met": True, "verified_on_others": verified}
+    given = replace(neurons, calibration=facts, verified=verified)
+    text = Page(page(look(model, given, photos[:2]))).text
+    assert ("Not verified: that takes 16 held-out images" in text) is not verified
+    assert ("Verified on other images" in text) is verified
+    assert ("was chosen on others still" in text) is verified
 
 
 def test_the_rule_is_the_callers(planted, photos):
