@@ -72,10 +72,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise FileNotFoundError(f"cannot write {target}: there is no folder {target.parent}")
     if target.exists() and not os.access(target, os.W_OK):
         raise PermissionError(f"cannot write {target}: it is read-only")
-    try:
-        _temporary(target).unlink()
-    except OSError as error:
-        raise type(error)(f"cannot write {target}: {error.strerror}") from None
+    _try(target)
 
 
 def check_writable_folder(path: str | os.PathLike[str]) -> None:
@@ -89,7 +86,7 @@ def check_writable_folder(path: str | os.PathLike[str]) -> None:
         raise NotADirectoryError(f"{folder} is a file: name a folder")
     while not folder.is_dir():
         folder = folder.parent
-    check_writable(folder / Path(path).name)
+    _try(folder / Path(path).name)
 
 
 def _check_replaceable(target: Path) -> None:
@@ -97,6 +94,13 @@ def _check_replaceable(target: Path) -> None:
         raise IsADirectoryError(f"{target} is a folder: name a file to write")
     if target.exists() and not target.is_file():
         raise OSError(f"cannot write {target}: it is not a regular file (but a pipe, a socket or a device)")
+
+
+def _try(target: Path) -> None:
+    try:
+        _temporary(target).unlink()
+    except OSError as error:
+        raise type(error)(f"cannot write {target}: {error.strerror}") from None
 
 
 def _temporary(target: Path) -> Path:

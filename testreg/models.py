@@ -49,6 +49,7 @@ def load_model(
     image_size: int | None = None,
     pretrained: bool = True,
     device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Load a model and its preprocessing.
 
