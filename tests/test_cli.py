@@ -1,5 +1,6 @@
 """The command line as a user runs it: on local folders, offline, in its own process where that matters."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -400,28 +401,34 @@ def test_two_processes_find_what_one_finds(folder, tmp_path):
     assert testreg.RegisterNeurons.load(again).ranking == two.ranking
 
 
-def test_of_two_processes_one_speaks(folder, tmp_path):
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import sys; from testreg.cli import main\n"
-        "model, clean, photos, out = sys.argv[1:]\n"
-        "images = ['--images', photos, '--device', 'cpu']\n"
-        "assert main(['diagnose', model, *images, '--json', out + '/diagnosis.json']) == 0\n"
-        "assert main(['diagnose', clean, *images, '--json', '-']) == 3\n"
-        "assert main(['calibrate', clean, *images, '-o', out + '/neurons.json']) == 3\n"
-    )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+def test_of_two_processes_one_says_what_was_diagnosed(folder, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "testreg"]
+    arguments = ["diagnose", str(folder / "model"), "--images", str(folder / "photos"), "--device", "cpu"]
     done = subprocess.run(
-        [*launcher, *(str(folder / name) for name in ("model", "clean", "photos")), str(tmp_path)],
+        [*launcher, *arguments, "--json", str(tmp_path / "diagnosis.json")],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("outliers from block 2 (MLP)") == 1
-    assert done.stdout.count('"verdict": "no outliers') == 1
-    assert done.stderr.count("nothing to fix") == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"program.py", "diagnosis.json"}
+    assert [path.name for path in tmp_path.iterdir()] == ["diagnosis.json"]
+
+
+@pytest.mark.parametrize(("environment", "said"), [({}, 1), ({"RANK": "0"}, 1), ({"RANK": "1"}, 0)])
+def test_nothing_to_fix_is_said_by_the_first_process(environment, said, folder, monkeypatch, capsys):
+    def calibrate(*args, **options):
+        raise testreg.NoOutliersError("nothing to fix")
+
+    if environment:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setattr("testreg.distributed.process_group", contextlib.nullcontext)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys.modules["testreg.calibrate"], "calibrate", calibrate)
+    arguments = [str(folder / "model"), "--images", str(folder / "photos"), "-o", str(folder / "out.json")]
+    assert main(["calibrate", *arguments]) == 3
+    assert capsys.readouterr().err.count("nothing to fix") == said
 
 
 def test_calibrate_writes_the_report_and_the_figures(folder, tmp_path, capsys):
