@@ -188,6 +188,8 @@ def look(
 ) -> Report:
     """Measure `model`, which is unpatched and left so, without and with the registers of `neurons`."""
     images = images if isinstance(images, Tensor) else torch.stack(list(images))
+    if images.ndim != 4:
+        raise ValueError(f"expected image tensors (B, 3, h, w), got {tuple(images.shape)}")
     rule = rule or OutlierRule()
     tower = find_tower(model)
     patch(model, neurons)
