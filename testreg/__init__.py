@@ -1,5 +1,7 @@
 """testreg: takes the artefacts out of pretrained Vision Transformers at test time, without training."""
 
+from testreg import interrupts  # noqa: F401, I001 - the first, since the others take seconds
+
 from testreg.calibrate import ImmovableOutliersError, NoOutliersError, calibrate
 from testreg.checkpoint import load, save
 from testreg.diagnose import Diagnosis, diagnose

@@ -294,8 +294,7 @@ class _View:
         if 0 in gathered(len(self.first)):
             if world_size() > 1:
                 raise ValueError(f"{self.stream.source} has fewer images than there are processes ({world_size()})")
-            skipped = f": all {self.stream.num_skipped} were unreadable" if self.stream.num_skipped else ""
-            raise ValueError(f"no image could be read from {self.stream.source}{skipped}")
+            raise self.stream.nothing_read()
         if held_out and not any(gathered(len(self.held_out))):
             raise ValueError(
                 f"{self.stream.source} has a single image, and none to hold out: give more, or held_out=0 and top_k"

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from testreg.data import KINDS
-from testreg.files import replacing
+from testreg.files import check_writable, check_writable_folder, replacing
+from testreg.interrupts import INTERRUPTED
 from testreg.models import NAMES
 from testreg.neurons import RegisterNeurons, bundled
 from testreg.ranking import Score
@@ -24,42 +26,71 @@ if TYPE_CHECKING:
     from testreg.models import LoadedModel
 
 REPORT_IMAGES = 32
-EXIT_CODES = (
+HIGH_AGREEMENT = 0.99  # of a head with itself, which needs no mention
+OUTPUTS = ("output", "report", "figures", "resume", "json")  # arguments that name them
+OK, ERROR, NOTHING_TO_FIX, NOT_FIXABLE, NOT_VERIFIED = 0, 1, 3, 4, 5
+EXIT_CODES = "Exit codes: 0 done; 1 error; 2 wrong usage; 130 interrupted."
+EXIT_CODES_DIAGNOSE = (
     "Exit codes: 0 outliers that registers move; 1 error; 2 wrong usage; 3 no outliers: nothing to fix; 4 outliers "
     "that registers do not fix: at fixed positions, or not made by MLPs; 130 interrupted."
 )
-OK, ERROR, NOTHING_TO_FIX, NOT_FIXABLE, INTERRUPTED = 0, 1, 3, 4, 130
+EXIT_CODES_CALIBRATE = (
+    "Exit codes: 0 neurons were written, and are verified; 1 error; 2 wrong usage; 3 no outliers: nothing to fix; "
+    "4 outliers that registers do not fix: at fixed positions, or not made by MLPs; 5 neurons were written, but are "
+    "not verified: the target was not met, or on too few held-out images; 130 interrupted."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
     0 done, 1 error, 2 wrong usage, 3 the model has no outliers (nothing to fix), 4 it has outliers that registers do
-    not fix, 130 interrupted.
+    not fix, 5 neurons were written that are not verified, 130 interrupted.
     """
     args = _parser().parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else list(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are no text
     from testreg.calibrate import ImmovableOutliersError, NoOutliersError
 
+    before = _outputs(args)
     try:
         return args.run(args) or OK
-    except NoOutliersError as found_none:
-        print(found_none, file=sys.stderr)
-        return NOTHING_TO_FIX
-    except ImmovableOutliersError as immovable:
-        print(immovable, file=sys.stderr)
-        return NOT_FIXABLE
+    except (NoOutliersError, ImmovableOutliersError) as not_fixable:  # raised in every process
+        if _is_first_process():
+            print(not_fixable, file=sys.stderr)
+        return NOTHING_TO_FIX if isinstance(not_fixable, NoOutliersError) else NOT_FIXABLE
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        if _is_first_process():
+            print(_interrupted(args, before), file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         if args.debug:
             raise
-        print(f"testreg: error: {error or type(error).__name__}", file=sys.stderr)
+        print(f"testreg: error: {str(error) or type(error).__name__}", file=sys.stderr)
         return ERROR
     return OK
+
+
+def _is_first_process() -> bool:
+    """As `rank() == 0` says, but also outside of the process group."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK") == "0"
+
+
+def _outputs(args: argparse.Namespace) -> dict[Path, tuple[int, int]]:
+    """The files that the command writes, as far as they exist, each with what tells it from one written anew."""
+    named = [Path(value) for key in OUTPUTS if (value := getattr(args, key, None)) is not None]
+    files = [file for path in named for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    return {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in files if file.is_file()}
+
+
+def _interrupted(args: argparse.Namespace, before: Mapping[Path, tuple[int, int]]) -> str:
+    written = [str(file) for file, state in _outputs(args).items() if state != before.get(file)]
+    message = "interrupted; " + (f"written before: {', '.join(written)}" if written else "nothing was written")
+    resume: Path | None = getattr(args, "resume", None)
+    return message + (f"; the same command goes on from {resume}" if resume is not None and resume.is_file() else "")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,23 +98,29 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     parser = argparse.ArgumentParser(
-        prog="testreg", description="Take the artefacts out of pretrained Vision Transformers, without training."
+        prog="testreg",
+        description="Take the artefacts out of pretrained Vision Transformers, without training.",
+        epilog=f"{EXIT_CODES} Others are listed by `testreg COMMAND --help`.",
     )
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", parents=[common], help="the whole job on a small model, offline")
+    demo = commands.add_parser(
+        "demo", parents=[common], help="the whole job on a small model, offline", epilog=EXIT_CODES
+    )
     demo.add_argument("-o", "--output", type=Path, default=Path("testreg-demo.png"), help="picture to write")
     demo.set_defaults(run=_demo)
 
-    listing = commands.add_parser("list", parents=[common], help="the bundled register neurons, and their models")
+    listing = commands.add_parser(
+        "list", parents=[common], help="the bundled register neurons, and their models", epilog=EXIT_CODES
+    )
     listing.set_defaults(run=_list)
 
     diagnose = commands.add_parser(
         "diagnose",
         parents=[common],
         help="where a model's outliers are, and whether registers fix them",
-        epilog=EXIT_CODES,
+        epilog=EXIT_CODES_DIAGNOSE,
     )
     _add_model(diagnose)
     _add_images(diagnose, num_images=200)
@@ -92,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     diagnose.set_defaults(run=_diagnose)
 
     calibrate = commands.add_parser(
-        "calibrate", parents=[common], help="find the register neurons of a model", epilog=EXIT_CODES
+        "calibrate", parents=[common], help="find the register neurons of a model", epilog=EXIT_CODES_CALIBRATE
     )
     _add_model(calibrate, several_sizes=True)
     _add_images(calibrate, num_images=500)
@@ -116,13 +153,13 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--amp", choices=["bfloat16", "float16"], help="run under autocast")
     calibrate.set_defaults(run=_calibrate)
 
-    apply = commands.add_parser("apply", parents=[common], help="save a patched checkpoint")
+    apply = commands.add_parser("apply", parents=[common], help="save a patched checkpoint", epilog=EXIT_CODES)
     _add_model(apply)
     _add_patch(apply)
     apply.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
     apply.set_defaults(run=_apply)
 
-    show = commands.add_parser("show", parents=[common], help="picture of a model before and after")
+    show = commands.add_parser("show", parents=[common], help="picture of a model before and after", epilog=EXIT_CODES)
     _add_model(show)
     show.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     _add_patch(show)
@@ -139,6 +176,11 @@ def _add_model(parser: argparse.ArgumentParser, *, several_sizes: bool = False) 
         type=int,
         action="append" if several_sizes else "store",
         help="side of the input in pixels (default: the model's own)" + "; may be repeated" * several_sizes,
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code that a model's repository or folder brings along (default: never)",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
 
@@ -163,7 +205,7 @@ def _demo(args: argparse.Namespace) -> None:
     from testreg.demo import run_demo
     from testreg.viz import table
 
-    _check_writable(args.output)
+    _check_picture(args.output)
     print("A small ViT, trained on CIFAR-10 around a planted outlier mechanism: see testreg/demo_model/README.md.")
     demo = run_demo()
     planted = sum(map(len, demo.planted.values()))
@@ -185,50 +227,53 @@ def _list(args: argparse.Namespace) -> None:
 def _diagnose(args: argparse.Namespace) -> int:
     from testreg.data import check_images
     from testreg.diagnose import diagnose
+    from testreg.distributed import process_group, rank
     from testreg.outliers import OutlierRule
 
     to_output = args.json == "-"
     if args.json and not to_output:
-        _check_writable(Path(args.json))
+        check_writable(args.json)
     check_images(args.images)  # before a model is loaded for nothing
-    loaded = _load(args)
-    found = diagnose(
-        loaded.model,
-        args.images,
-        transform=loaded.transform,
-        batch_size=args.batch_size,
-        num_images=args.num_images,
-        rule=OutlierRule(threshold=args.threshold),
-        workers=args.workers,
-        seed=args.seed,
-    )
-    if to_output:
-        print(json.dumps(found.to_json(), indent=1, allow_nan=False))
-    else:
-        print("\n".join([found.verdict, "", found.table(), "", *found.notes]))
-        if args.json:
+    with process_group(_device(args)) as device:
+        loaded = _load(args, device, args.image_size)
+        found = diagnose(
+            loaded.model,
+            args.images,
+            transform=loaded.transform,
+            batch_size=args.batch_size,
+            num_images=args.num_images,
+            rule=OutlierRule(threshold=args.threshold),
+            workers=args.workers,
+            seed=args.seed,
+        )
+        is_first = rank() == 0
+    if is_first:
+        if to_output:
+            print(json.dumps(found.to_json(), indent=1, allow_nan=False))
+        else:
+            print("\n".join([found.verdict, "", found.table(), "", *found.notes]))
+        if args.json and not to_output:
             found.save(args.json)
     return {"movable": OK, "none": NOTHING_TO_FIX}.get(found.kind, NOT_FIXABLE)
 
 
-def _calibrate(args: argparse.Namespace) -> None:
+def _calibrate(args: argparse.Namespace) -> int:
     import torch
 
     from testreg.calibrate import calibrate, held_out_images
     from testreg.data import check_images
     from testreg.distributed import process_group, rank
-    from testreg.models import load_model
     from testreg.outliers import OutlierRule
 
     for path in (args.output, args.report, args.resume):
         if path is not None:
-            _check_writable(path)
-    if args.figures is not None and args.figures.exists() and not args.figures.is_dir():
-        raise NotADirectoryError(f"{args.figures} is a file: name a folder for the figures")
+            check_writable(path)
+    if args.figures is not None:
+        check_writable_folder(args.figures)
     check_images(args.images)  # before a model is loaded for nothing
     sizes = args.image_size or [None]
     with process_group(_device(args)) as device:
-        loaded = [load_model(args.model, image_size=size, device=device) for size in sizes]
+        loaded = [_load(args, device, size) for size in sizes]
         neurons = calibrate(
             [each.model for each in loaded],
             args.images,
@@ -250,8 +295,10 @@ def _calibrate(args: argparse.Namespace) -> None:
             amp=getattr(torch, args.amp) if args.amp else None,
             seed=args.seed,
         )
-        if rank() != 0:
-            return
+        is_first = rank() == 0
+    code = OK if neurons.verified else NOT_VERIFIED
+    if not is_first:
+        return code
     neurons.save(args.output)
     print(_found(neurons), f"{args.output}: {neurons.top_k} register neurons, and the ranking they are from", sep="\n")
     if args.report or args.figures:
@@ -272,16 +319,17 @@ def _calibrate(args: argparse.Namespace) -> None:
             batch_size=args.batch_size,
         )
         print(*(path for path in (args.report, args.figures) if path), sep="\n")
+    return code
 
 
 def _found(neurons: RegisterNeurons) -> str:
     """What calibration found, in a few lines."""
     facts = neurons.calibration
     skipped = f", {facts['unreadable_images']} unreadable" if facts["unreadable_images"] else ""
-    agreement = facts["stability"]["overlap"]
+    overlap = facts["stability"]["overlap"]
     lines = [
         facts["verdict"],
-        f"ranked on {facts['images']} images{skipped}; halves of them agree on {agreement:.0%} of the neurons",
+        f"ranked on {facts['images']} images{skipped}; halves of them agree on {overlap:.0%} of the neurons",
     ]
     if curve := facts.get("curve"):
         columns = ("neurons", "outliers left", "excess norm left", "change, pooled", "change, patches")
@@ -302,13 +350,23 @@ def _found(neurons: RegisterNeurons) -> str:
             f"the target of {facts['target']:.1%} was not reached: this set came closest. More images, another "
             "--max-layer or a higher --target may help; testreg diagnose says what kind of outliers they are"
         )
+    agreement = facts.get("chosen", {}).get("agreement")
+    if agreement is not None and agreement < HIGH_AGREEMENT:
+        lines.append(f"the head agrees with itself on {agreement:.1%} of the images, with and without registers")
+    if not neurons.verified:
+        lines.append(
+            "not verified: that takes a target that is met on at least 16 held-out images (more --images, a larger "
+            "--held-out)"
+        )
     return "\n".join(lines)
 
 
 def _apply(args: argparse.Namespace) -> None:
     from testreg.checkpoint import save
 
-    loaded = _load(args)
+    check_writable_folder(args.output)
+    check_writable_folder(args.output.resolve().parent)  # where it is made
+    loaded = _load(args, _device(args), args.image_size)
     _patch(loaded, args)
     save(loaded.model, args.output, processor=loaded.processor)
     print(f"{args.output}: patched checkpoint of {loaded.name}")
@@ -320,9 +378,9 @@ def _show(args: argparse.Namespace) -> None:
     from testreg.data import open_image
     from testreg.viz import compare, figure, table
 
-    _check_writable(args.output)
+    _check_picture(args.output)
     photos = [open_image(path) for path in args.images]
-    loaded = _load(args)
+    loaded = _load(args, _device(args), args.image_size)
     neurons = _patch(loaded, args)
     layer = neurons.calibration.get("detection_layer", -1) if args.layer is None else args.layer
     images = torch.stack([loaded.transform(photo) for photo in photos])
@@ -331,10 +389,10 @@ def _show(args: argparse.Namespace) -> None:
     _save(figure(images, before, after, f"{loaded.name}, norms after block {layer}"), args.output)
 
 
-def _load(args: argparse.Namespace) -> LoadedModel:
+def _load(args: argparse.Namespace, device: torch.device, image_size: int | None) -> LoadedModel:
     from testreg.models import load_model
 
-    return load_model(args.model, image_size=args.image_size, device=_device(args))
+    return load_model(args.model, image_size=image_size, device=device, trust_remote_code=args.trust_remote_code)
 
 
 def _device(args: argparse.Namespace) -> torch.device:
@@ -362,18 +420,23 @@ def _patch(loaded: LoadedModel, args: argparse.Namespace) -> RegisterNeurons:
     return patch_of(loaded.model).neurons
 
 
-def _check_writable(path: Path) -> None:
+def _check_picture(path: Path) -> None:
     """Fail before the work is done rather than after."""
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: name a file to write")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if _picture_format(path) not in kinds:
+        raise ValueError(f"cannot write {path}: pictures are {', '.join(sorted(kinds))}")
+    check_writable(path)
+
+
+def _picture_format(path: Path) -> str:
+    return path.suffix[1:].lower() or "png"
 
 
 def _save(picture: Figure, path: Path) -> None:
-    _check_writable(path)
     with replacing(path) as temporary:
-        picture.savefig(temporary, format=path.suffix[1:] or "png", dpi=150)
+        picture.savefig(temporary, format=_picture_format(path), dpi=150)
     print(f"picture:    {path}")
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from testreg.families import Tower, checkpoint_names
-from testreg.files import replacing
+from testreg.files import read_text, replacing
 
 FORMAT = "testreg-neurons"
 VERSION = 1
@@ -192,8 +192,7 @@ class RegisterNeurons:
             ValueError: not JSON (a truncated file), or not a valid list.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
-            data = json.loads(text, parse_constant=_reject_constant)
+            data = json.loads(read_text(path), parse_constant=_reject_constant)
         except FileNotFoundError:
             raise FileNotFoundError(f"no neuron JSON at {path}") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -169,7 +169,8 @@ def write_report(
     if path is not None:
         text = page(report, command)
         with replacing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            # Names of folders may be no text, and hold bytes that UTF-8 does not have.
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     if figures is not None:
         _save_figures(report, Path(figures))
 

@@ -190,7 +190,7 @@ def test_num_images_is_a_seeded_sample_of_a_folder(planted, photos, tmp_path):
         Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i:02}.png")
 
     def red(image):
-        return torch.full((3, 1, 1), image.getpixel((0, 0))[0])
+        return torch.full((3, 1, 1), float(image.getpixel((0, 0))[0]))
 
     def read(seed):
         return torch.cat(list(ImageBatches(tmp_path, red, batch_size=3, num_images=8, seed=seed)))[:, 0, 0, 0].tolist()

@@ -1,12 +1,14 @@
 """The command line as a user runs it: on local folders, offline, in its own process where that matters."""
 
+import contextlib
+import dataclasses
 import json
 import os
 import re
-import signal
+import shutil
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pytest
 import timm
@@ -16,6 +18,7 @@ from tiny import IMAGE, TIMM, TIMM_RECORDS, fresh, photograph_crops
 from torchvision.transforms.v2 import functional as tv
 
 import testreg
+from testreg import cli
 from testreg.cli import main
 from testreg.planted import plant
 
@@ -43,6 +46,7 @@ def folder(tmp_path_factory):
     planted = plant(model.eval(), photos, num_neurons=4)
     timm.models.save_for_hf(model, root / "model", model_args=TIMM, safe_serialization=True)
     (root / "planted.json").write_text(json.dumps(planted.neurons))
+    os.mkfifo(root / "fifo.jpg")
     return root
 
 
@@ -165,9 +169,13 @@ def test_list_names_the_models(capsys):
         (["diagnose", "{model}", "--images", "{root}/none"], "no folder of images at"),
         (["diagnose", "{model}", "--images", "{photos}", "--json", "{root}/none/d.json"], "there is no folder"),
         (["diagnose", "{model}", "--images", "{photos}", "--threshold", "-1"], "must be a positive number"),
-        (["show", "{model}", "{root}/photos/broken.jpg", "--neurons", "{neurons}", "-o", "{out}"], "not a readable"),
-        (["show", "{model}", "{root}/none.jpg", "--neurons", "{neurons}", "-o", "{out}"], "none.jpg"),
-        (["show", "{model}", "{photo}", "-o", "{out}"], "no bundled register neurons for this"),
+        (["show", "{model}", "{root}/photos/broken.jpg", "--neurons", "{neurons}", "-o", "{png}"], "not a readable"),
+        (["show", "{model}", "{root}/none.jpg", "--neurons", "{neurons}", "-o", "{png}"], "none.jpg"),
+        (["show", "{model}", "{photo}", "-o", "{png}"], "no bundled register neurons for this"),
+        (["show", "{model}", "{photo}", "-o", "{out}"], "pictures are"),
+        (["show", "{model}", "{fifo}", "-o", "{png}"], "is not a regular file"),
+        (["show", "{model}", "{photo}", "--neurons", "{fifo}", "-o", "{png}"], "is not a regular file"),
+        (["diagnose", "{model}", "--images", "{fifo}"], "is not a regular file"),
         (["apply", "{model}", "--neurons", "{root}/planted.json", "-o", "{out}"], "is not a register neuron JSON"),
         (["apply", "{model}", "--neurons", "{neurons}", "-o", "{photos}"], "photos"),
     ],
@@ -180,6 +188,8 @@ def test_errors_are_one_line_on_stderr(arguments, message, folder, calibrated, t
         "photo": folder / "photos" / "00.png",
         "neurons": calibrated,
         "out": tmp_path / "out.json",
+        "png": tmp_path / "out.png",
+        "fifo": folder / "fifo.jpg",
     }
     before = sorted(folder.rglob("*"))
     assert main([argument.format(**names) for argument in arguments]) == 1
@@ -205,30 +215,155 @@ def test_module_wrong_usage_and_error_exit_codes(tmp_path):
     assert "Traceback" not in failed.stderr
 
 
-def test_interrupt_leaves_no_half_written_file(folder, tmp_path):
-    output = tmp_path / "neurons.json"
-    output.write_text("before")
-    arguments = ["calibrate", str(folder / "model"), "--images", str(folder / "photos"), "-o", str(output)]
-    # The model's transform waits long enough to be interrupted in the middle of the pass.
-    slow = (
-        "import sys, time, testreg.data as data; real = data.open_image\n"
-        "def slow(path): print('reading', flush=True); time.sleep(0.3); return real(path)\n"
-        "data.open_image = slow\n"
-        "from testreg.cli import main; raise SystemExit(main(sys.argv[1:]))"
+INTERRUPTED = """
+import signal, sys
+import testreg.{module} as module
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs inherit that it is ignored
+real, calls = module.{name}, []
+def interrupted(*args, **options):
+    calls.append(args)
+    if len(calls) == {call}:
+        signal.raise_signal(signal.SIGINT)
+    return real(*args, **options)
+module.{name} = interrupted
+from testreg.cli import main
+raise SystemExit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "call", "written", "message"),
+    [
+        ("data", "open_image", 9, [], "interrupted; nothing was written"),
+        ("report", "page", 1, ["neurons.json", "state"], "interrupted; written before: {neurons.json}, {state}; "),
+    ],
+)
+def test_an_interrupt_says_what_was_written_and_leaves_no_half_written_file(
+    module, name, call, written, message, folder, tmp_path
+):
+    names = ("neurons.json", "report.html", "figures", "state")
+    paths = {name: str(tmp_path / name) for name in names}
+    (tmp_path / "neurons.json").write_text("before")
+    (tmp_path / "report.html").write_text("before")
+    arguments = ["calibrate", str(folder / "model"), "--images", str(folder / "photos"), "--device", "cpu"]
+    arguments += ["-o", paths["neurons.json"], "--report", paths["report.html"], "--figures", paths["figures"]]
+    arguments += ["--resume", paths["state"]]
+    # A real signal, at a point that no clock decides.
+    program = INTERRUPTED.format(module=module, name=name, call=call)
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+    assert done.returncode == 130, done.stderr
+    for name, path in paths.items():
+        message = message.replace(f"{{{name}}}", path)
+    assert message in done.stderr
+    assert ("the same command goes on from" in done.stderr) == ("state" in written)
+    assert "Traceback" not in done.stderr
+    for name in ("neurons.json", "report.html"):
+        assert ((tmp_path / name).read_text() == "before") == (name not in written)
+    files = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {"neurons.json", "report.html", *written}
+
+
+def test_an_interrupt_while_the_command_is_imported_is_one_line(tmp_path):
+    (tmp_path / "torch.py").write_text(
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); signal.raise_signal(signal.SIGINT)"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", slow, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "reading\n"
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "interrupted; nothing was written" in error
-    assert "Traceback" not in error
-    assert output.read_text() == "before"
-    assert list(tmp_path.iterdir()) == [output]
+    path = os.pathsep.join([str(tmp_path), os.path.dirname(os.path.dirname(testreg.__file__))])
+    interrupted = run("list", env={**os.environ, "PYTHONPATH": path})
+    assert (interrupted.returncode, interrupted.stderr) == (130, "interrupted; nothing was written\n")
+
+
+def test_a_list_that_is_not_verified_has_an_exit_code_of_its_own(folder, calibrated, tmp_path, monkeypatch, capsys):
+    neurons = dataclasses.replace(testreg.RegisterNeurons.load(calibrated), verified=False)
+    monkeypatch.setattr(sys.modules["testreg.calibrate"], "calibrate", lambda *args, **options: neurons)
+    arguments = ["calibrate", str(folder / "model"), "--images", str(folder / "photos")]
+    assert main([*arguments, "-o", str(tmp_path / "neurons.json")]) == 5
+    assert "\nnot verified: " in capsys.readouterr().out
+    assert not testreg.RegisterNeurons.load(tmp_path / "neurons.json").verified
+
+
+@pytest.mark.parametrize(("agreement", "said"), [(None, False), (0.995, False), (0.9, True)])
+def test_the_agreement_of_a_head_is_shown_if_it_is_low(agreement, said, calibrated):
+    neurons = testreg.RegisterNeurons.load(calibrated)
+    chosen = {"agreement": agreement}
+    found = cli._found(dataclasses.replace(neurons, calibration={**neurons.calibration, "chosen": chosen}))
+    assert ("the head agrees with itself on 90.0% of the images" in found) == said
+
+
+@pytest.mark.parametrize("command", ["demo", "list", "diagnose", "calibrate", "apply", "show", None])
+def test_help_lists_the_exit_codes(command, capsys):
+    with pytest.raises(SystemExit) as exited:
+        main(["--help"] if command is None else [command, "--help"])
+    assert exited.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Exit codes: 0 " in text
+    for code, commands in {"3 no outliers": ("diagnose", "calibrate"), "5 neurons": ("calibrate",)}.items():
+        assert (code in text) == (command in commands)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/version"), reason="/proc, where nobody can write, is of Linux")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["calibrate", "{model}", "--images", "{photos}", "-o", "/proc/out"],
+        ["calibrate", "{model}", "--images", "{photos}", "-o", "{out}", "--report", "/proc/out"],
+        ["calibrate", "{model}", "--images", "{photos}", "-o", "{out}", "--figures", "/proc/new/out"],
+        ["calibrate", "{model}", "--images", "{photos}", "-o", "{out}", "--resume", "/proc/out"],
+        ["diagnose", "{model}", "--images", "{photos}", "--json", "/proc/out"],
+        ["apply", "{model}", "-o", "/proc/out"],
+        ["show", "{model}", "{photo}", "-o", "/proc/out.png"],
+        ["demo", "-o", "/proc/out.png"],
+    ],
+)
+def test_where_nothing_can_be_written_no_model_is_loaded(arguments, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("testreg.models.load_model", lambda *args, **options: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("testreg.demo.run_demo", lambda: pytest.fail("the demo was run"))
+    names = {"model": folder / "model", "photos": folder / "photos", "photo": folder / "photos" / "00.png"}
+    assert main([argument.format(**names, out=tmp_path / "out.json") for argument in arguments]) == 1
+    assert "cannot write /proc/" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_code_of_a_model_is_trusted_only_if_asked(folder, monkeypatch):
+    asked = []
+
+    def load_model(*args, trust_remote_code, **options):
+        asked.append(trust_remote_code)
+        raise ValueError
+
+    monkeypatch.setattr("testreg.models.load_model", load_model)
+    for command in (
+        ["diagnose", "m", "--images", str(folder / "photos")],
+        ["calibrate", "m", "--images", str(folder / "photos"), "-o", str(folder / "out.json")],
+        ["apply", "m", "-o", str(folder / "out")],
+        ["show", "m", str(folder / "photos" / "00.png"), "-o", str(folder / "out.png")],
+    ):
+        assert main(command) == main([*command, "--trust-remote-code"]) == 1
+    assert asked == [False, True] * 4
+
+
+def test_names_that_are_no_text_or_look_like_markup(folder, tmp_path, capsys):
+    """Folders whose names are not UTF-8, or hold HTML and TeX, in the JSON, the report, the figures and the output."""
+    marked_up, no_text = tmp_path / "<b>$\\frac{x", tmp_path / os.fsdecode(b"caf\xe9 <i>$")
+    try:
+        no_text.mkdir()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    shutil.copytree(folder / "model", marked_up / "model")
+    photos = no_text / "photos"
+    photos.symlink_to(folder / "photos")
+    model, neurons, report = (str(path) for path in (marked_up / "model", no_text / "n.json", no_text / "r.html"))
+    outputs = ["-o", neurons, "--report", report, "--figures", str(no_text / "figures")]
+    assert main(["calibrate", model, "--images", str(photos), *outputs]) == 0
+    text = Path(report).read_text(encoding="utf-8")
+    assert "&lt;b&gt;$\\frac{x/model" in text
+    assert "caf\\udce9 &lt;i&gt;$/photos" in text
+    assert "<b>" not in text
+    assert "<i>" not in text
+    assert "caf\\udce9 <i>$/n.json: 4 register neurons" in capsys.readouterr().out
+    assert testreg.RegisterNeurons.load(neurons).calibration["source"] == str(photos)
+    picture = no_text / "picture.png"
+    assert main(["show", model, str(photos / "00.png"), "--neurons", neurons, "-o", str(picture)]) == 0
+    assert picture.is_file()
 
 
 def test_patching_imports_no_images_plots_or_model_libraries():
@@ -264,6 +399,36 @@ def test_two_processes_find_what_one_finds(folder, tmp_path):
     again = tmp_path / "again.json"  # the state of two processes, continued by one
     assert main(["calibrate", *command, "-o", str(again), "--resume", options[-1]]) == 0
     assert testreg.RegisterNeurons.load(again).ranking == two.ranking
+
+
+def test_of_two_processes_one_says_what_was_diagnosed(folder, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "testreg"]
+    arguments = ["diagnose", str(folder / "model"), "--images", str(folder / "photos"), "--device", "cpu"]
+    done = subprocess.run(
+        [*launcher, *arguments, "--json", str(tmp_path / "diagnosis.json")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("outliers from block 2 (MLP)") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["diagnosis.json"]
+
+
+@pytest.mark.parametrize(("environment", "said"), [({}, 1), ({"RANK": "0"}, 1), ({"RANK": "1"}, 0)])
+def test_nothing_to_fix_is_said_by_the_first_process(environment, said, folder, monkeypatch, capsys):
+    def calibrate(*args, **options):
+        raise testreg.NoOutliersError("nothing to fix")
+
+    if environment:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setattr("testreg.distributed.process_group", contextlib.nullcontext)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys.modules["testreg.calibrate"], "calibrate", calibrate)
+    arguments = [str(folder / "model"), "--images", str(folder / "photos"), "-o", str(folder / "out.json")]
+    assert main(["calibrate", *arguments]) == 3
+    assert capsys.readouterr().err.count("nothing to fix") == said
 
 
 def test_calibrate_writes_the_report_and_the_figures(folder, tmp_path, capsys):

@@ -1,17 +1,25 @@
 """Image i of every source here is red with value i; BROKEN is unreadable wherever a source can hold such an image."""
 
 import io
+import os
 import sys
 import tarfile
+import warnings
+import weakref
+import zlib
 
 import datasets
+import numpy as np
+import PIL.EpsImagePlugin
 import pytest
 import torch
+import transformers
 import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from testreg.data import ImageBatches, ImageStream, batched, check_images, image_paths, open_image
+from testreg import data
+from testreg.data import FORMATS, ImageBatches, ImageStream, batched, check_images, image_paths, open_image
 
 NUM, BROKEN = 11, 3
 
@@ -400,3 +408,241 @@ def test_broken_exif_is_an_unreadable_image(tmp_path):
             except OSError:
                 broken += 1
     assert broken
+
+
+# Images in every form -------------------------------------------------------------------------------------------------
+
+
+def as_input(image):
+    """As ToTensor makes it."""
+    return torch.from_numpy(np.array(image)).movedim(2, 0) / 255
+
+
+def colourful():
+    """(h, w, 3) uint8, no two rows, columns or colours alike."""
+    rows, columns, colours = np.ogrid[:4, :5, :3]
+    return (rows * 60 + columns * 10 + colours).astype(np.uint8)
+
+
+def processed():
+    processor = transformers.ViTImageProcessor(
+        size={"height": 4, "width": 5}, image_mean=[0.0] * 3, image_std=[1.0] * 3, do_resize=False
+    )
+    return processor(images=Image.fromarray(colourful()), return_tensors="pt")
+
+
+def in_file(folder, name="photo.png"):
+    Image.fromarray(colourful()).save(folder / name)
+    return folder / name
+
+
+ONE_IMAGE = {
+    "array": lambda folder: colourful(),
+    "arrays": lambda folder: [colourful()],
+    "batch of arrays": lambda folder: colourful()[None],
+    "batches of arrays": lambda folder: iter([colourful()[None]]),
+    "uint8 tensor": lambda folder: torch.from_numpy(colourful()).movedim(2, 0),
+    "uint8 tensors": lambda folder: [torch.from_numpy(colourful()).movedim(2, 0)],
+    "batch of uint8 tensors": lambda folder: torch.from_numpy(colourful()).movedim(2, 0)[None],
+    "loader of uint8 tensors": lambda folder: DataLoader(torch.from_numpy(colourful()).movedim(2, 0)[None]),
+    "float tensor": lambda folder: as_input(colourful()),
+    "float array": lambda folder: as_input(colourful()).numpy(),
+    "batch of float arrays": lambda folder: as_input(colourful()).numpy()[None],
+    "PIL image": lambda folder: Image.fromarray(colourful()),
+    "path": in_file,
+    "name": lambda folder: str(in_file(folder)),
+    "paths": lambda folder: [str(in_file(folder))],
+    "list of folders": lambda folder: [in_file(folder).parent],
+    "transformers": lambda folder: processed(),
+    "dict": lambda folder: {"pixel_values": [as_input(colourful()).numpy()]},
+    "loader of dicts": lambda folder: DataLoader([{"pixel_values": as_input(colourful())}]),
+}
+
+
+@pytest.mark.parametrize("kind", ONE_IMAGE)
+def test_an_image_in_every_form_is_the_same_image(kind, tmp_path):
+    (batch,) = ImageBatches(ONE_IMAGE[kind](tmp_path), as_input)
+    torch.testing.assert_close(batch, as_input(colourful())[None])
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: torch.zeros(3, 4, 4, dtype=torch.uint8), lambda: np.zeros((4, 4, 3), "uint8")]
+)
+def test_pixels_need_a_transform(make):
+    with pytest.raises(ValueError, match=r"need a transform to float tensors \(3, h, w\): pass transform="):
+        list(ImageStream([make()]).numbered())
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (torch.zeros(4, 4, 3, dtype=torch.uint8), r"expected uint8 tensors \(3, h, w\) .* got uint8 \(4, 4, 3\)"),
+        (torch.zeros(3, 4, 4, dtype=torch.int64), r"expected uint8 tensors .* got int64"),
+        (np.zeros((3, 4, 4), "uint8"), r"expected uint8 arrays \(h, w, 3\) .* got uint8 \(3, 4, 4\)"),
+        (np.zeros((4, 4), "uint8"), r"expected uint8 arrays .* got uint8 \(4, 4\)"),
+        (torch.zeros(8, 8, 3), r"image 0 of list is \(8, 8, 3\): move the channels to the front"),
+        (torch.zeros(4, 4), r"expected image tensors \(3, h, w\)"),
+        (torch.tensor([[[0.0, torch.nan]]]), "image 0 of list holds values that are not finite"),
+        (torch.tensor([[[0.0, torch.inf]]]), "image 0 of list holds values that are not finite"),
+    ],
+)
+def test_what_is_no_image_is_an_error(image, message):
+    with pytest.raises(ValueError, match=message):
+        list(ImageStream([image], as_input).numbered())
+
+
+@pytest.mark.parametrize("transform", [np.array, lambda image: torch.from_numpy(np.array(image))])
+def test_a_transform_makes_float_tensors(transform):
+    with pytest.raises(ValueError, match=r"image 0 of list is .* after its transform: a model takes float tensors"):
+        list(ImageStream([picture(0)], transform).numbered())
+
+
+def test_pixels_that_were_not_normalised_are_warned_of_once():
+    pixels = as_input(colourful()) * 255
+    with pytest.warns(UserWarning, match="the values of image 1 of list run from 0 to 222, like") as caught:
+        list(ImageStream([pixels / 255, pixels, pixels]).numbered())
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(ImageStream([pixels - 100, pixels / 255, torch.full((3, 4, 4), 200.0)]).numbered())
+
+
+# What lies among images -----------------------------------------------------------------------------------------------
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_no_picture_is_skipped_and_counted(workers, tmp_path):
+    for name in ("good.png", "good.bmp", "good.gif", "good.webp", "good.tif", "good.ppm", "good.jpeg"):
+        picture(7).save(tmp_path / name)
+    os.mkfifo(tmp_path / "fifo.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "dangling.jpg").symlink_to("nothing")
+    (tmp_path / "device.jpg").symlink_to("/dev/zero")
+    (tmp_path / "program.jpg").write_bytes(EPS)
+    for images in (tmp_path, sorted(tmp_path.iterdir()), [*tmp_path.iterdir(), tmp_path / "none.jpg"]):
+        stream = ImageStream(images, red, workers=workers)
+        assert len(read(stream)) == 7
+        assert stream.num_skipped == 6 + (tmp_path / "none.jpg" in images if isinstance(images, list) else 0)
+    with pytest.raises(ValueError, match=r"all 1 were unreadable \(the first: .*fifo.jpg is not a regular file"):
+        list(ImageBatches([tmp_path / "fifo.jpg"], red, workers=workers))
+
+
+@pytest.mark.parametrize("source", ["file", "bytes", "row of a dataset", "path of a dataset", "url of a dataset"])
+def test_no_program_is_run_to_read_an_image(source, tmp_path, monkeypatch):
+    def run(*args, **options):
+        pytest.fail("Ghostscript was run")
+
+    monkeypatch.setattr(PIL.EpsImagePlugin, "Ghostscript", run)
+    file = tmp_path / "photo.jpg"
+    file.write_bytes(EPS)
+    images = {
+        "file": [file],
+        "bytes": [{"jpg": EPS}],
+        "row of a dataset": [{"image": {"bytes": EPS, "path": None}}],
+        "path of a dataset": [{"image": {"bytes": None, "path": str(file)}}],
+        "url of a dataset": [{"image": {"bytes": None, "path": f"file://{file}"}}],
+    }[source]
+    stream = ImageStream(images, red)
+    assert (read(stream), stream.num_skipped) == ([], 1)
+    picture(7).save(file, "PNG")  # which the same source would read
+    if file.name in str(images):
+        assert read(stream) == [(0, 7)]
+
+
+def png(width, height, rows):
+    """Of 1 bit a pixel."""
+
+    def chunk(kind, content):
+        return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([1, 0, 0, 0, 0])
+    data = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + data
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "message"),
+    [
+        (1, 300_000, "it has 1 x 300000 pixels: no side may be 50 times the other"),
+        (30_000, 30_000, "could be decompression bomb"),
+    ],
+)
+def test_small_files_of_huge_pictures_are_not_decoded(width, height, message, tmp_path):
+    (tmp_path / "bomb.png").write_bytes(png(width, height, b"\0\0" * 300_000))
+    assert (tmp_path / "bomb.png").stat().st_size < 2_000
+    stream = ImageStream(tmp_path, lambda image: pytest.fail(f"{image.size} was decoded"))
+    assert read(stream) == []
+    assert (stream.num_skipped, message in stream.first_unreadable) == (1, True)
+
+
+def test_a_line_of_pixels_is_refused_in_memory_too():
+    stream = ImageStream([np.zeros((1, 51, 3), "uint8"), Image.new("L", (51, 1))], as_input)
+    assert (read(stream), stream.num_skipped) == ([], 2)
+    assert len(read(ImageStream([np.zeros((1, 50, 3), "uint8"), Image.new("L", (50, 1))], as_input))) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "expected"),
+    [
+        ("deep.png", np.array([[0, 257, 25700, 65535]], "uint16"), [0, 1, 100, 255]),
+        ("deep.tif", np.array([[0, 257, 25700, 65535]], "uint16"), [0, 1, 100, 255]),
+        ("big-endian.tif", np.array([[0, 257, 25700, 65535]], ">u2"), [0, 1, 100, 255]),
+        ("deep.pgm", np.array([[0, 257, 25700, 65535]], "int32"), [0, 1, 100, 255]),
+        ("float.tif", np.array([[0, 0.2, 0.4, 1]], "float32"), [0, 51, 102, 255]),
+        ("integers.tif", np.array([[0, 1, 100, 255]], "int32"), [0, 1, 100, 255]),
+        ("unscaled.tif", np.array([[0, 1, 100, 255]], "float32"), "floats that do not lie between 0 and 1"),
+        ("nan.tif", np.array([[0, 1, np.nan, 1]], "float32"), "floats that do not lie between 0 and 1"),
+        ("unscaled-integers.tif", np.array([[0, 1, 100, 256]], "int32"), "integers that do not lie between 0 and 255"),
+    ],
+)
+def test_more_than_8_bits_are_scaled_or_refused(name, values, expected, tmp_path):
+    file = tmp_path / name
+    if name.endswith(".pgm"):
+        file.write_bytes(b"P5 4 1 65535\n" + values.astype(">u2").tobytes())
+    else:
+        Image.fromarray(values).save(file)
+    if isinstance(expected, str):
+        with pytest.raises(OSError, match=f"{name} is not a readable image: .*{expected}"):
+            open_image(file)
+    else:
+        assert np.array(open_image(file))[0].tolist() == [[value] * 3 for value in expected]
+
+
+def test_an_error_without_a_message_has_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "open", lambda *args, **options: (_ for _ in ()).throw(ValueError()))
+    with pytest.raises(OSError, match=r"photo.png is not a readable image: ValueError"):
+        open_image(in_file(tmp_path))
+
+
+def test_every_extension_has_its_format():
+    Image.init()
+    assert {Image.EXTENSION[extension] for extension in data.EXTENSIONS} <= {*FORMATS}
+
+
+def test_many_names_cost_no_memory_and_open_no_file(tmp_path, monkeypatch):
+    """50,000 names of one picture, of which 200 are read."""
+    in_file(tmp_path)
+    (tmp_path / "list.txt").write_text("photo.png\n" * 50_000)
+    opened, alive = [], weakref.WeakSet()
+    most = 0
+
+    def noting(file, real=data.open_image):
+        opened.append(file)
+        return real(file)
+
+    def transform(image):
+        tensor = as_input(image)
+        alive.add(tensor)
+        return tensor
+
+    monkeypatch.setattr(data, "open_image", noting)
+    stream = ImageStream(tmp_path / "list.txt", transform)
+    assert (stream.length, opened) == (50_000, [])
+    for number, _ in stream.numbered():
+        most = max(most, len(alive))
+        if number == 199:
+            break
+    assert (len(opened), most) == (200, 1)
