@@ -84,7 +84,7 @@ def shift(
         moved = activations.masked_fill(patches.unsqueeze(-1), 0)
     else:
         moved = activations.clone()
-        moved[:, num_prefix if zero == "patches" else 0 :] = 0
+        moved[:, num_prefix if zero == "patches" else 0 :].zero_()  # not `= 0`, a constant to strict export
     moved[:, -num_registers:] = peak
     return hidden.index_copy(-1, index, moved) if torch.is_grad_enabled() else hidden.index_copy_(-1, index, moved)
 
