@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from testreg.families import Tower, checkpoint_names, find_tower
-from testreg.lane import REFUSALS, Attention, Bias, Lane, MaxOver, Override, Patch, Zero, layout_now
+from testreg.lane import REFUSALS, Attention, Bias, Lane, MaxOver, Override, Patch, Zero, layout_now, recording
 from testreg.layout import Layout
 from testreg.neurons import RegisterNeurons, fingerprint, resolve
 
@@ -271,28 +271,24 @@ def patch_of(model: nn.Module) -> Patch:
 
 @contextmanager
 def disabled(model: M) -> Iterator[M]:
-    """Within the `with` block a patched model computes as if it were not patched, in all threads."""
-    state = patch_of(model)
-    before, state.enabled = state.enabled, False
-    try:
+    """Within the `with` block a patched model computes as if it were not patched, in all threads.
+
+    Blocks nest and overlap: the registers are back when the last one has ended. A forward that runs meanwhile, in
+    another thread, ends as it began.
+    """
+    with patch_of(model).disabled():
         yield model
-    finally:
-        state.enabled = before
 
 
 @contextmanager
 def registers(model: nn.Module) -> Iterator[list[Tensor]]:
     """Within the `with` block, the list holds the registers (B, R, C) after each block of the last forward.
 
-    They are what the blocks give, before the tower's final norm.
+    They are what the blocks give, before the tower's final norm. The forwards are those of the thread that the `with`
+    block is in; blocks nest and overlap, and each has a list of its own.
     """
-    state = patch_of(model)
-    recorded: list[Tensor] = []
-    before, state.recorded = state.recorded, recorded
-    try:
+    with recording(patch_of(model)) as recorded:
         yield recorded
-    finally:
-        state.recorded = before
 
 
 def _patched_tower(model: nn.Module) -> tuple[nn.Module, Patch]:
