@@ -134,7 +134,7 @@ class Patch:
     def check_use(self, num_patches: int, hidden: Tensor) -> None:
         """Warn, once, of an image size or dtype far from all with which the neurons were verified."""
         device = hidden.device.type
-        autocast = torch.is_autocast_enabled(device)
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # not on "meta"
         dtype = str(torch.get_autocast_dtype(device) if autocast else hidden.dtype).removeprefix("torch.")
         far = all(max(num_patches / each, each / num_patches) > FAR for each in self.verified_patches)
         # What holds in a coarser dtype holds in these; not the other way round.
