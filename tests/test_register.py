@@ -790,6 +790,7 @@ def test_a_thousand_patches_leave_nothing_behind() -> None:
     ("arguments", "error", "message"),
     [
         ({"num_registers": 0}, ValueError, "num_registers must be at least 1, got 0"),
+        ({"num_registers": 10**9}, ValueError, r"num_registers must be at most 256, got 1e\+09"),
         ({"max_over": "image"}, ValueError, "max_over must be 'neuron' or 'layer', got 'image'"),
         ({"zero": "cls"}, ValueError, "zero must be 'patches' or 'all', got 'cls'"),
         ({"neurons": {4: [0]}}, ValueError, r"layer 4 \(unit 0\) is out of range: the model has 4 blocks"),
@@ -884,6 +885,13 @@ def test_neurons_of_other_weights_warn() -> None:
     with pytest.warns(UserWarning, match="were found in some-vit, whose weights are not those of"):
         patch(unpatch(model), RegisterNeurons(ranking, model={"fingerprint": "0" * 16, "name": "some-vit"}))
     assert is_patched(model)
+
+
+@pytest.mark.filterwarnings("ignore::testreg.UnverifiedNeuronsWarning")
+def test_a_verified_list_on_the_meta_device() -> None:
+    verified = {"verified_at": [{"grid": [4, 4], "dtype": "float32"}]}
+    model = patch(build("timm_vit").to("meta"), RegisterNeurons(NEURONS.ranking, calibration=verified))
+    assert model(images().to("meta")).shape == (2, 10)
 
 
 def test_patch_of_tells_neurons_and_options() -> None:
