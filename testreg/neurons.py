@@ -347,7 +347,7 @@ def fingerprint(tower: Tower) -> str:
     """
     digest = hashlib.sha256()
     for mlp in (mlp for block in tower.blocks for mlp in block.mlps):
-        weight = getattr(mlp.down_linear, "weight", None)
+        weight: Any = getattr(mlp.down_linear, "weight", None)
         whole = type(weight) in (torch.Tensor, nn.Parameter) and weight.ndim == 2 and weight.is_floating_point()
         if not whole or weight.is_meta:
             return "unknown"

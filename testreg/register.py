@@ -171,7 +171,8 @@ def patch(
         neurons: the register neurons: a `RegisterNeurons`, the path of its JSON, `{layer: [units]}`, the name of a
             bundled list (`testreg list`), or None for the bundled list of the checkpoint that the model says it is.
         top_k: use only the best so many; None takes what the list recommends.
-        num_registers: R, number of extra tokens, at most 256. Each holds a share of the neurons, dealt in rank order (paper A.5).
+        num_registers: R, number of extra tokens, at most 256. Each holds a share of the neurons, dealt in rank order
+            (paper A.5).
         max_over: "neuron" moves each neuron's own largest activation (the paper); "layer" one joint value per layer
             (the released code).
         zero: where the neurons become zero: on the "patches", or on "all" tokens, CLS and trained registers included.

@@ -27,7 +27,9 @@ ONE_OF_EACH_LIBRARY = ("timm_vit", "timm_dinov3", "hf_clip", "hf_dinov2", "hf_di
 def neurons(family: str) -> RegisterNeurons:
     """With the fingerprint of the weights, as calibration writes it, before they are quantised or sharded."""
     model = build(family)
-    ranking = tuple((layer, unit, None) for layer, units in {1: (3, 77, 120), 2: (0, 64, 127)}.items() for unit in units)
+    ranking = tuple(
+        (layer, unit, None) for layer, units in {1: (3, 77, 120), 2: (0, 64, 127)}.items() for unit in units
+    )
     found = RegisterNeurons(ranking, model=describe_model(model, find_tower(model)))
     assert found.model["fingerprint"] != "unknown"
     return found
