@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,8 @@ ONE_OF_EACH_LIBRARY = ("timm_vit", "timm_dinov3", "hf_clip", "hf_dinov2", "hf_di
 def neurons(family: str) -> RegisterNeurons:
     """With the fingerprint of the weights, as calibration writes it, before they are quantised or sharded."""
     model = build(family)
-    ranking = tuple(
-        (layer, unit, None) for layer, units in {1: (3, 77, 120), 2: (0, 64, 127)}.items() for unit in units
-    )
-    found = RegisterNeurons(ranking, model=describe_model(model, find_tower(model)))
+    by_hand = RegisterNeurons.from_layers({1: [3, 77, 120], 2: [0, 64, 127]})
+    found = replace(by_hand, model=describe_model(model, find_tower(model)))
     assert found.model["fingerprint"] != "unknown"
     return found
 
