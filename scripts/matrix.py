@@ -2,8 +2,8 @@
 
     python scripts/matrix.py [ROW ...] [--environments FOLDER]
 
-Each row is a fresh virtual environment, so the machine must reach PyPI; one takes about 8 GB of disk while it lasts. The
-rows run one after the other, and a table of results ends the output. It exits with 1 if any row failed.
+Each row is a fresh virtual environment, so the machine must reach PyPI; one takes about 8 GB of disk while it lasts.
+The rows run one after the other, and a table of results ends the output. It exits with 1 if any row failed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-OLDEST = ("timm==1.0.26", "transformers==4.56.0", "open_clip_torch==3.0.0", "safetensors==0.5.0")  # as in pyproject.toml
+OLDEST = (
+    "timm==1.0.26",
+    "transformers==4.56.0",
+    "open_clip_torch==3.0.0",
+    "safetensors==0.5.0",
+)  # as in pyproject.toml
 TORCH_2_9 = ("torch==2.9.1", "torchvision==0.24.1", "torchao==0.14.1")  # newer torchao does not import with torch 2.9
 ROWS = {
     "oldest": (*TORCH_2_9, *OLDEST),

@@ -7,7 +7,7 @@ from testreg.checkpoint import load, save
 from testreg.diagnose import Diagnosis, diagnose
 from testreg.families import Family, add_family
 from testreg.models import demo_model, load_model
-from testreg.neurons import RegisterNeurons
+from testreg.neurons import RegisterNeurons, UnverifiedNeuronsWarning
 from testreg.outliers import OutlierRule
 from testreg.register import disabled, is_patched, patch, registers, unpatch
 
@@ -18,6 +18,7 @@ __all__ = [
     "NoOutliersError",
     "OutlierRule",
     "RegisterNeurons",
+    "UnverifiedNeuronsWarning",
     "add_family",
     "calibrate",
     "demo_model",

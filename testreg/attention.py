@@ -25,12 +25,11 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and args[0].shape == args[1].shape:
-            query, key = args[0], args[1]
-            query = query if self.of_all else query[:, :, :1]
-            scale = kwargs.get("scale") or query.shape[-1] ** -0.5
-            self._keep((query.float() @ key.float().transpose(-2, -1) * scale).softmax(-1))
-        elif func is F.multi_head_attention_forward and args[0] is args[1]:
+        if func is F.scaled_dot_product_attention:
+            weights = fused_weights(*args, **kwargs, of_all=self.of_all)
+            if weights is not None:
+                self._keep(weights)
+        elif func is F.multi_head_attention_forward and _attends_to_itself(*args, **kwargs):
             asked = kwargs.get("need_weights", True)
             out, weights = func(*args, **{**kwargs, "need_weights": True, "average_attn_weights": False})
             assert weights is not None
@@ -43,7 +42,51 @@ class Recorder(TorchFunctionMode):
 
     def _keep(self, attention: Tensor) -> None:
         """(B, heads, queries, T)"""
-        self.rows.append((attention.mean(2) if self.of_all else attention[:, :, 0]).float())
+        precise = attention.to(torch.promote_types(attention.dtype, torch.float32))
+        self.rows.append(precise.mean(2) if self.of_all else precise[:, :, 0])
+
+
+def fused_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    of_all: bool,
+) -> Tensor | None:
+    """The weights (B, heads, T, T) behind `F.scaled_dot_product_attention`, before dropout; None unless tokens attend
+    to themselves.
+
+    Not `of_all`: those of the first token alone, (B, heads, 1, T).
+    """
+    length = key.shape[-2]
+    if query.ndim != 4 or query.shape[-2] != length:
+        return None
+    visible = query.new_ones(length, length, dtype=torch.bool).tril() if is_causal else None
+    if not of_all:
+        query, visible = query[:, :, :1], None if visible is None else visible[:1]
+        attn_mask = None if attn_mask is None else attn_mask[..., :1, :]
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    with torch.autocast(query.device.type, enabled=False):
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        logits = query.to(dtype) @ key.to(dtype).transpose(-2, -1) * scale
+    if attn_mask is not None and attn_mask.dtype is not torch.bool:
+        logits = logits + attn_mask
+    for shown in (visible, attn_mask):
+        if shown is not None and shown.dtype is torch.bool:
+            logits = logits.masked_fill(~shown, -torch.inf)
+    # A token that sees nothing gives nothing.
+    return logits.softmax(-1).masked_fill(logits.isneginf().all(-1, keepdim=True), 0)
+
+
+def _attends_to_itself(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> bool:
+    return query is key
 
 
 @torch.no_grad()

@@ -603,7 +603,9 @@ def _choose(
         effects = [each.effect(chosen) for each in verifying]
         target_met = worst_of(effects).remaining <= target
         on_others = top_k is not None or all(view.is_split for view in views)
-        verified = target_met and on_others and all(each.num_images >= MIN_VERIFYING for each in verifying)
+        # Images without an outlier would verify any list.
+        enough = all(each.num_images >= MIN_VERIFYING and each.outlier_fraction > 0 for each in verifying)
+        verified = target_met and on_others and enough
         facts |= {
             "target": target,
             "target_met": target_met,

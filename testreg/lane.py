@@ -31,13 +31,18 @@ Zero = Literal["patches", "all"]
 
 FAR = 2  # times as many patches, or as few, as verified
 
-_LANE = "_testreg_lane"  # attribute of a hidden state between two patched blocks
+_LANE = "_testreg_lane"  # attribute of a hidden state between two patched blocks; False in a forward without registers
+_DECIDED = "_testreg_decided"  # attribute of what enters block 0: whether that forward has registers
 _LAYOUT = "_testreg_layout"  # attribute of what a padded or packed block gets beside its tokens
 
 
 class _Running(threading.local):
-    """What a thread is in the middle of; both are None nearly always."""
+    """What a thread is in the middle of."""
 
+    enabled: bool | None = None
+    """Whether the block has its registers; None outside blocks, and while they are compiled."""
+    recorders: tuple[tuple[Patch, list[Tensor]], ...] = ()
+    """The lists that `registers` fills in this thread, and of which patch."""
     layout: Layout | None = None
     """Of the padded or packed block."""
     recomputed: Layout | None = None
@@ -45,11 +50,23 @@ class _Running(threading.local):
 
 
 _running = _Running()
+_counting = threading.Lock()  # not on the patch: a lock can be neither copied nor pickled
 
 
 def layout_now(plain: Layout) -> Layout:
     """The layout of the block that this thread is in."""
     return _running.layout or _running.recomputed or plain
+
+
+@contextmanager
+def recording(patch: Patch) -> Iterator[list[Tensor]]:
+    """Within the block the list gets the registers of the last forward of this thread."""
+    recorder = patch, list[Tensor]()
+    _running.recorders = (*_running.recorders, recorder)
+    try:
+        yield recorder[1]
+    finally:
+        _running.recorders = tuple(each for each in _running.recorders if each is not recorder)
 
 
 @contextmanager
@@ -102,9 +119,8 @@ class Patch:
     max_over: MaxOver
     zero: Zero
     num_prefix: int
-    enabled: bool = True
-    recorded: list[Tensor] | None = None
-    """Registers (B, R, C) after each block of the last forward, for `registers`."""
+    disabled_by: int = 0
+    """How many `disabled` blocks are open, in all threads."""
 
     def __post_init__(self) -> None:
         self.overrides: list[Override] = []
@@ -118,7 +134,7 @@ class Patch:
     def check_use(self, num_patches: int, hidden: Tensor) -> None:
         """Warn, once, of an image size or dtype far from all with which the neurons were verified."""
         device = hidden.device.type
-        autocast = torch.is_autocast_enabled(device)
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # not on "meta"
         dtype = str(torch.get_autocast_dtype(device) if autocast else hidden.dtype).removeprefix("torch.")
         far = all(max(num_patches / each, each / num_patches) > FAR for each in self.verified_patches)
         # What holds in a coarser dtype holds in these; not the other way round.
@@ -131,6 +147,26 @@ class Patch:
                 "(testreg calibrate MODEL --image-size A --image-size B, --amp)",
                 stacklevel=2,
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The `disabled` block in which a copy is made does not end for the copy.
+        return {**self.__dict__, "disabled_by": 0}
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the forward that this thread is in the middle of has registers, or one that starts now."""
+        return self.disabled_by == 0 if _running.enabled is None else _running.enabled
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within the block, forwards that start have no registers."""
+        with _counting:
+            self.disabled_by += 1
+        try:
+            yield
+        finally:
+            with _counting:
+                self.disabled_by -= 1
 
     @property
     def options(self) -> dict[str, Any]:
@@ -161,8 +197,46 @@ class Lane(Override):
         self.parameters = _parameters(self.module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.patch.enabled:
-            return self.original(*args, **kwargs)
+        if torch.compiler.is_compiling():  # one graph for each state: a guard on the count sees to it
+            return self._ridden(*args, **kwargs) if self.patch.disabled_by == 0 else self.original(*args, **kwargs)
+        outer = _running.enabled
+        _running.enabled = self._decided(args[0] if args else kwargs.get(self.parameters[0]))
+        try:
+            return self._ridden(*args, **kwargs) if _running.enabled else self._plain(*args, **kwargs)
+        finally:
+            _running.enabled = outer
+
+    def _decided(self, hidden: Any) -> bool:
+        """Whether this forward has registers: that is decided at block 0, and rides with the tokens from there.
+
+        So `disabled`, in whatever thread, never meets a forward halfway, nor gradient checkpointing that recomputes it.
+        """
+        now = self.patch.disabled_by == 0
+        if not isinstance(hidden, Tensor):
+            return now
+        if self.index > 0:
+            carried = getattr(hidden, _LANE, None)
+            if carried is None:
+                carried = _handed_on(hidden)
+            return now if carried is None else carried is not False
+        if torch._C._current_graph_task_id() != -1:  # a backward pass recomputes the block
+            return getattr(hidden, _DECIDED, now)
+        if torch.is_grad_enabled():
+            setattr(hidden, _DECIDED, now)
+        return now
+
+    def _plain(self, *args: Any, **kwargs: Any) -> Any:
+        """The block without registers, which tells the next one so."""
+        out = self.original(*args, **kwargs)
+        tokens = out[0] if isinstance(out, tuple) else out
+        if not self.last and isinstance(tokens, Tensor):
+            setattr(tokens, _LANE, False)
+            if tokens.grad_fn is not None:
+                metadata: Any = tokens.grad_fn.metadata
+                metadata[_LANE] = False
+        return out
+
+    def _ridden(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) > len(self.parameters):
             raise NotImplementedError(f"block {self.index} takes arguments without a name, which testreg does not know")
         # torch.compile takes any `strict` for True in older releases: so the lengths are made equal.
@@ -198,8 +272,9 @@ class Lane(Override):
                 f"block {self.index} made {tuple(lane.shape)} of {tuple(entered.shape)}: where tokens are merged or "
                 "pruned, the register cannot be told from them"
             )
-        if self.patch.recorded is not None:
-            self.patch.recorded[self.index : self.index + 1] = [layout.registers(lane)]
+        for patch, recorded in _running.recorders:
+            if patch is self.patch:
+                recorded[self.index : self.index + 1] = [layout.registers(lane)]
         tokens = layout.tokens(lane)
         if self.last:
             tokens = tokens.contiguous()
@@ -243,7 +318,7 @@ class Lane(Override):
         if lane is not None and not hidden.requires_grad:
             return lane
         registers = layout.registers(lane) if lane is not None else _handed_on(hidden)
-        if registers is None:
+        if not isinstance(registers, Tensor):
             raise RuntimeError(
                 f"the register did not arrive at block {self.index}: something between the blocks replaced the hidden "
                 "state (an adapter, an offloading wrapper, a hook that returns a new tensor). Install it before "
@@ -269,8 +344,8 @@ def _parameters(module: nn.Module) -> tuple[str, ...]:
     return names or ("hidden_states",)
 
 
-def _handed_on(hidden: Tensor) -> Tensor | None:
-    """The registers of tokens that arrive as another tensor, behind autograd functions of Python.
+def _handed_on(hidden: Tensor) -> Tensor | bool | None:
+    """The registers (False: without) of tokens that arrive as another tensor, behind autograd functions of Python.
 
     FSDP2 and full backward hooks put such functions around a block; they return what they are given.
     """

@@ -7,8 +7,9 @@ import json
 import math
 import operator
 import os
+import reprlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from testreg.families import Tower, checkpoint_names
+from testreg.families import Tower, checkpoint_names, find_tower
 from testreg.files import read_text, replacing
 
 FORMAT = "testreg-neurons"
 VERSION = 1
 _KEYS = {"format", "version", "neurons", "top_k", "model", "calibration", "provenance", "verified"}
+_LONGEST = 200  # characters of a file's content that an error message repeats
 
 Neuron = tuple[int, int, float | None]
+
+
+class UnverifiedNeuronsWarning(UserWarning):
+    """The register neurons in use were not verified on images of the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,8 @@ class RegisterNeurons:
     """Where a list that testreg did not make comes from."""
     verified: bool = False
     """Whether the list was made, or measured, with testreg on the checkpoint itself."""
+    source: str | None = field(default=None, compare=False)
+    """The file or the bundled list that it was read from."""
 
     def __post_init__(self) -> None:
         try:
@@ -60,21 +68,33 @@ class RegisterNeurons:
         last = math.inf
         for layer, unit, score in self.ranking:
             if not (_is_index(layer) and _is_index(unit)):
-                raise ValueError(f"a register neuron is a 0-based (layer, unit), got ({layer!r}, {unit!r})")
+                raise ValueError(f"a register neuron is a 0-based (layer, unit), got ({shown(layer)}, {shown(unit)})")
             if (layer, unit) in seen:
-                raise ValueError(f"duplicate register neuron: layer {layer}, unit {unit}")
+                raise ValueError(f"duplicate register neuron: layer {shown(layer)}, unit {shown(unit)}")
             seen.add((layer, unit))
             if score is not None:
-                if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-                    raise ValueError(f"the score of layer {layer}, unit {unit} is {score!r}, not a finite number")
+                if not _is_finite(score):
+                    raise ValueError(
+                        f"the score of layer {shown(layer)}, unit {shown(unit)} is {shown(score)}, not a finite number"
+                    )
                 if score > last:
                     raise ValueError(
-                        f"the ranking is not sorted: layer {layer}, unit {unit} scores {score:g}, "
+                        f"the ranking is not sorted: layer {shown(layer)}, unit {shown(unit)} scores {score:g}, "
                         f"the one before it {last:g}"
                     )
                 last = score
         if self.top_k is not None and (not _is_index(self.top_k) or self.top_k < 1):
-            raise ValueError(f"top_k must be a whole number of at least 1, got {self.top_k!r}")
+            raise ValueError(f"top_k must be a whole number of at least 1, got {shown(self.top_k)}")
+        _check_entries("model", self.model, _MODEL)
+        _check_entries("calibration", self.calibration, _CALIBRATION)
+
+    @property
+    def has_to_be_trusted(self) -> bool:
+        """Whether the list says that something found these neurons, without having been verified.
+
+        Neurons that someone names by hand are their own affair.
+        """
+        return not self.verified and (self.source is not None or bool(self.calibration))
 
     @classmethod
     def from_layers(cls, layers: Mapping[int, Sequence[int]]) -> RegisterNeurons:
@@ -107,17 +127,19 @@ class RegisterNeurons:
 
     def check_fits(self, depth: int, mlp_width: int) -> None:
         """Raise ValueError unless the list belongs to a tower of `depth` blocks with `mlp_width` neurons each."""
-        name = self.model.get("name", "the register neurons")
+        name = plain(self.model.get("name", "the register neurons"))
         if (expected := self.model.get("depth", depth)) != depth:
             raise ValueError(f"{name}: made for {expected} blocks, but this model has {depth}")
         if (expected := self.model.get("mlp_width", mlp_width)) != mlp_width:
             raise ValueError(f"{name}: made for MLPs of {expected} neurons, but this model's have {mlp_width}")
         for layer, unit, _ in self.ranking:
             if layer >= depth:
-                raise ValueError(f"layer {layer} (unit {unit}) is out of range: the model has {depth} blocks")
+                raise ValueError(
+                    f"layer {shown(layer)} (unit {shown(unit)}) is out of range: the model has {depth} blocks"
+                )
             if unit >= mlp_width:
                 raise ValueError(
-                    f"unit {unit} of layer {layer} is out of range: the model's MLPs have {mlp_width} neurons"
+                    f"unit {shown(unit)} of layer {layer} is out of range: the model's MLPs have {mlp_width} neurons"
                 )
 
     def to_json(self) -> dict[str, Any]:
@@ -143,9 +165,9 @@ class RegisterNeurons:
             raise ValueError(f'{source} is not a register neuron JSON ("format": "{FORMAT}" is missing)')
         version: Any = data.get("version")
         if not _is_index(version) or version < 1:
-            raise ValueError(f"{source}: version must be a whole number, got {version!r}")
+            raise ValueError(f"{source}: version must be a whole number, got {shown(version)}")
         if version > VERSION:
-            unknown = ", ".join(sorted(data.keys() - _KEYS)) or "none"
+            unknown = plain(", ".join(sorted(data.keys() - _KEYS))) or "none"
             warnings.warn(
                 f"{source} has version {version}, newer than this testreg reads ({VERSION}); "
                 f"keys that are ignored: {unknown}. Upgrade testreg to use them",
@@ -157,9 +179,6 @@ class RegisterNeurons:
         for key in ("model", "calibration", "provenance"):
             if not isinstance(data.get(key, {}), dict):
                 raise ValueError(f'{source}: "{key}" must be an object')
-        for key in ("depth", "mlp_width"):
-            if not _is_index(data.get("model", {}).get(key, 1)):
-                raise ValueError(f'{source}: "{key}" of the model must be a whole number')
         if not isinstance(data.get("verified", False), bool):
             raise ValueError(f'{source}: "verified" must be true or false')
         try:
@@ -191,19 +210,107 @@ class RegisterNeurons:
             FileNotFoundError: no such file.
             ValueError: not JSON (a truncated file), or not a valid list.
         """
+        source = plain(os.fspath(path), longest=None)
         try:
-            data = json.loads(read_text(path), parse_constant=_reject_constant)
+            data = json.loads(
+                read_text(path), parse_constant=_reject_constant, parse_int=_parse_int, parse_float=_parse_float
+            )
         except FileNotFoundError:
-            raise FileNotFoundError(f"no neuron JSON at {path}") from None
+            raise FileNotFoundError(f"no neuron JSON at {source}") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not valid JSON (truncated?): {error}") from None
+            raise ValueError(f"{source} is not valid JSON (truncated?): {error}") from None
+        except RecursionError:
+            raise ValueError(f"{source}: nested too deeply for a neuron JSON") from None
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        return cls.from_json(data, source=str(path))
+            raise ValueError(f"{source}: {error}") from None
+        return replace(cls.from_json(data, source=source), source=source)
+
+
+def shown(value: object) -> str:
+    """A short repr without control characters, for messages about what someone else has written."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python does not print whole numbers of many thousand digits
+        return f"a {type(value).__name__} of enormous size"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 60
+
+
+def plain(text: object, longest: int | None = _LONGEST) -> str:
+    """Text of a file for a message: on one line, without control characters, and not longer than a few lines."""
+    line = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in str(text)[:longest])
+    return line if longest is None or len(line) <= longest else line[:longest] + "..."
 
 
 def _is_index(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_finite(value: object) -> bool:
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(_is_index(each) and each > 0 for each in value)
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
+
+
+def _is_object(value: object) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _is_objects(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(map(_is_object, value))
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+_Check = tuple[Callable[[object], bool], str]
+_WHOLE: _Check = (_is_index, "a whole number")
+_TEXT: _Check = (_is_text, "text")
+_NAMES: _Check = (_is_names, "a list of text")
+_SIZE: _Check = (_is_size, "two whole numbers above 0")
+_OBJECT: _Check = (_is_object, "an object")
+_OBJECTS: _Check = (_is_objects, "a list of objects")
+
+# What testreg reads of what a list says of itself; everything else is only shown.
+_MODEL = {
+    "name": _TEXT,
+    "names": _NAMES,
+    "default_for": _NAMES,
+    "depth": _WHOLE,
+    "mlp_width": _WHOLE,
+    "fingerprint": _TEXT,
+}
+_CALIBRATION = {
+    "detection_layer": _WHOLE,
+    "verified_at": _OBJECTS,
+    "curve": _OBJECTS,
+    "chosen": _OBJECT,
+    "stability": _OBJECT,
+    "versions": _OBJECT,
+}
+_VERIFIED_AT = {"grid": _SIZE, "image_size": _SIZE, "dtype": _TEXT}
+
+
+def _check_entries(where: str, entries: Mapping[str, Any], checks: Mapping[str, _Check]) -> None:
+    """Raise ValueError if an entry that testreg reads is not what it should be."""
+    for key, (is_valid, expected) in checks.items():
+        if key in entries and not is_valid(entries[key]):
+            raise ValueError(f'"{key}" of the {where} must be {expected}, got {shown(entries[key])}')
+    if where == "calibration":
+        for each in entries.get("verified_at", ()):
+            _check_entries('calibration\'s "verified_at"', each, _VERIFIED_AT)
 
 
 def _as_index(value: Any) -> Any:
@@ -218,16 +325,30 @@ def _reject_constant(name: str) -> float:
     raise ValueError(f"{name} is not a finite number")
 
 
+def _parse_int(digits: str) -> int:
+    if len(digits) > 18:
+        raise ValueError(f"{plain(digits, 20)} is too large a number")
+    return int(digits)
+
+
+def _parse_float(digits: str) -> float:
+    if not math.isfinite(value := float(digits)):
+        raise ValueError(f"{plain(digits, 20)} is not a finite number")
+    return value
+
+
 def fingerprint(tower: Tower) -> str:
     """A short hash that tells checkpoints apart, and is the same in every library that holds the checkpoint.
 
     It hashes the signs of 256 evenly spaced values of every block's second MLP linear: the matrices whose columns the
-    neurons are, laid out alike in all libraries. Signs, because no rounding (fp16, bf16) changes them.
+    neurons are, laid out alike in all libraries. Signs, because no rounding (fp16, bf16) changes them. Weights that
+    are elsewhere, quantised or in shards (offloading, torchao, FSDP) have none that can be read: "unknown".
     """
     digest = hashlib.sha256()
     for mlp in (mlp for block in tower.blocks for mlp in block.mlps):
-        weight = getattr(mlp.down_linear, "weight", None)
-        if not isinstance(weight, torch.Tensor) or weight.is_meta:
+        weight: Any = getattr(mlp.down_linear, "weight", None)
+        whole = type(weight) in (torch.Tensor, nn.Parameter) and weight.ndim == 2 and weight.is_floating_point()
+        if not whole or weight.is_meta:
             return "unknown"
         flat = weight.detach().flatten()
         at = torch.arange(256) * (flat.numel() - 1) // 255
@@ -255,7 +376,10 @@ def config_folder() -> Path:
 
 def bundled() -> dict[str, RegisterNeurons]:
     """The lists that come with the package, by name."""
-    return {path.stem: RegisterNeurons.load(path) for path in sorted(config_folder().glob("*.json"))}
+    return {
+        path.stem: replace(RegisterNeurons.load(path), source=path.stem)
+        for path in sorted(config_folder().glob("*.json"))
+    }
 
 
 def resolve(
@@ -271,7 +395,7 @@ def resolve(
     if isinstance(neurons, Mapping):
         return RegisterNeurons.from_layers(neurons)
     if neurons is None:
-        return _of_checkpoint(checkpoint_names(model), type(model).__name__)
+        return _of_checkpoint(model)
     if not isinstance(neurons, str | os.PathLike):
         raise TypeError(
             "neurons must be a RegisterNeurons, a path, a bundled name, {layer: [units]} or None, "
@@ -286,14 +410,28 @@ def resolve(
     return RegisterNeurons.load(path)
 
 
-def _of_checkpoint(names: Sequence[str], class_name: str) -> RegisterNeurons:
-    lists = bundled().values()
+def _of_checkpoint(model: nn.Module) -> RegisterNeurons:
+    """The default of the bundled lists, by the names of the checkpoint or else by its weights."""
+    lists, names = bundled(), checkpoint_names(model)
+    defaults = [each for each in lists.values() if each.model.get("default_for")]
     for name in names:
-        for candidate in lists:
-            if name in candidate.model.get("default_for", ()):
+        for candidate in defaults:
+            if name in candidate.model["default_for"]:
                 return candidate
+    own = fingerprint(find_tower(model))
+    for candidate in defaults:
+        if candidate.model.get("fingerprint") == own != "unknown":
+            return candidate
+    here = type(model).__name__
+    calibrate = "(testreg.calibrate, or `testreg calibrate MODEL --images DIR -o neurons.json`)"
+    if published := [key for key, each in lists.items() if not set(names).isdisjoint(each.model.get("names", ()))]:
+        raise ValueError(
+            f"no default register neurons for this {here} ({', '.join(names)}): nothing shows that this checkpoint "
+            f"needs any. Look with testreg.diagnose, and calibrate it {calibrate}, or name one of the unverified lists "
+            f"that were published for it: {', '.join(published)}"
+        )
     says = f"it says it is {', '.join(names)}" if names else "it does not say which checkpoint it is"
     raise ValueError(
-        f"no bundled register neurons for this {class_name}: {says}. Calibrate it (testreg.calibrate, or "
-        "`testreg calibrate MODEL --images DIR -o neurons.json`), or name a list from `testreg list`"
+        f"no bundled register neurons for this {here}: {says}. Calibrate it {calibrate}, or name a list from "
+        "`testreg list`"
     )

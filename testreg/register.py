@@ -16,7 +16,9 @@ Shapes: B batch, T tokens of the unpatched model, P of them prefix tokens, R reg
 from __future__ import annotations
 
 import functools
+import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,13 +29,16 @@ import torch
 from torch import Tensor, nn
 
 from testreg.families import Tower, checkpoint_names, find_tower
-from testreg.lane import REFUSALS, Attention, Bias, Lane, MaxOver, Override, Patch, Zero, layout_now
+from testreg.lane import REFUSALS, Attention, Bias, Lane, MaxOver, Override, Patch, Zero, layout_now, recording
 from testreg.layout import Layout
-from testreg.neurons import RegisterNeurons, fingerprint, resolve
+from testreg.neurons import RegisterNeurons, UnverifiedNeuronsWarning, fingerprint, plain, resolve
 
 M = TypeVar("M", bound=nn.Module)
 
+MAX_REGISTERS = 256  # as many as an image of 224 pixels has patches
+
 _PATCH = "_testreg_patch"  # attribute of a patched tower
+_log = logging.getLogger("testreg")
 
 
 def shift(
@@ -84,7 +89,7 @@ def shift(
         moved = activations.masked_fill(patches.unsqueeze(-1), 0)
     else:
         moved = activations.clone()
-        moved[:, num_prefix if zero == "patches" else 0 :] = 0
+        moved[:, num_prefix if zero == "patches" else 0 :].zero_()  # not `= 0`, a constant to strict export
     moved[:, -num_registers:] = peak
     return hidden.index_copy(-1, index, moved) if torch.is_grad_enabled() else hidden.index_copy_(-1, index, moved)
 
@@ -166,7 +171,8 @@ def patch(
         neurons: the register neurons: a `RegisterNeurons`, the path of its JSON, `{layer: [units]}`, the name of a
             bundled list (`testreg list`), or None for the bundled list of the checkpoint that the model says it is.
         top_k: use only the best so many; None takes what the list recommends.
-        num_registers: R, number of extra tokens. Each holds a share of the neurons, dealt in rank order (paper A.5).
+        num_registers: R, number of extra tokens, at most 256. Each holds a share of the neurons, dealt in rank order
+            (paper A.5).
         max_over: "neuron" moves each neuron's own largest activation (the paper); "layer" one joint value per layer
             (the released code).
         zero: where the neurons become zero: on the "patches", or on "all" tokens, CLS and trained registers included.
@@ -180,6 +186,8 @@ def patch(
     """
     if num_registers < 1:
         raise ValueError(f"num_registers must be at least 1, got {num_registers}")
+    if num_registers > MAX_REGISTERS:
+        raise ValueError(f"num_registers must be at most {MAX_REGISTERS}, got {num_registers:.6g}: 1 to 4 are enough")
     if max_over not in ("neuron", "layer"):
         raise ValueError(f"max_over must be 'neuron' or 'layer', got {max_over!r}")
     if zero not in ("patches", "all"):
@@ -190,13 +198,45 @@ def patch(
     chosen = resolve(neurons, model).cut(top_k)
     chosen.check_fits(tower.depth, tower.mlp_width)
     _warn_if_other_weights(chosen, model, tower)
+    if chosen.has_to_be_trusted:
+        warnings.warn(
+            f"the register neurons of {chosen.source or 'this list'} are not verified: no measurement on images shows "
+            "what they do in this checkpoint. testreg.diagnose tells whether it has outliers at all, testreg.calibrate "
+            "finds and verifies neurons for it",
+            UnverifiedNeuronsWarning,
+            stacklevel=_stacklevel(),
+        )
 
     state = Patch(chosen, num_registers, max_over, zero, tower.num_prefix)
     state.overrides = list(_overrides(tower, state))
     for override in state.overrides:
         override.install()
     vars(tower.module).update(REFUSALS, **{_PATCH: state})
+    if neurons is None:
+        _log.info(
+            "patched %s with the bundled list %s: %d register neurons of %s, %s",
+            type(model).__name__,
+            chosen.source,
+            len(chosen.ranking),
+            _origin(chosen),
+            "verified" if chosen.verified else "not verified",
+        )
     return model
+
+
+def _origin(neurons: RegisterNeurons) -> str:
+    """Who found them."""
+    source = neurons.provenance.get("source")
+    found_by = source.get("repo") or source.get("command") if isinstance(source, Mapping) else source
+    return plain(found_by or "unknown origin")
+
+
+def _stacklevel() -> int:
+    """Of the code outside testreg that called into it, seen from the function that calls this one."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "testreg":
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _overrides(tower: Tower, state: Patch) -> Iterator[Override]:
@@ -231,7 +271,7 @@ def _place(module: nn.Module, root: nn.Module) -> tuple[nn.Module, str]:
 def _warn_if_other_weights(neurons: RegisterNeurons, model: nn.Module, tower: Tower) -> None:
     expected = neurons.model.get("fingerprint")
     if expected is not None and fingerprint(tower) not in (expected, "unknown"):
-        found_in = neurons.model.get("name", "another checkpoint")
+        found_in = plain(neurons.model.get("name", "another checkpoint"))
         here = " = ".join(checkpoint_names(model)) or f"this {type(model).__name__} (its checkpoint is unknown)"
         warnings.warn(
             f"these register neurons were found in {found_in}, whose weights are not those of {here}: "
@@ -271,28 +311,24 @@ def patch_of(model: nn.Module) -> Patch:
 
 @contextmanager
 def disabled(model: M) -> Iterator[M]:
-    """Within the `with` block a patched model computes as if it were not patched, in all threads."""
-    state = patch_of(model)
-    before, state.enabled = state.enabled, False
-    try:
+    """Within the `with` block a patched model computes as if it were not patched, in all threads.
+
+    Blocks nest and overlap: the registers are back when the last one has ended. A forward that runs meanwhile, in
+    another thread, ends as it began.
+    """
+    with patch_of(model).disabled():
         yield model
-    finally:
-        state.enabled = before
 
 
 @contextmanager
 def registers(model: nn.Module) -> Iterator[list[Tensor]]:
     """Within the `with` block, the list holds the registers (B, R, C) after each block of the last forward.
 
-    They are what the blocks give, before the tower's final norm.
+    They are what the blocks give, before the tower's final norm. The forwards are those of the thread that the `with`
+    block is in; blocks nest and overlap, and each has a list of its own.
     """
-    state = patch_of(model)
-    recorded: list[Tensor] = []
-    before, state.recorded = state.recorded, recorded
-    try:
+    with recording(patch_of(model)) as recorded:
         yield recorded
-    finally:
-        state.recorded = before
 
 
 def _patched_tower(model: nn.Module) -> tuple[nn.Module, Patch]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,21 @@ from reference import LAYOUTS, build, run
 from tiny import IMAGE
 from torch import Tensor, nn
 
-from testreg import disabled, is_patched, patch, unpatch
+from testreg import RegisterNeurons, disabled, is_patched, patch, unpatch
+from testreg.families import find_tower
+from testreg.neurons import describe_model
 
-NEURONS = {1: [3, 77, 120], 2: [0, 64, 127]}
 ONE_OF_EACH_LIBRARY = ("timm_vit", "timm_dinov3", "hf_clip", "hf_dinov2", "hf_dinov3", "open_clip", "torchvision_vit")
+
+
+@functools.cache
+def neurons(family: str) -> RegisterNeurons:
+    """With the fingerprint of the weights, as calibration writes it, before they are quantised or sharded."""
+    model = build(family)
+    by_hand = RegisterNeurons.from_layers({1: [3, 77, 120], 2: [0, 64, 127]})
+    found = replace(by_hand, model=describe_model(model, find_tower(model)))
+    assert found.model["fingerprint"] != "unknown"
+    return found
 
 
 def images(batch: int = 2, height: int = IMAGE, width: int = IMAGE) -> Tensor:
@@ -35,7 +48,7 @@ def patched(family: str) -> Any:
     model = build(family)
     tower = getattr(model, "visual", model)
     clean = outputs(tower)
-    assert not torch.allclose(outputs(patch(tower, NEURONS)), clean, atol=1e-2)
+    assert not torch.allclose(outputs(patch(tower, neurons(family))), clean, atol=1e-2)
     return tower
 
 
@@ -66,7 +79,7 @@ def test_compile_takes_any_image_size_and_follows_patch_and_unpatch() -> None:
     shapes = (2, IMAGE, IMAGE), (3, IMAGE, 2 * IMAGE)
     clean = [outputs(model, images(*shape)) for shape in shapes]
     close(forward(images(*shapes[0])), clean[0])
-    patch(model, NEURONS)
+    patch(model, neurons("hf_dinov2_registers"))
     for shape, plain in zip(shapes, clean, strict=True):
         expected = outputs(model, images(*shape))
         assert not torch.allclose(expected, plain, atol=1e-2)
@@ -162,7 +175,7 @@ def test_int8_weights_before_and_after_the_patch_are_the_same(family: str) -> No
 
     first = quantize(build(family))
     clean = outputs(first)
-    actual = outputs(patch(first, NEURONS))
+    actual = outputs(patch(first, neurons(family)))
     assert not actual.equal(clean)
     assert_errs_no_more(actual, clean, family)
     assert outputs(quantize(patched(family))).equal(actual)
@@ -177,7 +190,7 @@ def test_quantize_dynamic_goes_before_the_patch(family: str) -> None:
 
     quantized = quantize(build(family))
     clean = outputs(quantized)
-    actual = outputs(patch(quantized, NEURONS))
+    actual = outputs(patch(quantized, neurons(family)))
     assert not actual.equal(clean)
     assert_errs_no_more(actual, clean, family)
     assert outputs(unpatch(quantized)).equal(clean)
@@ -187,7 +200,7 @@ def test_quantize_dynamic_goes_before_the_patch(family: str) -> None:
         outputs(replaced)
     with disabled(replaced):
         assert outputs(replaced).equal(clean)
-    assert outputs(patch(unpatch(replaced), NEURONS)).equal(actual)
+    assert outputs(patch(unpatch(replaced), neurons(family))).equal(actual)
 
 
 # accelerate ----------------------------------------------------------------------------------------------------------
@@ -224,7 +237,7 @@ def test_offloaded_models(family: str, place: Callable[[nn.Module, Path], nn.Mod
     before = place(build(family), tmp_path / "before")
     if place is not on_cpu:
         assert any(parameter.is_meta for parameter in before.parameters())
-    assert outputs(patch(before, NEURONS)).equal(expected)
+    assert outputs(patch(before, neurons(family))).equal(expected)
     assert outputs(unpatch(before)).equal(clean)
 
     after = place(patched(family), tmp_path / "after")
@@ -316,9 +329,9 @@ def work(rank: int, folder: str) -> None:
             for order in ("patch first", "wrap first"):
                 try:
                     if order == "patch first":
-                        model = wrap(patch(build(family), NEURONS), family)
+                        model = wrap(patch(build(family), neurons(family)), family)
                     else:
-                        model = patch(wrap(build(family), family), NEURONS)
+                        model = patch(wrap(build(family), family), neurons(family))
                     mine = images(4)[2 * rank : 2 * rank + 2]
                     forward = outputs(model, mine)
                     backward(model, mine)

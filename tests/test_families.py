@@ -53,6 +53,58 @@ def same(one: Any, other: Any) -> bool:
     return all(a.equal(b) for a, b in zip(tensors(one), tensors(other), strict=True))
 
 
+# The grid of patches -------------------------------------------------------------------------------------------------
+
+NAFLEX = {"embed_dim": WIDTH, "depth": DEPTH, "num_heads": 4}
+PADDING: dict[str, Callable[..., nn.Module]] = {
+    "timm ViT": lambda **pad: timm.create_model("vit_base_patch16_224", dynamic_img_size=True, **TIMM, **pad),
+    "timm Eva": lambda **pad: timm.create_model("eva02_base_patch14_224", dynamic_img_size=True, **TIMM, **pad),
+    "timm NaFlexVit": lambda **pad: timm.create_model("naflexvit_base_patch16_gap", **NAFLEX, **pad),
+    "timm hybrid": lambda **pad: timm.create_model("vit_tiny_r_s16_p8_224", dynamic_img_size=True, **pad),
+}
+
+
+def num_patches(model: nn.Module, inputs: Tensor) -> int:
+    """As many as block 0 gets."""
+    tower, lengths = find_tower(model), list[int]()
+    handle = tower.blocks[0].module.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(next(iter((*args, *kwargs.values()))).shape[1]), with_kwargs=True
+    )
+    with torch.no_grad():
+        tower.run(inputs)
+    handle.remove()
+    return lengths[0] - tower.num_prefix
+
+
+@pytest.mark.parametrize("size", [(128, 256), (130, 250), (127, 129)])
+@pytest.mark.parametrize("name", PADDING)
+def test_the_grid_counts_the_patches_of_padded_images(name: str, size: tuple[int, int]) -> None:
+    model, inputs = PADDING[name](dynamic_img_pad=True).eval(), torch.randn(1, 3, *size)
+    rows, columns = find_tower(model).grid(inputs)
+    assert rows * columns == num_patches(model, inputs)
+
+
+@pytest.mark.parametrize("family", [name for name in LAYOUTS if name.startswith("hf")])
+def test_the_grid_counts_the_patches_of_images_that_are_cut(family: str) -> None:
+    model, inputs = build(family), torch.randn(1, 3, IMAGE + 8, IMAGE + tiny.PATCH + 3)
+    rows, columns = find_tower(model).grid(inputs)
+    assert (rows, columns) == (SIDE, SIDE + 1)
+    assert rows * columns == num_patches(model, inputs)
+
+
+def test_a_tower_returns_from_eval_mode_as_it_was() -> None:
+    model = build("timm_vit").train()
+    model.blocks[1].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    tower = find_tower(model)
+    with tower.evaluating():
+        assert not any(module.training for module in model.modules())
+    assert {name: module.training for name, module in model.named_modules()} == before
+    with pytest.raises(ZeroDivisionError), tower.evaluating():
+        raise ZeroDivisionError
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
 # The table -----------------------------------------------------------------------------------------------------------
 
 

@@ -762,10 +762,25 @@ def test_registers_needs_a_patch_that_is_enabled() -> None:
 def test_registers_nest() -> None:
     model = testreg.patch(tiny.build("timm_vit"), tiny.NEURONS)
     with testreg.registers(model) as outer:
-        with testreg.registers(model):
-            pass
-        model(images((0,), tiny.IMAGE))
+        with testreg.registers(model) as inner:
+            model(images((0,), tiny.IMAGE))
+        recorded = list(inner)
+        assert len(recorded) == tiny.DEPTH
+        assert all(map(torch.equal, outer, inner))
+        model(images((1,), tiny.IMAGE))
+    assert all(map(torch.equal, inner, recorded))
     assert len(outer) == tiny.DEPTH
+    assert not torch.equal(outer[-1], inner[-1])
+
+
+def test_registers_overlap() -> None:
+    model = testreg.patch(tiny.build("timm_vit"), tiny.NEURONS)
+    contexts = first, second = testreg.registers(model), testreg.registers(model)
+    lists = [context.__enter__() for context in contexts]
+    first.__exit__(None, None, None)
+    model(images((0,), tiny.IMAGE))
+    second.__exit__(None, None, None)
+    assert [len(each) for each in lists] == [0, tiny.DEPTH]
 
 
 # A family of your own ------------------------------------------------------------------------------------------------

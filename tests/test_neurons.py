@@ -1,6 +1,9 @@
 import json
 import math
+import os
+import random
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ import torch
 import transformers
 
 import testreg
-from testreg import RegisterNeurons
+from testreg import RegisterNeurons, UnverifiedNeuronsWarning
 from testreg.demo import planted_neurons
 from testreg.families import find_tower
 from testreg.neurons import bundled, config_folder, describe_model, fingerprint, resolve
@@ -215,6 +218,20 @@ def test_hand_written_json(tmp_path: Path) -> None:
         ({"calibration": None}, '"calibration" must be an object'),
         ({"provenance": []}, '"provenance" must be an object'),
         ({"verified": "yes"}, '"verified" must be true or false'),
+        ({"model": {"name": ["a"]}}, '"name" of the model must be text'),
+        ({"model": {"default_for": 3}}, '"default_for" of the model must be a list of text'),
+        ({"model": {"fingerprint": 3}}, '"fingerprint" of the model must be text'),
+        ({"calibration": {"detection_layer": "last"}}, '"detection_layer" of the calibration must be a whole number'),
+        ({"calibration": {"verified_at": {}}}, '"verified_at" of the calibration must be a list of objects'),
+        ({"calibration": {"verified_at": [3]}}, '"verified_at" of the calibration must be a list of objects'),
+        ({"calibration": {"verified_at": [{"grid": [0, 0]}]}}, '"grid" .*must be two whole numbers above 0'),
+        ({"calibration": {"verified_at": [{"grid": 3}]}}, '"grid" .*must be two whole numbers above 0'),
+        ({"calibration": {"verified_at": [{"image_size": [1.5, 2]}]}}, '"image_size" .*must be two whole numbers'),
+        ({"calibration": {"verified_at": [{"dtype": 32}]}}, '"dtype" .*must be text'),
+        ({"calibration": {"target": 10**400}}, "1000.* is too large a number"),
+        ({"neurons": [[5, 1, 10**400]]}, "1000.* is too large a number"),
+        ({"neurons": [[5, 1, "x" * 10**6]]}, "'xxx.*not a finite number"),
+        ({"version": "\x1b[31mred"}, r"version must be a whole number, got '\\x1b\[31mred'"),
     ],
 )
 def test_every_error_names_the_file(tmp_path: Path, changes: dict, message: str) -> None:
@@ -222,6 +239,20 @@ def test_every_error_names_the_file(tmp_path: Path, changes: dict, message: str)
     with pytest.raises(ValueError, match=message) as caught:
         RegisterNeurons.load(path)
     assert str(path) in str(caught.value)
+    assert len(str(caught.value)) < 500 + len(str(path))
+    assert str(caught.value).isprintable()
+
+
+def test_enormous_and_hostile_values_are_named_briefly() -> None:
+    for ranking in (((1, 2, 10**400),), ((1, 2, 10**5000),), ((1, 10**5000, None),) * 2):
+        with pytest.raises(ValueError, match=r"layer 1, unit") as caught:
+            RegisterNeurons(ranking)
+        assert len(str(caught.value)) < 300
+    hostile = RegisterNeurons(((1, 2, None),), model={"name": "\x1b]0;owned\x07" + "x" * 10**6, "depth": 3})
+    with pytest.raises(ValueError, match="made for 3 blocks") as caught:
+        hostile.check_fits(4, 10)
+    assert len(str(caught.value)) < 1000
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("literal", ["NaN", "Infinity", "-Infinity"])
@@ -235,7 +266,7 @@ def test_scores_that_are_no_numbers(tmp_path: Path, literal: str) -> None:
 def test_an_overflowing_score(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text('{"format": "testreg-neurons", "version": 1, "neurons": [[5, 599, 1e999]]}')
-    with pytest.raises(ValueError, match=r"mine\.json: the score of layer 5, unit 599 is inf"):
+    with pytest.raises(ValueError, match=r"mine\.json: 1e999 is not a finite number"):
         RegisterNeurons.load(path)
 
 
@@ -253,6 +284,85 @@ def test_not_json(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "picture.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"picture\.json is not valid JSON"):
         RegisterNeurons.load(tmp_path / "picture.json")
+
+
+@pytest.mark.parametrize("nested", ["[" * 100_000, '{"a":' * 100_000])
+def test_deep_nesting(tmp_path: Path, nested: str) -> None:
+    (tmp_path / "deep.json").write_text(nested)
+    with pytest.raises(ValueError, match=r"deep\.json: nested too deeply"):
+        RegisterNeurons.load(tmp_path / "deep.json")
+
+
+def test_what_is_no_regular_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    for path in (tmp_path / "pipe.json", tmp_path):
+        with pytest.raises(ValueError, match="is a regular file, and this is none"):
+            RegisterNeurons.load(path)
+
+
+HOSTILE_VALUES = [
+    *(None, True, -1, 0, 2.5, 10**18, 10**400, 1e308, "", "\x1b[2J", "x" * 10**5, [], {}, [[]], [0, 0], {"a": []}),
+    *([1, 2, 3], [[1, 2, 3]], {"grid": [0, 0], "dtype": 3}, [{"grid": [0, 0], "dtype": "float32"}]),
+]
+
+
+def mutated(value: object, pick: random.Random) -> object:
+    """JSON with one value, somewhere in it, replaced, left out or doubled."""
+    if not value or not isinstance(value, list | dict) or pick.random() < 0.02:
+        return pick.choice(HOSTILE_VALUES)
+    changed = value.copy()
+    key = pick.choice(range(len(value)) if isinstance(value, list) else list(value))
+    if pick.random() < 0.1:
+        del changed[key]
+    elif pick.random() < 0.1 and isinstance(changed, list):
+        changed.append(changed[key])
+    else:
+        changed[key] = mutated(value[key], pick)
+    return changed
+
+
+def result_or_error(action: Callable[..., object], *args: object) -> object:
+    """What the action gives, or the message of its ValueError, which is short and on one line."""
+    try:
+        return action(*args)
+    except ValueError as error:
+        message, kind = str(error), type(error)
+    assert kind is ValueError
+    assert message.isprintable()
+    assert len(message) < 600
+    return message
+
+
+def test_fuzzed_files_are_valid_lists_or_give_one_error_that_names_them(tmp_path: Path) -> None:
+    pick, path, model = random.Random(0), tmp_path / "fuzzed.json", tiny.build("timm_vit")
+    whole = {
+        **neurons(ranking=((1, 3, 7.0), (2, 77, 2.0)), top_k=2, model={"name": "a", "depth": 4}).to_json(),
+        "calibration": json.loads((config_folder() / "demo.json").read_text())["calibration"],
+    }
+    loaded = 0
+    for _ in range(600):
+        data = whole
+        for _ in range(pick.randint(0, 2)):
+            data = mutated(data, pick)
+        text = json.dumps(data)
+        if pick.random() < 0.2:
+            at = pick.randrange(len(text))
+            text = text[:at] + pick.choice(["", "[", "\0", "9" * 400, "e999", "NaN", '"', "\x1b"]) + text[at + 1 :]
+        path.write_text(text)
+        found = result_or_error(RegisterNeurons.load, path)
+        if not isinstance(found, RegisterNeurons):
+            assert str(path) in found
+            continue
+        loaded += 1
+        found.save(tmp_path / "again.json")
+        assert RegisterNeurons.load(tmp_path / "again.json") == found
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if result_or_error(testreg.patch, model, found) is model:
+                with torch.no_grad():
+                    model(torch.zeros(1, 3, tiny.IMAGE, tiny.IMAGE))
+                testreg.unpatch(model)
+    assert 100 < loaded < 500
 
 
 @pytest.mark.parametrize("text", ["[]", "3", '{"weights": {}}'])
@@ -386,6 +496,7 @@ def test_patch_warns_of_other_weights_of_an_unnamed_model() -> None:
 BUNDLED = bundled()
 NAMES = sorted({name for one in BUNDLED.values() for name in one.model["names"]})
 DEFAULT_NAMES = [(name, key) for key, one in BUNDLED.items() for name in one.model["default_for"]]
+DINOV2_S = sorted(BUNDLED["dinov2-vits14-jroth-518"].model["names"])  # nothing shows that it needs registers
 
 
 def test_there_are_bundled_lists_and_every_file_is_one() -> None:
@@ -425,9 +536,69 @@ def test_bundled_lists_are_written_as_save_writes(tmp_path: Path) -> None:
         assert (tmp_path / "n.json").read_text() == (config_folder() / f"{key}.json").read_text(), key
 
 
-def test_every_checkpoint_has_one_default() -> None:
+def test_every_checkpoint_that_needs_registers_has_one_default() -> None:
     assert len({name for name, _ in DEFAULT_NAMES}) == len(DEFAULT_NAMES)
-    assert {name for name, _ in DEFAULT_NAMES} == set(NAMES)
+    assert sorted([*(name for name, _ in DEFAULT_NAMES), *DINOV2_S]) == NAMES
+
+
+@pytest.mark.parametrize("name", DINOV2_S)
+def test_without_a_default_the_lists_of_a_checkpoint_are_named(name: str) -> None:
+    model = tiny.build("timm_vit")
+    model.testreg_source = name
+    with pytest.raises(ValueError, match=r"no default .*nothing shows that this checkpoint needs any") as caught:
+        testreg.patch(model)
+    assert all(key in str(caught.value) for key in BUNDLED if key.startswith("dinov2-vits14"))
+    assert "dinov2-vitb14" not in str(caught.value)
+    assert not testreg.is_patched(model)
+
+
+def test_a_checkpoint_without_a_name_is_found_by_its_weights(caplog: pytest.LogCaptureFixture) -> None:
+    model = testreg.demo_model()
+    del model.testreg_source
+    with caplog.at_level("INFO", "testreg"):
+        testreg.patch(model)
+    assert patch_of(model).neurons == BUNDLED["demo"].cut()
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("testreg", "INFO")
+    assert "the bundled list demo: 6 register neurons of testreg calibrate demo" in record.getMessage()
+    assert record.getMessage().endswith(", verified")
+    testreg.unpatch(model)
+    with torch.no_grad():
+        find_tower(model).blocks[0].mlps[0].down_linear.weight.neg_()
+    with pytest.raises(ValueError, match="no bundled register neurons"):
+        testreg.patch(model)
+
+
+def test_patch_without_a_list_says_what_it_took(caplog: pytest.LogCaptureFixture) -> None:
+    with torch.device("meta"):
+        model = timm.create_model("vit_base_patch14_dinov2", pretrained=False)
+    with (
+        caplog.at_level("INFO", "testreg"),
+        pytest.warns(UnverifiedNeuronsWarning, match="dinov2-vitb14-jroth-224-v2 are not verified") as caught,
+    ):
+        testreg.patch(model)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    (record,) = caplog.records
+    assert "dinov2-vitb14-jroth-224-v2: 185 register neurons of jroth1414/test-time" in record.getMessage()
+    assert record.getMessage().endswith(", not verified")
+
+
+def test_only_lists_that_something_found_are_said_to_be_unverified(tmp_path: Path, caplog) -> None:
+    by_hand = RegisterNeurons.from_layers(tiny.NEURONS)
+    by_hand.save(tmp_path / "n.json")
+    found = RegisterNeurons(by_hand.ranking, calibration={"images": 3})
+    RegisterNeurons(by_hand.ranking, calibration={"images": 300}, verified=True).save(tmp_path / "verified.json")
+    model = tiny.build("timm_vit")
+    with warnings.catch_warnings(), caplog.at_level("INFO", "testreg"):
+        warnings.simplefilter("error")
+        for silent in (tiny.NEURONS, by_hand, tmp_path / "verified.json"):
+            testreg.unpatch(testreg.patch(model, silent))
+    assert not caplog.records, "the user knows which list was given"
+    for given in (found, tmp_path / "n.json", RegisterNeurons.load(tmp_path / "n.json")):
+        with pytest.warns(UnverifiedNeuronsWarning, match="not verified") as caught:
+            testreg.unpatch(testreg.patch(model, given))
+        assert len(caught) == 1
 
 
 def test_provenance_is_unique() -> None:
@@ -450,7 +621,8 @@ def test_neurons_of_a_wrong_type() -> None:
         testreg.patch(tiny.build("timm_vit"), [1, 2])
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("timm:")])
+@pytest.mark.parametrize("name", sorted(name for name, _ in DEFAULT_NAMES if name.startswith("timm:")))
+@pytest.mark.filterwarnings("ignore::testreg.UnverifiedNeuronsWarning")
 def test_patch_without_a_list_takes_the_default_in_timm(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name.removeprefix("timm:"), pretrained=False)
@@ -461,14 +633,16 @@ def test_patch_without_a_list_takes_the_default_in_timm(name: str) -> None:
     assert testreg.register.patch_of(model).neurons == expected.cut()
 
 
+@pytest.mark.filterwarnings("ignore::testreg.UnverifiedNeuronsWarning")
 def test_patch_without_a_list_takes_the_default_in_transformers() -> None:
     with torch.device("meta"):
-        model = transformers.Dinov2Model(transformers.Dinov2Config(hidden_size=384, num_attention_heads=6))
-    model.config._name_or_path = "facebook/dinov2-small"
+        model = transformers.Dinov2Model(transformers.Dinov2Config())
+    model.config._name_or_path = "facebook/dinov2-base"
     testreg.patch(model)
-    assert testreg.register.patch_of(model).neurons == BUNDLED["dinov2-vits14-jroth-518"]
+    assert testreg.register.patch_of(model).neurons == BUNDLED["dinov2-vitb14-jroth-224-v2"]
 
 
+@pytest.mark.filterwarnings("ignore::testreg.UnverifiedNeuronsWarning")
 def test_patch_without_a_list_takes_the_default_of_the_name_that_it_was_loaded_by() -> None:
     with torch.device("meta"):
         model = timm.create_model("vit_base_patch16_clip_224", pretrained=False)

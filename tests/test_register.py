@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import gc
 import io
 import json
 import pickle
@@ -458,6 +460,62 @@ def test_disabled_nests_and_ends_with_an_exception() -> None:
     assert outputs(model).equal(patched)
 
 
+def test_disabled_blocks_that_overlap_end_with_the_last() -> None:
+    model = build("timm_vit")
+    clean = outputs(model)
+    patched = outputs(patch(model, NEURONS))
+    first, second = disabled(model), disabled(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert outputs(model).equal(clean)
+    second.__exit__(None, None, None)
+    assert outputs(model).equal(patched)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_made_while_disabled_is_not_disabled(duplicate: Callable[[nn.Module], nn.Module]) -> None:
+    model = patch(build("timm_vit"), NEURONS)
+    patched = outputs(model)
+    with disabled(model):
+        twin = duplicate(model)
+        assert outputs(twin).equal(patched)
+
+
+@pytest.mark.parametrize("family", ["timm_vit", "hf_clip", "open_clip_sequence_first", "torchvision_vit"])
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_a_forward_ends_as_it_began(family: str, at: int) -> None:
+    """Another thread opens or closes `disabled` while a block runs: the hook stands for it."""
+    model = build(family)
+    block = LAYOUTS[family].blocks(model)[at]
+    clean = outputs(model)
+    patched = outputs(patch(model, NEURONS))
+    norm = next(module for module in block.modules() if isinstance(module, nn.LayerNorm))
+    with contextlib.ExitStack() as stack:
+        norm.register_forward_hook(lambda *args: stack.enter_context(disabled(model)) and None)
+        assert outputs(model).equal(patched)
+        norm._forward_hooks.clear()
+        norm.register_forward_hook(lambda *args: stack.close())
+        assert outputs(model).equal(clean)
+
+
+@pytest.mark.parametrize("begins_disabled", [True, False])
+def test_a_checkpointed_forward_is_recomputed_as_it_began(begins_disabled: bool) -> None:
+    plain, model = (build("timm_vit").train() for _ in range(2))
+    patch(model, NEURONS).set_grad_checkpointing(True)
+    during, after = disabled(model), contextlib.nullcontext()
+    if not begins_disabled:
+        patch(plain, NEURONS)
+        during, after = after, during
+    with during:
+        loss = run(model, images()).square().sum()
+    with after:
+        loss.backward()
+    run(plain, images()).square().sum().backward()
+    for ours, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-4, atol=1e-5)
+
+
 # Compilers -----------------------------------------------------------------------------------------------------------
 
 
@@ -645,6 +703,86 @@ def test_threads_do_not_meet(family: str) -> None:
     assert not wrong
 
 
+def in_threads(*jobs: Callable[[], object]) -> None:
+    """Run jobs side by side, from one start; the first error of a job is raised here."""
+    start = threading.Barrier(len(jobs))
+    errors: list[BaseException] = []
+
+    def work(job: Callable[[], object]) -> None:
+        try:
+            start.wait()
+            job()
+        except BaseException as error:  # a thread would swallow it
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(job,)) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def test_disabled_in_eight_threads() -> None:
+    """Half of them disable the model again and again: every forward is either plain or patched, and it ends patched."""
+    model = build("timm_vit")
+    clean = outputs(model)
+    patched = outputs(patch(model, NEURONS))
+
+    def toggle() -> None:
+        for _ in range(20):
+            with disabled(model):
+                assert outputs(model).equal(clean)
+
+    def forward() -> None:
+        for _ in range(20):
+            assert any(map(outputs(model).equal, (clean, patched)))
+
+    in_threads(*[toggle, forward] * 4)
+    assert outputs(model).equal(patched)
+
+
+def test_registers_in_eight_threads_are_each_of_its_own_forward() -> None:
+    model = patch(build("timm_vit"), NEURONS)
+
+    def recorded(batch: int) -> list[Tensor]:
+        with testreg.registers(model) as held:
+            outputs(model, batch)
+        return held
+
+    expected = {batch: recorded(batch) for batch in range(1, 9)}
+
+    def work(batch: int) -> None:
+        for _ in range(10):
+            torch.testing.assert_close(recorded(batch), expected[batch])
+
+    in_threads(*(functools.partial(work, batch) for batch in expected))
+
+
+# Growth --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_thousand_patches_leave_nothing_behind() -> None:
+    model = build("timm_vit")
+    clean, keys = outputs(model), {name: set(vars(module)) for name, module in model.named_modules()}
+
+    def rounds(count: int) -> int:
+        for _ in range(count):
+            unpatch(patch(model, NEURONS, num_registers=2))
+        gc.collect()
+        return len(gc.get_objects())
+
+    rounds(10)
+    with disabled(patch(model, NEURONS)), testreg.registers(model):
+        outputs(model)
+    unpatch(model)
+    before = rounds(10)
+    assert rounds(1000) - before < 100  # a tenth of an object a round
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == keys
+    assert outputs(model).equal(clean)
+
+
 # Errors --------------------------------------------------------------------------------------------------------------
 
 
@@ -652,6 +790,7 @@ def test_threads_do_not_meet(family: str) -> None:
     ("arguments", "error", "message"),
     [
         ({"num_registers": 0}, ValueError, "num_registers must be at least 1, got 0"),
+        ({"num_registers": 10**9}, ValueError, r"num_registers must be at most 256, got 1e\+09"),
         ({"max_over": "image"}, ValueError, "max_over must be 'neuron' or 'layer', got 'image'"),
         ({"zero": "cls"}, ValueError, "zero must be 'patches' or 'all', got 'cls'"),
         ({"neurons": {4: [0]}}, ValueError, r"layer 4 \(unit 0\) is out of range: the model has 4 blocks"),
@@ -746,6 +885,13 @@ def test_neurons_of_other_weights_warn() -> None:
     with pytest.warns(UserWarning, match="were found in some-vit, whose weights are not those of"):
         patch(unpatch(model), RegisterNeurons(ranking, model={"fingerprint": "0" * 16, "name": "some-vit"}))
     assert is_patched(model)
+
+
+@pytest.mark.filterwarnings("ignore::testreg.UnverifiedNeuronsWarning")
+def test_a_verified_list_on_the_meta_device() -> None:
+    verified = {"verified_at": [{"grid": [4, 4], "dtype": "float32"}]}
+    model = patch(build("timm_vit").to("meta"), RegisterNeurons(NEURONS.ranking, calibration=verified))
+    assert model(images().to("meta")).shape == (2, 10)
 
 
 def test_patch_of_tells_neurons_and_options() -> None:

@@ -164,6 +164,8 @@ class Family:
     """From the tower and a block's arguments, where the tokens lie: padded to one length, or packed in a sequence."""
     patch_size: Callable[[Any], tuple[int, int]] | None = None
     """Height and width in pixels of a tower's patches, where the stride of `patch_embed` does not tell."""
+    grid: Callable[[Any, int, int], tuple[int, int]] | None = None
+    """Rows and columns of patches of an image of a height and width, where the tower pads images to whole patches."""
     run: Callable[[Any, Tensor], Any] | None = run_plainly
     """Runs the tower on images (B, 3, h, w), of any size if it can; None where it takes something else (videos,
     packed patches): it can be patched then, but not calibrated."""

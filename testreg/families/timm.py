@@ -29,6 +29,16 @@ def _patch_size(tower: Any) -> tuple[int, int]:
     return tower.patch_embed.feat_ratio(as_scalar=False) if generator is None else (generator.patch_size,) * 2
 
 
+def _grid(tower: Any, height: int, width: int) -> tuple[int, int]:
+    """An embedding with `dynamic_img_pad` pads images at the bottom and right."""
+    generator = getattr(tower, "patch_generator", None)
+    if generator is not None:
+        return height // generator.patch_size, width // generator.patch_size
+    # A convolutional stem always pads, which timm's own count leaves out.
+    rows, columns = getattr(tower.patch_embed, "feature_ratio", (1, 1))
+    return tower.patch_embed.dynamic_feat_size((-(-height // rows) * rows, -(-width // columns) * columns))
+
+
 VIT = Family(
     name="timm VisionTransformer",
     library="timm",
@@ -45,6 +55,7 @@ VIT = Family(
     parallel="ffns",
     entry_norm="norm_pre",
     patch_size=_patch_size,
+    grid=_grid,
     run=lambda tower, images: tower.forward_features(images),
 )
 
@@ -75,6 +86,7 @@ FAMILIES = (
         patch_embed="embeds.proj",
         beside={"rope": _rope},
         patch_size=lambda tower: tower.embeds.patch_size,
+        grid=lambda tower, height, width: tower.embeds.dynamic_feat_size((height, width)),
     ),
 )
 

@@ -100,12 +100,14 @@ class Tower:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Within the block the tower is in eval mode."""
-        was_training = self.module.training
+        training = {module: module.training for module in self.module.modules()}
         self.module.eval()
         try:
             yield
         finally:
-            self.module.train(was_training)
+            self.module.train(training[self.module])
+            for module, was_training in training.items():  # a part of it may have been frozen
+                module.training = was_training
 
     @property
     def device(self) -> torch.device:
@@ -138,8 +140,11 @@ class Tower:
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of patches of images (..., h, w)."""
+        height, width = images.shape[-2:]
+        if self.family.grid is not None:
+            return self.family.grid(self.module, height, width)
         rows, columns = self.patch_size
-        return images.shape[-2] // rows, images.shape[-1] // columns
+        return height // rows, width // columns
 
 
 def find_tower(model: nn.Module) -> Tower:
