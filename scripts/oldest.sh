@@ -24,4 +24,4 @@ pip install -q --no-deps --no-build-isolation -e .
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 # Of the other tests, some build models that those releases do not have.
 pytest tests/test_{register,families,calibrate,neurons,outliers,checkpoint,models,cli,readme,diagnose}.py
-python scripts/coverage.py --brief
+python scripts/coverage --brief
