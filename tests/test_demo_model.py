@@ -11,7 +11,7 @@ from testreg.families import find_tower
 from testreg.models import DEMO
 from testreg.outliers import OutlierRule, token_norms
 
-SIZES = (128, 224)
+SIZES = (96, 128)
 
 
 @pytest.fixture(scope="module")

@@ -458,7 +458,8 @@ def test_recomputation_with_flex_attention_leaves_padding_out() -> None:
         shown = create_mask(attention_mask.mask_mod, *attention_mask.shape, device="cpu")
         return F.scaled_dot_product_attention(query, key, value, shown).transpose(1, 2), None
 
-    with pytest.MonkeyPatch.context() as monkeypatch:
+    # transformers compiles the making of masks, which takes two minutes.
+    with pytest.MonkeyPatch.context() as monkeypatch, torch.compiler.set_stance("force_eager"):
         monkeypatch.setitem(interface._global_mapping, "flex_attention", dense)
         model.set_attn_implementation("flex_attention")
         flexible = gradients(model, loss(name, model, (0, 1)))
