@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,6 +80,7 @@ SLICE = {
     "facebookresearch/dinov2": "dinov2_vits14_reg",
     "facebookresearch/dino": "dino_vits16",
 }
+SCRIPT = Path(__file__).parents[1] / "scripts/coverage"
 KNOWN = {name: each for (_, name), each in registry().items()}
 NAMES = [(family, name) for family, names in SLICE.items() for name in names.split("; ")]
 
@@ -156,3 +160,10 @@ def test_a_model_without_a_known_tower_is_a_failure() -> None:
     verdict = check(Architecture("timm", "linear", lambda: torch.nn.Linear(3, 3), lambda model, numbers: {}))
     assert verdict.word == "FAILED"
     assert "no supported vision tower in Linear" in verdict.reason
+
+
+def test_the_script_counts() -> None:
+    command = [sys.executable, SCRIPT, "--library", "torchvision", "--match", "vit_b_16", "--workers", "1"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.endswith("\n1 supported, 0 refused, 0 failed\n")

@@ -9,12 +9,10 @@ What supported, refused, absent and failed mean is said in check.py.
 from __future__ import annotations
 
 import argparse
-import logging
 import multiprocessing
 import os
 import re
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +20,9 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries are imported
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch
-import transformers
 from tqdm import tqdm
 
-from coverage.check import Verdict, check_named
+from coverage.check import Verdict, check_named, start_worker
 from coverage.registry import registry
 
 LIBRARIES = ("timm", "open_clip", "transformers", "torchvision", "hub")
@@ -45,20 +41,13 @@ def main() -> int:
         for library, name in registry()
         if args.library in (None, library) and re.search(args.match, name)
     ]
-    with multiprocessing.get_context("spawn").Pool(args.workers, initializer=_start_worker) as pool:
+    with multiprocessing.get_context("spawn").Pool(args.workers, initializer=start_worker) as pool:
         verdicts = list(tqdm(pool.imap(check_named, chosen, chunksize=4), total=len(chosen), disable=None))
     for each in verdicts:
         if not args.brief or each.word != "supported":
             print(f"{each.library:12} {each.name:60} {each.word}{': ' if each.reason else ''}{each.reason}")
     _print_table(verdicts)
     return int(any(each.word == "FAILED" for each in verdicts))
-
-
-def _start_worker() -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    logging.disable()
 
 
 def _print_table(verdicts: Sequence[Verdict]) -> None:

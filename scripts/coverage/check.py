@@ -12,8 +12,10 @@ library does not have it. Anything else counts as failed.
 
 from __future__ import annotations
 
+import logging
 import re
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 import testreg
@@ -52,6 +55,14 @@ def check(architecture: Architecture) -> Verdict:
         where = traceback.extract_tb(error.__traceback__)[-1]
         return verdict("FAILED", f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})")
     return verdict("refused", refusal) if refusal else verdict("supported")
+
+
+def start_worker() -> None:
+    """One thread and no warnings, in a process that checks (of spawned ones, none has this package's `__main__`)."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    logging.disable()
 
 
 def check_named(key: tuple[str, str]) -> Verdict:
