@@ -19,12 +19,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-OLDEST = (
-    "timm==1.0.26",
-    "transformers==4.56.0",
-    "open_clip_torch==3.0.0",
-    "safetensors==0.5.0",
-)  # as in pyproject.toml
+OLDEST = ("timm==1.0.26", "transformers==4.56.0", "open_clip_torch==3.0.0", "safetensors==0.5.0")  # as in pyproject.toml
 ROWS = {
     "oldest": ("torch==2.9.1", "torchvision==0.24.1", *OLDEST),
     "2.9": ("torch==2.9.1", "torchvision==0.24.1"),
