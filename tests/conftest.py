@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers and timm are imported
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))  # whose architectures are tested too
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))  # whose coverage is tested too
 
 import pytest
 import torch

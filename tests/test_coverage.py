@@ -1,14 +1,17 @@
-"""`scripts/coverage.py`, over one architecture of each family and over its traps; the script goes over all."""
+"""`scripts/coverage`, over one architecture of each family and over its traps; the script goes over all."""
 
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
-import coverage
 import pytest
 import torch
-from architectures import Absent, Architecture, every
+from coverage.check import check
+from coverage.registry import Absent, Architecture, registry
 from torch import Tensor
 
 from testreg import layout, register
@@ -77,7 +80,8 @@ SLICE = {
     "facebookresearch/dinov2": "dinov2_vits14_reg",
     "facebookresearch/dino": "dino_vits16",
 }
-KNOWN = {each.name: each for each in every()}
+SCRIPT = Path(__file__).parents[1] / "scripts/coverage"
+KNOWN = {name: each for (_, name), each in registry().items()}
 NAMES = [(family, name) for family, names in SLICE.items() for name in names.split("; ")]
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -89,7 +93,7 @@ def test_is_supported(family: str, name: str) -> None:
         assert find_tower(KNOWN[name].build()).family.name == family
     except Absent as reason:
         pytest.skip(str(reason))
-    verdict = coverage.check(KNOWN[name])
+    verdict = check(KNOWN[name])
     assert (verdict.word, verdict.reason) == ("supported", "")
 
 
@@ -109,7 +113,7 @@ def test_every_row_of_the_table_has_an_architecture() -> None:
     ],
 )
 def test_is_refused_with_the_reason(name: str, reason: str) -> None:
-    verdict = coverage.check(KNOWN[name])
+    verdict = check(KNOWN[name])
     assert verdict.word == "refused"
     assert re.search(reason, verdict.reason)
 
@@ -131,14 +135,14 @@ def test_the_check_fails_if_the_shift_is_wrong(name: str, what: str, monkeypatch
         return hidden
 
     monkeypatch.setattr(register, "shift", wrong)
-    verdict = coverage.check(KNOWN[name])
+    verdict = check(KNOWN[name])
     assert verdict.word == "FAILED"
     assert what in verdict.reason
 
 
 def test_the_check_fails_if_padding_gives_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout.Layout, "validity", lambda self, mask: None)
-    verdict = coverage.check(KNOWN["Gemma4ForConditionalGeneration"])
+    verdict = check(KNOWN["Gemma4ForConditionalGeneration"])
     assert verdict.word == "FAILED"
 
 
@@ -148,11 +152,18 @@ def test_the_check_fails_if_the_register_is_rotated(monkeypatch: pytest.MonkeyPa
 
     right = layout.Layout.extend
     monkeypatch.setattr(layout.Layout, "extend", rotated)
-    verdict = coverage.check(KNOWN["eva02_base_patch14_224"])
+    verdict = check(KNOWN["eva02_base_patch14_224"])
     assert verdict.word == "FAILED"
 
 
 def test_a_model_without_a_known_tower_is_a_failure() -> None:
-    verdict = coverage.check(Architecture("timm", "linear", lambda: torch.nn.Linear(3, 3), lambda model, numbers: {}))
+    verdict = check(Architecture("timm", "linear", lambda: torch.nn.Linear(3, 3), lambda model, numbers: {}))
     assert verdict.word == "FAILED"
     assert "no supported vision tower in Linear" in verdict.reason
+
+
+def test_the_script_counts() -> None:
+    command = [sys.executable, SCRIPT, "--library", "torchvision", "--match", "vit_b_16", "--workers", "1"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.endswith("\n1 supported, 0 refused, 0 failed\n")

@@ -17,8 +17,8 @@ import tiny
 import torch
 import torch.nn.functional as F
 import transformers
-from architectures import image, images, randomise, transformers_vision, transformers_vlm
-from architectures import timm as timm_architectures
+from coverage import timm_models, transformers_vision, transformers_vlm
+from coverage.registry import image, images, randomise
 from reference import shift_by_hand
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
@@ -259,12 +259,12 @@ class Case:
 
 
 def _vlm(name: str, valid: Callable[[tuple[Any, ...]], Tensor] | None = None) -> Case:
-    """A tower of scripts/architectures; `valid` finds in its arguments which tokens (B, T) are no padding."""
-    row = next(row for row in transformers_vlm.ROWS if row.name == name)
+    """A tower of scripts/coverage; `valid` finds in its arguments which tokens (B, T) are no padding."""
+    row = next(row for _, each, row in transformers_vlm.rows() if each == name)
     known = {each.name: each for each in transformers_vlm.architectures()}
 
     def build() -> nn.Module:
-        return known[name].build().get_submodule(row.tower)
+        return transformers_vlm.tower_of(known[name].build())
 
     def tokens(model: Any, numbers: Sequence[int]) -> Sequence[Tensor]:
         double = lambda each: each.double() if each.is_floating_point() else each
@@ -279,10 +279,10 @@ def _vlm(name: str, valid: Callable[[tuple[Any, ...]], Tensor] | None = None) ->
 
 
 def _naflex() -> Case:
-    known = {each.name: each for each in timm_architectures.architectures()}
+    known = {each.name: each for each in timm_models.architectures()}
 
     def tokens(model: Any, numbers: Sequence[int]) -> Sequence[Tensor]:
-        padded = timm_architectures.naflex_batch(model, numbers)
+        padded = timm_models.naflex_batch(model, numbers)
         padded["patches"] = padded["patches"].double()
         prefix = model.num_prefix_tokens
         output = model.forward_features(**padded)["patches"]
@@ -545,7 +545,7 @@ def test_copies_of_padded_and_packed_models_work(name: str, duplicate: Callable[
 
 # Blocks with several MLPs, or one linear for attention and MLP --------------------------------------------------------
 
-KNOWN = {each.name: each for each in (*timm_architectures.architectures(), *transformers_vision.architectures())}
+KNOWN = {each.name: each for each in (*timm_models.architectures(), *transformers_vision.architectures())}
 
 
 class ByHand:
@@ -579,7 +579,7 @@ def entering(model: Any, batch: Tensor) -> Tensor:
 
 def timm_model(name: str) -> tuple[Any, Tensor]:
     torch.manual_seed(0)
-    return randomise(KNOWN[name].build()).eval(), images((0, 1), *timm_architectures.image_size(name))
+    return randomise(KNOWN[name].build()).eval(), images((0, 1), *timm_models.image_size(name))
 
 
 def test_neurons_are_numbered_through_both_mlps() -> None:

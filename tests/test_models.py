@@ -16,7 +16,7 @@ import timm
 import torch
 import torchvision
 import transformers
-from architectures import dinov2
+from coverage import dinov2
 from PIL import Image
 from tiny import DEPTH, HF, IMAGE, MLP_WIDTH, NEURONS, PATCH, TIMM, WIDTH, build
 from torch import Tensor, nn

@@ -1,46 +1,19 @@
-"""An imitation of facebookresearch/dinov2's model, which cannot be installed: same class name, modules and outputs."""
+"""An imitation of facebookresearch/dinov2's model, which cannot be installed: same class name, modules and outputs.
+
+Where timm's parts have the same modules, they stand in.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from timm.layers import LayerScale, Mlp, PatchEmbed
+from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 DEPTH, WIDTH, MLP_WIDTH, PATCH, IMAGE = 4, 48, 192, 16, 64
-
-
-class PatchEmbed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(3, WIDTH, PATCH, PATCH)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.proj(images).flatten(2).transpose(1, 2)
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_heads = 4
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-        self.proj = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class Mlp(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(WIDTH, MLP_WIDTH)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(MLP_WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
 
 
 class SwiGLUFFN(nn.Module):
@@ -54,23 +27,15 @@ class SwiGLUFFN(nn.Module):
         return self.w3(F.silu(gate) * up)
 
 
-class LayerScale(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((WIDTH,), 0.5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
-
-
 class NestedTensorBlock(nn.Module):
     """Takes a tensor, or (as in training on crops of several sizes) a list of them."""
 
     def __init__(self, swiglu: bool) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(WIDTH, eps=1e-6), nn.LayerNorm(WIDTH, eps=1e-6)
-        self.attn, self.mlp = Attention(), SwiGLUFFN() if swiglu else Mlp()
-        self.ls1, self.ls2 = LayerScale(), LayerScale()
+        self.attn = Attention(WIDTH, num_heads=4, qkv_bias=True)
+        self.mlp = SwiGLUFFN() if swiglu else Mlp(WIDTH, MLP_WIDTH)
+        self.ls1, self.ls2 = LayerScale(WIDTH, 0.5), LayerScale(WIDTH, 0.5)
 
     def forward(self, x: Any) -> Any:
         if isinstance(x, list):
@@ -91,7 +56,7 @@ class DinoVisionTransformer(nn.Module):
         super().__init__()
         self.num_register_tokens = num_register_tokens
         self.chunked_blocks = chunks > 0
-        self.patch_embed = PatchEmbed()
+        self.patch_embed = PatchEmbed(IMAGE, PATCH, embed_dim=WIDTH)
         self.cls_token = nn.Parameter(torch.randn(1, 1, WIDTH))
         self.pos_embed = nn.Parameter(torch.randn(1, 1 + (IMAGE // PATCH) ** 2, WIDTH))
         self.register_tokens = nn.Parameter(torch.randn(1, num_register_tokens, WIDTH))

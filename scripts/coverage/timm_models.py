@@ -14,17 +14,11 @@ from timm.models.naflexvit import batch_patchify
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import Tensor, nn
 
-from architectures import Architecture, image, images
+from coverage.registry import Architecture, image, images, label
 
 MODULES = (
-    "vision_transformer",
-    "eva",
-    "naflexvit",
-    "beit",
-    "deit",
-    "vision_transformer_hybrid",
-    "vision_transformer_relpos",
-    "vision_transformer_sam",
+    *("vision_transformer", "vision_transformer_hybrid", "vision_transformer_relpos", "vision_transformer_sam"),
+    *("eva", "naflexvit", "beit", "deit"),
 )
 OPTIONS: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("beit_base_patch16_224", {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}),
@@ -68,15 +62,8 @@ def architectures() -> Iterator[Architecture]:
 
 def _architecture(name: str, options: Mapping[str, Any]) -> Architecture:
     height, width = image_size(name)
-    label = ", ".join([name, *(f"{option}={_word(value)}" for option, value in options.items())])
-    return Architecture("timm", label, partial(_build, name, options), partial(run, height=height, width=width))
-
-
-def _word(value: Any) -> str:
-    """A block class by its name, and what is pre-set on it."""
-    if isinstance(value, partial):
-        return f"{value.func.__name__}({', '.join(value.keywords)})"
-    return getattr(value, "__name__", str(value))
+    build = partial(_build, name, options)
+    return Architecture("timm", label(name, options), build, partial(run, height=height, width=width))
 
 
 def _build(name: str, options: Mapping[str, Any]) -> nn.Module:

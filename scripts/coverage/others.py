@@ -10,20 +10,17 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from architectures import Architecture, dinov2, images
-from architectures.imitations import Dino, OpenAIClip, Radio
+from coverage import dinov2
+from coverage.imitations import Dino, OpenAIClip, Radio
+from coverage.registry import Architecture, images
 
 TORCHVISION = {"vit_b_16": 16, "vit_b_32": 32, "vit_l_16": 16, "vit_l_32": 32, "vit_h_14": 14}
 DINO = {"dino_vits16": 16, "dino_vits8": 8, "dino_vitb16": 16, "dino_vitb8": 8}
-CLIP = {"ViT-B/32": 32, "ViT-B/16": 16, "ViT-L/14": 14, "ViT-L/14@336px": 14}
+CLIP = {"clip ViT-B/32": 32, "clip ViT-B/16": 16, "clip ViT-L/14": 14, "clip ViT-L/14@336px": 14}
 DINOV2: Mapping[str, Mapping[str, Any]] = {
-    "dinov2_vits14": {},
-    "dinov2_vitb14": {},
-    "dinov2_vitl14": {},
+    **{f"dinov2_vit{size}14": {} for size in "sbl"},
+    **{f"dinov2_vit{size}14_reg": {"num_register_tokens": 4} for size in "sbl"},
     "dinov2_vitg14": {"swiglu": True},
-    "dinov2_vits14_reg": {"num_register_tokens": 4},
-    "dinov2_vitb14_reg": {"num_register_tokens": 4},
-    "dinov2_vitl14_reg": {"num_register_tokens": 4},
     "dinov2_vitg14_reg": {"num_register_tokens": 4, "swiglu": True},
     "dinov2_vits14, block_chunks=2": {"chunks": 2},
     "dinov2_vitg14_reg, block_chunks=2": {"num_register_tokens": 4, "swiglu": True, "chunks": 2},
@@ -37,61 +34,44 @@ def architectures() -> Iterator[Architecture]:
     for name, patch in TORCHVISION.items():
         yield _architecture("torchvision", name, partial(_torchvision, patch), _run_torchvision, SIDE * patch)
     for name, patch in DINO.items():
-        yield _architecture("hub", name, partial(_dino, patch), _run_dino, SIDE * patch)
+        build = partial(Dino.VisionTransformer, SIDE * patch, patch, WIDTH, DEPTH, HEADS)
+        yield _architecture("hub", name, build, _run_dino, SIDE * patch)
     for name, options in DINOV2.items():
-        yield _architecture("hub", name, partial(_dinov2, options), _run_dinov2, dinov2.IMAGE)
-    yield _architecture("hub", "radio", lambda: Radio(SIDE * 16, 16, WIDTH, DEPTH, HEADS), _run_radio, SIDE * 16)
+        yield _architecture("hub", name, partial(dinov2.DinoVisionTransformer, **options), _run_dinov2, dinov2.IMAGE)
+    yield _architecture("hub", "radio", partial(Radio, SIDE * 16, 16, WIDTH, DEPTH, HEADS), _run_radio, SIDE * 16)
     for name, patch in CLIP.items():
-        yield _architecture("hub", f"clip {name}", partial(_clip, patch), _run_clip, SIDE * patch)
+        yield _architecture("hub", name, partial(_clip, patch), _run_clip, SIDE * patch)
 
 
 def _architecture(
-    library: str, name: str, build: Callable[[], nn.Module], run: Callable[[nn.Module, Tensor], Any], side: int
+    library: str, name: str, build: Callable[[], nn.Module], run: Callable[[Any, Tensor], Any], side: int
 ) -> Architecture:
-    def run_numbers(model: nn.Module, numbers: Sequence[int]) -> Mapping[str, Any]:
-        return run(model, images(numbers, side))
-
-    return Architecture(library, name, lambda: build().eval(), run_numbers)
+    run_numbers: Callable[[nn.Module, Sequence[int]], Any] = lambda model, numbers: run(model, images(numbers, side))
+    return Architecture(library, name, build, run_numbers)
 
 
 def _torchvision(patch: int) -> nn.Module:
-    return torchvision.models.VisionTransformer(
-        image_size=SIDE * patch,
-        patch_size=patch,
-        num_layers=DEPTH,
-        num_heads=HEADS,
-        hidden_dim=WIDTH,
-        mlp_dim=4 * WIDTH,
-        num_classes=10,
-    )
+    sizes = {"image_size": SIDE * patch, "patch_size": patch, "hidden_dim": WIDTH, "mlp_dim": 4 * WIDTH}
+    return torchvision.models.VisionTransformer(num_layers=DEPTH, num_heads=HEADS, num_classes=10, **sizes)
 
 
-def _run_torchvision(model: nn.Module, batch: Tensor) -> dict[str, Any]:
+def _run_torchvision(model: Any, batch: Tensor) -> dict[str, Any]:
     """The logits, and the encoder's tokens, which users take from the library's own steps."""
     tokens = model._process_input(batch)
     tokens = torch.cat([model.class_token.expand(len(tokens), -1, -1), tokens], 1)
     return {"forward": model(batch), "encoder": model.encoder(tokens)}
 
 
-def _dino(patch: int) -> nn.Module:
-    return Dino.VisionTransformer(SIDE * patch, patch, WIDTH, DEPTH, HEADS)
-
-
-def _run_dino(model: nn.Module, batch: Tensor) -> dict[str, Any]:
-    wide = torch.cat([batch, batch.flip(-1)], -1)
+def _run_dino(model: Any, batch: Tensor) -> dict[str, Any]:
     return {
         "forward": model(batch),
-        "forward, other size": model(wide),
+        "forward, other size": model(torch.cat([batch, batch.flip(-1)], -1)),
         "get_intermediate_layers": model.get_intermediate_layers(batch, n=2),
         "get_last_selfattention": model.get_last_selfattention(batch),
     }
 
 
-def _dinov2(options: Mapping[str, Any]) -> nn.Module:
-    return dinov2.DinoVisionTransformer(**options)
-
-
-def _run_dinov2(model: nn.Module, batch: Tensor) -> dict[str, Any]:
+def _run_dinov2(model: Any, batch: Tensor) -> dict[str, Any]:
     return {
         "forward": model(batch),
         "forward, is_training": model(batch, is_training=True),
@@ -101,16 +81,16 @@ def _run_dinov2(model: nn.Module, batch: Tensor) -> dict[str, Any]:
     }
 
 
-def _run_radio(model: nn.Module, batch: Tensor) -> dict[str, Any]:
+def _run_radio(model: Any, batch: Tensor) -> dict[str, Any]:
     summary, features = model(batch)
     return {"summary": summary, "features": features}
 
 
 def _clip(patch: int) -> nn.Module:
-    return OpenAIClip.CLIP(WIDTH, SIDE * patch, DEPTH, WIDTH, patch, HEADS, CONTEXT, VOCABULARY)
+    return OpenAIClip.CLIP(OpenAIClip.VisionTransformer(SIDE * patch, patch, WIDTH, DEPTH, HEADS), CONTEXT, VOCABULARY)
 
 
-def _run_clip(model: nn.Module, batch: Tensor) -> dict[str, Any]:
+def _run_clip(model: Any, batch: Tensor) -> dict[str, Any]:
     texts = torch.arange(1, 2 * CONTEXT + 1).unflatten(0, (2, CONTEXT))
     return {
         "encode_image": model.encode_image(batch),

@@ -14,8 +14,8 @@ from open_clip.timm_model import timm as timm_of_open_clip
 from timm.models.vitamin import VitCfg, VitConvCfg
 from torch import Tensor, nn
 
-from architectures import Architecture, images
-from architectures.timm import GRID, MODULES, image_size, small
+from coverage.registry import Architecture, images, label
+from coverage.timm_models import GRID, MODULES, image_size, small
 
 OPTIONS: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("ViT-B-32", {"block_type": "custom"}),
@@ -35,18 +35,14 @@ def architectures() -> Iterator[Architecture]:
     """Every configuration with a ViT for images, then the options."""
     transformers = {name for module in MODULES for name in timm.list_models(module=module)}
     transformers |= set(timm.list_models(module="vitamin"))
+    names: list[tuple[str, Mapping[str, Any]]] = []
     for name in open_clip.list_models():
         vision = open_clip.get_model_config(name)["vision_cfg"]
         trunk = vision.get("timm_model_name")
         if trunk in transformers or (trunk is None and isinstance(vision["layers"], int)):
-            yield _architecture(name, {})
-    for name, options in OPTIONS:
-        yield _architecture(name, options)
-
-
-def _architecture(name: str, options: Mapping[str, Any]) -> Architecture:
-    label = ", ".join([name, *(f"{option}={value}" for option, value in options.items())])
-    return Architecture("open_clip", label, partial(_build, name, options), run)
+            names.append((name, {}))
+    for name, options in (*names, *OPTIONS):
+        yield Architecture("open_clip", label(name, options), partial(_build, name, options), run)
 
 
 def _build(name: str, options: Mapping[str, Any]) -> nn.Module:

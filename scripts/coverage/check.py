@@ -1,0 +1,180 @@
+"""The check of one architecture: is it supported, refused, absent, or does it fail?
+
+It is built with random weights, and patched with three neurons in two layers. It is *supported* if
+
+- every public output has the shape that it has without the patch, and the state_dict the same keys;
+- every public output of a batch equals the reference's (explicit_register.py), and those of its images one by one;
+- the patch changes something, and after `unpatch` every output is bit for bit what it was.
+
+It is *refused* if testreg has a reason why the method does not fit, and *absent* if the installed release of the
+library does not have it. Anything else counts as failed.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+import testreg
+from coverage.explicit_register import explicit_register
+from coverage.registry import Absent, Architecture, randomise, registry
+from testreg.families import Tower, find_tower
+
+TOLERANCE = 1e-4  # in float32, of the largest value of an output
+LOUDNESS = 20.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    library: str
+    name: str
+    word: str
+    """supported, refused, absent or FAILED."""
+    reason: str = ""
+
+
+def check(architecture: Architecture) -> Verdict:
+    """The verdict on one architecture."""
+    verdict = lambda word, reason="": Verdict(architecture.library, architecture.name, word, reason)
+    try:
+        refusal = _check(architecture)
+    except Absent as reason:
+        return verdict("absent", str(reason))
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return verdict("FAILED", f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})")
+    return verdict("refused", refusal) if refusal else verdict("supported")
+
+
+def start_worker() -> None:
+    """One thread and no warnings, in a process that checks (of spawned ones, none has this package's `__main__`)."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    logging.disable()
+
+
+def check_named(key: tuple[str, str]) -> Verdict:
+    """As `check`, of a library and a name, which other processes can be sent."""
+    return check(registry()[key])
+
+
+@torch.no_grad()
+def _check(architecture: Architecture) -> str:
+    """The reason for which the architecture is refused, or "" if it is supported; raises if it fails."""
+    torch.manual_seed(0)
+    model = randomise(architecture.build()).eval()
+    try:
+        tower = find_tower(model)
+    except ValueError as error:
+        refusal = re.search(r"(?<=cannot be patched: in ).*|holds several vision towers.*", str(error))
+        if refusal is None:
+            raise
+        return refusal[0]
+    run = lambda *numbers: _tensors(architecture.run(model, numbers))
+    keys = list(model.state_dict())
+    neurons = _loud_neurons(tower, lambda: run(0, 1))
+    plain = run(0, 1)
+    with explicit_register(tower, neurons):
+        references = [run(0), run(1)]
+    _same("the reference left something", run(0, 1), plain, exactly=True)
+
+    testreg.patch(model, neurons)
+    patched = run(0, 1)
+    if list(model.state_dict()) != keys:
+        raise AssertionError("the keys of the state_dict changed")
+    shapes = {name: tensor.shape for name, tensor in plain.items()}
+    if (changed := {name: tensor.shape for name, tensor in patched.items()}) != shapes:
+        raise AssertionError(f"shapes changed: {_first_difference(shapes, changed)}")
+    if all(torch.equal(patched[name], plain[name]) for name in plain):
+        raise AssertionError("the patch changes nothing")
+    singles = [run(0), run(1)]
+    _same("a batch differs from its images one by one", patched, _joined(singles))
+    _same("differs from the explicit register", patched, _joined(references))
+
+    testreg.unpatch(model)
+    _same("unpatch is not exact", run(0, 1), plain, exactly=True)
+    return ""
+
+
+def _loud_neurons(tower: Tower, run: Callable[[], Any]) -> dict[int, list[int]]:
+    """Three neurons in two layers, made to write much, as register neurons do: what happens to them must show.
+
+    They are those that are loudest on the last token, so that padding is seen to be left out. Where a block has
+    several MLPs, the two of the first layer are in different ones.
+    """
+    scores: dict[int, Any] = {0: 0, 1: 0, 2: 0}
+
+    def record(key: int, first: int, hidden: Tensor) -> None:
+        tokens = hidden.transpose(0, 1) if tower.sequence_first else hidden.view(-1, *hidden.shape[-2:])
+        magnitude = tokens[..., first:].abs()  # (B, T, H)
+        ratio = magnitude[:, -1] / magnitude.amax(1).clamp(min=1e-6)
+        scores[key] = scores[key] + ((ratio == 1) + 1e-3 * ratio).sum(0)
+
+    with ExitStack() as stack:
+        for key, (layer, index) in enumerate([(0, 0), (0, -1), (1, 0)]):
+            mlp = tower.blocks[layer].mlps[index]
+            hook = lambda module, args, key=key, first=mlp.first: record(key, first, args[0])
+            stack.callback(mlp.down.register_forward_pre_hook(hook).remove)
+        run()
+    if len(tower.blocks[0].mlps) == 1:
+        first, second = scores[0].topk(2).indices.tolist()
+    else:
+        first, second = int(scores[0].argmax()), tower.blocks[0].mlps[0].width + int(scores[1].argmax())
+    neurons = {0: [first, second], 1: [int(scores[2].argmax())]}
+    for layer, units in neurons.items():
+        start = 0
+        for mlp in tower.blocks[layer].mlps:
+            mlp.columns[:, [unit - start for unit in units if start <= unit < start + mlp.width]] *= LOUDNESS
+            start += mlp.width
+    return neurons
+
+
+def _tensors(output: Any, name: str = "") -> dict[str, Tensor]:
+    """The tensors that are nested in an output, by their path."""
+    if isinstance(output, Tensor):
+        return {name: output.detach().clone()}
+    if isinstance(output, Mapping):
+        parts: Any = output.items()
+    elif isinstance(output, list | tuple):
+        parts = enumerate(output)
+    else:
+        return {}
+    return {path: tensor for key, part in parts for path, tensor in _tensors(part, f"{name}.{key}").items()}
+
+
+def _joined(singles: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The outputs of some images, one behind the other."""
+    first = singles[0]
+    return {name: torch.cat([each[name] for each in singles]) if first[name].ndim else first[name] for name in first}
+
+
+def _same(what: str, ours: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, exactly: bool = False) -> None:
+    for name, tensor in ours.items():
+        other = expected[name]
+        if exactly and not torch.equal(torch.nan_to_num(tensor), torch.nan_to_num(other)):
+            raise AssertionError(f"{what}: {name}")
+        if tensor.shape != other.shape:
+            raise AssertionError(f"{what}: {name} is {tuple(tensor.shape)}, not {tuple(other.shape)}")
+        error = (tensor.double() - other.double()).abs().max() if tensor.numel() else torch.tensor(0.0)
+        scale = other.double().abs().max().clamp(min=1e-3) if tensor.numel() else 1.0
+        if not error <= TOLERANCE * scale:
+            raise AssertionError(f"{what}: {name} by {float(error / scale):.1e} of its largest value")
+
+
+def _first_difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    for name in {**expected, **found}:
+        if expected.get(name) != found.get(name):
+            return f"{name} is {found.get(name)}, not {expected.get(name)}"
+    return "the order of the outputs"
