@@ -24,7 +24,7 @@ from testreg import formats
 from testreg.families import checkpoint_names, find_tower
 from testreg.install import PENDING, RECORD, installing, is_interrupted, recover
 from testreg.neurons import RegisterNeurons
-from testreg.register import is_patched, patch, patch_of
+from testreg.register import MAX_REGISTERS, is_patched, patch, patch_of
 
 FORMAT = "testreg-checkpoint"
 VERSION = 1
@@ -106,7 +106,7 @@ def _are_options(value: object) -> bool:
         return False
     registers = value["num_registers"]
     rules = (value["max_over"] in ("neuron", "layer"), value["zero"] in ("patches", "all"))
-    return type(registers) is int and registers >= 1 and all(rules)
+    return type(registers) is int and 1 <= registers <= MAX_REGISTERS and all(rules)
 
 
 _VALID: dict[str, Callable[[Any], bool]] = {

@@ -207,7 +207,7 @@ class RegisterNeurons:
         """Read a neuron JSON.
 
         Raises:
-            FileNotFoundError: no such file.
+            OSError: no such file, or not a regular one.
             ValueError: not JSON (a truncated file), or not a valid list.
         """
         source = plain(os.fspath(path), longest=None)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from testreg.families import Tower, checkpoint_names, find_tower
 from testreg.lane import REFUSALS, Attention, Bias, Lane, MaxOver, Override, Patch, Zero, layout_now, recording
 from testreg.layout import Layout
-from testreg.neurons import RegisterNeurons, UnverifiedNeuronsWarning, fingerprint, plain, resolve
+from testreg.neurons import RegisterNeurons, UnverifiedNeuronsWarning, fingerprint, plain, resolve, shown
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -187,7 +187,7 @@ def patch(
     if num_registers < 1:
         raise ValueError(f"num_registers must be at least 1, got {num_registers}")
     if num_registers > MAX_REGISTERS:
-        raise ValueError(f"num_registers must be at most {MAX_REGISTERS}, got {num_registers:.6g}: 1 to 4 are enough")
+        raise ValueError(f"num_registers must be at most {MAX_REGISTERS}, got {shown(num_registers)}: 1 to 4 are enough")
     if max_over not in ("neuron", "layer"):
         raise ValueError(f"max_over must be 'neuron' or 'layer', got {max_over!r}")
     if zero not in ("patches", "all"):
