@@ -85,6 +85,8 @@ class RegisterNeurons:
                 last = score
         if self.top_k is not None and (not _is_index(self.top_k) or self.top_k < 1):
             raise ValueError(f"top_k must be a whole number of at least 1, got {shown(self.top_k)}")
+        if self.top_k is not None and self.top_k > len(self.ranking):
+            raise ValueError(f"top_k={shown(self.top_k)}, but the list holds {len(self.ranking)} neurons")
         _check_entries("model", self.model, _MODEL)
         _check_entries("calibration", self.calibration, _CALIBRATION)
 
@@ -113,7 +115,7 @@ class RegisterNeurons:
         if top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
         if top_k > len(self.ranking):
-            raise ValueError(f"top_k={top_k}, but the list holds {len(self.ranking)} neurons")
+            raise ValueError(f"top_k={shown(top_k)}, but the list holds {len(self.ranking)} neurons")
         if any(score is None for _, _, score in self.ranking[: top_k + 1]):
             raise ValueError("this list has no scores, so it cannot be cut to top_k: use all of it, or calibrate")
         return replace(self, ranking=self.ranking[:top_k], top_k=None)
