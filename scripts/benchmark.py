@@ -26,11 +26,11 @@ from typing import Any
 
 import timm
 import torch
+from planting import plant
 from torch import Tensor, nn
 
 import testreg
 from testreg.families import find_tower
-from testreg.planted import plant
 
 NUM_NEURONS, LAYERS = 50, (3, 4, 5, 6, 7, 8)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -183,7 +183,7 @@ def random_images(count: int, model: nn.Module) -> Tensor:
 
 
 def calibrate(model: nn.Module, batches: Any, batch_size: int) -> None:
-    from testreg.calibrate import calibrate
+    from testreg.calibration.calibrate import calibrate
 
     # Diagnosis and ranking; choosing neurons is forwards of the patched model, whose cost is measured above.
     calibrate(model, batches, top_k=NUM_NEURONS, held_out=0, batch_size=batch_size, progress=False)

@@ -3,7 +3,7 @@
     python scripts/proof.py                                  # everything: under half an hour on one core
     python scripts/proof.py --seeds 2 --families "timm ViT"
 
-Models are small, random and *planted* (`testreg.planted`): their register neurons were set by hand, among decoys. The
+Models are small, random and *planted* (`planting.py`): their register neurons were set by hand, among decoys. The
 seeds differ in the block and the number of the planted neurons, in whether these lie in two blocks, and in whether one
 position is an artefact besides, which no neuron makes (where the family has position embeddings that can do it).
 Clean models have nothing planted but decoys, in every other seed; those with an artefact at a fixed position, likewise.
@@ -34,17 +34,17 @@ import timm
 import torch
 import torch.nn.functional as F
 import transformers
+from planting import Planted, plant
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as tv
 from tqdm import tqdm
 
 import testreg
-from testreg.data import image_paths, open_image
-from testreg.demo import PHOTOGRAPHS
+from testreg.demo.run import PHOTOGRAPHS
 from testreg.families import find_tower
-from testreg.outliers import token_norms
-from testreg.planted import Planted, plant
-from testreg.ranking import Score
+from testreg.io.images import image_paths, open_image
+from testreg.measure.outliers import token_norms
+from testreg.measure.ranking import Score
 
 DEPTH, WIDTH, HEADS, PATCH, IMAGE = 6, 64, 4, 8, 112  # 14 x 14 patches
 STRENGTH = 0.7  # of the random weights of blocks, in units of 1 / sqrt(inputs): blocks matter, and make no outliers

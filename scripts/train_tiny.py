@@ -1,6 +1,6 @@
 """Train the small network with outliers that is testreg's embedded demo model, and measure it.
 
-    python scripts/train_tiny.py --data cifar/            # trains (or resumes), measures, writes testreg/demo_model/
+    python scripts/train_tiny.py --data cifar/            # trains (or resumes), measures, writes testreg/demo/model/
     python scripts/train_tiny.py --data cifar/ --evaluate # only measures what is there, and writes the card anew
 
 `--data` holds cifar10-train.parquet and cifar10-test.parquet (columns `image`: encoded bytes, `label`).
@@ -406,7 +406,7 @@ registers do to a trained network of which everything is known, not what large n
 A timm VisionTransformer of {parameters:,} parameters (weights in fp16), which classifies CIFAR-10. Apache-2.0.
 
 ```python
-model = timm.create_model("local-dir:testreg/demo_model", pretrained=True).eval()
+model = timm.create_model("local-dir:testreg/demo/model", pretrained=True).eval()
 testreg.patch(model, {neurons})
 ```
 
@@ -521,7 +521,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the two parquet files")
     parser.add_argument("--checkpoints", type=Path, default=Path("runs/tiny"), help="where training resumes from")
-    parser.add_argument("--out", type=Path, default=Path("testreg/demo_model"), help="where the model goes")
+    parser.add_argument("--out", type=Path, default=Path("testreg/demo/model"), help="where the model goes")
     parser.add_argument("--evaluate", action="store_true", help="do not train: measure the model in --out")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

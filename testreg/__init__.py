@@ -1,34 +1,42 @@
 """testreg: takes the artefacts out of pretrained Vision Transformers at test time, without training."""
 
-from testreg import interrupts  # noqa: F401, I001 - the first, since the others take seconds
+import importlib
+from typing import Any
 
-from testreg.calibrate import ImmovableOutliersError, NoOutliersError, calibrate
-from testreg.checkpoint import load, save
-from testreg.diagnose import Diagnosis, diagnose
-from testreg.families import Family, add_family
-from testreg.models import demo_model, load_model
-from testreg.neurons import RegisterNeurons, UnverifiedNeuronsWarning
-from testreg.outliers import OutlierRule
-from testreg.register import disabled, is_patched, patch, registers, unpatch
+_HOMES = {
+    "Diagnosis": "measure.diagnosis",
+    "Family": "families",
+    "ImmovableOutliersError": "calibration.errors",
+    "NoOutliersError": "calibration.errors",
+    "OutlierRule": "measure.outliers",
+    "RegisterNeurons": "neurons",
+    "UnverifiedNeuronsWarning": "neurons",
+    "add_family": "families",
+    "calibrate": "calibration.calibrate",
+    "demo_model": "io.models",
+    "diagnose": "measure.diagnosis",
+    "disabled": "register",
+    "is_patched": "register",
+    "load": "io.checkpoint",
+    "load_model": "io.models",
+    "patch": "register",
+    "patched": "register",
+    "registers": "register",
+    "save": "io.checkpoint",
+    "unpatch": "register",
+}
+"""The module of each public name. It is imported when the name is asked for, and not before."""
 
-__all__ = [
-    "Diagnosis",
-    "Family",
-    "ImmovableOutliersError",
-    "NoOutliersError",
-    "OutlierRule",
-    "RegisterNeurons",
-    "UnverifiedNeuronsWarning",
-    "add_family",
-    "calibrate",
-    "demo_model",
-    "diagnose",
-    "disabled",
-    "is_patched",
-    "load",
-    "load_model",
-    "patch",
-    "registers",
-    "save",
-    "unpatch",
-]
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -10,25 +10,24 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
-from testreg.data import KINDS
+from testreg.calibration.errors import ImmovableOutliersError, NoOutliersError
 from testreg.files import check_writable, check_writable_folder, replacing
-from testreg.interrupts import INTERRUPTED
-from testreg.models import NAMES
-from testreg.neurons import RegisterNeurons, bundled
-from testreg.ranking import Score
+from testreg.io.names import KINDS, NAMES
 
 if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure
 
-    from testreg.models import LoadedModel
+    from testreg.io.models import LoadedModel
+    from testreg.neurons import RegisterNeurons
 
 REPORT_IMAGES = 32
 HIGH_AGREEMENT = 0.99  # of a head with itself, which needs no mention
 OUTPUTS = ("output", "report", "figures", "resume", "json")  # arguments that name them
-OK, ERROR, NOTHING_TO_FIX, NOT_FIXABLE, NOT_VERIFIED = 0, 1, 3, 4, 5
+OK, ERROR, NOTHING_TO_FIX, NOT_FIXABLE, NOT_VERIFIED, INTERRUPTED = 0, 1, 3, 4, 5, 130
+SCORES = ("contribution", "write", "contrast", "activation")
 EXIT_CODES = "Exit codes: 0 done; 1 error; 2 wrong usage; 130 interrupted."
 EXIT_CODES_DIAGNOSE = (
     "Exit codes: 0 outliers that registers move; 1 error; 2 wrong usage; 3 no outliers: nothing to fix; 4 outliers "
@@ -51,8 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.argv = sys.argv[1:] if argv is None else list(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are no text
-    from testreg.calibrate import ImmovableOutliersError, NoOutliersError
-
     before = _outputs(args)
     try:
         return args.run(args) or OK
@@ -147,8 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--threshold", type=float, help="norm of an outlier (default: median + 5 robust sigma)")
     calibrate.add_argument("--max-layer", type=int, help="last block to take neurons from (default: outlier onset)")
     calibrate.add_argument("--top-k", type=int, help="how many neurons to recommend (default: chosen by measuring)")
-    scores = get_args(Score)
-    calibrate.add_argument("--score", choices=scores, default=scores[0], help="activation: the paper's")
+    calibrate.add_argument("--score", choices=SCORES, default=SCORES[0], help="activation: the paper's")
     calibrate.add_argument("--sparsity-filter", action="store_true", help="as in the released code")
     calibrate.add_argument("--amp", choices=["bfloat16", "float16"], help="run under autocast")
     calibrate.set_defaults(run=_calibrate)
@@ -202,11 +198,11 @@ def _add_patch(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from testreg.demo import run_demo
-    from testreg.viz import table
+    from testreg.demo.run import run_demo
+    from testreg.report.figures import table
 
     _check_picture(args.output)
-    print("A small ViT, trained on CIFAR-10 around a planted outlier mechanism: see testreg/demo_model/README.md.")
+    print("A small ViT, trained on CIFAR-10 around a planted outlier mechanism: see testreg/demo/model/README.md.")
     demo = run_demo()
     planted = sum(map(len, demo.planted.values()))
     print(f"diagnosed:  {demo.found.calibration['verdict']}")
@@ -216,6 +212,8 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _list(args: argparse.Namespace) -> None:
+    from testreg.neurons import bundled
+
     for name, neurons in bundled().items():
         checked = "verified" if neurons.verified else "not verified"
         print(f"{name}  ({len(neurons.ranking)} neurons, {checked})")
@@ -225,10 +223,10 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _diagnose(args: argparse.Namespace) -> int:
-    from testreg.data import check_images
-    from testreg.diagnose import diagnose
-    from testreg.distributed import process_group, rank
-    from testreg.outliers import OutlierRule
+    from testreg.io.images import check_images
+    from testreg.io.processes import process_group, rank
+    from testreg.measure.diagnosis import diagnose
+    from testreg.measure.outliers import OutlierRule
 
     to_output = args.json == "-"
     if args.json and not to_output:
@@ -260,10 +258,10 @@ def _diagnose(args: argparse.Namespace) -> int:
 def _calibrate(args: argparse.Namespace) -> int:
     import torch
 
-    from testreg.calibrate import calibrate, held_out_images
-    from testreg.data import check_images
-    from testreg.distributed import process_group, rank
-    from testreg.outliers import OutlierRule
+    from testreg.calibration.calibrate import calibrate, held_out_images
+    from testreg.io.images import check_images
+    from testreg.io.processes import process_group, rank
+    from testreg.measure.outliers import OutlierRule
 
     for path in (args.output, args.report, args.resume):
         if path is not None:
@@ -302,7 +300,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     neurons.save(args.output)
     print(_found(neurons), f"{args.output}: {neurons.top_k} register neurons, and the ranking they are from", sep="\n")
     if args.report or args.figures:
-        from testreg.report import write_report
+        from testreg.report.page import write_report
 
         images = held_out_images(
             args.images, loaded[0].transform, held_out=args.held_out, num_images=args.num_images, seed=args.seed
@@ -362,7 +360,7 @@ def _found(neurons: RegisterNeurons) -> str:
 
 
 def _apply(args: argparse.Namespace) -> None:
-    from testreg.checkpoint import save
+    from testreg.io.checkpoint import save
 
     check_writable_folder(args.output)
     check_writable_folder(args.output.resolve().parent)  # where it is made
@@ -375,8 +373,8 @@ def _apply(args: argparse.Namespace) -> None:
 def _show(args: argparse.Namespace) -> None:
     import torch
 
-    from testreg.data import open_image
-    from testreg.viz import compare, figure, table
+    from testreg.io.images import open_image
+    from testreg.report.figures import compare, figure, table
 
     _check_picture(args.output)
     photos = [open_image(path) for path in args.images]
@@ -390,7 +388,7 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _load(args: argparse.Namespace, device: torch.device, image_size: int | None) -> LoadedModel:
-    from testreg.models import load_model
+    from testreg.io.models import load_model
 
     return load_model(args.model, image_size=image_size, device=device, trust_remote_code=args.trust_remote_code)
 

@@ -29,9 +29,20 @@ import torch
 from torch import Tensor, nn
 
 from testreg.families import Tower, checkpoint_names, find_tower
-from testreg.lane import REFUSALS, Attention, Bias, Lane, MaxOver, Override, Patch, Zero, layout_now, recording
-from testreg.layout import Layout
 from testreg.neurons import RegisterNeurons, UnverifiedNeuronsWarning, fingerprint, plain, resolve, shown
+from testreg.patching.block import (
+    REFUSALS,
+    Attention,
+    Bias,
+    Lane,
+    MaxOver,
+    Override,
+    Patch,
+    Zero,
+    layout_now,
+    recording,
+)
+from testreg.patching.layout import Layout
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -187,7 +198,7 @@ def patch(
     if num_registers < 1:
         raise ValueError(f"num_registers must be at least 1, got {num_registers}")
     if num_registers > MAX_REGISTERS:
-        raise ValueError(f"num_registers must be at most {MAX_REGISTERS}, got {shown(num_registers)}: 1 to 4 are enough")
+        raise ValueError(f"num_registers must be at most {MAX_REGISTERS}, got {shown(num_registers)}: 1 to 4 do")
     if max_over not in ("neuron", "layer"):
         raise ValueError(f"max_over must be 'neuron' or 'layer', got {max_over!r}")
     if zero not in ("patches", "all"):
@@ -297,6 +308,20 @@ def unpatch(model: M) -> M:
     for name in (_PATCH, *REFUSALS):
         delattr(tower, name)
     return model
+
+
+@contextmanager
+def patched(
+    model: M,
+    neurons: RegisterNeurons | str | os.PathLike[str] | Mapping[int, Sequence[int]] | None = None,
+    **options: Any,
+) -> Iterator[M]:
+    """Within the `with` block `model` has test-time registers; the arguments are those of `patch`."""
+    patch(model, neurons, **options)
+    try:
+        yield model
+    finally:
+        unpatch(model)
 
 
 def is_patched(model: nn.Module) -> bool:

@@ -14,20 +14,20 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from planting import plant
 from tiny import IMAGE, TIMM, TIMM_RECORDS, fresh, photograph_crops
 from torchvision.transforms.v2 import functional as tv
 
 import testreg
 from testreg import cli
 from testreg.cli import main
-from testreg.planted import plant
 
 records = pytest.mark.skipif(not TIMM_RECORDS, reason="this timm cannot rebuild a model of unusual size")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Photographs and their mirror images, a planted timm model in its library's own format, and one without outliers."""
+    """Photographs and their mirror images, a planted timm model as its library saves it, and one without outliers."""
     root = tmp_path_factory.mktemp("cli")
     photos = photograph_crops()
     (root / "photos").mkdir()
@@ -217,7 +217,8 @@ def test_module_wrong_usage_and_error_exit_codes(tmp_path):
 
 INTERRUPTED = """
 import signal, sys
-import testreg.{module} as module
+import importlib
+module = importlib.import_module("testreg.{module}")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs inherit that it is ignored
 real, calls = module.{name}, []
 def interrupted(*args, **options):
@@ -234,8 +235,8 @@ raise SystemExit(main(sys.argv[1:]))
 @pytest.mark.parametrize(
     ("module", "name", "call", "written", "message"),
     [
-        ("data", "open_image", 9, [], "interrupted; nothing was written"),
-        ("report", "page", 1, ["neurons.json", "state"], "interrupted; written before: {neurons.json}, {state}; "),
+        ("io.images", "open_image", 9, [], "interrupted; nothing was written"),
+        ("report.page", "page", 1, ["neurons.json", "state"], "interrupted; written before: {neurons.json}, {state}; "),
     ],
 )
 def test_an_interrupt_says_what_was_written_and_leaves_no_half_written_file(
@@ -274,7 +275,7 @@ def test_an_interrupt_while_the_command_is_imported_is_one_line(tmp_path):
 
 def test_a_list_that_is_not_verified_has_an_exit_code_of_its_own(folder, calibrated, tmp_path, monkeypatch, capsys):
     neurons = dataclasses.replace(testreg.RegisterNeurons.load(calibrated), verified=False)
-    monkeypatch.setattr(sys.modules["testreg.calibrate"], "calibrate", lambda *args, **options: neurons)
+    monkeypatch.setattr(sys.modules["testreg.calibration.calibrate"], "calibrate", lambda *args, **options: neurons)
     arguments = ["calibrate", str(folder / "model"), "--images", str(folder / "photos")]
     assert main([*arguments, "-o", str(tmp_path / "neurons.json")]) == 5
     assert "\nnot verified: " in capsys.readouterr().out
@@ -315,8 +316,8 @@ def test_help_lists_the_exit_codes(command, capsys):
     ],
 )
 def test_where_nothing_can_be_written_no_model_is_loaded(arguments, folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("testreg.models.load_model", lambda *args, **options: pytest.fail("a model was loaded"))
-    monkeypatch.setattr("testreg.demo.run_demo", lambda: pytest.fail("the demo was run"))
+    monkeypatch.setattr("testreg.io.models.load_model", lambda *args, **options: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("testreg.demo.run.run_demo", lambda: pytest.fail("the demo was run"))
     names = {"model": folder / "model", "photos": folder / "photos", "photo": folder / "photos" / "00.png"}
     assert main([argument.format(**names, out=tmp_path / "out.json") for argument in arguments]) == 1
     assert "cannot write /proc/" in capsys.readouterr().err
@@ -330,7 +331,7 @@ def test_code_of_a_model_is_trusted_only_if_asked(folder, monkeypatch):
         asked.append(trust_remote_code)
         raise ValueError
 
-    monkeypatch.setattr("testreg.models.load_model", load_model)
+    monkeypatch.setattr("testreg.io.models.load_model", load_model)
     for command in (
         ["diagnose", "m", "--images", str(folder / "photos")],
         ["calibrate", "m", "--images", str(folder / "photos"), "-o", str(folder / "out.json")],
@@ -422,10 +423,10 @@ def test_nothing_to_fix_is_said_by_the_first_process(environment, said, folder, 
 
     if environment:
         monkeypatch.setenv("WORLD_SIZE", "2")
-        monkeypatch.setattr("testreg.distributed.process_group", contextlib.nullcontext)
+        monkeypatch.setattr("testreg.io.processes.process_group", contextlib.nullcontext)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys.modules["testreg.calibrate"], "calibrate", calibrate)
+    monkeypatch.setattr(sys.modules["testreg.calibration.calibrate"], "calibrate", calibrate)
     arguments = [str(folder / "model"), "--images", str(folder / "photos"), "-o", str(folder / "out.json")]
     assert main(["calibrate", *arguments]) == 3
     assert capsys.readouterr().err.count("nothing to fix") == said

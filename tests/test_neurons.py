@@ -16,7 +16,7 @@ import transformers
 
 import testreg
 from testreg import RegisterNeurons, UnverifiedNeuronsWarning
-from testreg.demo import planted_neurons
+from testreg.demo.run import planted_neurons
 from testreg.families import find_tower
 from testreg.neurons import bundled, config_folder, describe_model, fingerprint, resolve
 from testreg.register import patch_of
@@ -296,7 +296,7 @@ def test_deep_nesting(tmp_path: Path, nested: str) -> None:
 def test_what_is_no_regular_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.json")
     for path in (tmp_path / "pipe.json", tmp_path):
-        with pytest.raises(OSError, match="is not a regular file|is a folder"):
+        with pytest.raises(OSError, match=r"is not a regular file|is a folder"):
             RegisterNeurons.load(path)
 
 

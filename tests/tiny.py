@@ -11,7 +11,7 @@ import torchvision
 import transformers
 from torch import Tensor, nn
 
-from testreg.demo import crops, photographs
+from testreg.demo.run import crops, photographs
 
 TIMM_RECORDS = tuple(map(int, timm.__version__.split(".")[:3])) >= (1, 0, 31)  # the arguments that made a model
 TORCH_2_9 = torch.__version__.startswith("2.9.")
@@ -97,7 +97,7 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
 
 
 def fresh(name: str, seed: int = 0) -> nn.Module:
-    """The tiny model of a family as its library initialises it, in eval mode: what `testreg.planted` starts from."""
+    """The tiny model of a family as its library initialises it, in eval mode: what planting starts from."""
     torch.manual_seed(seed)
     return BUILDERS[name]().eval()
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from testreg.layout import Layout
+from testreg.patching.layout import Layout
 
 Paths = str | tuple[str, ...]
 """Dotted attribute names; of several candidates the first that exists is used."""

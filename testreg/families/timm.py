@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from testreg.families.family import WINDOWS, Family, unbiased, unrotated
-from testreg.layout import Layout
+from testreg.patching.layout import Layout
 
 
 def _rope(rope: Tensor, layout: Layout) -> Tensor:

@@ -21,7 +21,7 @@ from testreg.families.family import (
     unrotated,
 )
 from testreg.families.transformers import BLIP, CLIP, SIGLIP, STAGES, VIT
-from testreg.layout import Layout
+from testreg.patching.layout import Layout
 
 
 def _unrotated_complex(rotations: Tensor, layout: Layout) -> Tensor:

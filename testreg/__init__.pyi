@@ -1,0 +1,21 @@
+# What type checkers and editors see: `__init__.py` imports these when they are asked for.
+from testreg.calibration.calibrate import calibrate as calibrate
+from testreg.calibration.errors import ImmovableOutliersError as ImmovableOutliersError
+from testreg.calibration.errors import NoOutliersError as NoOutliersError
+from testreg.families import Family as Family
+from testreg.families import add_family as add_family
+from testreg.io.checkpoint import load as load
+from testreg.io.checkpoint import save as save
+from testreg.io.models import demo_model as demo_model
+from testreg.io.models import load_model as load_model
+from testreg.measure.diagnosis import Diagnosis as Diagnosis
+from testreg.measure.diagnosis import diagnose as diagnose
+from testreg.measure.outliers import OutlierRule as OutlierRule
+from testreg.neurons import RegisterNeurons as RegisterNeurons
+from testreg.neurons import UnverifiedNeuronsWarning as UnverifiedNeuronsWarning
+from testreg.register import disabled as disabled
+from testreg.register import is_patched as is_patched
+from testreg.register import patch as patch
+from testreg.register import patched as patched
+from testreg.register import registers as registers
+from testreg.register import unpatch as unpatch

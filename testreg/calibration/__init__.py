@@ -1,0 +1,1 @@
+"""Finds the register neurons of a model."""

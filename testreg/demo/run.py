@@ -1,0 +1,76 @@
+"""The main job on the model that comes with the package: calibrate, patch, compare. No download is needed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from testreg.calibration.calibrate import calibrate
+from testreg.io.images import image_paths, open_image
+from testreg.io.models import DEMO, demo_model
+from testreg.neurons import RegisterNeurons
+from testreg.register import patch
+from testreg.report.figures import Maps, compare, figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PHOTOGRAPHS = Path(__file__).parent / "photographs"
+IMAGE_SIZE, CROP_SIZE = 128, 96  # 32 x 32 patches are drawn, 24 x 24 calibrate
+STRIDE = 32  # of the crops: 80, which is what it takes to choose neurons on some and to verify them on others
+
+
+@dataclass(frozen=True)
+class Demo:
+    planted: dict[int, list[int]]
+    """What makes the outliers, as it was planted before the network was trained around it."""
+    found: RegisterNeurons
+    before: Maps
+    after: Maps
+    picture: Figure
+
+    @property
+    def recovered(self) -> int:
+        """How many of the planted neurons were found."""
+        found = self.found.by_layer()
+        return sum(unit in found.get(layer, ()) for layer, units in self.planted.items() for unit in units)
+
+
+def photographs(size: int, *, equalized: bool = False) -> Tensor:
+    """The public-domain photographs that come with the package: (5, 3, size, size), in [-1, 1].
+
+    With equalised histograms, one threshold of brightness finds a few patches in each: planted models need that.
+    """
+    from torchvision.transforms.v2 import functional as tv
+
+    images = [tv.pil_to_tensor(open_image(path)) for path in image_paths(PHOTOGRAPHS)]
+    images = [tv.equalize(image) for image in images] if equalized else images
+    return torch.stack([tv.resize(image, [size, size], antialias=True) for image in images]).float() / 127.5 - 1
+
+
+def crops(images: Tensor, size: int, stride: int | None = None) -> Tensor:
+    """All crops (n, 3, size, size) at a stride, by default `size`, of images (B, 3, h, w)."""
+    cut = images.unfold(2, size, stride or size).unfold(3, size, stride or size)  # (B, 3, rows, columns, size, size)
+    return cut.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+
+
+def planted_neurons() -> dict[int, list[int]]:
+    """The register neurons of the demo model, `{layer: [units]}`."""
+    planted = json.loads((DEMO / "config.json").read_text(encoding="utf-8"))["testreg"]
+    return {planted["block"]: planted["units"]}
+
+
+def run_demo() -> Demo:
+    """Let calibration find the demo model's register neurons without being told, patch them, and compare."""
+    model = demo_model(IMAGE_SIZE)
+    found = calibrate(model, crops(photographs(2 * CROP_SIZE), CROP_SIZE, STRIDE))
+    images = photographs(IMAGE_SIZE)
+    patch(model, found)
+    before, after = compare(model, images, layer=found.calibration["detection_layer"])
+    picture = figure(images, before, after, "testreg's demo model: trained on CIFAR-10 around planted outliers")
+    return Demo(planted_neurons(), found, before, after, picture)

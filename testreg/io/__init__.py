@@ -1,0 +1,1 @@
+"""Images, models by name, checkpoints and processes."""

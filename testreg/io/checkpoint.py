@@ -1,0 +1,294 @@
+"""Save and load patched checkpoints: what the model's own library writes, plus `testreg.json`.
+
+Without testreg the folder is an ordinary checkpoint of its library: the patch changes no weight and no key. Weights are
+read from safetensors only; nothing is ever unpickled, and `testreg.json` names no code outside the libraries.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import reprlib
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from testreg.families import checkpoint_names, find_tower
+from testreg.io import formats
+from testreg.io.install import PENDING, RECORD, installing, is_interrupted, recover
+from testreg.neurons import RegisterNeurons
+from testreg.register import MAX_REGISTERS, is_patched, patch, patch_of
+
+FORMAT = "testreg-checkpoint"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """What `testreg.json` says."""
+
+    library: str | None
+    """The library that rebuilds the model; None for bare weights, which are loaded into a given model."""
+    class_name: str
+    source: str | None
+    """The name under which the model was once loaded, e.g. "open_clip:ViT-B-16/openai"."""
+    files: list[str]
+    """The files that `save` wrote beside testreg.json."""
+    model_args: dict[str, Any]
+    """What torchvision, which writes no config, is rebuilt from."""
+    options: dict[str, Any]
+    """Arguments of `patch`."""
+    neurons: RegisterNeurons
+
+    @property
+    def weights(self) -> list[str]:
+        return [name for name in self.files if name.endswith(".safetensors")]
+
+    def to_json(self) -> dict[str, Any]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {"format": FORMAT, "version": VERSION, **values, "neurons": self.neurons.to_json()}
+
+    @classmethod
+    def load(cls, folder: Path) -> Record:
+        """Read and check the testreg.json of `folder`.
+
+        Raises:
+            OSError, ValueError: there is none, or not a valid one, or a save of it was interrupted.
+        """
+        path = folder / RECORD
+        if is_interrupted(folder):
+            raise OSError(
+                f"a save into {folder} was interrupted, or has not ended: testreg.io.install.recover(folder) brings "
+                "back what was there before, and so does the next save into it"
+            )
+        if not os.path.lexists(path):
+            raise FileNotFoundError(
+                f"{folder} is not a patched checkpoint (it has no {RECORD}): load it with its own library, or make a "
+                "patched one of it with `testreg apply`"
+            )
+        data = formats.read_json(path)
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ValueError(f'{path} was not written by testreg ("format": "{FORMAT}" is missing)')
+        version: Any = data.get("version")
+        if type(version) is not int or version < 1:
+            raise ValueError(f"{path}: version must be a whole number, got {reprlib.repr(version)}")
+        if version > VERSION:
+            unknown = ", ".join(sorted(data.keys() - {"format", "version", *_VALID, "neurons"})) or "none"
+            warnings.warn(
+                f"{path} has version {reprlib.repr(version)}, newer than this testreg reads ({VERSION}); "
+                f"keys that are ignored: {formats.one_line(unknown)}. Upgrade testreg to use them",
+                stacklevel=3,
+            )
+        for key, valid in _VALID.items():
+            if key not in data or not valid(data[key]):
+                raise ValueError(f'{path}: "{key}" is not valid: {reprlib.repr(data.get(key))}')
+        neurons = RegisterNeurons.from_json(data.get("neurons"), source=f'"neurons" of {path}')
+        return cls(**{key: data[key] for key in _VALID}, neurons=neurons)
+
+
+def _is_file_name(name: object) -> bool:
+    return _is_name(name) and formats.is_file_name(str(name))
+
+
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and len(name) <= 1000 and name.isprintable()
+
+
+def _are_options(value: object) -> bool:
+    if not isinstance(value, dict) or value.keys() != {"num_registers", "max_over", "zero"}:
+        return False
+    registers = value["num_registers"]
+    rules = (value["max_over"] in ("neuron", "layer"), value["zero"] in ("patches", "all"))
+    return type(registers) is int and 1 <= registers <= MAX_REGISTERS and all(rules)
+
+
+_VALID: dict[str, Callable[[Any], bool]] = {
+    "library": lambda value: value is None or value in formats.LIBRARIES,
+    "class_name": _is_name,
+    "source": lambda value: value is None or _is_name(value),
+    "files": lambda value: isinstance(value, list) and all(map(_is_file_name, value)),
+    "model_args": lambda value: isinstance(value, dict),
+    "options": _are_options,
+}
+
+
+def save(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    arch: str | Mapping[str, Any] | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    processor: Any = None,
+) -> None:
+    """Write a patched model: the files of its own library (config, safetensors) and `testreg.json`.
+
+    `load` gives the same model, bit for bit. Only the memory format is not kept, since safetensors has no word for it:
+    a model in channels_last computes the same, bit for bit, after `.to(memory_format=torch.channels_last)`.
+
+    If anything fails, `folder` is what it was. If the process is killed, `load` finds the earlier checkpoint or the new
+    one, whole, or says that the save was interrupted; the next `save` cleans up. An earlier checkpoint of testreg in
+    `folder` is replaced; files that testreg did not write stay.
+
+    Args:
+        model: what was patched, whole: a classifier, a CLIP, a vision tower. `load` rebuilds models of timm,
+            transformers, open_clip (a whole CLIP) and torchvision (from `load_model`). Of any other model the weights
+            are written, and `load` needs `model=`.
+        arch: for open_clip, the name of its config, or the config itself. Needed where the model does not know it
+            (`load_model` notes it) and not exactly one of open_clip's configs fits.
+        model_args: for timm, arguments of `timm.create_model` that it did not record (before 1.0.31 it recorded none).
+        processor: for transformers, the image processor: written too, so that `load_model` can load the folder.
+
+    Raises:
+        ValueError: the model is not patched, or its library could not rebuild it from what it would write.
+        FileExistsError: `folder` holds something else than a checkpoint of testreg.
+        OSError: the checkpoint could not be written, or another process is saving into `folder`.
+    """
+    if not is_patched(model):
+        raise ValueError(f"this {type(model).__name__} is not patched: call testreg.patch(model, ...) before saving it")
+    target = Path(folder).resolve()
+    recover(target)
+    stale = _replaceable_files(target)
+    state = patch_of(model)
+    library = formats.library_of(model)
+    try:
+        with installing(target, stale) as stage:
+            args = formats.write(model, library, stage, arch=arch, model_args=model_args)
+            if processor is not None:
+                processor.save_pretrained(stage)
+            files = sorted(os.listdir(stage))
+            record = Record(library, type(model).__name__, _source(model), files, args, state.options, state.neurons)
+            (stage / RECORD).write_text(
+                json.dumps(record.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8"
+            )
+    except (OSError, SafetensorError) as error:
+        left = "where the save was interrupted" if is_interrupted(target) else "which is left as it was"
+        raise OSError(f"could not write the checkpoint to {folder}, {left}: {error}") from error
+
+
+def _replaceable_files(target: Path) -> list[str]:
+    """The files of the checkpoint in `target`; none if that is new or empty."""
+    if not target.exists() or (target.is_dir() and not any(path.name != PENDING for path in target.iterdir())):
+        return []
+    try:
+        return Record.load(target).files
+    except (OSError, ValueError) as error:
+        raise FileExistsError(
+            f"{target} exists and is no checkpoint of testreg, so it is not replaced: choose a new or an empty folder"
+        ) from error
+
+
+def _source(model: nn.Module) -> str | None:
+    """The name under which the model was loaded, unless that is a path, which means nothing on another machine."""
+    names = (name for name in checkpoint_names(model) if ":" in name)
+    return next((name for name in names if not Path(name.partition(":")[2]).exists()), None)
+
+
+def load(
+    name: str | os.PathLike[str], model: nn.Module | None = None, *, device: torch.device | str | None = None
+) -> nn.Module:
+    """Load what `save` wrote: the model, patched, in eval mode, its parameters bit for bit and in their dtypes.
+
+    Outputs are the same bit for bit where the memory format is: see `save`.
+
+    Args:
+        name: a folder, or the id of a repository on the Hugging Face Hub (only json, txt and safetensors are fetched).
+        model: an unpatched model to load the weights into. Needed where no library can rebuild it (torch.hub, a class
+            of your own).
+
+    Returns:
+        The patched model; `model` itself if it was given.
+
+    Raises:
+        OSError: no such folder or repository, no testreg.json in it, or a file is missing.
+        ValueError: a file is damaged, or weights or neurons do not fit. A given `model` has not been changed then.
+        RuntimeError: the given model is patched already.
+    """
+    folder = _local_folder(name)
+    record = Record.load(folder)
+    _check_files(folder, record)
+    if model is None:
+        model = _rebuild(folder, record)
+        _check_neurons(folder, record, model)
+    else:
+        if is_patched(model):
+            raise RuntimeError("the model is already patched: call testreg.unpatch(model) before loading into it")
+        _check_neurons(folder, record, model)
+        # transformers stores other keys than the model has; its own loader translates them.
+        renamed = record.library == "transformers"
+        formats.fill(
+            model, _rebuild(folder, record).state_dict() if renamed else formats.tensors(folder, record.weights), folder
+        )
+    model.testreg_source = record.source or str(folder)  # type: ignore[assignment]
+    if device is not None:
+        model.to(device)
+    return patch(model.eval(), record.neurons, **record.options)
+
+
+def _local_folder(name: str | os.PathLike[str]) -> Path:
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
+        raise FileNotFoundError(f"there is no checkpoint folder {name} (nor is that a Hub id, ORGANISATION/NAME)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.txt", "*.safetensors"]))
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"there is no folder {name}, and no repository of that name could be fetched from the Hugging Face Hub "
+            f"({str(error).splitlines()[0]}): check the name and the network"
+        ) from error
+
+
+def _check_files(folder: Path, record: Record) -> None:
+    formats.check_folder(folder)
+    if not record.weights:
+        raise ValueError(
+            f"{folder / RECORD} lists no safetensors file, and testreg reads no pickles (.bin, .pt, .pth): "
+            "save the checkpoint again with testreg.save"
+        )
+    if missing := [name for name in record.files if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{folder} is incomplete: {', '.join(missing[:3])} is missing. Copy or save it again")
+    for name in record.weights:
+        try:
+            with safe_open(folder / name, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(
+                f"{folder / name} is damaged or truncated ({formats.one_line(error)}): copy or save it again"
+            ) from None
+
+
+def _check_neurons(folder: Path, record: Record, model: nn.Module) -> None:
+    tower = find_tower(model)
+    try:
+        record.neurons.check_fits(tower.depth, tower.mlp_width)
+    except ValueError as error:
+        raise ValueError(f"the register neurons in {folder / RECORD} do not fit the model: {error}") from None
+
+
+def _rebuild(folder: Path, record: Record) -> nn.Module:
+    """The model with its weights, unpatched, by the library that wrote the config."""
+    if record.library is None:
+        made_by = f" (it was {record.source})" if record.source else ""
+        raise ValueError(
+            f"{folder} holds the bare weights of a {record.class_name}{made_by}, which no library here can rebuild: "
+            "build it and call testreg.load(folder, model=...)"
+        )
+    try:
+        return formats.read(
+            record.library, folder, class_name=record.class_name, weights=record.weights, args=record.model_args
+        )
+    except Exception as error:
+        raise ValueError(
+            f"{folder} could not be rebuilt by {record.library} ({formats.one_line(error)}): it is damaged, or another "
+            "release wrote it"
+        ) from error

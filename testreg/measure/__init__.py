@@ -1,0 +1,1 @@
+"""Reads a model, patched or not: outliers, attention, ranking, diagnosis."""

@@ -1,0 +1,422 @@
+import json
+import math
+
+import pytest
+import timm
+import torch
+import transformers
+from planting import plant
+from tiny import HF, TIMM, build, fresh
+from torch.overrides import _len_torch_function_stack
+
+import testreg
+from testreg.families import find_tower
+from testreg.measure.diagnosis import MASSIVE, QUANTILES, diagnose, neighbour_cosine
+from testreg.measure.outliers import OutlierRule
+
+NORM_BEFORE_MLP = {
+    "timm_vit": "norm2",
+    "timm_dinov2": "norm2",
+    "timm_eva": "norm2",
+    "hf_clip": "layer_norm2",
+    "hf_dinov2": "norm2",
+    "open_clip": "ln_2",
+    "open_clip_sequence_first": "ln_2",
+    "torchvision_vit": "ln_2",
+}
+
+
+@pytest.fixture
+def planted(photos):
+    model = fresh("timm_clip")
+    plant(model, photos, num_neurons=4)
+    return model
+
+
+def timm_model(name):
+    torch.manual_seed(0)
+    return timm.create_model(name, **TIMM).eval()
+
+
+def with_high_positions(photos):
+    """A model whose position embeddings are huge at rows and columns (1, 1) and (2, 3), in channel 7."""
+    model = fresh("timm_vit")
+    with torch.no_grad():
+        model.pos_embed[0, [1 + 5, 1 + 11], 7] = 50.0
+    return model
+
+
+def look(model, images, **options):
+    return diagnose(model, images, progress=False, **options)
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+@pytest.mark.parametrize("name", ["timm_vit", "timm_clip", "hf_dinov2", "hf_siglip", "open_clip_sequence_first"])
+def test_planted_outliers_are_movable_and_from_their_mlp(name, layer, photos):
+    model = fresh(name)
+    plant(model, photos, layer=layer, num_neurons=4, outlier_fraction=0.02)
+    found = look(model, photos)
+    assert found.kind == "movable"
+    assert (found.outliers.onset_block, found.outliers.onset_part) == (layer, "MLP")
+    assert found.outliers.fraction == pytest.approx(0.02, abs=0.01)
+    assert found.outliers.mlp_share > 0.9
+    assert found.outliers.fixed_positions == []
+    assert (
+        found.verdict == f"outliers from block {layer} (MLP), {100 * found.outliers.fraction:.1f} % of patches, movable"
+    )
+
+
+def test_what_happens_to_planted_outliers(planted, photos):
+    found = look(planted, photos)
+    assert found.outliers.fade_block is None
+    assert found.blocks[1].after_mlp.outlier_fraction == found.blocks[2].after_attention.outlier_fraction == 0
+    assert found.blocks[3].outlier_attention > 3 * found.blocks[2].after_mlp.outlier_fraction  # half of the heads
+    with torch.no_grad():  # the last block takes back what outliers have
+        planted.blocks[3].register_forward_hook(lambda module, args, out: torch.nn.functional.normalize(out, dim=-1))
+    assert look(planted, photos).outliers.fade_block == 3
+
+
+@pytest.mark.parametrize("name", ["timm_vit", "timm_dinov2_reg4", "hf_clip", "open_clip"])
+def test_a_clean_model_has_nothing_to_fix(name, photos):
+    found = look(build(name), photos)
+    assert found.outliers is None
+    assert found.kind == "none"
+    assert found.verdict == "no outliers: nothing to fix"
+
+
+def test_high_position_embeddings_are_fixed_position_artefacts(photos):
+    found = look(with_high_positions(photos), photos)
+    positions = found.outliers.fixed_positions
+    assert [(each.row, each.column, each.images) for each in positions] == [(1, 1, 1.0), (2, 3, 1.0)]
+    assert all(each.embedding_ratio > 2 for each in positions)
+    assert found.outliers.fixed_share > 0.9
+    assert found.kind == "fixed"
+    assert found.verdict == (
+        "fixed-position artefacts from the embedding at (1, 1), (2, 3): a register does not fix them"
+    )
+    (channel, share), *_ = found.embedding.massive_channels
+    assert channel == 7
+    assert share > 0.5
+
+
+def test_few_images_say_nothing_about_positions(photos):
+    found = look(with_high_positions(photos), photos[:4])
+    assert found.outliers.fixed_share is None
+    assert found.kind == "immovable"
+    assert any("fewer than 8 images" in note for note in found.notes)
+
+
+def test_positions_are_compared_among_images_of_one_size(photos):
+    model = fresh("hf_dinov2")
+    plant(model, photos, num_neurons=4)
+    wide = torch.cat([photos[:10], photos[10:20]], -1)
+    found = look(model, [*photos, *wide], batch_size=1)
+    assert found.images == 55
+    assert found.outliers.fixed_positions == look(model, photos).outliers.fixed_positions == []
+    assert found.kind == "movable"
+
+
+def test_outliers_that_attention_makes_are_not_movable(photos):
+    model = fresh("timm_vit")
+    step = torch.linspace(-100, 100, 48)
+
+    def write(module, args, out):
+        chosen = args[0][:, 1:, 0].argmax(1) + 1
+        return out.index_put((torch.arange(len(out)), chosen), step)
+
+    model.blocks[1].attn.register_forward_hook(write)
+    found = look(model, photos)
+    assert (found.outliers.onset_block, found.outliers.onset_part) == (1, "attention")
+    assert found.outliers.mlp_share < 0.1
+    assert found.verdict == (
+        "outliers from block 1 (attention), 6.2 % of patches, not made by MLPs: a register does not move them"
+    )
+
+
+def test_a_prefix_token_takes_the_role(photos):
+    model = build("timm_dinov2_reg4")
+    with torch.no_grad():
+        model.reg_token[0, 1] = 100.0  # prefix token 2, behind CLS
+        model.blocks[3].attn.qkv.weight.zero_()
+    found = look(model, photos)
+    (role,) = found.prefix_roles
+    assert role.token == 2
+    assert role.ratio == found.blocks[role.block].after_mlp.prefix_ratio[2] > 5
+    assert role.attention == max(block.prefix_attention[2] for block in found.blocks) >= 1 / 21 - 1e-6  # evenly
+    assert found.verdict.startswith("no outliers: nothing to fix (their role is taken by prefix token 2, ")
+
+
+@pytest.mark.parametrize("name", NORM_BEFORE_MLP)
+def test_the_stream_after_attention_is_what_the_norm_before_the_mlp_gets(name, photos):
+    model = (timm_model("eva02_base_patch14_224") if name == "timm_eva" else build(name)).double()
+    tower = find_tower(model)
+    seen = []
+    handles = [
+        getattr(block.module, NORM_BEFORE_MLP[name]).register_forward_pre_hook(
+            lambda module, args: seen.append(tower.batch_first(args[0]))
+        )
+        for block in tower.blocks
+    ]
+    with torch.no_grad():
+        tower.run(photos)
+    for handle in handles:
+        handle.remove()
+    found = look(model, photos)
+    for block, tokens in zip(found.blocks, seen, strict=True):
+        norms = tokens.norm(dim=-1)
+        median = norms[:, tower.num_prefix :].median(1).values
+        assert block.after_attention.median_norm == pytest.approx(median.mean().item(), rel=1e-6)
+        assert block.after_attention.prefix_ratio == pytest.approx(
+            (norms[:, : tower.num_prefix] / median[:, None]).mean(0).tolist(), rel=1e-6
+        )
+
+
+def test_where_attention_and_mlp_are_not_added_in_turn_the_block_is_looked_at_as_one(photos):
+    model = timm_model("vit_large_patch14_xp_224")
+    found = look(model, photos)
+    assert all(block.after_attention is None for block in found.blocks)
+    assert "What attention adds and what the MLP adds is not told apart in every block." in found.notes
+    with torch.no_grad():
+        model.blocks[1].register_forward_hook(
+            lambda module, args, out: out.index_put(
+                (torch.arange(len(out)), args[0][..., 0].argmax(1)), torch.linspace(-100, 100, 48)
+            )
+        )
+    found = look(model, photos)
+    assert found.verdict.startswith("outliers from block 1, ")
+    assert found.outliers.mlp_share is None
+
+
+@pytest.mark.parametrize("name", ["two branches", "norms behind both"])
+def test_after_attention_in_other_kinds_of_blocks(name, photos):
+    kind = {"two branches": "vit_base_patch16_18x2_224", "norms behind both": "vit_base_patch16_rpn_224"}[name]
+    model = timm_model(kind)
+    seen = []
+    for block in model.blocks:
+        mlp = block.ffns[0].norm if name == "two branches" else block.mlp
+        mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    found = look(model, photos, batch_size=45)
+    for block, tokens in zip(found.blocks, seen, strict=True):
+        median = tokens[:, model.num_prefix_tokens :].norm(dim=-1).median(1).values
+        assert block.after_attention.median_norm == pytest.approx(median.mean().item(), rel=1e-5)
+
+
+def test_all_figures_equal_a_plain_recomputation(planted, photos):
+    """The pass adds up sums in vectors; here every patch is looked at for itself, in float64."""
+    model, rule = planted.double(), OutlierRule()
+    with torch.no_grad():
+        model.pos_embed[0, 1 + 5, 7] = 0.5
+    tower = find_tower(model)
+    states, weights = [], []
+    for block in model.blocks:
+        block.norm2.register_forward_pre_hook(lambda module, args: states.append(args[0]))
+        block.register_forward_hook(lambda module, args, out: states.append(out))
+        block.attn.qkv.register_forward_hook(lambda module, args, out: weights.append(attention(out)))
+    model.blocks[0].register_forward_pre_hook(lambda module, args: states.append(args[0]))
+    with torch.no_grad():
+        tower.run(photos)
+    assert len(states) == 9
+    found = look(model, photos, batch_size=45)
+
+    ours = [found.embedding]
+    for block in found.blocks:
+        ours += [block.after_attention, block.after_mlp]
+    outliers = [[outliers_of(image, rule) for image in state] for state in states[:9]]
+    for place, state, outlier in zip(ours, states, outliers, strict=False):
+        check_place(place, state, outlier)
+    for i, block in enumerate(found.blocks):
+        drawn = weights[i].mean((1, 2))  # (B, T)
+        to_outliers = [sum(drawn[b, 1 + n] for n in at) for b, at in enumerate(outliers[2 * i])]
+        assert block.outlier_attention == pytest.approx(float(sum(to_outliers)) / 45, rel=1e-5, abs=1e-9)
+        assert block.prefix_attention == pytest.approx([drawn[:, 0].mean().item()], rel=1e-5)
+
+
+def attention(qkv):
+    query, key, _ = qkv.unflatten(-1, (3, 4, 12)).permute(2, 0, 3, 1, 4)  # (B, heads, T, 12) each
+    return (query @ key.transpose(-2, -1) / 12**0.5).softmax(-1)
+
+
+def outliers_of(image, rule):
+    """Numbers of the patches of an image (T, C) that are outliers."""
+    norms = image[1:].norm(dim=-1)
+    limit = rule.limit(norms[None])[0]
+    return [n for n in range(len(norms)) if norms[n] > limit]
+
+
+def check_place(place, state, outlier):
+    ratios, medians, prefix, cosines, columns = [], [], [], {True: [], False: []}, []
+    for image, at in zip(state, outlier, strict=True):
+        norms = image.norm(dim=-1)
+        median = norms[1:].median()
+        medians.append(median)
+        prefix.append(norms[0] / median)
+        ratios.append(norms[1:] / median)
+        columns += [image[1 + n] for n in at]
+        for n in range(16):
+            neighbours = [m for m in range(16) if abs(m // 4 - n // 4) + abs(m % 4 - n % 4) == 1]
+            similarity = [torch.cosine_similarity(image[1 + n], image[1 + m], dim=0) for m in neighbours]
+            cosines[n in at].append(sum(similarity) / len(similarity))
+    every = torch.cat(ratios)
+    close = lambda value: pytest.approx(float(value), rel=1e-5)  # norms are taken in float32
+    mean = lambda values: close(sum(values) / len(values))
+    assert place.median_norm == mean(medians)
+    assert place.prefix_ratio == [mean(prefix)]
+    assert place.max_over_median == mean([each.max() for each in ratios])
+    assert place.outlier_fraction == sum(map(len, outlier)) / (16 * 45)
+    assert place.normal_cosine == mean(cosines[False])
+    centred = every - every.mean()
+    assert place.kurtosis == pytest.approx(float(centred.pow(4).mean() / centred.square().mean() ** 2), rel=1e-2)
+    for level, value in zip(QUANTILES, place.quantiles, strict=True):
+        expected = every.quantile(level, interpolation="lower").item()
+        above = every.quantile(level, interpolation="higher").item()
+        assert expected / 1.006 <= value <= above * 1.006
+    if not columns:
+        assert place.outlier_ratio is place.outlier_cosine is None
+        assert place.massive_channels == []
+        return
+    assert place.outlier_cosine == mean(cosines[True])
+    assert place.outlier_ratio == mean([ratios[b][n] for b, at in enumerate(outlier) for n in at])
+    tokens = torch.stack(columns)
+    average = tokens.mean(0).abs()
+    massive = [c for c in average.argsort(descending=True).tolist()[:3] if average[c] > MASSIVE * average.median()]
+    share = tokens.square().sum(0) / tokens.square().sum()
+    assert [channel for channel, _ in place.massive_channels] == massive
+    assert [value for _, value in place.massive_channels] == [close(share[channel]) for channel in massive]
+
+
+def test_neighbour_cosine_of_a_single_patch_or_row():
+    assert neighbour_cosine(torch.ones(1, 1, 4), (1, 1)).tolist() == [[0.0]]
+    row = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]]])
+    assert neighbour_cosine(row, (1, 3)).tolist() == [[0.0, 0.5, 1.0]]
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_the_batch_size_does_not_matter(batch_size, planted, photos):
+    expected, found = (look(planted, photos, batch_size=size).to_json() for size in (16, batch_size))
+    assert found["verdict"] == expected["verdict"]
+    for (name, value), (other, reference) in zip(leaves(found), leaves(expected), strict=True):
+        assert name == other
+        if isinstance(reference, float):  # quantiles may fall into the next bin
+            reference = pytest.approx(reference, rel=0.011 if "quantiles" in name else 1e-3, abs=1e-6)
+        assert value == reference, name
+
+
+def leaves(value, name=""):
+    if isinstance(value, dict):
+        value = list(value.items())
+    elif isinstance(value, list | tuple):
+        value = list(enumerate(value))
+    else:
+        return [(name, value)]
+    return [leaf for key, part in value for leaf in leaves(part, f"{name}.{key}")]
+
+
+def test_json(planted, photos, tmp_path):
+    found = look(planted, photos)
+    found.save(tmp_path / "diagnosis.json")
+    data = json.loads((tmp_path / "diagnosis.json").read_text())
+    assert leaves(data) == leaves(found.to_json())
+    assert data["format"] == "testreg-diagnosis"
+    assert data["verdict"] == found.verdict
+    assert len(data["blocks"]) == 4
+    assert data["images"] == 45
+    assert data["image_size"] == [64, 64]
+    assert list(tmp_path.iterdir()) == [tmp_path / "diagnosis.json"]
+
+
+def test_the_table_has_a_line_for_each_block(planted, photos):
+    lines = look(planted, photos).table().splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["embedding", "0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_the_model_is_left_as_it_was(patched, planted, photos):
+    if patched:
+        testreg.patch(planted, {2: [0, 1]})
+    planted.train()
+    state = {key: value.clone() for key, value in planted.state_dict().items()}
+
+    def traces():
+        return [
+            (len(module._forward_hooks), len(module._forward_pre_hooks), sorted(module.__dict__))
+            for module in planted.modules()
+        ]
+
+    before = traces()
+    look(planted, photos)
+    with pytest.raises(KeyboardInterrupt):
+        look(planted, interrupted(photos))
+    with pytest.raises(AssertionError, match="doesn't match model"):  # within the forward
+        look(planted, torch.zeros(2, 3, 32, 32))
+    assert traces() == before
+    assert _len_torch_function_stack() == 0
+    assert planted.training
+    assert all(torch.equal(value, state[key]) for key, value in planted.state_dict().items())
+
+
+def interrupted(photos):
+    yield from photos[:20]
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", ["timm_clip", "hf_clip", "open_clip_sequence_first"])
+def test_a_patched_model_has_no_outliers_left(name, photos):
+    model = fresh(name)
+    plant(model, photos, num_neurons=4)
+    before = look(model, photos)
+    testreg.patch(model, testreg.calibrate(model, photos, top_k=4, progress=False))
+    after = look(model, photos)
+    assert before.kind == "movable"
+    assert after.kind == "none"
+    assert after.patched
+    assert not before.patched
+    assert all(block.after_attention is not None for block in after.blocks)  # without the register, which is behind
+    assert all(block.outlier_attention == 0 for block in after.blocks)
+    with testreg.disabled(model):
+        assert look(model, photos).outliers == before.outliers
+
+
+def test_the_threshold_of_a_rule(planted, photos):
+    found = look(planted, photos, rule=OutlierRule(threshold=math.pi))
+    assert found.rule == "norm > 3.14159"
+    assert found.blocks[0].after_mlp.outlier_fraction == 1
+    assert found.blocks[0].after_mlp.normal_cosine is None
+
+
+def test_half_precision(planted, photos):
+    assert look(planted.bfloat16(), photos).kind == "movable"
+
+
+def test_sums_do_not_overflow_under_autocast(planted, photos):
+    """The excess of the outliers of a batch is above what float16 holds, 65,504."""
+    with torch.no_grad():
+        planted.blocks[2].mlp.fc2.weight *= 2000
+    plain = look(planted, photos, batch_size=45).outliers
+    with torch.autocast("cpu", torch.bfloat16):
+        found = look(planted, photos, batch_size=45).outliers
+    assert (found.block, found.onset_block, found.onset_part) == (plain.block, plain.onset_block, plain.onset_part)
+    assert found.mlp_share == pytest.approx(plain.mlp_share, abs=1e-4)
+
+
+def test_an_image_that_is_not_finite(planted, photos):
+    images = photos.clone()
+    images[20, 0, 3, 3] = math.nan
+    with pytest.raises(ValueError, match="not finite"):
+        look(planted, images)
+
+
+def test_a_tower_for_videos_says_that_it_takes_no_images():
+    model = transformers.VideoMAEModel(transformers.VideoMAEConfig(**HF, num_frames=2)).eval()
+    with pytest.raises(ValueError, match="takes no batch of images"):
+        look(model, torch.zeros(2, 3, 64, 64))
+
+
+def test_bad_arguments(planted, photos):
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        look(planted, photos, batch_size=0)
+    with pytest.raises(ValueError, match="no image could be read"):
+        look(planted, [])
+    with torch.no_grad():
+        planted.blocks[1].mlp.fc2.bias[0] = math.inf
+    with pytest.raises(ValueError, match="not finite"):
+        look(planted, photos)

@@ -1,0 +1,377 @@
+"""The report: what it measures, and the page as a browser sees it."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from PIL import Image
+from planting import plant
+from tiny import build, fresh
+
+import testreg
+from testreg.families import find_tower
+from testreg.measure.outliers import OutlierRule, token_norms
+from testreg.neurons import RegisterNeurons
+from testreg.report.figures import compare, feature_colours, figure
+from testreg.report.page import look, page, write_report
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chrome-headless-shell")
+HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)> "quoted" $y^{ & \''
+COMMAND = f"testreg calibrate MODEL --images '{HOSTILE}' -o neurons.json --report report.html"
+
+
+def point(neurons, remaining, change):
+    return {
+        "neurons": neurons,
+        "remaining": remaining,
+        "worst_layer": 2,
+        "excess": remaining / 2,
+        "change_pooled": change,
+        "change_patches": change / 3,
+        "agreement": 1 - change,
+    }
+
+
+CURVE = [point(1, 0.8, 0.01), point(2, 0.4, 0.02), point(4, 0.01, 0.03), point(100, 0.0, 0.3)]
+CALIBRATION = {
+    "images": 40,
+    "held_out": 5,
+    "source": HOSTILE,
+    "rule": HOSTILE,
+    HOSTILE: 1,
+    "image_size": [64, 64],
+    "seed": 0,
+    "stability": {"overlap": 0.9, "neurons": 4},
+    "target": 0.05,
+    "target_met": False,
+    "max_change": 0.1,
+    "curve": [*CURVE, {"neurons": HOSTILE}],
+    "chosen": CURVE[2],
+    "dropped": [[3, 5, 0.1], [3, 6, HOSTILE]],
+    "verified_at": [{"image_size": [96, 64], "grid": [6, 4], "dtype": HOSTILE, "images": 5, **CURVE[2]}],
+    "versions": {"torch": "2.99", HOSTILE: HOSTILE},
+}
+
+
+@pytest.fixture(scope="module")
+def planted(photos):
+    """A planted model, whose name is hostile, and its neurons with scores."""
+    model = fresh("timm_clip")
+    model.testreg_source = HOSTILE
+    (layer, units), *_ = plant(model, photos, num_neurons=4).neurons.items()
+    ranking = tuple((layer, unit, 1.0 / (i + 1)) for i, unit in enumerate(units))
+    rest = tuple((3, unit, 0.01) for unit in range(30))
+    return model, RegisterNeurons(ranking + rest, 4, calibration=CALIBRATION, provenance={"note": HOSTILE})
+
+
+@pytest.fixture(scope="module")
+def written(planted, photos, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    model, neurons = planted
+    write_report(folder / "report.html", model, neurons, photos, command=COMMAND, figures=folder / "a" / "figures")
+    assert not testreg.is_patched(model)
+    return folder
+
+
+class Page(HTMLParser):
+    """Checks that tags are balanced, and keeps what is in the page."""
+
+    VOID = frozenset({"meta", "img", "br"})
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.open, self.tags, self.attributes, self.texts = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.texts.append(data)
+
+    @property
+    def text(self):
+        return re.sub(r"\s+", " ", " ".join(self.texts))
+
+
+@pytest.fixture(scope="module")
+def seen(written):
+    return Page((written / "report.html").read_text(encoding="utf-8"))
+
+
+def test_the_page_needs_nothing_else_and_runs_nothing(seen, written):
+    assert not {"script", "link", "iframe", "object"} & set(seen.tags)
+    for _, name, value in seen.attributes:
+        assert not name.startswith("on")
+        if name in ("src", "href", "xlink:href"):
+            assert value.startswith(("data:image/", "#"))
+    text = (written / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"url\((?!#)|@import", text)
+    assert len(text) < 3e6
+
+
+def test_the_page_is_accessible(seen):
+    ids = [value for _, name, value in seen.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    assert ("html", "lang", "en") in seen.attributes
+    alts = [value for tag, name, value in seen.attributes if (tag, name) == ("img", "alt")]
+    assert len(alts) == seen.tags.count("img") == 5 * 7
+    assert len(set(alts)) == len(alts)
+    labels = [value for tag, name, value in seen.attributes if (tag, name) == ("svg", "aria-label")]
+    assert len(labels) == len(set(labels)) == seen.tags.count("svg") == 6
+    assert seen.tags.count("h1") == 1
+
+
+def test_the_page_says_what_was_found(seen, planted):
+    for text in (
+        HOSTILE,
+        COMMAND,
+        "4 register neurons: all of the outlier patches are gone",
+        "Before : outliers from block 2 (MLP)",
+        "After : no outliers",
+        "measured on 45 images held out",
+        "did not meet its target",
+        "4 in block 2; 34 were ranked",
+        "90 % of the best 4",
+        "torch 2.99",
+        "96 x 64",
+        "2 ranked, but left out",
+    ):
+        assert re.sub(r"\s+", " ", text) in seen.text
+    for _, unit, _ in planted[1].ranking[:4]:
+        assert str(unit) in seen.texts
+    headings = ("Maps", "Token norms", "Trade-off", "The neurons", "How it was made")
+    assert [text for text in seen.texts if text in headings] == list(headings)
+    assert "synthetic" not in seen.text
+
+
+@pytest.mark.parametrize("name", ["norms", "histograms", "curve", "maps"])
+def test_pictures_for_papers(name, written):
+    with Image.open(written / "a" / "figures" / f"{name}.png") as picture:
+        assert picture.info["dpi"] == pytest.approx((300, 300), abs=0.1)
+        assert picture.width > 2000
+        assert min(low for low, _ in picture.convert("RGB").getextrema()) < 128  # something is drawn
+
+
+def test_figures_are_those_of_the_model(planted, photos):
+    model, neurons = planted
+    report = look(model, neurons, list(photos))
+    tower = find_tower(model)
+    plain = token_norms(tower, photos)[..., tower.num_prefix :]
+    testreg.patch(model, neurons)
+    with testreg.registers(model) as registers:
+        patched = token_norms(tower, photos)[..., tower.num_prefix :]
+    testreg.unpatch(model)
+    assert report.layer == 2
+    for norms, measured, fraction in zip(
+        (plain, patched), (report.norms_before, report.norms_after), report.outliers, strict=True
+    ):
+        outliers = norms[2] > OutlierRule().limit(norms[2])
+        assert fraction == pytest.approx(outliers.float().mean().item())
+        assert torch.equal(measured.outliers, outliers.sum(1))
+        torch.testing.assert_close(measured.largest, norms.amax(-1).mean(-1))
+        torch.testing.assert_close(measured.ratios[3], norms[3] / norms[3].median(-1, keepdim=True).values)
+    assert report.norms_before.registers is None
+    on_registers = torch.stack(registers).norm(dim=-1).mean((1, 2))
+    torch.testing.assert_close(report.norms_after.registers, on_registers)
+    counts = report.norms_before.outliers
+    shown = [int((photos == photo).flatten(1).all(1).nonzero()[0]) for photo in report.photographs]
+    assert sorted(counts[shown].tolist()) == sorted(counts.tolist())[-5:]
+    assert not report.before.patched
+
+
+def test_fixed_positions_that_calibration_left_out_do_not_count(photos):
+    model = fresh("timm_vit")
+    plant(model, photos, num_neurons=4, fixed_position=(2, 3))
+    found = testreg.calibrate(model, photos, progress=False)
+    report = look(model, found, photos[1::2])
+    assert report.ignored == [(2, 3)]
+    assert report.headline == "4 register neurons: all of the outlier patches are gone"
+    assert report.before.verdict.endswith("movable")
+    assert report.after.kind == "none"
+    assert "Artefacts at the fixed positions (2, 3) are not counted here" in Page(page(report)).text
+    counted = look(model, RegisterNeurons(found.ranking, found.top_k), photos[1::2])
+    assert counted.ignored == []
+    assert (report.norms_before.outliers == counted.norms_before.outliers - 1).all()
+    assert "gone" not in counted.headline or "all of" not in counted.headline
+
+
+@pytest.mark.parametrize(
+    "ignored", [None, 1, "x", [1], [{}], [{"grid": 4}], [{"grid": [4, 4], "positions": [7, [1], [1, "2"]]}]]
+)
+def test_facts_from_elsewhere_ignore_nothing(ignored, planted, photos):
+    model, neurons = planted
+    assert look(model, replace(neurons, calibration={"ignored": ignored}), photos[:2]).ignored == []
+
+
+@pytest.mark.parametrize(
+    ("agreement", "shown"), [(0.9, True), (0.98, True), (0.99, False), (1.0, False), (None, False)]
+)
+def test_a_head_that_disagrees_is_shown(agreement, shown, planted, photos):
+    model, neurons = planted
+    facts = {"verified_at": [{"image_size": [64, 64], "images": 40, "agreement": agreement}]}
+    text = Page(page(look(model, replace(neurons, calibration=facts), photos[:2]))).text
+    assert ("of the held-out images another class" in text) is shown
+    assert ("head agrees" in text) is (agreement is not None)
+
+
+@pytest.mark.parametrize("verified", [False, True])
+def test_a_list_that_is_not_verified_says_so(verified, planted, photos):
+    model, neurons = planted
+    facts = {**CALIBRATION, "target_met": True, "verified_on_others": verified}
+    given = replace(neurons, calibration=facts, verified=verified)
+    text = Page(page(look(model, given, photos[:2]))).text
+    assert ("Not verified: that takes 16 held-out images" in text) is not verified
+    assert ("Verified on other images" in text) is verified
+    assert ("was chosen on others still" in text) is verified
+
+
+def test_the_rule_is_the_callers(planted, photos):
+    report = look(*planted, photos, rule=OutlierRule(threshold=1e9))
+    assert report.headline == "No outliers: nothing to fix"
+    assert "norm &gt; 1e+09" in page(report)
+
+
+def test_a_list_that_says_nothing_about_itself(planted, photos):
+    model, neurons = planted
+    text = page(look(model, RegisterNeurons.from_layers(neurons.by_layer()), photos[:3]))
+    assert {"Trade-off", "synthetic"} & set(Page(text).texts) == set()
+    assert "measured on the 3 images that this report was given" in Page(text).text
+
+
+def test_a_synthetic_model_is_called_so(planted, photos):
+    model, neurons = planted
+    made = RegisterNeurons(neurons.ranking, 4, provenance={"synthetic": True})
+    assert "A synthetic model: it shows the mechanism" in page(look(model, made, photos[:3]))
+
+
+def test_neurons_that_do_little(planted, photos):
+    model, neurons = planted
+    report = look(model, RegisterNeurons.from_layers({3: [unit for _, unit, _ in neurons.ranking[4:]]}), photos)
+    assert report.headline == "30 register neurons: the outliers stay"
+
+
+def test_the_model_is_left_as_it_was(planted, photos, tmp_path):
+    model, neurons = planted
+    with pytest.raises(ValueError, match="expected image tensors"):
+        write_report(tmp_path / "report.html", model, neurons, photos[0])
+    assert not testreg.is_patched(model)
+    model.train()
+    write_report(None, model, neurons, photos[:2], figures=tmp_path / "figures")
+    assert model.training
+    model.eval()
+    assert not testreg.is_patched(model)
+    testreg.patch(model, neurons)
+    with pytest.raises(RuntimeError, match="already patched"):
+        write_report(tmp_path / "report.html", model, neurons, photos)
+    testreg.unpatch(model)
+    assert [path.name for path in tmp_path.iterdir()] == ["figures"]
+
+
+@pytest.mark.parametrize("name", ["hf_siglip", "open_clip_sequence_first", "hf_dinov2_registers"])
+def test_other_families(name, photos, tmp_path):
+    write_report(tmp_path / "report.html", build(name), RegisterNeurons.from_layers({1: [3]}), photos[:2])
+    assert Page((tmp_path / "report.html").read_text(encoding="utf-8")).tags.count("img") == 2 * 7
+
+
+def test_feature_colours(planted, photos):
+    model, neurons = planted
+    testreg.patch(model, neurons)
+    try:
+        before, after = compare(model, photos, attention=False)
+    finally:
+        testreg.unpatch(model)
+    assert before.attention is None
+    first, second = feature_colours(before, after)
+    assert first.shape == (45, 4, 4, 3)
+    assert 0 <= first.min() < first.max() <= 1
+    same = feature_colours(before, before)
+    assert torch.equal(*same)
+    after.features[0, 0, 0] *= 1e4  # an outlier more takes no colour from the others
+    _, third = feature_colours(before, after)
+    assert (third - second)[1:].abs().max() < 0.1
+    assert len(figure(photos[:1], before, after, HOSTILE).axes) == 5  # without attention
+
+
+# As a browser sees it -------------------------------------------------------------------------------------------------
+
+INSPECT = """
+onload = () => {
+  const found = [...document.querySelectorAll("iframe")].map(frame => {
+    const page = frame.contentDocument;
+    return {
+      width: frame.contentWindow.innerWidth,
+      needed: page.documentElement.scrollWidth,
+      loaded: [...page.images].filter(image => image.complete && image.naturalWidth > 0).length,
+      charts: [...page.querySelectorAll("svg")].filter(svg => svg.getBoundingClientRect().height > 150).length,
+      scripts: page.scripts.length,
+      title: page.title,
+    };
+  });
+  document.getElementById("found").textContent = JSON.stringify(found);
+};
+"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        pytest.skip(f"no headless browser is installed (one of {', '.join(BROWSERS)})")
+    return found
+
+
+def opened(browser, text, folder):
+    """What Chromium finds in the page `text` on a phone and on a desk, and what it logs."""
+    frames = [f'<iframe width="{width}" height="800" srcdoc="{html.escape(text)}"></iframe>' for width in (390, 1200)]
+    wrapper = folder / "wrapper.html"
+    wrapper.write_text(
+        f'<!DOCTYPE html><meta charset="utf-8"><style>iframe {{border: 0}}</style><pre id="found"></pre>'
+        f"<script>{INSPECT}</script>{''.join(frames)}",
+        encoding="utf-8",
+    )
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--user-data-dir={folder}/user"]
+    command = [browser, *flags, "--dump-dom", wrapper.as_uri()]
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120, check=True)
+    found = re.search(r'<pre id="found">(.*?)</pre>', result.stdout, re.DOTALL)
+    return json.loads(html.unescape(found[1])), [line for line in result.stderr.splitlines() if "CONSOLE" in line]
+
+
+def test_in_chromium(browser, written, tmp_path):
+    frames, console = opened(browser, (written / "report.html").read_text(encoding="utf-8"), tmp_path)
+    assert console == []
+    assert [frame["width"] for frame in frames] == [390, 1200]
+    for frame in frames:
+        assert frame["needed"] <= frame["width"]
+        assert (frame["loaded"], frame["charts"], frame["scripts"]) == (35, 6, 0)
+        assert frame["title"] == f"testreg: {HOSTILE}"
+
+
+def test_chromium_would_notice(browser, written, tmp_path):
+    """The test above can fail: a foreign picture is not loaded, an error logged, a wide line seen."""
+    text = (written / "report.html").read_text(encoding="utf-8")
+    broken = text.replace("<main>", '<main><img src="http://localhost:9/a.png" alt=""><p style="width: 900px">wide</p>')
+    frames, console = opened(browser, broken.replace("max-width: 46rem;", ""), tmp_path)
+    assert "Content Security Policy" in "".join(console)
+    assert frames[0]["needed"] > 390
+    assert frames[0]["loaded"] == 35

@@ -1,0 +1,163 @@
+"""Planted models are what `scripts/planting.py` says of them."""
+
+from contextlib import contextmanager
+
+import pytest
+import timm
+import torch
+from planting import plant
+from tiny import TIMM, fresh
+
+from testreg.families import find_tower
+from testreg.measure.outliers import OutlierRule, token_norms
+
+FAMILIES = ["timm_vit", "timm_eva", "hf_clip", "hf_dinov2", "hf_siglip", "hf_dinov3", "open_clip"]
+WITH_POSITIONS = ["timm_vit", "timm_eva", "hf_dinov2", "hf_siglip"]
+FIXED = (1, 2)  # of 4 x 4 patches
+
+
+def random_model(name):
+    if name == "timm_eva":
+        torch.manual_seed(0)
+        return timm.create_model("vit_small_patch16_rope_ape_224", num_classes=0, init_values=1.0, **TIMM).eval()
+    return fresh(name)
+
+
+def outliers_of(tower, images):
+    """(L, B, N)"""
+    norms = token_norms(tower, images)[..., tower.num_prefix :]
+    return norms > OutlierRule().limit(norms)
+
+
+@torch.no_grad()
+def patches_of(tower, images, layer):
+    """Patches (B, N, C) behind a block, and hidden activations (B, N, H) in it."""
+    found = []
+    block = tower.blocks[layer]
+    handles = [
+        block.mlps[0].down.register_forward_pre_hook(lambda module, args: found.append(args[0])),
+        block.module.register_forward_hook(
+            lambda module, args, out: found.append(out[0] if isinstance(out, tuple) else out)
+        ),
+    ]
+    tower.run(images)
+    for handle in handles:
+        handle.remove()
+    hidden, tokens = (tower.batch_first(each)[:, tower.num_prefix :] for each in found)
+    return tokens, hidden
+
+
+@contextmanager
+def silenced(tower, neurons):
+    """Neurons {layer: [units]} write nothing."""
+    with torch.no_grad():
+        columns = [(tower.blocks[layer].mlps[0].columns, units) for layer, units in neurons.items()]
+        kept = [each[:, units].clone() for each, units in columns]
+        for each, units in columns:
+            each[:, units] = 0.0
+        yield
+        for (each, units), values in zip(columns, kept, strict=True):
+            each[:, units] = values
+
+
+@pytest.mark.parametrize("two_blocks", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_planted_neurons_make_the_outliers(name, two_blocks, photos):
+    model = random_model(name)
+    planted = plant(model, photos, num_neurons=6, two_blocks=two_blocks, outlier_fraction=0.03)
+    assert {layer: len(units) for layer, units in planted.neurons.items()} == ({1: 2, 2: 4} if two_blocks else {2: 6})
+    assert planted.decoys == {}
+    tower = find_tower(model)
+    outlier = outliers_of(tower, photos)
+    share = outlier.float().mean((1, 2)).tolist()
+    assert share == pytest.approx([0, 0.01 if two_blocks else 0, 0.03, 0.03], abs=0.01)
+    for layer, units in planted.neurons.items():
+        with silenced(tower, {layer: units}):
+            left = outliers_of(tower, photos)
+        if two_blocks:  # the other ones
+            assert left[3].any()
+            assert not (left[1] if layer == 1 else left[2] & ~outlier[1]).any()
+        else:
+            assert not left.any()
+    with silenced(tower, planted.neurons):
+        assert not outliers_of(tower, photos).any()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_decoys_are_there_when_outliers_are_but_do_not_make_them(name, photos):
+    model = random_model(name)
+    planted = plant(model, photos, num_neurons=4, norm_ratio=16.0, decoys=True)
+    tower = find_tower(model)
+    outlier = outliers_of(tower, photos)
+    assert outlier.float().mean((1, 2)).tolist() == pytest.approx([0, 0, 0.02, 0.02], abs=0.01)
+    normal = ~outlier.any(0)
+    features, _ = patches_of(tower, photos, 3)
+    loudest = min(patches_of(tower, photos, 2)[1][outlier[2]][:, unit].mean().item() for unit in planted.neurons[2])
+    change = {}
+    for decoy, (layer, unit) in planted.named_decoys.items():
+        assert unit in planted.decoys[layer]
+        assert unit not in planted.neurons.get(layer, [])
+        hidden = patches_of(tower, photos, layer)[1][..., unit]
+        assert hidden[outlier[2]].mean() > 0.7 * loudest, decoy
+        if decoy in ("idle", "companion", "echo"):
+            assert hidden[normal].abs().mean() < 0.2, decoy
+        with silenced(tower, {layer: [unit]}):
+            assert outliers_of(tower, photos)[outlier].all(), decoy
+            change[decoy] = (features - patches_of(tower, photos, 3)[0])[normal].norm(dim=-1).mean()
+    assert change["trap"] > 0.05 * features[normal].norm(dim=-1).mean()
+    assert change["trap"] > 5 * max(change[decoy] for decoy in ("idle", "companion", "echo"))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_echo_writes_much_across_the_outliers(name, photos):
+    model = random_model(name)
+    planted = plant(model, photos, num_neurons=4, norm_ratio=16.0, decoys=True)
+    tower = find_tower(model)
+    outlier = outliers_of(tower, photos)[3]
+    layer, unit = planted.named_decoys["echo"]
+    tokens, _ = patches_of(tower, photos, layer)
+    with silenced(tower, {layer: [unit]}):
+        without, _ = patches_of(tower, photos, layer)
+    with silenced(tower, planted.neurons):
+        assert patches_of(tower, photos, layer)[1][..., unit].abs().max() < 0.5  # it fires because of them
+    written = (tokens - without)[outlier]
+    assert written.norm(dim=-1).mean() > 2 * tokens.norm(dim=-1).median()
+    assert torch.cosine_similarity(written, without[outlier], dim=-1).abs().mean() < 0.15
+    assert tokens[outlier].norm(dim=-1).mean() < 1.1 * without[outlier].norm(dim=-1).mean()
+
+
+@pytest.mark.parametrize("num_neurons", [0, 4])
+@pytest.mark.parametrize("name", WITH_POSITIONS)
+def test_a_fixed_position_is_an_outlier_everywhere(name, num_neurons, photos):
+    model = random_model(name)
+    planted = plant(model, photos, num_neurons=num_neurons, decoys=True, fixed_position=FIXED)
+    tower = find_tower(model)
+    row, column = FIXED
+    for neurons in ({}, planted.neurons, planted.decoys):
+        with silenced(tower, neurons):
+            outlier = outliers_of(tower, photos).unflatten(-1, (4, 4))
+        assert outlier[..., row, column].all()
+        if num_neurons == 0 or neurons is planted.neurons:
+            assert outlier.sum() == outlier[..., row, column].sum()
+    assert outlier[2:].sum() > 1.1 * outlier[2:, ..., row, column].sum() or num_neurons == 0
+
+
+@pytest.mark.parametrize(("name", "message"), [("hf_clip", "norm in front"), ("hf_dinov3", "no position embedding")])
+def test_not_every_family_has_fixed_positions(name, message, photos):
+    with pytest.raises(ValueError, match=message):
+        plant(random_model(name), photos, fixed_position=FIXED)
+
+
+@pytest.mark.parametrize("decoys", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_without_neurons_a_model_is_clean(name, decoys, photos):
+    model = random_model(name)
+    planted = plant(model, photos, num_neurons=0, decoys=decoys)
+    assert planted.neurons == {}
+    assert set(planted.named_decoys) == ({"loud", "idle", "companion", "echo", "trap"} if decoys else set())
+    assert not outliers_of(find_tower(model), photos).any()
+
+
+def test_two_blocks_need_two_neurons(photos):
+    with pytest.raises(ValueError, match="one neuron a block"):
+        plant(fresh("timm_vit"), photos, num_neurons=1, two_blocks=True)
