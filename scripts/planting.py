@@ -159,7 +159,7 @@ class _Mlp:
     @classmethod
     def of(cls, tower: Tower, index: int) -> _Mlp:
         block = tower.blocks[index]
-        up, mlp = find_part(block.module, tower.family.up), block.mlps[0]
+        up, mlp = find_part(block.module, tower.family.fc1), block.mlps[0]
         if up is None or up.out_features != tower.mlp_width or mlp.module is None:
             raise ValueError(f"planting needs a plain MLP, which {type(block.module).__name__} has not")
         return cls(mlp.module, up, mlp.columns)

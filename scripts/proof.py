@@ -238,18 +238,18 @@ def calibrated(model: nn.Module, images: Tensor, **options: Any) -> set[Neuron]:
         found = testreg.calibrate(model, images, progress=False, **options)
     except (testreg.NoOutliersError, testreg.ImmovableOutliersError):
         return set()
-    return {(layer, unit) for layer, unit, _ in found.cut().ranking}
+    return {(layer, unit) for layer, unit, _ in found.truncate().ranking}
 
 
-def by_paper(model: nn.Module, images: Tensor, top_k: int, max_layer: int) -> set[Neuron]:
+def by_paper(model: nn.Module, images: Tensor, top_k: int, max_block: int) -> set[Neuron]:
     tower = find_tower(model)
     norms = token_norms(tower, images)[-1, :, tower.num_prefix :]
     return calibrated(
         model,
         images,
-        layer=-1,
+        block=-1,
         threshold=float(norms.mean() + 3 * norms.std()),
-        max_layer=max_layer,
+        max_block=max_block,
         score="activation",
         sparsity_filter=True,
         top_k=top_k,

@@ -446,7 +446,7 @@ def card(config: dict[str, Any], model: Model, data: Data) -> str:
     """The model card, in Markdown: measures the model on the test images, so that no figure is typed by hand."""
     made, units = config["training"], config["testreg"]["units"]
     few = normalised(sample(data[0], TEST_IMAGES), SIZE)
-    found = testreg.calibrate(model, few, top_k=NEURONS, progress=False).by_layer().get(PLANTED, [])
+    found = testreg.calibrate(model, few, top_k=NEURONS, progress=False).by_block().get(PLANTED, [])
     before = testreg.diagnose(model, few, progress=False)
     after = testreg.diagnose(testreg.patch(model, {PLANTED: units}), few, progress=False)
     testreg.unpatch(model)

@@ -140,9 +140,9 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument(
         "--resume", type=Path, metavar="FILE", help="keep the state there (safetensors); go on from it"
     )
-    calibrate.add_argument("--layer", type=int, help="block to look for outliers at (default: where they stand out)")
+    calibrate.add_argument("--block", type=int, help="block to look for outliers at (default: where they stand out)")
     calibrate.add_argument("--threshold", type=float, help="norm of an outlier (default: median + 5 robust sigma)")
-    calibrate.add_argument("--max-layer", type=int, help="last block to take neurons from (default: outlier onset)")
+    calibrate.add_argument("--max-block", type=int, help="last block to take neurons from (default: outlier onset)")
     calibrate.add_argument("--top-k", type=int, help="how many neurons to recommend (default: chosen by measuring)")
     calibrate.add_argument("--score", choices=SCORES, default=SCORES[0], help="activation: the paper's")
     calibrate.add_argument("--sparsity-filter", action="store_true", help="as in the released code")
@@ -159,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(show)
     show.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     _add_patch(show)
-    show.add_argument("--layer", type=int, help="block whose norms are drawn (default: where calibration saw outliers)")
+    show.add_argument("--block", type=int, help="block whose norms are drawn (default: where calibration saw outliers)")
     show.add_argument("-o", "--output", type=Path, required=True, metavar="PNG")
     show.set_defaults(run=_show)
     return parser
@@ -276,9 +276,9 @@ def _calibrate(args: argparse.Namespace) -> int:
             [each.model for each in loaded],
             args.images,
             transform=[each.transform for each in loaded],
-            layer=args.layer,
+            block=args.block,
             threshold=args.threshold,
-            max_layer=args.max_layer,
+            max_block=args.max_block,
             score=args.score,
             sparsity_filter=args.sparsity_filter,
             top_k=args.top_k,
@@ -340,13 +340,13 @@ def _found(neurons: RegisterNeurons) -> str:
         height, width = each["image_size"]
         lines.append(
             f"verified on {each['images']} others at {height} x {width}: {each['remaining']:.1%} of the outliers left "
-            f"at worst (block {each['worst_layer']}), features changed by {each['change_pooled']:.3f} (pooled) and "
+            f"at worst (block {each['worst_block']}), features changed by {each['change_pooled']:.3f} (pooled) and "
             f"{each['change_patches']:.3f} (patches)"
         )
     if not facts.get("target_met", True):
         lines.append(
             f"the target of {facts['target']:.1%} was not reached: this set came closest. More images, another "
-            "--max-layer or a higher --target may help; testreg diagnose says what kind of outliers they are"
+            "--max-block or a higher --target may help; testreg diagnose says what kind of outliers they are"
         )
     agreement = facts.get("chosen", {}).get("agreement")
     if agreement is not None and agreement < HIGH_AGREEMENT:
@@ -380,11 +380,11 @@ def _show(args: argparse.Namespace) -> None:
     photos = [open_image(path) for path in args.images]
     loaded = _load(args, _device(args), args.image_size)
     neurons = _patch(loaded, args)
-    layer = neurons.calibration.get("detection_layer", -1) if args.layer is None else args.layer
+    block = neurons.calibration.get("detection_block", -1) if args.block is None else args.block
     images = torch.stack([loaded.transform(photo) for photo in photos])
-    before, after = compare(loaded.model, images, layer)
+    before, after = compare(loaded.model, images, block)
     print(table(before, after))
-    _save(figure(images, before, after, f"{loaded.name}, norms after block {layer}"), args.output)
+    _save(figure(images, before, after, f"{loaded.name}, norms after block {block}"), args.output)
 
 
 def _load(args: argparse.Namespace, device: torch.device, image_size: int | None) -> LoadedModel:

@@ -21,7 +21,13 @@ from testreg.families import Tower, checkpoint_names, find_tower
 from testreg.files import read_text, replacing
 
 FORMAT = "testreg-neurons"
-VERSION = 1
+VERSION = 2
+_RENAMED = {  # entries of the calibration, since version 1
+    "detection_layer": "detection_block",
+    "onset_layer": "onset_block",
+    "max_layer": "max_block",
+    "worst_layer": "worst_block",
+}
 _KEYS = {"format", "version", "neurons", "top_k", "model", "calibration", "provenance", "verified"}
 _LONGEST = 200  # characters of a file's content that an error message repeats
 
@@ -99,11 +105,11 @@ class RegisterNeurons:
         return not self.verified and (self.source is not None or bool(self.calibration))
 
     @classmethod
-    def from_layers(cls, layers: Mapping[int, Sequence[int]]) -> RegisterNeurons:
+    def from_blocks(cls, layers: Mapping[int, Sequence[int]]) -> RegisterNeurons:
         """From `{layer: [units]}`, unscored; numpy and torch integers will do."""
         return cls(tuple((_as_index(layer), _as_index(unit), None) for layer in layers for unit in layers[layer]))
 
-    def cut(self, top_k: int | None = None) -> RegisterNeurons:
+    def truncate(self, top_k: int | None = None) -> RegisterNeurons:
         """The best `top_k` alone, or as many as the list itself recommends.
 
         Raises:
@@ -120,10 +126,10 @@ class RegisterNeurons:
             raise ValueError("this list has no scores, so it cannot be cut to top_k: use all of it, or calibrate")
         return replace(self, ranking=self.ranking[:top_k], top_k=None)
 
-    def by_layer(self, top_k: int | None = None) -> dict[int, list[int]]:
+    def by_block(self, top_k: int | None = None) -> dict[int, list[int]]:
         """`{layer: [units, best first]}` of the best `top_k` (None: as many as the list recommends)."""
         layers: dict[int, list[int]] = {}
-        for layer, unit, _ in self.cut(top_k).ranking:
+        for layer, unit, _ in self.truncate(top_k).ranking:
             layers.setdefault(layer, []).append(unit)
         return dict(sorted(layers.items()))
 
@@ -188,7 +194,7 @@ class RegisterNeurons:
                 ranking=tuple((layer, unit, score) for layer, unit, score in rows),
                 top_k=data.get("top_k"),
                 model=data.get("model", {}),
-                calibration=data.get("calibration", {}),
+                calibration=_with_new_names(data.get("calibration", {})),
                 provenance=data.get("provenance", {}),
                 verified=data.get("verified", False),
             )
@@ -226,6 +232,13 @@ class RegisterNeurons:
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
         return replace(cls.from_json(data, source=source), source=source)
+
+
+def _with_new_names(value: Any) -> Any:
+    """JSON of the calibration with the entries of version 1 under the names that they have now."""
+    if isinstance(value, Mapping):
+        return {_RENAMED.get(key, key): _with_new_names(each) for key, each in value.items()}
+    return [_with_new_names(each) for each in value] if isinstance(value, list) else value
 
 
 def shown(value: object) -> str:
@@ -295,7 +308,7 @@ _MODEL = {
     "fingerprint": _TEXT,
 }
 _CALIBRATION = {
-    "detection_layer": _WHOLE,
+    "detection_block": _WHOLE,
     "verified_at": _OBJECTS,
     "curve": _OBJECTS,
     "chosen": _OBJECT,
@@ -348,7 +361,7 @@ def fingerprint(tower: Tower) -> str:
     """
     digest = hashlib.sha256()
     for mlp in (mlp for block in tower.blocks for mlp in block.mlps):
-        weight: Any = getattr(mlp.down_linear, "weight", None)
+        weight: Any = getattr(mlp.fc2_linear, "weight", None)
         whole = type(weight) in (torch.Tensor, nn.Parameter) and weight.ndim == 2 and weight.is_floating_point()
         if not whole or weight.is_meta:
             return "unknown"
@@ -395,7 +408,7 @@ def resolve(
     if isinstance(neurons, RegisterNeurons):
         return neurons
     if isinstance(neurons, Mapping):
-        return RegisterNeurons.from_layers(neurons)
+        return RegisterNeurons.from_blocks(neurons)
     if neurons is None:
         return _of_checkpoint(model)
     if not isinstance(neurons, str | os.PathLike):

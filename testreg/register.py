@@ -7,8 +7,8 @@ moved onto it: the patches stay clean, and attention finds its scratch space on 
 Two pieces do it, both an instance `forward` on one module, so that nothing else of the model changes:
 
 - `Shift` on each MLP's second linear, whose input is the hidden activation (B, T, H), moves the neurons;
-- `Lane` on each block lets the register ride beside the tokens, so that whatever is outside the blocks (pooling,
-  heads, hidden states, hooks) sees the shapes it always saw.
+- `RegisterBlock` on each block lets the register ride beside the tokens, so that whatever is outside the blocks
+  (pooling, heads, hidden states, hooks) sees the shapes it always saw.
 
 Shapes: B batch, T tokens of the unpatched model, P of them prefix tokens, R registers, C width, H hidden, K neurons.
 """
@@ -34,10 +34,10 @@ from testreg.patching.block import (
     REFUSALS,
     Attention,
     Bias,
-    Lane,
     MaxOver,
     Override,
     Patch,
+    RegisterBlock,
     Zero,
     layout_now,
     recording,
@@ -206,7 +206,7 @@ def patch(
     tower = find_tower(model)
     if _PATCH in tower.module.__dict__:
         raise RuntimeError("the model is already patched: call testreg.unpatch(model) first to patch it anew")
-    chosen = resolve(neurons, model).cut(top_k)
+    chosen = resolve(neurons, model).truncate(top_k)
     chosen.check_fits(tower.depth, tower.mlp_width)
     _warn_if_other_weights(chosen, model, tower)
     if chosen.has_to_be_trusted:
@@ -252,21 +252,23 @@ def _stacklevel() -> int:
 
 def _overrides(tower: Tower, state: Patch) -> Iterator[Override]:
     owner = {(layer, unit): i % state.num_registers for i, (layer, unit, _) in enumerate(state.neurons.ranking)}
-    by_layer = state.neurons.by_layer()
+    by_block = state.neurons.by_block()
     plain = Layout(state.num_registers, tower.sequence_first)
     for i, block in enumerate(tower.blocks):
         shifts: list[Shift] = []
         first = 0  # unit of this MLP: those that run side by side are numbered through
         for mlp in block.mlps:
-            units = [unit for unit in by_layer.get(i, ()) if first <= unit < first + mlp.width]
+            units = [unit for unit in by_block.get(i, ()) if first <= unit < first + mlp.width]
             channels = tuple(mlp.first + unit - first for unit in units)
             owners = tuple(owner[i, unit] for unit in units)
-            for reader in mlp.readers if units else ():
+            for reader in mlp.consumers if units else ():
                 shifts.append(Shift(reader, state, channels, owners, plain, *_place(reader, block.module)))
             first += mlp.width
         yield from shifts
         last = i == tower.depth - 1
-        yield Lane(block.module, state, i, last, tower.family, tower.module, plain, tower.entry_norm, tuple(shifts))
+        yield RegisterBlock(
+            block.module, state, i, last, tower.family, tower.module, plain, tower.entry_norm, tuple(shifts)
+        )
         if block.attention is not None:
             yield Attention(block.attention, state, plain, tower.family.appended)
         if block.bias is not None:

@@ -89,7 +89,7 @@ def test_diagnose_exit_codes_of_what_registers_do_not_fix(folder, tmp_path, caps
 def test_calibrate_finds_the_planted_neurons(folder, calibrated):
     neurons = testreg.RegisterNeurons.load(calibrated)
     (layer, units), *_ = json.loads((folder / "planted.json").read_text()).items()
-    assert {(layer, unit) for layer, unit, _ in neurons.cut().ranking} == {(int(layer), unit) for unit in units}
+    assert {(layer, unit) for layer, unit, _ in neurons.truncate().ranking} == {(int(layer), unit) for unit in units}
     assert neurons.calibration["images"] + neurons.calibration["held_out"] == 90
     assert neurons.calibration["unreadable_images"] == 1
 
@@ -99,7 +99,7 @@ def test_the_script_is_the_command(folder, calibrated, tmp_path):
     arguments = [str(folder / "model"), "--images", str(folder / "photos"), "-o", str(tmp_path / "n.json")]
     subprocess.run([sys.executable, script, *arguments, "--top-k", "4"], check=True, capture_output=True)
     by_script, by_command = (testreg.RegisterNeurons.load(path) for path in (tmp_path / "n.json", calibrated))
-    assert by_script.by_layer() == by_command.by_layer()
+    assert by_script.by_block() == by_command.by_block()
 
 
 @records
@@ -164,7 +164,7 @@ def test_list_names_the_models(capsys):
         (["calibrate", "{model}", "--images", "{root}/none", "-o", "{out}"], "no folder of images at"),
         (["calibrate", "{model}", "--images", "{photos}", "-o", "{root}/none/n.json"], "there is no folder"),
         (["calibrate", "{model}", "--images", "{photos}", "-o", "{photos}"], "is a folder: name a file"),
-        (["calibrate", "{model}", "--images", "{photos}", "-o", "{out}", "--layer", "9"], "layer=9 is out of range"),
+        (["calibrate", "{model}", "--images", "{photos}", "-o", "{out}", "--block", "9"], "block=9 is out of range"),
         (["calibrate", "timm:resnet18", "--images", "{photos}", "-o", "{out}"], "resnet18"),
         (["diagnose", "{model}", "--images", "{root}/none"], "no folder of images at"),
         (["diagnose", "{model}", "--images", "{photos}", "--json", "{root}/none/d.json"], "there is no folder"),
@@ -389,7 +389,7 @@ def test_two_processes_find_what_one_finds(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     one, two = (testreg.RegisterNeurons.load(tmp_path / f"{name}.json") for name in ("one", "two"))
     assert done.stdout.count("register neurons, and the ranking") == 1
-    assert one.by_layer() == two.by_layer()
+    assert one.by_block() == two.by_block()
     scores = [{neuron[:2]: neuron[2] for neuron in each.ranking} for each in (one, two)]
     common = scores[0].keys() & scores[1].keys()
     assert len(common) > 0.9 * len(scores[0])

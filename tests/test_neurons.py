@@ -46,23 +46,23 @@ def write(path: Path, **changes: object) -> Path:
 
 
 def test_by_layer_follows_the_recommended_top_k() -> None:
-    assert neurons().by_layer() == {4: [2028], 5: [599, 1869]}
-    assert neurons().by_layer(1) == {5: [599]}
-    assert neurons().by_layer(4) == {3: [1074], 4: [2028], 5: [599, 1869]}
-    assert neurons(top_k=None).by_layer() == neurons().by_layer(4)
+    assert neurons().by_block() == {4: [2028], 5: [599, 1869]}
+    assert neurons().by_block(1) == {5: [599]}
+    assert neurons().by_block(4) == {3: [1074], 4: [2028], 5: [599, 1869]}
+    assert neurons(top_k=None).by_block() == neurons().by_block(4)
 
 
 def test_cut() -> None:
-    cut = neurons().cut(2)
+    cut = neurons().truncate(2)
     assert cut.ranking == RANKING[:2]
     assert cut.top_k is None
     assert cut.model == neurons().model
-    assert neurons().cut().ranking == RANKING[:3]
+    assert neurons().truncate().ranking == RANKING[:3]
     assert neurons().ranking == RANKING, "cut() must leave the list itself alone"
 
 
 def test_from_layers_keeps_the_order_and_takes_numpy_and_torch_integers() -> None:
-    made = RegisterNeurons.from_layers({5: [9, 3], np.int64(2): np.array([7]), 4: torch.tensor([1])})
+    made = RegisterNeurons.from_blocks({5: [9, 3], np.int64(2): np.array([7]), 4: torch.tensor([1])})
     assert made.ranking == ((5, 9, None), (5, 3, None), (2, 7, None), (4, 1, None))
     assert all(type(index) is int for neuron in made.ranking for index in neuron[:2])
 
@@ -99,7 +99,7 @@ def test_what_a_ranking_may_not_be(ranking: tuple, message: str) -> None:
 @pytest.mark.parametrize("layers", [{1: [2.5]}, {1.0: [2]}, {1: [True]}, {True: [2]}, {1: "23"}, {1: [np.bool_(True)]}])
 def test_from_layers_does_not_round(layers: dict) -> None:
     with pytest.raises(ValueError, match=r"0-based \(layer, unit\)"):
-        RegisterNeurons.from_layers(layers)
+        RegisterNeurons.from_blocks(layers)
 
 
 @pytest.mark.parametrize("top_k", [0, -1, 1.5, True, "3"])
@@ -113,19 +113,19 @@ def test_recommended_top_k_must_be_a_positive_whole_number(top_k: object) -> Non
 )
 def test_cut_out_of_range(top_k: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        neurons().cut(top_k)
+        neurons().truncate(top_k)
 
 
 def test_a_recommended_top_k_beyond_the_list() -> None:
     with pytest.raises(ValueError, match="top_k=9, but the list holds 4"):
-        neurons(top_k=9).by_layer()
+        neurons(top_k=9).by_block()
 
 
 def test_an_unscored_list_cannot_be_cut() -> None:
-    unscored = RegisterNeurons.from_layers({1: [2, 3]})
-    assert unscored.cut(2).ranking == unscored.ranking
+    unscored = RegisterNeurons.from_blocks({1: [2, 3]})
+    assert unscored.truncate(2).ranking == unscored.ranking
     with pytest.raises(ValueError, match="no scores"):
-        unscored.cut(1)
+        unscored.truncate(1)
 
 
 # ---- does it fit the model ------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def test_a_list_made_for_another_size_names_itself(made_for: dict, message: str)
 
 @pytest.mark.parametrize("scored", [True, False])
 def test_round_trip(tmp_path: Path, scored: bool) -> None:
-    before = neurons() if scored else RegisterNeurons.from_layers({3: [5, 1], 0: [2]})
+    before = neurons() if scored else RegisterNeurons.from_blocks({3: [5, 1], 0: [2]})
     before.save(tmp_path / "new folder" / "n.json")
     assert RegisterNeurons.load(tmp_path / "new folder" / "n.json") == before
 
@@ -221,7 +221,7 @@ def test_hand_written_json(tmp_path: Path) -> None:
         ({"model": {"name": ["a"]}}, '"name" of the model must be text'),
         ({"model": {"default_for": 3}}, '"default_for" of the model must be a list of text'),
         ({"model": {"fingerprint": 3}}, '"fingerprint" of the model must be text'),
-        ({"calibration": {"detection_layer": "last"}}, '"detection_layer" of the calibration must be a whole number'),
+        ({"calibration": {"detection_block": "last"}}, '"detection_block" of the calibration must be a whole number'),
         ({"calibration": {"verified_at": {}}}, '"verified_at" of the calibration must be a list of objects'),
         ({"calibration": {"verified_at": [3]}}, '"verified_at" of the calibration must be a list of objects'),
         ({"calibration": {"verified_at": [{"grid": [0, 0]}]}}, '"grid" .*must be two whole numbers above 0'),
@@ -377,9 +377,18 @@ def test_no_such_file(tmp_path: Path) -> None:
         testreg.patch(tiny.build("timm_vit"), tmp_path / "absent.json")
 
 
+def test_entries_of_version_1_are_read_under_their_new_names(tmp_path: Path) -> None:
+    calibration = {"detection_layer": 3, "onset_layer": 2, "max_layer": 2, "curve": [{"worst_layer": 4}]}
+    neurons = RegisterNeurons.load(write(tmp_path / "n.json", calibration=calibration))
+    expected = {"detection_block": 3, "onset_block": 2, "max_block": 2, "curve": [{"worst_block": 4}]}
+    assert neurons.calibration == expected
+    neurons.save(tmp_path / "n.json")
+    assert RegisterNeurons.load(tmp_path / "n.json").calibration == expected
+
+
 def test_a_newer_version_with_unknown_keys_only_warns(tmp_path: Path) -> None:
-    path = write(tmp_path / "n.json", version=2, per_head={"a": 1}, zoom=3)
-    with pytest.warns(UserWarning, match=r"n\.json has version 2, newer .*ignored: per_head, zoom") as caught:
+    path = write(tmp_path / "n.json", version=3, per_head={"a": 1}, zoom=3)
+    with pytest.warns(UserWarning, match=r"n\.json has version 3, newer .*ignored: per_head, zoom") as caught:
         loaded = RegisterNeurons.load(path)
     assert len(caught) == 1
     assert loaded == RegisterNeurons.load(write(path))
@@ -429,7 +438,7 @@ def same_weights() -> tuple[torch.nn.Module, torch.nn.Module]:
     """A timm and a transformers DINOv2 with the same second linears."""
     ours, theirs = tiny.build("timm_dinov2", seed=0), tiny.build("hf_dinov2", seed=1)
     for a, b in zip(find_tower(ours).blocks, find_tower(theirs).blocks, strict=True):
-        b.mlps[0].down_linear.load_state_dict(a.mlps[0].down_linear.state_dict())
+        b.mlps[0].fc2_linear.load_state_dict(a.mlps[0].fc2_linear.state_dict())
     return ours, theirs
 
 
@@ -442,7 +451,7 @@ def test_fingerprint_is_the_same_in_every_library() -> None:
 def test_fingerprint_is_the_same_in_every_dtype(dtype: torch.dtype) -> None:
     model = tiny.build("timm_vit")
     with torch.no_grad():
-        find_tower(model).blocks[0].mlps[0].down_linear.weight.mul_(1e-9)  # fp16 has nothing but signed zeros for these
+        find_tower(model).blocks[0].mlps[0].fc2_linear.weight.mul_(1e-9)  # fp16 has nothing but signed zeros for these
     before = fingerprint_of(model)
     assert fingerprint_of(model.to(dtype)) == before
 
@@ -458,7 +467,7 @@ def test_fingerprint_sees_fine_tuning() -> None:
     before = fingerprint_of(model)
     with torch.no_grad():
         for block in find_tower(model).blocks:
-            weight = block.mlps[0].down_linear.weight
+            weight = block.mlps[0].fc2_linear.weight
             weight.add_(torch.randn_like(weight), alpha=0.05 * float(weight.std()))
     assert fingerprint_of(model) != before
 
@@ -518,14 +527,14 @@ def test_published_list_is_complete(key: str) -> None:
         assert one.provenance[field], field
     assert one.calibration
     one.check_fits(one.model["depth"], one.model["mlp_width"])
-    assert one.by_layer()
+    assert one.by_block()
 
 
 def test_the_demo_model_has_its_list(recwarn: pytest.WarningsRecorder) -> None:
     """Made by testreg on these very weights; it holds the planted neurons."""
     model = testreg.patch(testreg.demo_model())
     assert BUNDLED["demo"].verified
-    found = patch_of(model).neurons.by_layer()
+    found = patch_of(model).neurons.by_block()
     assert all(set(units) <= set(found[layer]) for layer, units in planted_neurons().items())
     assert not recwarn.list
 
@@ -557,14 +566,14 @@ def test_a_checkpoint_without_a_name_is_found_by_its_weights(caplog: pytest.LogC
     del model.testreg_source
     with caplog.at_level("INFO", "testreg"):
         testreg.patch(model)
-    assert patch_of(model).neurons == BUNDLED["demo"].cut()
+    assert patch_of(model).neurons == BUNDLED["demo"].truncate()
     (record,) = caplog.records
     assert (record.name, record.levelname) == ("testreg", "INFO")
     assert "the bundled list demo: 6 register neurons of testreg calibrate demo" in record.getMessage()
     assert record.getMessage().endswith(", verified")
     testreg.unpatch(model)
     with torch.no_grad():
-        find_tower(model).blocks[0].mlps[0].down_linear.weight.neg_()
+        find_tower(model).blocks[0].mlps[0].fc2_linear.weight.neg_()
     with pytest.raises(ValueError, match="no bundled register neurons"):
         testreg.patch(model)
 
@@ -585,7 +594,7 @@ def test_patch_without_a_list_says_what_it_took(caplog: pytest.LogCaptureFixture
 
 
 def test_only_lists_that_something_found_are_said_to_be_unverified(tmp_path: Path, caplog) -> None:
-    by_hand = RegisterNeurons.from_layers(tiny.NEURONS)
+    by_hand = RegisterNeurons.from_blocks(tiny.NEURONS)
     by_hand.save(tmp_path / "n.json")
     found = RegisterNeurons(by_hand.ranking, calibration={"images": 3})
     RegisterNeurons(by_hand.ranking, calibration={"images": 300}, verified=True).save(tmp_path / "verified.json")
@@ -630,7 +639,7 @@ def test_patch_without_a_list_takes_the_default_in_timm(name: str) -> None:
     tower = find_tower(model)
     assert (tower.depth, tower.mlp_width) == (expected.model["depth"], expected.model["mlp_width"])
     testreg.patch(model)
-    assert testreg.register.patch_of(model).neurons == expected.cut()
+    assert testreg.register.patch_of(model).neurons == expected.truncate()
 
 
 @pytest.mark.filterwarnings("ignore::testreg.UnverifiedNeuronsWarning")

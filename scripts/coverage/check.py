@@ -126,7 +126,7 @@ def _loud_neurons(tower: Tower, run: Callable[[], Any]) -> dict[int, list[int]]:
         for key, (layer, index) in enumerate([(0, 0), (0, -1), (1, 0)]):
             mlp = tower.blocks[layer].mlps[index]
             hook = lambda module, args, key=key, first=mlp.first: record(key, first, args[0])
-            stack.callback(mlp.down.register_forward_pre_hook(hook).remove)
+            stack.callback(mlp.fc2.register_forward_pre_hook(hook).remove)
         run()
     if len(tower.blocks[0].mlps) == 1:
         first, second = scores[0].topk(2).indices.tolist()

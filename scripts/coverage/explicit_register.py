@@ -103,7 +103,7 @@ def explicit_register(tower: Tower, neurons: Mapping[int, Sequence[int]]) -> Ite
             start = 0
             for mlp in each.mlps:
                 units = [mlp.first + unit - start for unit in neurons.get(i, ()) if start <= unit < start + mlp.width]
-                for module in mlp.readers:
+                for module in mlp.consumers:
                     replace(module, reader, units)
                 start += mlp.width
             if each.attention is not None:

@@ -33,8 +33,8 @@ from testreg.calibration.selection import (
     MAX_MEASUREMENTS,
     MAX_NEURONS,
     Effect,
+    Evaluator,
     Head,
-    HeldOut,
     Selection,
     select,
     worst_of,
@@ -65,10 +65,10 @@ def calibrate(
     images: Images,
     *,
     transform: Transform | Sequence[Transform] | None = None,
-    layer: int | None = None,
+    block: int | None = None,
     threshold: float | None = None,
     rule: OutlierRule | None = None,
-    max_layer: int | None = None,
+    max_block: int | None = None,
     score: Score = "contribution",
     sparsity_filter: bool = False,
     top_k: int | None = None,
@@ -94,10 +94,10 @@ def calibrate(
         images: a folder, a Dataset, or any iterable of PIL images or tensors (see `testreg.io.images.ImageStream`).
         transform: PIL image -> tensor (3, h, w), one or one for each model; None takes the preprocessing that the
             model's own library names.
-        layer: block (0-based, negative from the end) at whose output outliers are looked for; None takes the one
+        block: block (0-based, negative from the end) at whose output outliers are looked for; None takes the one
             where they stand out most.
         threshold: norm above which a token is an outlier; None for the `rule`, which adapts to the model.
-        max_layer: last block whose neurons are ranked; None for the block after which the outliers are there.
+        max_block: last block whose neurons are ranked; None for the block after which the outliers are there.
             Neurons behind it fire at outliers because of them, so later blocks are tried only if that fails.
         score: what neurons are ranked by, see `testreg.measure.ranking.scores`; "activation" is the paper's.
         sparsity_filter: as in the released code, a neuron counts in an image only if at least half of the tokens have
@@ -126,7 +126,7 @@ def calibrate(
 
     Raises:
         NoOutliersError: there is nothing to fix.
-        ImmovableOutliersError: a register would not fix it (unless `layer` or `max_layer` insists).
+        ImmovableOutliersError: a register would not fix it (unless `block` or `max_block` insists).
         ValueError: an argument does not fit the model; too few images could be read; norms are not finite.
         RuntimeError: the model is patched.
     """
@@ -154,12 +154,12 @@ def calibrate(
         raise ValueError("give a threshold or a rule, not both")
     rule = rule or OutlierRule(threshold=threshold)
     depth = towers[0].depth
-    layer = None if layer is None else _block(layer, depth, "layer")
-    max_layer = None if max_layer is None else _block(max_layer, depth, "max_layer")
+    block = None if block is None else _block(block, depth, "block")
+    max_block = None if max_block is None else _block(max_block, depth, "max_block")
     if isinstance(images, Iterator) and (len(models) > 1 or resume is not None):
         raise ValueError("several models, and resumed runs, need images that can be read again: not an iterator")
 
-    def is_late() -> bool:
+    def out_of_time() -> bool:
         return budget is not None and any(gathered(time.monotonic() - started > budget))
 
     views = []
@@ -173,8 +173,8 @@ def calibrate(
             stack.enter_context(torch.autocast(towers[0].device.type, amp))
         for view in views:
             view.deal(held_out)
-        found = _detect(views, rule, layer, insist=layer is not None or max_layer is not None)
-        last = found.onset if max_layer is None else max_layer
+        found = _detect(views, rule, block, insist=block is not None or max_block is not None)
+        last = found.onset if max_block is None else max_block
         facts: dict[str, Any] = {
             "source": found.stream.source,
             "image_size": found.diagnosis.image_size,
@@ -188,11 +188,11 @@ def calibrate(
             views,
             state=None if resume is None else _State(Path(resume), views, {**facts, "held_out": held_out}),
             is_enough=lambda: stability is not None and _stability(views, score, last)[0] >= stability,
-            is_late=is_late,
+            out_of_time=out_of_time,
             sparsity_filter=sparsity_filter,
             include_prefix=score == "activation",
         )
-        lasts = {last} if max_layer is not None else {last, found.detection.block}
+        lasts = {last} if max_block is not None else {last, found.detection.block}
         choice = _choose(
             views,
             score,
@@ -203,7 +203,7 @@ def calibrate(
             target=target,
             max_change=max_change,
             head=head,
-            is_late=is_late,
+            out_of_time=out_of_time,
             progress=progress,
         )
     overlapping, compared = _stability(views, score, choice.last, len(choice.neurons))
@@ -223,9 +223,9 @@ def calibrate(
                 for view in views
                 if view.ignored
             ],
-            "detection_layer": found.detection.block,
-            "onset_layer": found.onset,
-            "max_layer": choice.last,
+            "detection_block": found.detection.block,
+            "onset_block": found.onset,
+            "max_block": choice.last,
             "outlier_fraction": float(total.num_outliers / total.num_patches),
             "images_with_outliers": int(total.num_with_outliers),
             "stability": {"overlap": overlapping, "neurons": compared},
@@ -323,25 +323,25 @@ class _View:
             yield self.next
             self.next = next(self.numbered, None)
 
-    def diagnose(self, rule: OutlierRule, layer: int | None, ignored: frozenset[tuple[int, int]]) -> Diagnosis:
+    def diagnose(self, rule: OutlierRule, block: int | None, ignored: frozenset[tuple[int, int]]) -> Diagnosis:
         """Of the first images of all processes."""
         batches = batched((image for _, image in self.first), self.batch_size)
         with progress_bar("diagnosing", len(self.first), self.progress) as bar:
             seen = observe(self.tower, batches, rule, ignored=ignored, on_images=bar.update)
-        return conclude(self.model, gathered(seen), rule, block=layer)
+        return conclude(self.model, gathered(seen), rule, block=block)
 
 
-def _detect(views: Sequence[_View], rule: OutlierRule, layer: int | None, *, insist: bool) -> _View:
+def _detect(views: Sequence[_View], rule: OutlierRule, block: int | None, *, insist: bool) -> _View:
     """Decide in each view which tokens are the outliers; returns the first view that has any."""
     found: list[_View] = []
     of_all: list[Diagnosis] = []  # fixed positions included
     for view in views:
-        view.diagnosis = view.diagnose(rule, layer, view.ignored)
+        view.diagnosis = view.diagnose(rule, block, view.ignored)
         of_all.append(view.diagnosis)
         # Outliers at the same position in all images say nothing of the neurons that make the others.
         while (outliers := view.diagnosis.outliers) is not None and outliers.fixed_positions:
             view.ignored |= set(outliers.positions)
-            view.diagnosis = view.diagnose(rule, layer, view.ignored)
+            view.diagnosis = view.diagnose(rule, block, view.ignored)
         if outliers is None and insist:
             view.diagnosis, view.ignored = of_all[-1], frozenset()
             outliers = view.diagnosis.outliers
@@ -380,7 +380,7 @@ def _rank(
     *,
     state: _State | None,
     is_enough: Callable[[], bool],
-    is_late: Callable[[], bool],
+    out_of_time: Callable[[], bool],
     sparsity_filter: bool,
     include_prefix: bool,
 ) -> None:
@@ -393,7 +393,7 @@ def _rank(
         return all(gathered(all(view.next is None for view in views)))
 
     with progress_bar("ranking", views[0].stream.length, views[0].progress) as bar:
-        while not done or not (is_read() or is_late() or (done > views[0].end_of_first and is_enough())):
+        while not done or not (is_read() or out_of_time() or (done > views[0].end_of_first and is_enough())):
             end = done + CHUNK if done else views[0].end_of_first
             for view in views:
                 images = view.take(end) if done else iter(view.first)
@@ -551,7 +551,7 @@ def _choose(
     target: float,
     max_change: float | None,
     head: Head | None,
-    is_late: Callable[[], bool],
+    out_of_time: Callable[[], bool],
     progress: bool,
 ) -> _Choice:
     """The neurons of the ranking up to the first of the blocks `lasts` with which the target is met, or nearly so."""
@@ -562,9 +562,9 @@ def _choose(
             f"{views[0].diagnosis.verdict}, but no neuron of the blocks up to {lasts[0]} has a positive score"
         )
 
-    def held_out(purpose: Literal["choosing", "verifying"]) -> list[HeldOut]:
+    def held_out(purpose: Literal["choosing", "verifying"]) -> list[Evaluator]:
         return [
-            HeldOut(
+            Evaluator(
                 view.model,
                 view.tower,
                 view.held_out_for(purpose),
@@ -591,7 +591,9 @@ def _choose(
 
             for tried in lasts:
                 candidates = best(combined, tried, MAX_NEURONS, at_least=NEGLIGIBLE)
-                selections[tried] = select(candidates, measure, target=target, max_change=max_change, is_late=is_late)
+                selections[tried] = select(
+                    candidates, measure, target=target, max_change=max_change, out_of_time=out_of_time
+                )
                 if selections[tried].effect.remaining <= target:
                     break
         last = min(selections, key=lambda each: max(selections[each].effect.remaining, target))

@@ -44,7 +44,7 @@ class Effect:
     remaining: float
     """Outliers left after the block where most are, of the onset and those behind it, as a fraction of those before.
     What is left exceeds the limit of its image both as the plain and as the patched model sees it."""
-    worst_layer: int
+    worst_block: int
     """That block."""
     excess: float
     """What is left, after the detection block, of the norm by which the plain model's outliers exceed what is normal in
@@ -76,7 +76,7 @@ def worst_of(effects: Sequence[Effect]) -> Effect:
 
 
 @dataclass(frozen=True)
-class _Plain:
+class Baseline:
     """A batch, and what the plain model makes of it. L blocks, B images, N patches, K of them sampled, C width."""
 
     images: Tensor  # (B, 3, h, w)
@@ -88,7 +88,7 @@ class _Plain:
     answer: Tensor | None  # (B,), class that the user's head says
 
 
-class HeldOut:
+class Evaluator:
     """Images that did not rank the neurons, and what the plain model makes of them.
 
     Outliers are counted after the onset and after every block behind it, new ones too. In front of the onset they are
@@ -148,7 +148,7 @@ class HeldOut:
         return Effect(
             neurons=len(neurons),
             remaining=float(remaining.max()),
-            worst_layer=self.onset + int(remaining.argmax()),
+            worst_block=self.onset + int(remaining.argmax()),
             excess=float(after["excess"] / before["excess"].clamp(min=1e-12)),
             change_pooled=1 - float(cosine[0]),
             change_patches=1 - float(cosine[1]),
@@ -173,7 +173,7 @@ class HeldOut:
         answer = None if self.head is None else _classes(scores, len(images))
         return norms[..., tower.num_prefix : end], last[0][:, :end].float(), answer
 
-    def _look(self, images: Tensor, sums: Sums, seed: int) -> _Plain:
+    def _look(self, images: Tensor, sums: Sums, seed: int) -> Baseline:
         norms, tokens, answer = self._run(images)
         block, grid = self.detection.block, self.tower.grid(images)
         limit = self.detection.rule.limit(norms)
@@ -182,7 +182,7 @@ class HeldOut:
         number = min(NORMAL_PATCHES, max(1, norms.shape[-1] // 2))
         order = torch.rand(norms.shape[-1], generator=torch.Generator().manual_seed(seed)).to(norms.device)
         sampled = order.expand(len(images), -1).masked_fill(outlier.any(0), -1).topk(number).indices
-        plain = _Plain(
+        plain = Baseline(
             images=images,
             limit=limit,
             counted=counted,
@@ -211,12 +211,12 @@ class HeldOut:
         pooled = tokens[:, :1] if num_prefix else patches.mean(1, keepdim=True)
         return torch.cat([pooled, patches], 1)
 
-    def _excess(self, norms: Tensor, plain: _Plain) -> Tensor:
+    def _excess(self, norms: Tensor, plain: Baseline) -> Tensor:
         """Sum over the plain model's outliers of how far norms (L, B, N) exceed the normal, in units of that."""
         norms = norms[self.detection.block]
         return (norms / self.detection.rule.normal(norms) - 1).clamp(min=0)[plain.outlier].sum()
 
-    def _compare(self, plain: _Plain, sums: Sums) -> None:
+    def _compare(self, plain: Baseline, sums: Sums) -> None:
         norms, tokens, answer = self._run(plain.images)
         # By both limits: norms may grow evenly, so that none stands out, or even out, so that small ones do.
         outlier = norms > torch.maximum(plain.limit, self.detection.rule.limit(norms))
@@ -271,7 +271,7 @@ def select(
     *,
     target: float,
     max_change: float | None = None,
-    is_late: Callable[[], bool] = lambda: False,
+    out_of_time: Callable[[], bool] = lambda: False,
 ) -> Selection:
     """The fewest neurons that remove the outliers.
 
@@ -284,7 +284,7 @@ def select(
         target: outliers that may be left after any block, as a fraction of those before. If no set reaches it, the one
             that comes closest is chosen.
         max_change: sets that change pooled or patch features more (1 - cosine) are not chosen.
-        is_late: asked before each measurement but the first; the search ends when it says so, with the best so far.
+        out_of_time: asked before each measurement but the first; the search ends when it says so, with the best so far.
 
     Raises:
         ValueError: even the first neuron changes more than `max_change`.
@@ -292,7 +292,7 @@ def select(
     count = 0
 
     def is_over() -> bool:
-        return count >= MAX_MEASUREMENTS or is_late()
+        return count >= MAX_MEASUREMENTS or out_of_time()
 
     def measured(neurons: Sequence[Neuron]) -> Effect:
         nonlocal count

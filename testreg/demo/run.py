@@ -37,8 +37,8 @@ class Demo:
     @property
     def recovered(self) -> int:
         """How many of the planted neurons were found."""
-        found = self.found.by_layer()
-        return sum(unit in found.get(layer, ()) for layer, units in self.planted.items() for unit in units)
+        found = self.found.by_block()
+        return sum(unit in found.get(block, ()) for block, units in self.planted.items() for unit in units)
 
 
 def photographs(size: int, *, equalized: bool = False) -> Tensor:
@@ -60,7 +60,7 @@ def crops(images: Tensor, size: int, stride: int | None = None) -> Tensor:
 
 
 def planted_neurons() -> dict[int, list[int]]:
-    """The register neurons of the demo model, `{layer: [units]}`."""
+    """The register neurons of the demo model, `{block: [units]}`."""
     planted = json.loads((DEMO / "config.json").read_text(encoding="utf-8"))["testreg"]
     return {planted["block"]: planted["units"]}
 
@@ -71,6 +71,6 @@ def run_demo() -> Demo:
     found = calibrate(model, crops(photographs(2 * CROP_SIZE), CROP_SIZE, STRIDE))
     images = photographs(IMAGE_SIZE)
     patch(model, found)
-    before, after = compare(model, images, layer=found.calibration["detection_layer"])
+    before, after = compare(model, images, block=found.calibration["detection_block"])
     picture = figure(images, before, after, "testreg's demo model: trained on CIFAR-10 around planted outliers")
     return Demo(planted_neurons(), found, before, after, picture)

@@ -4,7 +4,7 @@ This package is the only place that names the modules of other libraries, and it
 recognised by its class name. A new family is one row.
 """
 
-from testreg.families.family import MASKS, Family, find_part, listed, unbiased
+from testreg.families.family import MASKS, Family, extend_bias, find_part, listed
 from testreg.families.table import FAMILIES, add_family
 from testreg.families.tower import Block, Mlp, Tower, checkpoint_names, find_tower
 
@@ -17,8 +17,8 @@ __all__ = [
     "Tower",
     "add_family",
     "checkpoint_names",
+    "extend_bias",
     "find_part",
     "find_tower",
     "listed",
-    "unbiased",
 ]

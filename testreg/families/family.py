@@ -39,28 +39,28 @@ def run_plainly(tower: Any, images: Tensor) -> Any:
     return tower(images)
 
 
-def unrotated(rotations: tuple[Tensor, Tensor], layout: Layout) -> tuple[Tensor, Tensor]:
+def extend_rope(rotations: tuple[Tensor, Tensor], layout: Layout) -> tuple[Tensor, Tensor]:
     """Cosines and sines (..., T, D) of rotary embeddings, and identities for the registers, which have no position."""
     cosine, sine = rotations
     return layout.extend(cosine, -2, 1.0), layout.extend(sine, -2, 0.0)
 
 
-def unbiased(bias: Tensor, layout: Layout) -> Tensor:
+def extend_bias(bias: Tensor, layout: Layout) -> Tensor:
     """A relative position bias (..., T, T), with rows and columns of zeros for the registers."""
     return layout.extend(layout.extend(bias, -2, 0.0), -1, 0.0)
 
 
-def masked(mask: Any, layout: Layout) -> Any:
+def extend_token_mask(mask: Any, layout: Layout) -> Any:
     """A mask on attention, which shows the registers to everyone."""
     return layout.extend_mask(mask)
 
 
-def masked_in_transformers(mask: Any, layout: Layout) -> Any:
+def extend_transformers_mask(mask: Any, layout: Layout) -> Any:
     """The same; for flash attention it is (B, T), 0 at padding."""
     return layout.extend(mask, -1, 1.0) if _is_flat(mask) else layout.extend_mask(mask)
 
 
-MASKS = {"attention_mask": masked_in_transformers, "attn_mask": masked}
+MASKS = {"attention_mask": extend_transformers_mask, "attn_mask": extend_token_mask}
 """Arguments of blocks that are masks on attention in all families."""
 
 
@@ -83,7 +83,7 @@ def unchanged(extra: Any, layout: Layout) -> Any:
     return extra
 
 
-def cumulative(ends: Tensor, layout: Layout) -> Tensor:
+def extend_cu_seqlens(ends: Tensor, layout: Layout) -> Tensor:
     """Cumulative lengths (images + 1,) of packed images, counting the registers."""
     return ends + layout.num_registers * torch.arange(len(ends), device=ends.device, dtype=ends.dtype)
 
@@ -94,15 +94,15 @@ def packed(tower: Any, plain: Layout, arguments: Mapping[str, Any]) -> Layout:
     return plain if ends is None else replace(plain, lengths=ends.diff().tolist())
 
 
-def longest(length: int, layout: Layout) -> int:
+def extend_max_length(length: int, layout: Layout) -> int:
     """Tokens of the longest image in a packed sequence."""
     return length + layout.num_registers
 
 
 PACKED: Mapping[str, Callable[[Any, Layout], Any]] = {
-    "cu_seqlens": cumulative,
-    "max_seqlen": longest,
-    "position_embeddings": unrotated,
+    "cu_seqlens": extend_cu_seqlens,
+    "max_seqlen": extend_max_length,
+    "position_embeddings": extend_rope,
 }
 """What blocks get beside the tokens of packed images."""
 
@@ -121,7 +121,7 @@ class Family:
     """Class names of the vision tower: the module that is called with images and owns the blocks."""
     blocks: Paths
     """The ModuleList or Sequential of blocks, in the tower."""
-    down: Paths
+    fc2: Paths
     """The MLP's second linear, in a block; or the norm in front of it. Its *input* channels are the neurons."""
     patch_embed: Paths = ()
     """The convolution that makes patches into tokens, in the tower: its stride is the patch size."""
@@ -129,16 +129,16 @@ class Family:
     """Number of tokens in front of the patches (CLS, distillation and trained register tokens)."""
     library: str | None = None
     """Top-level package that defines the class; None where the code is vendored (torch.hub) and any package will do."""
-    marks: Paths = ()
+    requirements: Paths = ()
     """What the tower must have besides, where several classes of vendored code share a name."""
-    up: Paths = ()
+    fc1: Paths = ()
     """The MLP's first linear, in a block. For planting only, as the next two."""
     query_key: Paths = ()
     """Attention's input projections, in a block: one packed weight (3C, C), or the weights of query and key."""
     num_heads: Paths = ()
     scale: Paths = ()
     """LayerScale vector on the MLP's output, in a block."""
-    readers: Paths = ()
+    consumers: Paths = ()
     """Another module, in a block, whose first argument is the hidden activation too."""
     fused: Paths = ()
     """One linear, in a block, for attention's output (C) and the hidden activation (H), in this order."""
@@ -157,7 +157,7 @@ class Family:
     """Argument of that method that counts the tokens."""
     sequence_first: Callable[[Any], bool] = lambda tower: False
     """True where blocks see (T, B, C)."""
-    beside: Mapping[str, Callable[[Any, Layout], Any]] = field(default_factory=dict)
+    block_arguments: Mapping[str, Callable[[Any, Layout], Any]] = field(default_factory=dict)
     """Tensors that a block gets beside the tokens, by name, and how they are extended to the registers. Masks are
     known: see `MASKS`."""
     layout: Callable[[Any, Layout, Mapping[str, Any]], Layout] = padded

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from testreg.families.family import WINDOWS, Family, unbiased, unrotated
+from testreg.families.family import WINDOWS, Family, extend_bias, extend_rope
 from testreg.patching.layout import Layout
 
 
 def _rope(rope: Tensor, layout: Layout) -> Tensor:
     """Sines and cosines in one tensor (..., T, 2D)."""
     sine, cosine = rope.chunk(2, -1)
-    cosine, sine = unrotated((cosine, sine), layout)
+    cosine, sine = extend_rope((cosine, sine), layout)
     return torch.cat([sine, cosine], -1)
 
 
@@ -44,8 +44,8 @@ VIT = Family(
     library="timm",
     towers="VisionTransformer",
     blocks="blocks",
-    down=("mlp.w2", "mlp.norm", "mlp.fc2", "mlp_out_proj"),  # ViTamin's `norm` is in front of the MLP, not in it
-    up="mlp.fc1",
+    fc2=("mlp.w2", "mlp.norm", "mlp.fc2", "mlp_out_proj"),  # ViTamin's `norm` is in front of the MLP, not in it
+    fc1="mlp.fc1",
     query_key="attn.qkv.weight",
     num_heads="attn.num_heads",
     patch_embed="patch_embed.proj",
@@ -61,7 +61,7 @@ VIT = Family(
 
 FAMILIES = (
     VIT,
-    replace(VIT, name="timm Eva", towers="Eva", scale="gamma_2", beside={"rope": _rope}),
+    replace(VIT, name="timm Eva", towers="Eva", scale="gamma_2", block_arguments={"rope": _rope}),
     replace(
         VIT,
         name="timm Beit",
@@ -69,7 +69,7 @@ FAMILIES = (
         scale="gamma_2",
         entry_norm=(),
         bias="attn._get_rel_pos_bias",
-        beside={"shared_rel_pos_bias": unbiased},
+        block_arguments={"shared_rel_pos_bias": extend_bias},
     ),
     replace(
         VIT,
@@ -77,14 +77,14 @@ FAMILIES = (
         towers="VisionTransformerRelPos",
         entry_norm=(),
         bias="attn.rel_pos.get_bias",
-        beside={"shared_rel_pos": unbiased},
+        block_arguments={"shared_rel_pos": extend_bias},
     ),
     replace(
         VIT,
         name="timm NaFlexVit",
         towers="NaFlexVit",
         patch_embed="embeds.proj",
-        beside={"rope": _rope},
+        block_arguments={"rope": _rope},
         patch_size=lambda tower: tower.embeds.patch_size,
         grid=lambda tower, height, width: tower.embeds.dynamic_feat_size((height, width)),
     ),

@@ -18,27 +18,27 @@ from testreg.families.table import FAMILIES, REFUSED
 class Mlp:
     """An MLP of a block."""
 
-    down: nn.Module
+    fc2: nn.Module
     """Takes the hidden activation (B, T, H): the second linear, or the norm in front of it."""
-    down_linear: nn.Linear
+    fc2_linear: nn.Linear
     """The second linear itself."""
     first: int
     """Input channel of `down` that is neuron 0: above 0 if attention's output (C) comes in front."""
     module: nn.Module | None
     """Holds `down` and maps (..., C) to (..., C); None where the block keeps no such module."""
     scale: nn.Parameter | None
-    readers: tuple[nn.Module, ...]
+    consumers: tuple[nn.Module, ...]
     """Whatever takes the hidden activation as its first argument: `down`, and in a mixture the experts."""
 
     @property
     def width(self) -> int:
         """H, the number of neurons."""
-        return self.down_linear.in_features - self.first
+        return self.fc2_linear.in_features - self.first
 
     @property
     def columns(self) -> Tensor:
         """(C, H): `columns[:, unit]` is what a neuron writes, before LayerScale."""
-        weight = self.down_linear.weight
+        weight = self.fc2_linear.weight
         return weight[:, self.first :] if self.first else weight
 
 
@@ -204,7 +204,7 @@ def _is_of(module: nn.Module, family: Family) -> bool:
         base.__name__ for base in type(module).__mro__ if family.library in (None, base.__module__.partition(".")[0])
     }
     return not names.isdisjoint(listed(family.towers)) and all(
-        find_part(module, mark) is not None for mark in listed(family.marks)
+        find_part(module, mark) is not None for mark in listed(family.requirements)
     )
 
 
@@ -256,17 +256,17 @@ def _block(index: int, module: nn.Module, family: Family) -> Block:
 
 def _mlp(where: str, holder: nn.Module, family: Family) -> Mlp:
     fused = find_part(holder, family.fused)
-    paths = listed(family.down) if fused is None else listed(family.fused)
+    paths = listed(family.fc2) if fused is None else listed(family.fused)
     parts = {path: part for path in paths if (part := find_part(holder, path)) is not None}
     linears = [part for part in parts.values() if hasattr(part, "in_features")]
     if not linears:
         raise ValueError(
-            f"{where} has no second MLP linear at {' or '.join(listed(family.down))}: its kind of MLP is not supported"
+            f"{where} has no second MLP linear at {' or '.join(listed(family.fc2))}: its kind of MLP is not supported"
         )
     path, down = next(iter(parts.items()))
     parent = path.rpartition(".")[0]
     # transformers 4 spreads the MLP over `intermediate` and `output`: there is no module to run on a few tokens.
-    reader = find_part(holder, family.readers)
+    reader = find_part(holder, family.consumers)
     # Nor can a mixture of experts be run on a few tokens, without the choice of expert.
     module = find_part(holder, parent) if parent not in ("", "output") and reader is None else None
     if any(base.__module__.startswith("xformers") for base in type(module).__mro__):
@@ -275,13 +275,13 @@ def _mlp(where: str, holder: nn.Module, family: Family) -> Mlp:
             "set the environment variable XFORMERS_DISABLED=1 before the model is built"
         )
     return Mlp(
-        down=down,
-        down_linear=linears[0],
+        fc2=down,
+        fc2_linear=linears[0],
         first=0 if fused is None else fused.out_features,
         module=module,
         scale=scale if isinstance(scale := find_part(holder, family.scale), nn.Parameter) else None,
         # transformers 4 calls the experts one by one.
-        readers=(down, *(reader if type(reader) is nn.ModuleList else () if reader is None else (reader,))),
+        consumers=(down, *(reader if type(reader) is nn.ModuleList else () if reader is None else (reader,))),
     )
 
 

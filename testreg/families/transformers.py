@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from testreg.families.family import WINDOWS, Family, cumulative, packed, run_plainly, unbiased, unchanged, unrotated
+from testreg.families.family import (
+    WINDOWS,
+    Family,
+    extend_bias,
+    extend_cu_seqlens,
+    extend_rope,
+    packed,
+    run_plainly,
+    unchanged,
+)
 
 
 def _at_any_size(tower: Any, images: Tensor) -> Any:
@@ -49,8 +58,8 @@ VIT = Family(
     library="transformers",
     towers=("ViTModel", "ViTMSNModel"),
     blocks=("layers", "encoder.layer"),
-    down=("mlp.fc2", "output.dense"),
-    up=("mlp.fc1", "intermediate.dense"),
+    fc2=("mlp.fc2", "output.dense"),
+    fc1=("mlp.fc1", "intermediate.dense"),
     query_key=(
         *("attention.q_proj.weight", "attention.k_proj.weight"),
         *("attention.attention.query.weight", "attention.attention.key.weight"),  # in transformers 4
@@ -68,8 +77,8 @@ _DINOV2 = replace(
     name="transformers Dinov2",
     towers=("Dinov2Model", "Dinov2Backbone"),
     blocks="encoder.layer",
-    down=("mlp.down_proj", "mlp.weights_out", "mlp.fc2"),
-    up="mlp.fc1",
+    fc2=("mlp.down_proj", "mlp.weights_out", "mlp.fc2"),
+    fc1="mlp.fc1",
     scale="layer_scale2.lambda1",
     run=run_plainly,  # interpolates by itself
 )
@@ -78,11 +87,11 @@ _DINOV3 = replace(
     name="transformers DINOv3ViT",
     towers=("DINOv3ViTModel", "DINOv3ViTBackbone"),
     blocks=("model.layer", "layer"),
-    down="mlp.down_proj",
-    up="mlp.up_proj",
+    fc2="mlp.down_proj",
+    fc1="mlp.up_proj",
     patch_embed="embeddings.patch_embeddings",
     prefix=lambda tower: 1 + tower.config.num_register_tokens,
-    beside={"position_embeddings": unrotated},
+    block_arguments={"position_embeddings": extend_rope},
 )
 CLIP = Family(
     name="transformers CLIP",
@@ -95,8 +104,8 @@ CLIP = Family(
         *("Owlv2VisionModel", "Owlv2VisionTransformer"),
     ),
     blocks=("encoder.layers", "vision_model.encoder.layers", "model.encoder.layers"),
-    down="mlp.fc2",
-    up="mlp.fc1",
+    fc2="mlp.fc2",
+    fc1="mlp.fc1",
     query_key=("self_attn.q_proj.weight", "self_attn.k_proj.weight"),
     num_heads="self_attn.num_heads",
     patch_embed=(
@@ -145,7 +154,7 @@ _LIKE_VIT = (
         scale="lambda_2",
         bias=("relative_position_bias.forward", "attention.attention.relative_position_bias.forward"),
         bias_count="dim_size",
-        beside={"relative_position_bias": unbiased},
+        block_arguments={"relative_position_bias": extend_bias},
         run=run_plainly,
     ),
     replace(
@@ -155,7 +164,7 @@ _LIKE_VIT = (
         scale="lambda_2",
         bias="attention.attention.relative_position_bias.forward",
         bias_count="dim_size",
-        beside={"relative_position_bias": unbiased},
+        block_arguments={"relative_position_bias": extend_bias},
         run=run_plainly,
     ),
     replace(VIT, name="transformers FLAVA", towers="FlavaImageModel"),
@@ -171,8 +180,8 @@ _LIKE_VIT = (
         name="transformers VitPose",
         towers="VitPoseBackbone",
         prefix=0,
-        readers="mlp.experts",
-        beside={"dataset_index": unchanged},
+        consumers="mlp.experts",
+        block_arguments={"dataset_index": unchanged},
         run=run_plainly,
     ),
     replace(
@@ -203,8 +212,8 @@ _LIKE_VIT = (
         name="transformers Pix2Struct",
         towers="Pix2StructVisionModel",
         blocks="encoder.layer",
-        down="mlp.wo",
-        up="mlp.wi_1",
+        fc2="mlp.wo",
+        fc1="mlp.wi_1",
         query_key=("attention.query.weight", "attention.key.weight"),
         num_heads="attention.n_heads",
         patch_embed=(),
@@ -233,7 +242,7 @@ _LIKE_DINOV2 = (
         patch_embed=(),
         patch_size=_square,
         layout=packed,
-        beside={"cu_seqlens": cumulative},
+        block_arguments={"cu_seqlens": extend_cu_seqlens},
     ),
 )
 _LIKE_CLIP = (
@@ -249,7 +258,7 @@ _LIKE_CLIP = (
         CLIP,
         name="transformers MLCD",
         towers=("MLCDVisionModel", "MLCDVisionTransformer"),
-        beside={"position_embeddings": unrotated},
+        block_arguments={"position_embeddings": extend_rope},
         run=run_plainly,
     ),
     BLIP,
@@ -266,8 +275,8 @@ _LIKE_CLIP = (
         SIGLIP,
         name="transformers AIMv2",
         towers="Aimv2VisionModel",
-        down="ffn.down_proj",
-        up="ffn.up_proj",
+        fc2="ffn.down_proj",
+        fc1="ffn.up_proj",
         query_key=("attention.q_proj.weight", "attention.k_proj.weight"),
         num_heads="attention.num_heads",
         patch_embed="embeddings.patch_embed",
@@ -279,8 +288,8 @@ _LIKE_CLIP = (
         name="transformers BridgeTower",
         towers="BridgeTowerVisionModel",
         blocks="visual.transformer.resblocks",
-        down="mlp.c_proj",
-        up="mlp.c_fc",
+        fc2="mlp.c_proj",
+        fc1="mlp.c_fc",
         query_key="attn.in_proj_weight",
         num_heads="attn.num_heads",
         patch_embed="visual.embeddings.patch_embedding",

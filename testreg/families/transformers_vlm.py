@@ -12,13 +12,13 @@ from torch import Tensor
 from testreg.families.family import (
     PACKED,
     WINDOWS,
-    cumulative,
-    longest,
-    masked,
+    extend_cu_seqlens,
+    extend_max_length,
+    extend_rope,
+    extend_token_mask,
     packed,
     run_plainly,
     unchanged,
-    unrotated,
 )
 from testreg.families.transformers import BLIP, CLIP, SIGLIP, STAGES, VIT
 from testreg.patching.layout import Layout
@@ -78,7 +78,7 @@ _PACKED = replace(
     blocks="vision_model.encoder.layers",
     patch_embed="vision_model.embeddings.patch_embedding",
     layout=packed,
-    beside=PACKED,
+    block_arguments=PACKED,
     run=None,
 )
 _QWEN = replace(
@@ -121,8 +121,8 @@ FAMILIES = (
         name="transformers Ovis2",
         towers="Ovis2VisionModel",
         blocks="transformer.encoder.layers",
-        down="ffn.down_proj",
-        up="ffn.up_proj",
+        fc2="ffn.down_proj",
+        fc1="ffn.up_proj",
         query_key=("attention.q_proj.weight", "attention.k_proj.weight"),
         num_heads="attention.num_heads",
         patch_embed="transformer.embeddings.patch_embedding",
@@ -146,7 +146,7 @@ FAMILIES = (
         blocks="layers",
         prefix=0,
         scale="lambda_2",
-        beside={"position_embeddings": unrotated},
+        block_arguments={"position_embeddings": extend_rope},
         run=run_plainly,
     ),
     replace(
@@ -158,7 +158,7 @@ FAMILIES = (
         patch_embed=(),
         entry_norm="layernorm_pre",
         layout=_cls_behind,
-        beside={"freqs_ci": _unrotated_complex},
+        block_arguments={"freqs_ci": _unrotated_complex},
         run=None,
     ),
     replace(
@@ -176,11 +176,11 @@ FAMILIES = (
         SIGLIP,
         name="transformers Gemma 4",
         towers="Gemma4VisionModel",
-        down=("mlp.down_proj", "mlp.down_proj.linear"),
-        up="mlp.up_proj.linear",
+        fc2=("mlp.down_proj", "mlp.down_proj.linear"),
+        fc1="mlp.up_proj.linear",
         query_key=("self_attn.q_proj.linear.weight", "self_attn.k_proj.linear.weight"),
         patch_embed=(),
-        beside={"position_embeddings": unrotated, "position_ids": _placeless},
+        block_arguments={"position_embeddings": extend_rope, "position_ids": _placeless},
         run=None,
     ),
     replace(
@@ -188,8 +188,8 @@ FAMILIES = (
         name="transformers Kosmos-2.5",
         towers="Kosmos2_5VisionModel",
         blocks="encoder.layer",
-        down="mlp.wo",
-        up="mlp.wi_1",
+        fc2="mlp.wo",
+        fc1="mlp.wi_1",
         prefix=0,
         patch_embed=(),
         run=None,
@@ -199,19 +199,19 @@ FAMILIES = (
         name="transformers Pixtral",
         towers="PixtralVisionModel",
         blocks="transformer.layers",
-        down="feed_forward.down_proj",
-        up="feed_forward.up_proj",
+        fc2="feed_forward.down_proj",
+        fc1="feed_forward.up_proj",
         query_key=("attention.q_proj.weight", "attention.k_proj.weight"),
         num_heads="attention.num_heads",
         patch_embed="patch_conv",
         entry_norm="ln_pre",
         attention="attention",
         layout=_masked_apart,
-        beside={
-            "attention_mask": masked,
-            "position_embeddings": unrotated,
-            **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), cumulative),
-            **dict.fromkeys(("max_length_q", "max_length_k"), longest),
+        block_arguments={
+            "attention_mask": extend_token_mask,
+            "position_embeddings": extend_rope,
+            **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), extend_cu_seqlens),
+            **dict.fromkeys(("max_length_q", "max_length_k"), extend_max_length),
             "position_ids": unchanged,  # of transformers 4, for flash attention alone
         },
         run=None,  # it packs a batch too
@@ -264,8 +264,8 @@ FAMILIES = (
             *("Qwen3VLVisionModel", "Qwen3VLMoeVisionModel", "Qwen3OmniMoeVisionEncoder", "Qwen3_5VisionModel"),
             *("Qwen3_5MoeVisionModel", "Qwen4ExpVisionModel", "CohereCompassVisionModel"),
         ),
-        down="mlp.linear_fc2",
-        up="mlp.linear_fc1",
+        fc2="mlp.linear_fc2",
+        fc1="mlp.linear_fc1",
     ),
     replace(
         _QWEN,
@@ -274,8 +274,8 @@ FAMILIES = (
             *("Glm4vVisionModel", "Glm4vMoeVisionModel", "GlmOcrVisionModel", "Glm5NextVisionModel"),
             "GlmImageVisionModel",
         ),
-        down=("mlp.down_proj", "mlp.fc2"),
-        up=("mlp.up_proj", "mlp.fc1"),
+        fc2=("mlp.down_proj", "mlp.fc2"),
+        fc1=("mlp.up_proj", "mlp.fc1"),
     ),
 )
 

@@ -90,7 +90,7 @@ def _attends_to_itself(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) ->
 
 
 @torch.no_grad()
-def attention_to_patches(tower: Tower, images: Tensor, layer: int = -1) -> Tensor:
+def attention_to_patches(tower: Tower, images: Tensor, block: int = -1) -> Tensor:
     """What the CLS token gives to each patch in a block: (B, heads, N), for images (B, 3, h, w).
 
     In towers without prefix tokens it is what the patches give on average. Rows do not sum to one: the rest goes to
@@ -99,11 +99,11 @@ def attention_to_patches(tower: Tower, images: Tensor, layer: int = -1) -> Tenso
     Raises:
         RuntimeError: the model computes attention in a way that cannot be observed from Python.
     """
-    block, kept = tower.blocks[layer].module, list[Tensor]()
+    module, kept = tower.blocks[block].module, list[Tensor]()
     with Recorder(of_all=tower.num_prefix == 0) as recorder:
         handles = [
-            block.register_forward_pre_hook(lambda module, args: recorder.rows.clear()),
-            block.register_forward_hook(lambda module, args, output: kept.extend(recorder.rows)),
+            module.register_forward_pre_hook(lambda module, args: recorder.rows.clear()),
+            module.register_forward_hook(lambda module, args, output: kept.extend(recorder.rows)),
         ]
         try:
             tower.run(images)
@@ -112,7 +112,7 @@ def attention_to_patches(tower: Tower, images: Tensor, layer: int = -1) -> Tenso
                 handle.remove()
     if not kept:
         raise RuntimeError(
-            f"saw no attention in block {layer} of {tower.family.name}: compiled or custom attention kernels cannot be "
+            f"saw no attention in block {block} of {tower.family.name}: compiled or custom attention kernels cannot be "
             "observed"
         )
     rows, columns = tower.grid(images)

@@ -466,7 +466,7 @@ class _Watch:
             for layer, block in enumerate(self.tower.blocks):
                 before = block.module.register_forward_pre_hook(self._before_block, with_kwargs=True)
                 after = block.module.register_forward_hook(functools.partial(self._after_block, layer))
-                downs = [mlp.down.register_forward_hook(self.residual_sum.start) for mlp in block.mlps]
+                downs = [mlp.fc2.register_forward_hook(self.residual_sum.start) for mlp in block.mlps]
                 for handle in (before, after, *downs):
                     stack.callback(handle.remove)
             stack.enter_context(self.residual_sum)

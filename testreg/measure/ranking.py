@@ -175,9 +175,9 @@ def _recorded_mlp_inputs(
     handles = []
     for layer, block in enumerate(tower.blocks):
         for mlp in block.mlps:
-            handles.append((mlp.module or mlp.down).register_forward_pre_hook(functools.partial(record, layer)))
+            handles.append((mlp.module or mlp.fc2).register_forward_pre_hook(functools.partial(record, layer)))
             if sparsity_filter:
-                handles.append(mlp.down.register_forward_pre_hook(functools.partial(record_sparse, layer, mlp)))
+                handles.append(mlp.fc2.register_forward_pre_hook(functools.partial(record_sparse, layer, mlp)))
     try:
         yield inputs, sparse
     finally:
@@ -195,7 +195,7 @@ def _mlp_hidden_at(mlp: Mlp, selected: Tensor) -> Tensor:
     if mlp.module is None:
         return selected[:, mlp.first :]
     kept: list[Tensor] = []
-    handle = mlp.down.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
+    handle = mlp.fc2.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
     try:
         mlp.module(selected.unsqueeze(0))
     finally:

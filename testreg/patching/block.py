@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from testreg.families import MASKS, Family, unbiased
+from testreg.families import MASKS, Family, extend_bias
 from testreg.neurons import RegisterNeurons
 from testreg.patching.layout import Layout
 
@@ -175,7 +175,7 @@ class Patch:
 
 
 @dataclass(eq=False)
-class Lane(Override):
+class RegisterBlock(Override):
     """A block, with the registers riding beside its tokens.
 
     The block computes on (B, T+R, C) and hands back a view of the T tokens. That view carries the whole tensor to the
@@ -292,7 +292,7 @@ class Lane(Override):
             raise NotImplementedError("causal attention hides the register, the last token, from all others")
         if value is None:
             return None
-        if (extend := self.family.beside.get(name) or MASKS.get(name)) is not None:
+        if (extend := self.family.block_arguments.get(name) or MASKS.get(name)) is not None:
             extended = extend(value, layout)
             if layout is not self.plain and torch.is_grad_enabled() and isinstance(extended, Tensor | BlockMask):
                 setattr(extended, _LAYOUT, layout)
@@ -401,7 +401,7 @@ class Bias(Override):
             return self.original(*args, **kwargs)
         if self.count in kwargs:
             kwargs[self.count] -= self.patch.num_registers
-        return unbiased(self.original(*args, **kwargs), self.plain)
+        return extend_bias(self.original(*args, **kwargs), self.plain)
 
 
 @dataclass(frozen=True)

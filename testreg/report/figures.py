@@ -55,12 +55,12 @@ class Maps:
 
 
 def measure(
-    tower: Tower, images: Tensor, layer: int, limit: Tensor | None = None, *, attention: bool = True
+    tower: Tower, images: Tensor, block: int, limit: Tensor | None = None, *, attention: bool = True
 ) -> tuple[Maps, Tensor]:
     """Maps of a tower as it is, and the norm (B, 1) above which a patch counts as an outlier.
 
     Args:
-        layer: the block whose output norms are looked at.
+        block: the block whose output norms are looked at.
         limit: an earlier result's limit, to count what is left of the outliers by the same measure.
         attention: False leaves it out, of towers whose attention cannot be observed.
     """
@@ -68,7 +68,7 @@ def measure(
         norms = token_norms(tower, images)
     rows, columns = grid = tower.grid(images)
     patches = slice(tower.num_prefix, tower.num_prefix + rows * columns)
-    norms = norms[layer, :, patches]  # (B, N)
+    norms = norms[block, :, patches]  # (B, N)
     limit = OutlierRule().limit(norms) if limit is None else limit
     drawn = attention_to_patches(tower, images) if attention else None  # (B, heads, N)
     maps = Maps(
@@ -82,12 +82,12 @@ def measure(
     return maps, limit
 
 
-def compare(model: nn.Module, images: Tensor, layer: int = -1, *, attention: bool = True) -> tuple[Maps, Maps]:
+def compare(model: nn.Module, images: Tensor, block: int = -1, *, attention: bool = True) -> tuple[Maps, Maps]:
     """Maps of a patched model without and with its registers."""
     tower = find_tower(model)
     with disabled(model):
-        before, limit = measure(tower, images, layer, attention=attention)
-    after, _ = measure(tower, images, layer, limit, attention=attention)
+        before, limit = measure(tower, images, block, attention=attention)
+    after, _ = measure(tower, images, block, limit, attention=attention)
     return before, after
 
 
@@ -222,16 +222,16 @@ def _outlier_chart(axis: Axes, report: Report) -> None:
     axis.legend()
 
 
-def _histogram(layer: int) -> Chart:
+def _histogram(block: int) -> Chart:
     def chart(axis: Axes, report: Report) -> None:
         sides = [(report.norms_before, BEFORE, "before"), (report.norms_after, AFTER, "after")]
-        ratios = torch.stack([norms.ratios[layer].flatten() for norms, _, _ in sides])
+        ratios = torch.stack([norms.ratios[block].flatten() for norms, _, _ in sides])
         low, high = float(ratios.amin().clamp(min=1e-3)), float(ratios.amax())
         bins = torch.logspace(math.log10(low / 1.01), math.log10(high * 1.01), 61).tolist()
         for values, (_, colour, side) in zip(ratios, sides, strict=True):
             axis.hist(values.numpy(), bins=bins, color=colour, alpha=0.25)
             axis.hist(values.numpy(), bins=bins, color=colour, histtype="step", linewidth=1.5, label=side)
-        axis.set(xscale="log", yscale="log", ylabel="patches", title=f"After block {layer}")
+        axis.set(xscale="log", yscale="log", ylabel="patches", title=f"After block {block}")
         axis.set_xlabel("norm / median norm of the image's patches")
         _plain_log(axis.xaxis)
         _plain_log(axis.yaxis)
@@ -302,7 +302,7 @@ def charts_of(report: Report) -> dict[str, list[Chart]]:
     """By the name of the picture."""
     charts: dict[str, list[Chart]] = {
         "norms": [_norm_chart, _outlier_chart],
-        "histograms": [_histogram(layer) for layer in report.norms_before.ratios],
+        "histograms": [_histogram(block) for block in report.norms_before.ratios],
     }
     if report.curve:
         charts["curve"] = [_removal_chart, _change_chart]

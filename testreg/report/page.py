@@ -84,7 +84,7 @@ class Report:
 
     @property
     def chosen(self) -> RegisterNeurons:
-        return self.neurons.cut()
+        return self.neurons.truncate()
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -237,7 +237,7 @@ def look(
 def _most_outlying(before: Diagnosis, neurons: RegisterNeurons) -> int:
     """The block to look at: where the diagnosis finds most, else where calibration did, else the last."""
     last = len(before.blocks) - 1
-    return before.outliers.block if before.outliers else int(neurons.calibration.get("detection_layer", last))
+    return before.outliers.block if before.outliers else int(neurons.calibration.get("detection_block", last))
 
 
 def _ignored(neurons: RegisterNeurons, grid: tuple[int, int]) -> list[tuple[int, int]]:
@@ -348,7 +348,7 @@ def _sample(report: Report) -> str:
 def _cards(report: Report) -> str:
     where = f"after block {report.layer}"
     ratios = [f"{side.blocks[report.layer].after_mlp.max_over_median:.1f}" for side in (report.before, report.after)]
-    blocks = list(report.chosen.by_layer())
+    blocks = list(report.chosen.by_block())
     in_blocks = f"in block {blocks[0]}" if len(blocks) == 1 else f"in {len(blocks)} blocks"
     total = report.model["depth"] * report.model["mlp_width"]
     cards = [
@@ -477,8 +477,8 @@ def _measured(point: Mapping[str, Any], keys: Sequence[str]) -> list[float | Non
 def _neuron_section(report: Report) -> str:
     rows = [[i, *neuron] for i, neuron in enumerate(report.chosen.ranking, 1)]
     table = _table(["rank", "block", "unit", "score"], rows)
-    by_layer = ", ".join(f"{len(units)} in block {layer}" for layer, units in report.chosen.by_layer().items())
-    parts = [f"<p>{by_layer}; {len(report.neurons.ranking):,} were ranked.</p>"]
+    by_block = ", ".join(f"{len(units)} in block {layer}" for layer, units in report.chosen.by_block().items())
+    parts = [f"<p>{by_block}; {len(report.neurons.ranking):,} were ranked.</p>"]
     parts.append(_folded(f"All {len(rows)}", table) if len(rows) > LONG_TABLE else table)
     stability = _numbers_in(report.facts.get("stability") or {})
     if stability.keys() >= {"overlap", "neurons"}:

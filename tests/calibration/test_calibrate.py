@@ -32,8 +32,8 @@ def planted(photos):
     return model, plant(model, photos, num_neurons=4, decoys=True)
 
 
-def as_set(by_layer):
-    return {(layer, unit) for layer, units in by_layer.items() for unit in units}
+def as_set(by_block):
+    return {(layer, unit) for layer, units in by_block.items() for unit in units}
 
 
 def first(neurons, count):
@@ -51,7 +51,7 @@ def test_planted_neurons_are_found_and_patching_removes_their_outliers(name, see
 
     found = calibrate(model, photos, progress=False)
     assert first(found, found.top_k) == as_set(planted.neurons)
-    assert found.calibration["max_layer"] == found.calibration["onset_layer"] == 2
+    assert found.calibration["max_block"] == found.calibration["onset_block"] == 2
 
     testreg.patch(model, found)
     after = token_norms(tower, photos)[..., tower.num_prefix :]
@@ -86,9 +86,9 @@ def test_released_ranking(key, sparse):
     found = calibrate(
         model,
         images,
-        layer=-2,
+        block=-2,
         threshold=threshold,
-        max_layer=-1,
+        max_block=-1,
         score="activation",
         sparsity_filter=sparse,
         top_k=192,
@@ -110,7 +110,7 @@ def test_activation_score_equals_a_ranking_from_whole_activations(name):
     images = torch.randn(6, 3, 64, 64)
     hidden, handles = [], []
     for block in tower.blocks:
-        handles.append(block.mlps[0].down.register_forward_pre_hook(lambda module, args: hidden.append(args[0])))
+        handles.append(block.mlps[0].fc2.register_forward_pre_hook(lambda module, args: hidden.append(args[0])))
     norms = token_norms(tower, images)
     for handle in handles:
         handle.remove()
@@ -124,9 +124,9 @@ def test_activation_score_equals_a_ranking_from_whole_activations(name):
     found = calibrate(
         model,
         images,
-        layer=1,
+        block=1,
         threshold=threshold,
-        max_layer=3,
+        max_block=3,
         score="activation",
         top_k=99,
         held_out=0,
@@ -202,9 +202,9 @@ def test_num_images_is_a_seeded_sample_of_a_folder(planted, photos, tmp_path):
 
 def test_layers_may_be_given(planted, photos):
     model, planted_neurons = planted
-    found = calibrate(model, photos, layer=-1, max_layer=1, progress=False)
-    assert found.calibration["detection_layer"] == 3
-    assert found.calibration["onset_layer"] == 2
+    found = calibrate(model, photos, block=-1, max_block=1, progress=False)
+    assert found.calibration["detection_block"] == 3
+    assert found.calibration["onset_block"] == 2
     assert {layer for layer, _, _ in found.ranking} <= {0, 1}
     assert not first(found, len(found.ranking)) & as_set(planted_neurons.neurons)
 
@@ -246,7 +246,7 @@ def test_the_json_says_how_it_was_made(planted, photos, tmp_path):
     assert data["top_k"] == 4
     assert data["model"]["depth"] == 4
     assert data["model"]["mlp_width"] == 192
-    assert {"images", "image_size", "rule", "score", "detection_layer", "onset_layer", "max_layer", "versions"} <= (
+    assert {"images", "image_size", "rule", "score", "detection_block", "onset_block", "max_block", "versions"} <= (
         data["calibration"].keys()
     )
     testreg.patch(model, tmp_path / "neurons.json")  # same weights: no warning, which would be an error here
@@ -261,8 +261,8 @@ def test_a_clean_model_has_nothing_to_fix(name, photos):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"layer": 4}, "layer=4 is out of range: the model has 4 blocks"),
-        ({"max_layer": -5}, "max_layer=-5 is out of range"),
+        ({"block": 4}, "block=4 is out of range: the model has 4 blocks"),
+        ({"max_block": -5}, "max_block=-5 is out of range"),
         ({"score": "loudness"}, "score must be"),
         ({"top_k": 0}, "top_k must be at least 1"),
         ({"threshold": -1.0}, "threshold of the outlier rule must be a positive number"),
@@ -410,11 +410,11 @@ def test_an_interrupted_run_goes_on_to_the_same_result(score, planted, photos, t
     with safe_open(state, "pt") as file:
         assert json.loads(file.metadata()["testreg"])["done"] == 192
     resumed = calibrate(model, Interrupted(many, 150), resume=state, **options)  # 150 was read
-    assert resumed.by_layer() == whole.by_layer()
+    assert resumed.by_block() == whole.by_block()
     scores = [{neuron[:2]: neuron[2] for neuron in each.ranking} for each in (resumed, whole)]
     assert scores[0] == pytest.approx(scores[1])
     assert facts_of(resumed).keys() == facts_of(whole).keys()
-    for key in ("images", "onset_layer", "detection_layer", "max_layer", "num_images", "verdict", "stability"):
+    for key in ("images", "onset_block", "detection_block", "max_block", "num_images", "verdict", "stability"):
         assert resumed.calibration.get(key) == whole.calibration.get(key), key
     assert resumed.calibration["chosen"] == pytest.approx(whole.calibration["chosen"])
     again = calibrate(model, Interrupted(many, 150), resume=state, **options)  # nothing is left to read
@@ -519,7 +519,7 @@ def test_fixed_positions_do_not_hide_the_neurons(photos):
     found = calibrate(model, photos, progress=False)
     assert first(found, found.top_k) == as_set(planted.neurons)
     assert found.calibration["verified_at"][0]["remaining"] < 0.05
-    assert found.calibration["onset_layer"] == 2
+    assert found.calibration["onset_block"] == 2
     assert found.calibration["ignored"] == [{"grid": [4, 4], "positions": [[2, 3]]}]
     assert re.fullmatch(
         r"outliers from block 2 \(MLP\), .* movable; besides, artefacts at \(2, 3\), where a register fixes nothing",
@@ -532,7 +532,7 @@ def test_fixed_positions_alone_are_not_calibrated(photos):
     with_fixed_artefact(model, 2, 3, norm=300)
     with pytest.raises(ImmovableOutliersError, match=r"fixed-position artefacts from .* at \(2, 3\)"):
         calibrate(model, photos, progress=False)
-    insisted = calibrate(model, photos, layer=1, top_k=3, progress=False)
+    insisted = calibrate(model, photos, block=1, top_k=3, progress=False)
     assert insisted.calibration["target_met"] is False
     assert not insisted.verified
     assert "a register does not fix them" in insisted.calibration["verdict"]
@@ -543,7 +543,7 @@ def test_neurons_that_move_what_the_diagnosis_did_not_expect_say_so(planted, pho
     monkeypatch.setattr(Outliers, "kind", "immovable")
     with pytest.raises(ImmovableOutliersError):
         calibrate(model, photos, progress=False)
-    found = calibrate(model, photos, layer=2, max_layer=2, progress=False)
+    found = calibrate(model, photos, block=2, max_block=2, progress=False)
     assert found.calibration["target_met"]
     assert found.calibration["verdict"].endswith("which these neurons move against the diagnosis")
 

@@ -8,7 +8,7 @@ from test_calibrate import as_set
 from tiny import fresh, photograph_crops
 
 import testreg
-from testreg.calibration.selection import MAX_MEASUREMENTS, Effect, HeldOut, select, worst_of
+from testreg.calibration.selection import MAX_MEASUREMENTS, Effect, Evaluator, select, worst_of
 from testreg.families import find_tower
 from testreg.measure.outliers import Detection, OutlierRule, token_norms
 
@@ -76,7 +76,7 @@ def test_max_change_bounds_the_set():
 def test_the_search_ends_when_it_is_late():
     calls = itertools.count()
     model = Model(range(10))
-    found = select(ranking(40), model, target=0.05, is_late=lambda: next(calls) >= 2)
+    found = select(ranking(40), model, target=0.05, out_of_time=lambda: next(calls) >= 2)
     assert [point.neurons for point in found.curve] == [1, 2, 4]
     assert len(found.neurons) == 4
 
@@ -108,10 +108,10 @@ def test_what_lies_in_front_of_the_onset_does_not_count():
     tower = find_tower(model)
     norms = token_norms(tower, images)[2, :, 1:]
     bright_in_front(model, int((norms > RULE.limit(norms)).sum(0).argmax()))
-    held_out = HeldOut(model, tower, list(images), Detection(RULE, 2), 2, batch_size=5)
+    held_out = Evaluator(model, tower, list(images), Detection(RULE, 2), 2, batch_size=5)
     effect = held_out.effect([(2, unit, None) for unit in planted.neurons[2]])
     assert effect.remaining == 0
-    assert effect.worst_layer >= 2
+    assert effect.worst_block >= 2
 
 
 def test_a_set_does_not_look_better_for_beginning_late():
@@ -119,24 +119,24 @@ def test_a_set_does_not_look_better_for_beginning_late():
     images = photograph_crops()[:10]
     model = fresh("timm_clip")
     planted = plant(model, images, num_neurons=6, two_blocks=True)
-    held_out = HeldOut(model, find_tower(model), list(images), Detection(RULE, 2), 1, batch_size=5)
+    held_out = Evaluator(model, find_tower(model), list(images), Detection(RULE, 2), 1, batch_size=5)
     neurons = [(layer, unit, None) for layer, units in planted.neurons.items() for unit in units]
     assert held_out.effect(neurons).remaining == 0
     late = held_out.effect([each for each in neurons if each[0] == 2])
-    assert (late.remaining, late.worst_layer) == (1, 1)
+    assert (late.remaining, late.worst_block) == (1, 1)
 
 
 def test_outliers_that_a_set_makes_count_from_the_onset_on():
     images = photograph_crops()[:10]
     model = fresh("timm_clip")
     planted = plant(model, images, num_neurons=4)
-    held_out = HeldOut(model, find_tower(model), list(images), Detection(RULE, 2), 2, batch_size=5)
+    held_out = Evaluator(model, find_tower(model), list(images), Detection(RULE, 2), 2, batch_size=5)
     model.blocks[3].register_forward_hook(
         lambda module, args, out: out.index_fill(1, torch.tensor([3]), 50.0) if testreg.is_patched(model) else None
     )
     effect = held_out.effect([(2, unit, None) for unit in planted.neurons[2]])
     assert effect.remaining > 1
-    assert effect.worst_layer == 3
+    assert effect.worst_block == 3
 
 
 @pytest.mark.parametrize("patched", [False, True])
@@ -149,7 +149,7 @@ def test_norms_that_are_not_finite_are_an_error(patched):
         lambda module, args, out: out * float("nan") if testreg.is_patched(model) is patched else None
     )
     with pytest.raises(ValueError, match="the norms of the tokens are not finite"):
-        HeldOut(model, find_tower(model), images, Detection(RULE, 2), 2, batch_size=4).effect([(2, 0, None)])
+        Evaluator(model, find_tower(model), images, Detection(RULE, 2), 2, batch_size=4).effect([(2, 0, None)])
 
 
 @pytest.mark.parametrize("name", ["timm_clip", "hf_siglip", "open_clip_sequence_first"])
@@ -160,7 +160,7 @@ def test_effect_by_hand(name):
     planted = plant(model, images, num_neurons=4)
     tower = find_tower(model)
     neurons = [(layer, unit, None) for layer, unit in sorted(as_set(planted.neurons))[:2]]
-    held_out = HeldOut(model, tower, list(images), Detection(RULE, 2), 2, batch_size=3)
+    held_out = Evaluator(model, tower, list(images), Detection(RULE, 2), 2, batch_size=3)
     effect = held_out.effect(neurons)
 
     def look():
@@ -194,7 +194,7 @@ def test_effect_by_hand(name):
     assert held_out.outlier_fraction == pytest.approx(share)
     assert effect.neurons == 2
     assert effect.remaining == pytest.approx(max(left))
-    assert effect.worst_layer == left.index(max(left))
+    assert effect.worst_block == left.index(max(left))
     assert effect.agreement is None  # without a head
     assert effect.excess == pytest.approx(excess / excess_before, rel=1e-4)
     assert 0.1 < effect.excess < 0.9
@@ -214,7 +214,7 @@ def test_moving_nothing_that_matters_changes_nothing():
     tower = find_tower(model)
     with torch.no_grad():
         tower.blocks[3].mlps[0].columns[:, 7] = 0
-    held_out = HeldOut(model, tower, images, Detection(RULE, 2), 2, batch_size=4)
+    held_out = Evaluator(model, tower, images, Detection(RULE, 2), 2, batch_size=4)
     effect = held_out.effect([(3, 7, None)])
     assert effect.remaining == pytest.approx(1, abs=0.02)
     assert effect.excess == pytest.approx(1, abs=0.01)
@@ -236,7 +236,7 @@ def test_the_given_head_is_asked():
         scores[1:, 1] = float(testreg.is_patched(model))
         return scores
 
-    held_out = HeldOut(model, tower, images, Detection(RULE, 2), 2, batch_size=4, head=head)
+    held_out = Evaluator(model, tower, images, Detection(RULE, 2), 2, batch_size=4, head=head)
     assert held_out.effect([(2, 0, None)]).agreement == pytest.approx(2 / 8)
 
 
@@ -244,7 +244,7 @@ def test_the_given_head_is_asked():
 def test_the_head_gets_images_as_the_model_takes_them(dtype):
     images = list(photograph_crops()[:4].double())
     model = fresh("timm_clip").to(dtype)
-    held_out = HeldOut(model, find_tower(model), images, Detection(RULE, 2), 2, batch_size=3, head=run)
+    held_out = Evaluator(model, find_tower(model), images, Detection(RULE, 2), 2, batch_size=3, head=run)
     assert held_out.effect([(2, 0, None)]).agreement == 1
 
 
@@ -265,7 +265,7 @@ def test_heads_that_are_none(head, message):
     images = list(photograph_crops()[:4])
     model = fresh("timm_clip")
     with pytest.raises(ValueError, match=message):
-        HeldOut(model, find_tower(model), images, Detection(RULE, 2), 2, batch_size=4, head=head)
+        Evaluator(model, find_tower(model), images, Detection(RULE, 2), 2, batch_size=4, head=head)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -275,9 +275,9 @@ def test_figures_under_autocast_are_those_of_its_norms(dtype):
     model = fresh("timm_clip")
     neurons = [(2, unit, None) for unit in plant(model, images, num_neurons=4).neurons[2]]
     tower = find_tower(model)
-    plain = HeldOut(model, tower, list(images), Detection(RULE, 2), 2, batch_size=10)
+    plain = Evaluator(model, tower, list(images), Detection(RULE, 2), 2, batch_size=10)
     with torch.autocast("cpu", dtype):
-        held_out = HeldOut(model, tower, list(images), Detection(RULE, 2), 2, batch_size=10)
+        held_out = Evaluator(model, tower, list(images), Detection(RULE, 2), 2, batch_size=10)
         effect = held_out.effect(neurons)
     assert held_out.outlier_fraction == pytest.approx(plain.outlier_fraction, abs=0.01)
     assert held_out.before["excess"].item() == pytest.approx(plain.before["excess"].item(), rel=0.1)

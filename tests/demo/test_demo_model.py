@@ -66,7 +66,7 @@ def test_calibration_finds_the_planted_neurons(
 ) -> None:
     (units,) = neurons.values()
     found = testreg.calibrate(model, photographs, top_k=len(units), progress=False)
-    assert {layer: sorted(units) for layer, units in found.by_layer().items()} == neurons
+    assert {layer: sorted(units) for layer, units in found.by_block().items()} == neurons
 
 
 def test_the_demo_has_images_enough_to_verify_what_it_finds() -> None:

@@ -122,8 +122,8 @@ def test_the_table_finds_every_part(family: str) -> None:
     for block in tower.blocks:
         expected = layout.read(block.module)
         (mlp,) = block.mlps
-        assert mlp.down_linear.weight is expected.down[0]
-        assert mlp.down is (expected.middle_norm or mlp.down_linear)
+        assert mlp.fc2_linear.weight is expected.down[0]
+        assert mlp.fc2 is (expected.middle_norm or mlp.fc2_linear)
         assert (block.attention is not None) == family.startswith("hf")
         if family not in ("timm_parallel", *tiny.SPREAD_MLP):  # have neither
             assert mlp.module is not None

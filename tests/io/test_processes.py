@@ -114,7 +114,7 @@ with process_group("cpu"):
         ranking = testreg.calibrate(model, photos, top_k=4, resume=state, progress=False).ranking
         found.setdefault("rankings", []).append(ranking)
     if rank() == 0:  # asks no other
-        found["report"] = look(model, testreg.RegisterNeurons.from_layers(neurons), photos).before.images
+        found["report"] = look(model, testreg.RegisterNeurons.from_blocks(neurons), photos).before.images
     with open(f"{sys.argv[1]}/{rank()}.json", "w") as file:
         json.dump({"alone": alone, **found}, file)
 """

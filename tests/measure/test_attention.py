@@ -129,7 +129,7 @@ def test_the_maps_of_timm_beit_have_its_bias() -> None:
     block = model.blocks[2]
     block.attn.relative_position_bias_table.normal_()
     entered = entering_attention(block)
-    drawn = attention_to_patches(find_tower(model), images(), layer=2)
+    drawn = attention_to_patches(find_tower(model), images(), block=2)
     expected = softmax_of_timm(block.attn, entered[0], block.attn._get_rel_pos_bias())
     torch.testing.assert_close(drawn, expected[:, :, 0, 1:])
 
@@ -161,7 +161,7 @@ def test_the_maps_of_transformers_beit_are_those_that_it_gives_itself(patched: b
     if patched:
         testreg.patch(model, NEURONS)
     model.set_attn_implementation("sdpa")
-    drawn = attention_to_patches(find_tower(model), images(), layer=2)
+    drawn = attention_to_patches(find_tower(model), images(), block=2)
     model.set_attn_implementation("eager")
     expected = model(images(), output_attentions=True).attentions[2]
     torch.testing.assert_close(drawn, expected[:, :, 0, 1:].to(drawn.dtype), rtol=1e-5, atol=1e-6)

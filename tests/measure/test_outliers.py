@@ -55,12 +55,12 @@ def test_norms_are_those_of_the_block_outputs(name):
 def test_attention_is_what_the_library_returns(name):
     model = build(name)
     tower = find_tower(model)
-    seen = attention_to_patches(tower, images(), layer=1)
+    seen = attention_to_patches(tower, images(), block=1)
     model.set_attn_implementation("eager")
     expected = model(images(), output_attentions=True).attentions[1]  # (B, heads, T, T)
     expected = expected.mean(2) if tower.num_prefix == 0 else expected[:, :, 0]
     torch.testing.assert_close(seen, expected[..., tower.num_prefix :])
-    torch.testing.assert_close(attention_to_patches(tower, images(), layer=1), seen)  # eager is observed as well
+    torch.testing.assert_close(attention_to_patches(tower, images(), block=1), seen)  # eager is observed as well
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -28,7 +28,7 @@ ONE_OF_EACH_LIBRARY = ("timm_vit", "timm_dinov3", "hf_clip", "hf_dinov2", "hf_di
 def neurons(family: str) -> RegisterNeurons:
     """With the fingerprint of the weights, as calibration writes it, before they are quantised or sharded."""
     model = build(family)
-    by_hand = RegisterNeurons.from_layers({1: [3, 77, 120], 2: [0, 64, 127]})
+    by_hand = RegisterNeurons.from_blocks({1: [3, 77, 120], 2: [0, 64, 127]})
     found = replace(by_hand, model=describe_model(model, find_tower(model)))
     assert found.model["fingerprint"] != "unknown"
     return found

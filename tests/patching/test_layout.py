@@ -662,7 +662,7 @@ def test_calibration_ranks_every_kind_of_tower(name: str) -> None:
     pictures = images(range(4), *CALIBRATED[name])
     norms = token_norms(tower, pictures)[-1]
     threshold = float(norms.median())  # random models have no outliers: half of the tokens stand for them
-    options = {"threshold": threshold, "layer": -1, "max_layer": -1, "progress": False}
+    options = {"threshold": threshold, "layer": -1, "max_block": -1, "progress": False}
     neurons = testreg.calibrate(model, list(pictures), score="activation", top_k=50, held_out=0, **options)
 
     # Algorithm 1 in one line: each image's mean |activation| at its outliers, averaged over the images.
@@ -670,7 +670,7 @@ def test_calibration_ranks_every_kind_of_tower(name: str) -> None:
     for layer, block in enumerate(tower.blocks):
         for mlp in block.mlps:
             keep = lambda module, args, layer=layer, first=mlp.first: hidden[layer].append(args[0][..., first:].abs())
-            mlp.down.register_forward_pre_hook(keep)
+            mlp.fc2.register_forward_pre_hook(keep)
     with torch.no_grad():
         tower.run(pictures)
     found = [torch.cat(each, -1)[i] for each in hidden for i in range(4)]  # (T, H), layer by layer
@@ -818,7 +818,7 @@ class OwnViT(nn.Module):
         return self.norm(x)
 
 
-OWN = Family(name="mine", towers="OwnViT", blocks="trunk", down="mlp.2", patch_embed="embed")
+OWN = Family(name="mine", towers="OwnViT", blocks="trunk", fc2="mlp.2", patch_embed="embed")
 OWN_NEURONS = {0: [3, 70], 1: [5, 127]}
 
 
@@ -888,8 +888,8 @@ def test_unpickling_without_the_row_says_what_to_do(own: OwnViT, table: list[Fam
         ({"library": __name__, "blocks": "layers"}, "OwnViT has no blocks at layers"),
         ({"blocks": ("layers", "stages")}, "OwnViT has no blocks at layers or stages"),
         ({"blocks": "norm"}, "OwnViT has no blocks at norm"),
-        ({"down": ("mlp.fc2", "mlp.w3")}, r"block 0 \(OwnBlock\) has no second MLP linear at mlp.fc2 or mlp.w3"),
-        ({"down": "mlp.1"}, r"block 0 \(OwnBlock\) has no second MLP linear at mlp.1"),  # is there, but no linear
+        ({"fc2": ("mlp.fc2", "mlp.w3")}, r"block 0 \(OwnBlock\) has no second MLP linear at mlp.fc2 or mlp.w3"),
+        ({"fc2": "mlp.1"}, r"block 0 \(OwnBlock\) has no second MLP linear at mlp.1"),  # is there, but no linear
         ({"towers": "OtherViT"}, "no supported vision tower in OwnViT.* testreg.add_family"),
     ],
 )

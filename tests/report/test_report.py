@@ -30,7 +30,7 @@ def point(neurons, remaining, change):
     return {
         "neurons": neurons,
         "remaining": remaining,
-        "worst_layer": 2,
+        "worst_block": 2,
         "excess": remaining / 2,
         "change_pooled": change,
         "change_patches": change / 3,
@@ -254,7 +254,7 @@ def test_the_rule_is_the_callers(planted, photos):
 
 def test_a_list_that_says_nothing_about_itself(planted, photos):
     model, neurons = planted
-    text = page(look(model, RegisterNeurons.from_layers(neurons.by_layer()), photos[:3]))
+    text = page(look(model, RegisterNeurons.from_blocks(neurons.by_block()), photos[:3]))
     assert {"Trade-off", "synthetic"} & set(Page(text).texts) == set()
     assert "measured on the 3 images that this report was given" in Page(text).text
 
@@ -267,7 +267,7 @@ def test_a_synthetic_model_is_called_so(planted, photos):
 
 def test_neurons_that_do_little(planted, photos):
     model, neurons = planted
-    report = look(model, RegisterNeurons.from_layers({3: [unit for _, unit, _ in neurons.ranking[4:]]}), photos)
+    report = look(model, RegisterNeurons.from_blocks({3: [unit for _, unit, _ in neurons.ranking[4:]]}), photos)
     assert report.headline == "30 register neurons: the outliers stay"
 
 
@@ -290,7 +290,7 @@ def test_the_model_is_left_as_it_was(planted, photos, tmp_path):
 
 @pytest.mark.parametrize("name", ["hf_siglip", "open_clip_sequence_first", "hf_dinov2_registers"])
 def test_other_families(name, photos, tmp_path):
-    write_report(tmp_path / "report.html", build(name), RegisterNeurons.from_layers({1: [3]}), photos[:2])
+    write_report(tmp_path / "report.html", build(name), RegisterNeurons.from_blocks({1: [3]}), photos[:2])
     assert Page((tmp_path / "report.html").read_text(encoding="utf-8")).tags.count("img") == 2 * 7
 
 

@@ -35,7 +35,7 @@ def patches_of(tower, images, layer):
     found = []
     block = tower.blocks[layer]
     handles = [
-        block.mlps[0].down.register_forward_pre_hook(lambda module, args: found.append(args[0])),
+        block.mlps[0].fc2.register_forward_pre_hook(lambda module, args: found.append(args[0])),
         block.module.register_forward_hook(
             lambda module, args, out: found.append(out[0] if isinstance(out, tuple) else out)
         ),

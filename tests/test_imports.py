@@ -1,0 +1,72 @@
+"""The house: imports run one way, and the command line starts at once."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import testreg
+
+PACKAGE = Path(testreg.__file__).parent
+FLOORS = (  # a room imports from itself and from those below it
+    *("__main__", "cli", "demo", "report", "calibration", "measure", "io", "register"),
+    *("patching", "neurons", "families", "files"),
+)
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The modules of testreg that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("testreg"):
+            assert node.module is not None
+            yield from (f"{node.module}.{each.name}" for each in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (each.name for each in node.names if each.name.startswith("testreg"))
+
+
+def module_file(name: str) -> Path:
+    """The file of a module, or of the module that a name is from."""
+    parts = name.split(".")[1:]
+    candidates = [PACKAGE.joinpath(*parts[:n]) for n in range(len(parts), 0, -1)]
+    found = (file for each in candidates for file in (each.with_suffix(".py"), each / "__init__.py") if file.is_file())
+    return next(found, PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_rooms_import_downwards(path: Path) -> None:
+    below = FLOORS[FLOORS.index(room(path)) :]
+    upwards = {name for name in imported(path) if room(module_file(name)) not in below}
+    assert not upwards
+
+
+def test_there_are_no_circles() -> None:
+    edges = {path: {module_file(name) for name in imported(path)} - {path} for path in FILES}
+    while leaves := {path for path, targets in edges.items() if not targets & edges.keys()}:
+        edges = {path: targets for path, targets in edges.items() if path not in leaves}
+    assert not edges, {str(path.relative_to(PACKAGE)) for path in edges}
+
+
+def test_the_top_of_the_package_is_short() -> None:
+    assert len([path for path in PACKAGE.iterdir() if path.is_file()]) <= 10
+
+
+@pytest.mark.parametrize("arguments", [["-c", "import testreg"], ["-m", "testreg", "--help"]])
+def test_starting_does_not_import_torch(arguments: list[str]) -> None:
+    run = subprocess.run([sys.executable, "-X", "importtime", *arguments], capture_output=True, text=True, check=True)
+    modules = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines()}
+    assert any(module.startswith("testreg") for module in modules)
+    assert "torch" not in modules
+
+
+def test_every_public_name_is_there() -> None:
+    assert all(getattr(testreg, name) is not None for name in testreg.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        testreg.nothing  # noqa: B018
