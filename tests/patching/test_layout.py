@@ -662,7 +662,7 @@ def test_calibration_ranks_every_kind_of_tower(name: str) -> None:
     pictures = images(range(4), *CALIBRATED[name])
     norms = token_norms(tower, pictures)[-1]
     threshold = float(norms.median())  # random models have no outliers: half of the tokens stand for them
-    options = {"threshold": threshold, "layer": -1, "max_block": -1, "progress": False}
+    options = {"threshold": threshold, "block": -1, "max_block": -1, "progress": False}
     neurons = testreg.calibrate(model, list(pictures), score="activation", top_k=50, held_out=0, **options)
 
     # Algorithm 1 in one line: each image's mean |activation| at its outliers, averaged over the images.
