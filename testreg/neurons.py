@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import operator
@@ -14,10 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from testreg.families import Tower, checkpoint_names, find_tower
+from testreg.families import Tower, checkpoint_names, find_tower, fingerprint
 from testreg.files import read_text, replacing
 
 FORMAT = "testreg-neurons"
@@ -350,25 +348,6 @@ def _parse_float(digits: str) -> float:
     if not math.isfinite(value := float(digits)):
         raise ValueError(f"{plain(digits, 20)} is not a finite number")
     return value
-
-
-def fingerprint(tower: Tower) -> str:
-    """A short hash that tells checkpoints apart, and is the same in every library that holds the checkpoint.
-
-    It hashes the signs of 256 evenly spaced values of every block's second MLP linear: the matrices whose columns the
-    neurons are, laid out alike in all libraries. Signs, because no rounding (fp16, bf16) changes them. Weights that
-    are elsewhere, quantised or in shards (offloading, torchao, FSDP) have none that can be read: "unknown".
-    """
-    digest = hashlib.sha256()
-    for mlp in (mlp for block in tower.blocks for mlp in block.mlps):
-        weight: Any = getattr(mlp.fc2_linear, "weight", None)
-        whole = type(weight) in (torch.Tensor, nn.Parameter) and weight.ndim == 2 and weight.is_floating_point()
-        if not whole or weight.is_meta:
-            return "unknown"
-        flat = weight.detach().flatten()
-        at = torch.arange(256) * (flat.numel() - 1) // 255
-        digest.update(flat[at.to(flat.device)].signbit().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def describe_model(model: nn.Module, tower: Tower) -> dict[str, Any]:

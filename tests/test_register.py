@@ -879,7 +879,7 @@ def test_a_list_of_token_tensors_is_refused() -> None:
 
 def test_neurons_of_other_weights_warn() -> None:
     model = build("timm_vit")
-    own = testreg.neurons.fingerprint(testreg.families.find_tower(model))
+    own = testreg.families.fingerprint(testreg.families.find_tower(model))
     ranking = NEURONS.ranking
     patch(model, RegisterNeurons(ranking, model={"fingerprint": own}))
     with pytest.warns(UserWarning, match="were found in some-vit, whose weights are not those of"):

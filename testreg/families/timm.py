@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from testreg.families.family import WINDOWS, Family, extend_bias, extend_rope
-from testreg.patching.layout import Layout
+from testreg.families.extend import extend_bias, extend_rope
+from testreg.families.family import WINDOWS, Family, Layout
 
 
 def _rope(rope: Tensor, layout: Layout) -> Tensor:

@@ -11,16 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from testreg.families.family import (
-    WINDOWS,
-    Family,
-    extend_bias,
-    extend_cu_seqlens,
-    extend_rope,
-    packed,
-    run_plainly,
-    unchanged,
-)
+from testreg.families.extend import extend_bias, extend_cu_seqlens, extend_rope, packed, unchanged
+from testreg.families.family import WINDOWS, Family, run_plainly
 
 
 def _at_any_size(tower: Any, images: Tensor) -> Any:

@@ -25,7 +25,7 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask, fl
 
 import testreg
 from testreg.families import FAMILIES, MASKS, Family, find_tower
-from testreg.families.family import padded
+from testreg.families.extend import padded
 from testreg.measure.outliers import token_norms
 from testreg.patching.layout import Layout
 from testreg.register import shift
