@@ -4,32 +4,27 @@ A few MLP neurons, the *register neurons*, write the high norms that turn backgr
 extra token that starts as zeros, the *register*, is put behind the tokens, and in every block the register neurons'
 activations are moved onto it: the patches stay clean, and attention finds its scratch space on the register.
 
-`shift` moves the neurons; `patch` puts it in front of the second linear (fc2) of every MLP, and lets the registers ride
-beside the tokens from block to block.
+`shift` moves the neurons; `patch` puts it in front of every MLP's second linear (fc2), and lets the registers ride
+along from block to block.
 
 Shapes: B batch, T tokens of the unpatched model, P of them prefix tokens, R registers, C width, H hidden, K neurons.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from testreg.families import Tower, find_tower
-from testreg.neurons import RegisterNeurons, resolve
-from testreg.patching.attention import AttentionWeights, PositionBias
-from testreg.patching.block import RegisterBlock
+from testreg.families import find_tower
+from testreg.neurons import AnyNeurons, resolve
 from testreg.patching.index import index_tensor
-from testreg.patching.layout import Layout
 from testreg.patching.notices import log_bundled, warn_of_other_weights, warn_of_unverified
-from testreg.patching.override import Override
+from testreg.patching.placement import overrides
 from testreg.patching.running import recording
-from testreg.patching.shift import ShiftBefore
 from testreg.patching.state import MaxOver, Patch, Zero, check_options, find_patch
 
 M = TypeVar("M", bound=nn.Module)
@@ -54,9 +49,9 @@ def shift(
 
     Args:
         hidden: (B, T+R, H) input of an MLP's second linear: P prefix tokens, patches, R registers.
-        units: the K register neurons, as channels of `hidden`; `owners`: the register, 0 to R-1, that holds each.
-        max_over: "neuron" takes one value for each neuron, "layer" one joint value for all neurons of the block.
-        zero: "patches" leaves the neurons as they are on prefix tokens, "all" zeroes them there too.
+        units: the K register neurons, as channels of `hidden`.
+        owners: the register, 0 to R-1, that holds each of the K neurons.
+        max_over, zero: as in `patch`.
         valid: (B, T+R), which tokens are no padding and may give the value; None: all.
         patches: (1, T+R), which tokens are patches; None: all behind the prefix.
 
@@ -87,7 +82,7 @@ def shift(
 
 def patch(
     model: M,
-    neurons: RegisterNeurons | str | os.PathLike[str] | Mapping[int, Sequence[int]] | None = None,
+    neurons: AnyNeurons = None,
     *,
     top_k: int | None = None,
     num_registers: int = 1,
@@ -97,7 +92,7 @@ def patch(
     """Give `model` test-time registers, in place (arXiv 2506.08010, Algorithm 2).
 
     Example:
-        >>> outputs = testreg.patch(model, {1: [3, 77], 2: [64]})(images)  # {block: [units]}
+        >>> outputs = testreg.patch(model, {1: [3, 77], 2: [64]})(images)
 
     Args:
         model: a vision tower, or any model that contains one (CLIP, a VLM, a classifier).
@@ -105,10 +100,8 @@ def patch(
             bundled list (`testreg list`), or None for the bundled list of the checkpoint that the model says it is.
         top_k: use only the best so many; None takes what the list recommends.
         num_registers: R, the extra tokens, at most 256. The neurons are shared out among them by rank (paper A.5).
-        max_over: "neuron" moves each neuron's own largest activation (the paper); "layer" one joint value per block
-            (the released code).
-        zero: where the neurons become zero: on the "patches" (the released code), or on "all" tokens, CLS and trained
-            registers included (the paper's text).
+        max_over: "neuron" moves the largest value of each neuron (paper), "layer" one for the block (released code).
+        zero: where they become zero: on the "patches" (released code), or on "all" tokens, CLS included (paper).
 
     Returns:
         The same object. Its outputs keep their shapes, its state_dict its keys.
@@ -125,56 +118,28 @@ def patch(
     chosen.check_fits(tower.depth, tower.mlp_width)
     warn_of_other_weights(chosen, model, tower)
     warn_of_unverified(chosen)
-    state = Patch(chosen, num_registers, max_over, zero, tower.num_prefix)
-    state.install(tower.module, _overrides(tower, state))
+    state = Patch(tower.module, chosen, num_registers, max_over, zero, tower.num_prefix)
+    state.install(overrides(tower, state, shift))
     if neurons is None:
         log_bundled(chosen, model)
     return model
 
 
-def _overrides(tower: Tower, state: Patch) -> Iterator[Override]:
-    """What takes the place of each `forward`, block by block."""
-    layout = Layout(state.num_registers, tower.sequence_first)
-    units, owners = state.neurons.by_block(), state.owners
-    for i, block in enumerate(tower.blocks):
-        shifts: list[ShiftBefore] = []
-        for mlp, own in block.units_by_mlp(units.get(i, ())):
-            channels, owned_by = (
-                tuple(mlp.first + unit for unit in own.values()),
-                tuple(owners[i, unit] for unit in own),
-            )
-            for fc2 in mlp.consumers:
-                shifts.append(ShiftBefore(fc2, block.module, state, layout, shift, channels, owned_by))
-        yield from shifts
-        yield RegisterBlock(block.module, state, layout, tower, i, tuple(shifts))
-        if block.attention is not None:
-            yield AttentionWeights(block.attention, state, layout, tower.family.appended)
-        if block.bias is not None:
-            module, method = block.bias
-            yield PositionBias(module, state, layout, tower.family.bias_count, method)
-
-
 def unpatch(model: M) -> M:
     """Take back what `patch` did; the model is then bit for bit what it was. Returns the same object.
+
+    Raises RuntimeError if the model is not patched, or someone has wrapped a patched `forward` since.
 
     Example:
         >>> testreg.unpatch(testreg.patch(model, planted)) is model
         True
-
-    Raises:
-        RuntimeError: the model is not patched, or someone has wrapped a patched `forward` since.
     """
-    tower, state = _patched_tower(model)
-    state.remove(tower)
+    patch_of(model).remove()
     return model
 
 
 @contextmanager
-def patched(
-    model: M,
-    neurons: RegisterNeurons | str | os.PathLike[str] | Mapping[int, Sequence[int]] | None = None,
-    **options: Any,
-) -> Iterator[M]:
+def patched(model: M, neurons: AnyNeurons = None, **options: Any) -> Iterator[M]:
     """Within the `with` block `model` has test-time registers; the arguments are those of `patch`.
 
     Example:
@@ -192,8 +157,7 @@ def patched(
 def disabled(model: M) -> Iterator[M]:
     """Within the `with` block a patched model computes as if it were not patched, in all threads.
 
-    Blocks nest and overlap: the registers are back when the last one has ended. A forward that runs meanwhile, in
-    another thread, ends as it began.
+    `with` blocks nest and overlap. A forward that runs meanwhile, in another thread, ends as it began.
 
     Example:
         >>> with testreg.patched(model, planted), testreg.disabled(model):
@@ -205,13 +169,12 @@ def disabled(model: M) -> Iterator[M]:
 
 @contextmanager
 def registers(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Within the `with` block, the list holds the registers (B, R, C) after each block of the last forward.
+    """Within the `with` block, the list holds the registers (B, R, C) after each block of this thread's last forward.
 
-    They are what the blocks give, before the tower's final norm. The forwards are those of the thread that the `with`
-    block is in; blocks nest and overlap, and each has a list of its own.
+    They are what the blocks give, before the tower's final norm. `with` blocks nest, and each has a list of its own.
 
     Example:
-        >>> with testreg.patched(model, planted), testreg.registers(model) as after_block, torch.no_grad():
+        >>> with testreg.patched(model, planted), testreg.registers(model) as after_block:
         ...     outputs = model(images)
         >>> after_block[-1].shape
         torch.Size([45, 1, 48])
@@ -232,10 +195,6 @@ def is_patched(model: nn.Module) -> bool:
 
 def patch_of(model: nn.Module) -> Patch:
     """The patch of a patched model: its neurons and options. Raises RuntimeError if there is none."""
-    return _patched_tower(model)[1]
-
-
-def _patched_tower(model: nn.Module) -> tuple[nn.Module, Patch]:
     if (found := find_patch(model)) is None:
         raise RuntimeError("the model is not patched")
     return found

@@ -55,8 +55,11 @@ class Family:
     """One row of the table: where a family keeps the parts that the method touches.
 
     A tower is recognised by the name of its class, so that no library need be imported. `testreg.add_family` adds a
-    row for a model of your own: `name`, `towers`, `blocks` and `down` are enough to patch a plain ViT that has a CLS
+    row for a model of your own: `name`, `towers`, `blocks` and `fc2` are enough to patch a plain ViT that has a CLS
     token, with `patch_embed` to draw it too.
+
+    Example:
+        >>> mine = testreg.Family(name="mine", towers="MyViT", blocks="blocks", fc2="mlp.2", patch_embed="embed")
     """
 
     name: str
@@ -86,14 +89,14 @@ class Family:
     fused: Paths = ()
     """One linear, in a block, for attention's output (C) and the hidden activation (H), in this order."""
     parallel: Paths = ()
-    """ModuleList of several MLPs that a block runs side by side: `down`, `up` and `scale` are then paths in each."""
+    """ModuleList of several MLPs that a block runs side by side: `fc2` and `scale` are then paths in each."""
     entry_norm: Paths = ()
     """Norm between the embedding and the first block, in the tower: the zero token passes through it too."""
     attention: Paths = ()
     """Attention module, in a block, if it may return its weights (B, heads, T, T) as the second of its outputs, or if
     gradient checkpointing recomputes the block from within (transformers)."""
     appended: int = 0
-    """Tokens that a block itself appends, behind the registers, while it attends."""
+    """Number of tokens that a block itself appends, behind the registers, while it attends."""
     bias: Paths = ()
     """Method, in a block, that makes a relative position bias (..., T, T) for attention."""
     bias_count: str = ""

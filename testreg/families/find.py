@@ -70,7 +70,7 @@ def _is_of(module: nn.Module, family: Family) -> bool:
         base.__name__ for base in type(module).__mro__ if family.library in (None, base.__module__.partition(".")[0])
     }
     return not names.isdisjoint(listed(family.towers)) and all(
-        find_part(module, mark) is not None for mark in listed(family.requirements)
+        find_part(module, path) is not None for path in listed(family.requirements)
     )
 
 
@@ -129,37 +129,44 @@ def _mlp(where: str, holder: nn.Module, family: Family) -> Mlp:
         raise ValueError(
             f"{where} has no second MLP linear at {' or '.join(listed(family.fc2))}: its kind of MLP is not supported"
         )
-    path, down = next(iter(parts.items()))
+    path, fc2 = next(iter(parts.items()))
     parent = path.rpartition(".")[0]
     # transformers 4 spreads the MLP over `intermediate` and `output`: there is no module to run on a few tokens.
-    reader = find_part(holder, family.consumers)
+    consumer = find_part(holder, family.consumers)
     # Nor can a mixture of experts be run on a few tokens, without the choice of expert.
-    module = find_part(holder, parent) if parent not in ("", "output") and reader is None else None
+    module = find_part(holder, parent) if parent not in ("", "output") and consumer is None else None
     if any(base.__module__.startswith("xformers") for base in type(module).__mro__):
         raise ValueError(
             f"{where} uses xformers' fused SwiGLU, which bypasses the second linear: "
             "set the environment variable XFORMERS_DISABLED=1 before the model is built"
         )
     return Mlp(
-        fc2=down,
+        fc2=fc2,
         fc2_linear=linears[0],
         first=0 if fused is None else fused.out_features,
         module=module,
         scale=scale if isinstance(scale := find_part(holder, family.scale), nn.Parameter) else None,
-        # transformers 4 calls the experts one by one.
-        consumers=(down, *(reader if type(reader) is nn.ModuleList else () if reader is None else (reader,))),
+        consumers=(fc2, *_consumers(consumer)),
     )
+
+
+def _consumers(part: nn.Module | None) -> tuple[nn.Module, ...]:
+    """The module, or each of its experts, which transformers 4 calls one by one."""
+    if part is None:
+        return ()
+    return tuple(part) if type(part) is nn.ModuleList else (part,)
 
 
 def _methods(module: nn.Module, paths: Paths) -> Iterator[tuple[nn.Module, str]]:
     for path in listed(paths):
         parent, _, name = path.rpartition(".")
-        owner = find_part(module, parent)
-        if hasattr(owner, name):
-            yield owner, name
+        holder = find_part(module, parent)
+        if hasattr(holder, name):
+            yield holder, name
 
 
 def listed(paths: Paths) -> tuple[str, ...]:
+    """The candidates, of which there may be one."""
     return (paths,) if isinstance(paths, str) else paths
 
 

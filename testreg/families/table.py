@@ -25,6 +25,9 @@ def add_family(family: Family) -> None:
     """Let testreg patch, calibrate, save and load models of a family of your own.
 
     It goes before the families that testreg knows; one of the same name is replaced.
+
+    Example:
+        >>> testreg.add_family(testreg.Family(name="mine", towers="MyViT", blocks="blocks", fc2="mlp.2"))
     """
     FAMILIES[:] = [family, *(known for known in FAMILIES if known.name != family.name)]
 

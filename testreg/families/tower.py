@@ -22,12 +22,12 @@ class Mlp:
     fc2_linear: nn.Linear
     """The second linear itself."""
     first: int
-    """Input channel of `down` that is neuron 0: above 0 if attention's output (C) comes in front."""
+    """Input channel of `fc2` that is neuron 0: above 0 if attention's output (C) comes in front."""
     module: nn.Module | None
-    """Holds `down` and maps (..., C) to (..., C); None where the block keeps no such module."""
+    """Holds `fc2` and maps (..., C) to (..., C); None where the block keeps no such module."""
     scale: nn.Parameter | None
     consumers: tuple[nn.Module, ...]
-    """Whatever takes the hidden activation as its first argument: `down`, and in a mixture the experts."""
+    """Whatever takes the hidden activation as its first argument: `fc2`, and in a mixture the experts."""
 
     @property
     def width(self) -> int:
@@ -47,7 +47,7 @@ class Block:
 
     module: nn.Module
     mlps: tuple[Mlp, ...]
-    """One; or several side by side, whose neurons are numbered through."""
+    """One MLP, or several side by side, whose neurons are numbered through."""
     attention: nn.Module | None
     bias: tuple[nn.Module, str] | None
     """Module and name of the method that makes a relative position bias, if there is one."""
@@ -127,7 +127,7 @@ class Tower:
 
     @property
     def _weight(self) -> Tensor:
-        """The one that meets the images first: a tower may be of mixed precision."""
+        """The weight that meets the images first: a tower may be of mixed precision."""
         if self.embedding is not None:
             return self.embedding.weight
         return next(each for each in self.module.parameters() if each.is_floating_point())

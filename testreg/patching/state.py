@@ -36,18 +36,17 @@ def check_options(num_registers: int, max_over: str, zero: str) -> None:
         raise ValueError(f"zero must be 'patches' or 'all', got {zero!r}")
 
 
-def find_patch(model: nn.Module) -> tuple[nn.Module, Patch] | None:
-    """The patched tower in a model, and its patch; None if there is none."""
-    for module in model.modules():
-        if (patch := module.__dict__.get(_PATCH)) is not None:
-            return module, patch
-    return None
+def find_patch(model: nn.Module) -> Patch | None:
+    """The patch of a model, or of a tower in it; None if there is none."""
+    patches = (module.__dict__.get(_PATCH) for module in model.modules())
+    return next((patch for patch in patches if patch is not None), None)
 
 
 @dataclass(eq=False)
 class Patch:
     """What `patch` did to a tower; kept on it until `unpatch`."""
 
+    tower: nn.Module
     neurons: RegisterNeurons
     num_registers: int
     max_over: MaxOver
@@ -60,13 +59,13 @@ class Patch:
         self.overrides: list[Override] = []
         self.verified_use = VerifiedUse(self.neurons)
 
-    def install(self, tower: nn.Module, overrides: Iterable[Override]) -> None:
+    def install(self, overrides: Iterable[Override]) -> None:
         self.overrides = list(overrides)  # all are made before the first is installed
         for override in self.overrides:
             override.install()
-        vars(tower).update(REFUSALS, **{_PATCH: self})
+        vars(self.tower).update(REFUSALS, **{_PATCH: self})
 
-    def remove(self, tower: nn.Module) -> None:
+    def remove(self) -> None:
         if any(not override.installed() for override in self.overrides):
             raise RuntimeError(
                 "a forward that testreg.patch() replaced was replaced again by someone else (accelerate hooks, an "
@@ -75,7 +74,7 @@ class Patch:
         for override in reversed(self.overrides):
             override.remove()
         for name in (_PATCH, *REFUSALS):
-            delattr(tower, name)
+            delattr(self.tower, name)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -83,8 +82,8 @@ class Patch:
         return {"num_registers": self.num_registers, "max_over": self.max_over, "zero": self.zero}
 
     @property
-    def owners(self) -> dict[tuple[int, int], int]:
-        """The register that holds each neuron (block, unit): they are shared out in turns, in the order of the rank."""
+    def owner(self) -> dict[tuple[int, int], int]:
+        """The register of each neuron (block, unit): in the order of the ranking, each goes to the next register."""
         return {(block, unit): i % self.num_registers for i, (block, unit, _) in enumerate(self.neurons.ranking)}
 
     @property
