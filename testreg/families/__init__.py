@@ -6,7 +6,7 @@ recognised by its class name. A new family is one row.
 
 from testreg.families.extend import MASKS, extend_bias
 from testreg.families.family import Family
-from testreg.families.find import find_part, find_tower, listed
+from testreg.families.find import find_part, find_tower
 from testreg.families.fingerprint import checkpoint_names, fingerprint
 from testreg.families.table import FAMILIES, add_family
 from testreg.families.tower import Block, Mlp, Tower
@@ -24,5 +24,4 @@ __all__ = [
     "find_part",
     "find_tower",
     "fingerprint",
-    "listed",
 ]

@@ -77,11 +77,6 @@ class Family:
     """Top-level package that defines the class; None where the code is vendored (torch.hub) and any package will do."""
     requirements: Paths = ()
     """What the tower must have besides, where several classes of vendored code share a name."""
-    fc1: Paths = ()
-    """The MLP's first linear, in a block. For planting only, as the next two."""
-    query_key: Paths = ()
-    """Attention's input projections, in a block: one packed weight (3C, C), or the weights of query and key."""
-    num_heads: Paths = ()
     scale: Paths = ()
     """LayerScale vector on the MLP's output, in a block."""
     consumers: Paths = ()

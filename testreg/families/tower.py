@@ -155,6 +155,6 @@ class Tower:
         return height // rows, width // columns
 
     def patches(self, images: Tensor) -> slice:
-        """The patches of images (..., h, w) among the tokens: without what is in front of them, or behind."""
+        """The tokens that are patches, without prefix and registers."""
         rows, columns = self.grid(images)
         return slice(self.num_prefix, self.num_prefix + rows * columns)
