@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import operator
@@ -14,10 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from testreg.families import Tower, checkpoint_names, find_tower
+from testreg.families import Tower, checkpoint_names, find_tower, fingerprint
 from testreg.files import read_text, replacing
 
 FORMAT = "testreg-neurons"
@@ -40,10 +38,20 @@ class UnverifiedNeuronsWarning(UserWarning):
 
 @dataclass(frozen=True)
 class RegisterNeurons:
-    """Register neurons of one checkpoint, best first, each a (layer, unit, score).
+    """Register neurons of one checkpoint, best first, each a (block, unit, score).
 
-    `layer` is a 0-based block, `unit` an input channel of that block's second MLP linear. Scores may be None (lists
-    published without any): such a list has no order to cut by.
+    Blocks count from 0; a unit is an input channel of the second linear (fc2) of the block's MLP. Scores may be None
+    (lists published without any): such a list has no order to cut by.
+
+    Example:
+        >>> neurons = testreg.RegisterNeurons(((7, 1203, 4.1), (6, 88, 2.9)))
+        >>> neurons.truncate(1).by_block()
+        {7: [1203]}
+        >>> neurons.save("neurons.json")
+        >>> testreg.RegisterNeurons.load("neurons.json") == neurons
+        True
+        >>> testreg.RegisterNeurons.from_blocks({7: [1203], 6: [88]}).ranking
+        ((7, 1203, None), (6, 88, None))
 
     Raises:
         ValueError: empty list, duplicate neuron, negative index, score that is no finite number, not sorted by score.
@@ -55,7 +63,7 @@ class RegisterNeurons:
     model: Mapping[str, Any] = field(default_factory=dict)
     """The checkpoint: name, names (aliases), depth, mlp_width, fingerprint. All optional."""
     calibration: Mapping[str, Any] = field(default_factory=dict)
-    """How the list was made: images, image size, outlier rule, layers, score, versions."""
+    """How the list was made: images, image size, outlier rule, blocks, score, versions."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Where a list that testreg did not make comes from."""
     verified: bool = False
@@ -65,27 +73,27 @@ class RegisterNeurons:
 
     def __post_init__(self) -> None:
         try:
-            object.__setattr__(self, "ranking", tuple((layer, unit, score) for layer, unit, score in self.ranking))
+            object.__setattr__(self, "ranking", tuple((block, unit, score) for block, unit, score in self.ranking))
         except (TypeError, ValueError):
             raise ValueError("a ranking is a sequence of (layer, unit, score or None)") from None
         if not self.ranking:
             raise ValueError("the list of register neurons is empty")
         seen: set[tuple[int, int]] = set()
         last = math.inf
-        for layer, unit, score in self.ranking:
-            if not (_is_index(layer) and _is_index(unit)):
-                raise ValueError(f"a register neuron is a 0-based (layer, unit), got ({shown(layer)}, {shown(unit)})")
-            if (layer, unit) in seen:
-                raise ValueError(f"duplicate register neuron: layer {shown(layer)}, unit {shown(unit)}")
-            seen.add((layer, unit))
+        for block, unit, score in self.ranking:
+            if not (_is_index(block) and _is_index(unit)):
+                raise ValueError(f"a register neuron is a 0-based (layer, unit), got ({shown(block)}, {shown(unit)})")
+            if (block, unit) in seen:
+                raise ValueError(f"duplicate register neuron: layer {shown(block)}, unit {shown(unit)}")
+            seen.add((block, unit))
             if score is not None:
                 if not _is_finite(score):
                     raise ValueError(
-                        f"the score of layer {shown(layer)}, unit {shown(unit)} is {shown(score)}, not a finite number"
+                        f"the score of layer {shown(block)}, unit {shown(unit)} is {shown(score)}, not a finite number"
                     )
                 if score > last:
                     raise ValueError(
-                        f"the ranking is not sorted: layer {shown(layer)}, unit {shown(unit)} scores {score:g}, "
+                        f"the ranking is not sorted: layer {shown(block)}, unit {shown(unit)} scores {score:g}, "
                         f"the one before it {last:g}"
                     )
                 last = score
@@ -105,9 +113,9 @@ class RegisterNeurons:
         return not self.verified and (self.source is not None or bool(self.calibration))
 
     @classmethod
-    def from_blocks(cls, layers: Mapping[int, Sequence[int]]) -> RegisterNeurons:
-        """From `{layer: [units]}`, unscored; numpy and torch integers will do."""
-        return cls(tuple((_as_index(layer), _as_index(unit), None) for layer in layers for unit in layers[layer]))
+    def from_blocks(cls, blocks: Mapping[int, Sequence[int]]) -> RegisterNeurons:
+        """From `{block: [units]}`, unscored; numpy and torch integers will do."""
+        return cls(tuple((_as_index(block), _as_index(unit), None) for block in blocks for unit in blocks[block]))
 
     def truncate(self, top_k: int | None = None) -> RegisterNeurons:
         """The best `top_k` alone, or as many as the list itself recommends.
@@ -127,11 +135,11 @@ class RegisterNeurons:
         return replace(self, ranking=self.ranking[:top_k], top_k=None)
 
     def by_block(self, top_k: int | None = None) -> dict[int, list[int]]:
-        """`{layer: [units, best first]}` of the best `top_k` (None: as many as the list recommends)."""
-        layers: dict[int, list[int]] = {}
-        for layer, unit, _ in self.truncate(top_k).ranking:
-            layers.setdefault(layer, []).append(unit)
-        return dict(sorted(layers.items()))
+        """`{block: [units, best first]}` of the best `top_k` (None: as many as the list recommends)."""
+        blocks: dict[int, list[int]] = {}
+        for block, unit, _ in self.truncate(top_k).ranking:
+            blocks.setdefault(block, []).append(unit)
+        return dict(sorted(blocks.items()))
 
     def check_fits(self, depth: int, mlp_width: int) -> None:
         """Raise ValueError unless the list belongs to a tower of `depth` blocks with `mlp_width` neurons each."""
@@ -140,14 +148,14 @@ class RegisterNeurons:
             raise ValueError(f"{name}: made for {expected} blocks, but this model has {depth}")
         if (expected := self.model.get("mlp_width", mlp_width)) != mlp_width:
             raise ValueError(f"{name}: made for MLPs of {expected} neurons, but this model's have {mlp_width}")
-        for layer, unit, _ in self.ranking:
-            if layer >= depth:
+        for block, unit, _ in self.ranking:
+            if block >= depth:
                 raise ValueError(
-                    f"layer {shown(layer)} (unit {shown(unit)}) is out of range: the model has {depth} blocks"
+                    f"layer {shown(block)} (unit {shown(unit)}) is out of range: the model has {depth} blocks"
                 )
             if unit >= mlp_width:
                 raise ValueError(
-                    f"unit {shown(unit)} of layer {layer} is out of range: the model's MLPs have {mlp_width} neurons"
+                    f"unit {shown(unit)} of layer {block} is out of range: the model's MLPs have {mlp_width} neurons"
                 )
 
     def to_json(self) -> dict[str, Any]:
@@ -191,7 +199,7 @@ class RegisterNeurons:
             raise ValueError(f'{source}: "verified" must be true or false')
         try:
             return cls(
-                ranking=tuple((layer, unit, score) for layer, unit, score in rows),
+                ranking=tuple((block, unit, score) for block, unit, score in rows),
                 top_k=data.get("top_k"),
                 model=data.get("model", {}),
                 calibration=_with_new_names(data.get("calibration", {})),
@@ -352,25 +360,6 @@ def _parse_float(digits: str) -> float:
     return value
 
 
-def fingerprint(tower: Tower) -> str:
-    """A short hash that tells checkpoints apart, and is the same in every library that holds the checkpoint.
-
-    It hashes the signs of 256 evenly spaced values of every block's second MLP linear: the matrices whose columns the
-    neurons are, laid out alike in all libraries. Signs, because no rounding (fp16, bf16) changes them. Weights that
-    are elsewhere, quantised or in shards (offloading, torchao, FSDP) have none that can be read: "unknown".
-    """
-    digest = hashlib.sha256()
-    for mlp in (mlp for block in tower.blocks for mlp in block.mlps):
-        weight: Any = getattr(mlp.fc2_linear, "weight", None)
-        whole = type(weight) in (torch.Tensor, nn.Parameter) and weight.ndim == 2 and weight.is_floating_point()
-        if not whole or weight.is_meta:
-            return "unknown"
-        flat = weight.detach().flatten()
-        at = torch.arange(256) * (flat.numel() - 1) // 255
-        digest.update(flat[at.to(flat.device)].signbit().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def describe_model(model: nn.Module, tower: Tower) -> dict[str, Any]:
     """The `model` entry of a list found on `model`."""
     names = checkpoint_names(model)
@@ -397,9 +386,11 @@ def bundled() -> dict[str, RegisterNeurons]:
     }
 
 
-def resolve(
-    neurons: RegisterNeurons | str | os.PathLike[str] | Mapping[int, Sequence[int]] | None, model: nn.Module
-) -> RegisterNeurons:
+AnyNeurons = RegisterNeurons | str | os.PathLike[str] | Mapping[int, Sequence[int]] | None
+"""Whatever `resolve` makes a list of."""
+
+
+def resolve(neurons: AnyNeurons, model: nn.Module) -> RegisterNeurons:
     """The list that the `neurons` argument of `patch` means.
 
     Raises:

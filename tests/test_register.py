@@ -832,6 +832,29 @@ def test_unpatched_models_cannot_be_unpatched(unharmed: Callable[[nn.Module], nn
             action(model)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_patched_gives_the_model_back_as_it_was(fails: bool, unharmed: Callable[[nn.Module], nn.Module]) -> None:
+    model, options = build("timm_vit"), {"num_registers": 2, "zero": "all"}
+    expected = outputs(patch(copy.deepcopy(model), NEURONS, **options))
+    unharmed(model)
+    with contextlib.ExitStack() as stack:
+        if fails:
+            stack.enter_context(pytest.raises(KeyError, match="in the block"))
+        with testreg.patched(model, NEURONS, **options) as within:
+            assert within is model
+            assert outputs(model).equal(expected)
+            if fails:
+                raise KeyError("in the block")
+    assert not is_patched(model)
+
+
+def test_patched_with_bad_arguments_leaves_the_model_alone(unharmed: Callable[[nn.Module], nn.Module]) -> None:
+    model = unharmed(build("timm_vit"))
+    with pytest.raises(ValueError, match="num_registers must be at least 1"), testreg.patched(model, num_registers=0):
+        pytest.fail("the block ran")
+    assert not is_patched(model)
+
+
 def test_unpatch_refuses_when_a_forward_was_wrapped_since(unharmed: Callable[[nn.Module], nn.Module]) -> None:
     model = build("timm_vit")
     patched = outputs(patch(model, NEURONS))
@@ -879,7 +902,7 @@ def test_a_list_of_token_tensors_is_refused() -> None:
 
 def test_neurons_of_other_weights_warn() -> None:
     model = build("timm_vit")
-    own = testreg.neurons.fingerprint(testreg.families.find_tower(model))
+    own = testreg.families.fingerprint(testreg.families.find_tower(model))
     ranking = NEURONS.ranking
     patch(model, RegisterNeurons(ranking, model={"fingerprint": own}))
     with pytest.warns(UserWarning, match="were found in some-vit, whose weights are not those of"):

@@ -4,9 +4,12 @@ This package is the only place that names the modules of other libraries, and it
 recognised by its class name. A new family is one row.
 """
 
-from testreg.families.family import MASKS, Family, extend_bias, find_part, listed
+from testreg.families.extend import MASKS, extend_bias
+from testreg.families.family import Family
+from testreg.families.find import find_part, find_tower
+from testreg.families.fingerprint import checkpoint_names, fingerprint
 from testreg.families.table import FAMILIES, add_family
-from testreg.families.tower import Block, Mlp, Tower, checkpoint_names, find_tower
+from testreg.families.tower import Block, Mlp, Tower
 
 __all__ = [
     "FAMILIES",
@@ -20,5 +23,5 @@ __all__ = [
     "extend_bias",
     "find_part",
     "find_tower",
-    "listed",
+    "fingerprint",
 ]

@@ -3,35 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self, TypeVar
 
-import torch
-from torch import Tensor, nn
-
-from testreg.patching.layout import Layout
+from torch import Tensor
 
 Paths = str | tuple[str, ...]
 """Dotted attribute names; of several candidates the first that exists is used."""
-
 
 WINDOWS = "in most blocks attention stays within windows of the image, in which one register has no place"
 """Why the method does not fit SAM and its kin."""
 
 
-def listed(paths: Paths) -> tuple[str, ...]:
-    return (paths,) if isinstance(paths, str) else paths
+class Layout(Protocol):
+    """What a row is told of where the tokens of a forward lie, and where the registers go among them."""
+
+    @property
+    def num_registers(self) -> int: ...
+
+    def extend(self, rows: Tensor, dim: int, value: float | Tensor) -> Tensor:
+        """`rows` of the tokens along `dim`, with rows of `value` for the registers."""
+
+    def extend_mask(self, mask: Any) -> Any:
+        """A mask on attention, in which everyone sees the registers."""
+
+    def validity(self, mask: Any) -> Tensor:
+        """Which tokens (B, T+R) a mask on attention shows to anyone: the others are padding."""
+
+    def replace(
+        self, *, lengths: list[int] | None = None, valid: Tensor | None = None, patches: Tensor | None = None
+    ) -> Self:
+        """The same but for what is given: tokens of each packed image, which are no padding, which are patches."""
 
 
-def find_part(root: nn.Module, paths: Paths) -> Any:
-    """What the first existing path leads to; an Identity stands for a part that was left out."""
-    for path in listed(paths):
-        node: object = root
-        for name in path.split("."):
-            node = getattr(node, name, None)
-        if node is not None and not isinstance(node, nn.Identity):
-            return node
-    return None
+L = TypeVar("L", bound=Layout)
+
+
+class FindLayout(Protocol):
+    """From the tower, the layout of a plain batch and a block's arguments, where the tokens lie."""
+
+    def __call__(self, tower: Any, plain: L, arguments: Mapping[str, Any], /) -> L: ...
 
 
 def run_plainly(tower: Any, images: Tensor) -> Any:
@@ -39,81 +50,16 @@ def run_plainly(tower: Any, images: Tensor) -> Any:
     return tower(images)
 
 
-def extend_rope(rotations: tuple[Tensor, Tensor], layout: Layout) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (..., T, D) of rotary embeddings, and identities for the registers, which have no position."""
-    cosine, sine = rotations
-    return layout.extend(cosine, -2, 1.0), layout.extend(sine, -2, 0.0)
-
-
-def extend_bias(bias: Tensor, layout: Layout) -> Tensor:
-    """A relative position bias (..., T, T), with rows and columns of zeros for the registers."""
-    return layout.extend(layout.extend(bias, -2, 0.0), -1, 0.0)
-
-
-def extend_token_mask(mask: Any, layout: Layout) -> Any:
-    """A mask on attention, which shows the registers to everyone."""
-    return layout.extend_mask(mask)
-
-
-def extend_transformers_mask(mask: Any, layout: Layout) -> Any:
-    """The same; for flash attention it is (B, T), 0 at padding."""
-    return layout.extend(mask, -1, 1.0) if _is_flat(mask) else layout.extend_mask(mask)
-
-
-MASKS = {"attention_mask": extend_transformers_mask, "attn_mask": extend_token_mask}
-"""Arguments of blocks that are masks on attention in all families."""
-
-
-def padded(tower: Any, plain: Layout, arguments: Mapping[str, Any]) -> Layout:
-    """What a mask hides from everyone is padding."""
-    if (mask := arguments.get("attention_mask")) is not None and _is_flat(mask):
-        return replace(plain, valid=plain.extend(mask.bool(), -1, True))
-    for name in MASKS:
-        if (mask := arguments.get(name)) is not None:
-            return replace(plain, valid=plain.validity(mask))
-    return plain
-
-
-def _is_flat(mask: Any) -> bool:
-    return isinstance(mask, Tensor) and mask.ndim == 2
-
-
-def unchanged(extra: Any, layout: Layout) -> Any:
-    """A tensor that has no row for each token."""
-    return extra
-
-
-def extend_cu_seqlens(ends: Tensor, layout: Layout) -> Tensor:
-    """Cumulative lengths (images + 1,) of packed images, counting the registers."""
-    return ends + layout.num_registers * torch.arange(len(ends), device=ends.device, dtype=ends.dtype)
-
-
-def packed(tower: Any, plain: Layout, arguments: Mapping[str, Any]) -> Layout:
-    """Images are packed in a sequence if a block is told where each ends."""
-    ends = arguments.get("cu_seqlens")
-    return plain if ends is None else replace(plain, lengths=ends.diff().tolist())
-
-
-def extend_max_length(length: int, layout: Layout) -> int:
-    """Tokens of the longest image in a packed sequence."""
-    return length + layout.num_registers
-
-
-PACKED: Mapping[str, Callable[[Any, Layout], Any]] = {
-    "cu_seqlens": extend_cu_seqlens,
-    "max_seqlen": extend_max_length,
-    "position_embeddings": extend_rope,
-}
-"""What blocks get beside the tokens of packed images."""
-
-
 @dataclass(frozen=True)
 class Family:
     """One row of the table: where a family keeps the parts that the method touches.
 
     A tower is recognised by the name of its class, so that no library need be imported. `testreg.add_family` adds a
-    row for a model of your own: `name`, `towers`, `blocks` and `down` are enough to patch a plain ViT that has a CLS
+    row for a model of your own: `name`, `towers`, `blocks` and `fc2` are enough to patch a plain ViT that has a CLS
     token, with `patch_embed` to draw it too.
+
+    Example:
+        >>> mine = testreg.Family(name="mine", towers="MyViT", blocks="blocks", fc2="mlp.2", patch_embed="embed")
     """
 
     name: str
@@ -131,11 +77,6 @@ class Family:
     """Top-level package that defines the class; None where the code is vendored (torch.hub) and any package will do."""
     requirements: Paths = ()
     """What the tower must have besides, where several classes of vendored code share a name."""
-    fc1: Paths = ()
-    """The MLP's first linear, in a block. For planting only, as the next two."""
-    query_key: Paths = ()
-    """Attention's input projections, in a block: one packed weight (3C, C), or the weights of query and key."""
-    num_heads: Paths = ()
     scale: Paths = ()
     """LayerScale vector on the MLP's output, in a block."""
     consumers: Paths = ()
@@ -143,14 +84,14 @@ class Family:
     fused: Paths = ()
     """One linear, in a block, for attention's output (C) and the hidden activation (H), in this order."""
     parallel: Paths = ()
-    """ModuleList of several MLPs that a block runs side by side: `down`, `up` and `scale` are then paths in each."""
+    """ModuleList of several MLPs that a block runs side by side: `fc2` and `scale` are then paths in each."""
     entry_norm: Paths = ()
     """Norm between the embedding and the first block, in the tower: the zero token passes through it too."""
     attention: Paths = ()
     """Attention module, in a block, if it may return its weights (B, heads, T, T) as the second of its outputs, or if
     gradient checkpointing recomputes the block from within (transformers)."""
     appended: int = 0
-    """Tokens that a block itself appends, behind the registers, while it attends."""
+    """Number of tokens that a block itself appends, behind the registers, while it attends."""
     bias: Paths = ()
     """Method, in a block, that makes a relative position bias (..., T, T) for attention."""
     bias_count: str = ""
@@ -159,9 +100,10 @@ class Family:
     """True where blocks see (T, B, C)."""
     block_arguments: Mapping[str, Callable[[Any, Layout], Any]] = field(default_factory=dict)
     """Tensors that a block gets beside the tokens, by name, and how they are extended to the registers. Masks are
-    known: see `MASKS`."""
-    layout: Callable[[Any, Layout, Mapping[str, Any]], Layout] = padded
-    """From the tower and a block's arguments, where the tokens lie: padded to one length, or packed in a sequence."""
+    known: see `extend.MASKS`."""
+    layout: FindLayout | None = None
+    """From the tower and a block's arguments, where the tokens lie, e.g. packed in a sequence; None: they are a batch,
+    in which what a mask hides from everyone is padding."""
     patch_size: Callable[[Any], tuple[int, int]] | None = None
     """Height and width in pixels of a tower's patches, where the stride of `patch_embed` does not tell."""
     grid: Callable[[Any, int, int], tuple[int, int]] | None = None
@@ -169,9 +111,3 @@ class Family:
     run: Callable[[Any, Tensor], Any] | None = run_plainly
     """Runs the tower on images (B, 3, h, w), of any size if it can; None where it takes something else (videos,
     packed patches): it can be patched then, but not calibrated."""
-
-    def __reduce__(self) -> tuple[Callable[[str], Family], tuple[str]]:
-        # A row holds functions: patched models are pickled with its name.
-        from testreg.families.table import family_named
-
-        return family_named, (self.name,)

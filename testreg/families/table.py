@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copyreg
+from collections.abc import Callable
+
 from testreg.families import open_clip, others, timm, transformers, transformers_vlm
 from testreg.families.family import Family
 
@@ -22,6 +25,9 @@ def add_family(family: Family) -> None:
     """Let testreg patch, calibrate, save and load models of a family of your own.
 
     It goes before the families that testreg knows; one of the same name is replaced.
+
+    Example:
+        >>> testreg.add_family(testreg.Family(name="mine", towers="MyViT", blocks="blocks", fc2="mlp.2"))
     """
     FAMILIES[:] = [family, *(known for known in FAMILIES if known.name != family.name)]
 
@@ -32,3 +38,11 @@ def family_named(name: str) -> Family:
         if family.name == name:
             return family
     raise KeyError(f"no family {name!r}: call testreg.add_family with its row before the model is unpickled")
+
+
+def _pickled(family: Family) -> tuple[Callable[[str], Family], tuple[str]]:
+    """A row holds functions, so that patched models are pickled and copied with its name."""
+    return family_named, (family.name,)
+
+
+copyreg.pickle(Family, _pickled)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from testreg.families.family import WINDOWS, Family, extend_bias, extend_rope
-from testreg.patching.layout import Layout
+from testreg.families.extend import extend_bias, extend_rope
+from testreg.families.family import WINDOWS, Family, Layout
 
 
 def _rope(rope: Tensor, layout: Layout) -> Tensor:
@@ -45,9 +45,6 @@ VIT = Family(
     towers="VisionTransformer",
     blocks="blocks",
     fc2=("mlp.w2", "mlp.norm", "mlp.fc2", "mlp_out_proj"),  # ViTamin's `norm` is in front of the MLP, not in it
-    fc1="mlp.fc1",
-    query_key="attn.qkv.weight",
-    num_heads="attn.num_heads",
     patch_embed="patch_embed.proj",
     prefix=_num_prefix,
     scale=("ls2.gamma", "ls.gamma"),

@@ -11,16 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from testreg.families.family import (
-    WINDOWS,
-    Family,
-    extend_bias,
-    extend_cu_seqlens,
-    extend_rope,
-    packed,
-    run_plainly,
-    unchanged,
-)
+from testreg.families.extend import extend_bias, extend_cu_seqlens, extend_rope, packed, unchanged
+from testreg.families.family import WINDOWS, Family, run_plainly
 
 
 def _at_any_size(tower: Any, images: Tensor) -> Any:
@@ -59,15 +51,6 @@ VIT = Family(
     towers=("ViTModel", "ViTMSNModel"),
     blocks=("layers", "encoder.layer"),
     fc2=("mlp.fc2", "output.dense"),
-    fc1=("mlp.fc1", "intermediate.dense"),
-    query_key=(
-        *("attention.q_proj.weight", "attention.k_proj.weight"),
-        *("attention.attention.query.weight", "attention.attention.key.weight"),  # in transformers 4
-    ),
-    num_heads=(
-        *("attention.num_attention_heads", "attention.num_heads"),
-        "attention.attention.num_attention_heads",
-    ),
     patch_embed="embeddings.patch_embeddings.projection",
     attention=("attention.attention", "attention"),
     run=_at_any_size,
@@ -78,7 +61,6 @@ _DINOV2 = replace(
     towers=("Dinov2Model", "Dinov2Backbone"),
     blocks="encoder.layer",
     fc2=("mlp.down_proj", "mlp.weights_out", "mlp.fc2"),
-    fc1="mlp.fc1",
     scale="layer_scale2.lambda1",
     run=run_plainly,  # interpolates by itself
 )
@@ -88,7 +70,6 @@ _DINOV3 = replace(
     towers=("DINOv3ViTModel", "DINOv3ViTBackbone"),
     blocks=("model.layer", "layer"),
     fc2="mlp.down_proj",
-    fc1="mlp.up_proj",
     patch_embed="embeddings.patch_embeddings",
     prefix=lambda tower: 1 + tower.config.num_register_tokens,
     block_arguments={"position_embeddings": extend_rope},
@@ -105,9 +86,6 @@ CLIP = Family(
     ),
     blocks=("encoder.layers", "vision_model.encoder.layers", "model.encoder.layers"),
     fc2="mlp.fc2",
-    fc1="mlp.fc1",
-    query_key=("self_attn.q_proj.weight", "self_attn.k_proj.weight"),
-    num_heads="self_attn.num_heads",
     patch_embed=(
         *("embeddings.patch_embedding", "vision_model.embeddings.patch_embedding"),
         "model.embeddings.patch_embedding",
@@ -119,9 +97,7 @@ CLIP = Family(
     attention="self_attn",
     run=_at_any_size,
 )
-BLIP = replace(
-    CLIP, name="transformers BLIP", towers="BlipVisionModel", entry_norm=(), query_key="self_attn.qkv.weight"
-)
+BLIP = replace(CLIP, name="transformers BLIP", towers="BlipVisionModel", entry_norm=())
 SIGLIP = replace(
     CLIP,
     name="transformers SigLIP",
@@ -189,8 +165,6 @@ _LIKE_VIT = (
         name="transformers MGP-STR",
         towers="MgpstrModel",
         blocks="encoder.blocks",
-        query_key="attn.qkv.weight",
-        num_heads="attn.num_heads",
         attention="attn",
         patch_embed="embeddings.proj",
         run=run_plainly,
@@ -203,7 +177,6 @@ _LIKE_VIT = (
         towers="VideoPrismVisionModel",
         blocks="spatial_layers",
         prefix=0,
-        num_heads="attention.config.num_attention_heads",
         patch_embed="spatial_embeddings.patch_embeddings.projection",
         run=None,
     ),
@@ -213,9 +186,6 @@ _LIKE_VIT = (
         towers="Pix2StructVisionModel",
         blocks="encoder.layer",
         fc2="mlp.wo",
-        fc1="mlp.wi_1",
-        query_key=("attention.query.weight", "attention.key.weight"),
-        num_heads="attention.n_heads",
         patch_embed=(),
         prefix=0,
         run=None,
@@ -276,9 +246,6 @@ _LIKE_CLIP = (
         name="transformers AIMv2",
         towers="Aimv2VisionModel",
         fc2="ffn.down_proj",
-        fc1="ffn.up_proj",
-        query_key=("attention.q_proj.weight", "attention.k_proj.weight"),
-        num_heads="attention.num_heads",
         patch_embed="embeddings.patch_embed",
         attention="attention",
         run=run_plainly,
@@ -289,9 +256,6 @@ _LIKE_CLIP = (
         towers="BridgeTowerVisionModel",
         blocks="visual.transformer.resblocks",
         fc2="mlp.c_proj",
-        fc1="mlp.c_fc",
-        query_key="attn.in_proj_weight",
-        num_heads="attn.num_heads",
         patch_embed="visual.embeddings.patch_embedding",
         entry_norm="visual.ln_pre",
         attention=(),

@@ -9,19 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from testreg.families.family import (
+from testreg.families.extend import (
     PACKED,
-    WINDOWS,
     extend_cu_seqlens,
     extend_max_length,
     extend_rope,
     extend_token_mask,
     packed,
-    run_plainly,
     unchanged,
 )
+from testreg.families.family import WINDOWS, L, Layout, run_plainly
 from testreg.families.transformers import BLIP, CLIP, SIGLIP, STAGES, VIT
-from testreg.patching.layout import Layout
 
 
 def _unrotated_complex(rotations: Tensor, layout: Layout) -> Tensor:
@@ -34,14 +32,14 @@ def _placeless(positions: Tensor, layout: Layout) -> Tensor:
     return layout.extend(positions, -2, 0)
 
 
-def _cls_behind(tower: Any, plain: Layout, arguments: Mapping[str, Any]) -> Layout:
+def _cls_behind(tower: Any, plain: L, arguments: Mapping[str, Any]) -> L:
     """Llama 4 has its CLS token behind the patches."""
     num_tokens = len(arguments["freqs_ci"])
     token = torch.arange(num_tokens + plain.num_registers, device=arguments["freqs_ci"].device)
-    return replace(plain, patches=(token < num_tokens - 1).unsqueeze(0))
+    return plain.replace(patches=(token < num_tokens - 1).unsqueeze(0))
 
 
-def _tiles(tower: Any, plain: Layout, arguments: Mapping[str, Any]) -> Layout:
+def _tiles(tower: Any, plain: L, arguments: Mapping[str, Any]) -> L:
     """Mllama lays the tiles of a picture side by side: each a CLS token, its patches, and padding.
 
     The mask hides padding from padding only; patches do see it.
@@ -51,24 +49,23 @@ def _tiles(tower: Any, plain: Layout, arguments: Mapping[str, Any]) -> Layout:
     place = torch.arange(mask.shape[-1], device=mask.device) % (mask.shape[-1] // tower.config.max_num_tiles)
     patches = (place >= 1) & (place <= num_patches)
     hides = mask < 0
-    return replace(
-        plain,
+    return plain.replace(
         valid=plain.extend(~hides.any((1, 2)), -1, True),
         patches=plain.extend(patches.unsqueeze(0), -1, False),
     )
 
 
-def _masked_apart(tower: Any, plain: Layout, arguments: Mapping[str, Any]) -> Layout:
+def _masked_apart(tower: Any, plain: L, arguments: Mapping[str, Any]) -> L:
     """Pixtral packs images with a mask (1, 1, S, S) that keeps them apart; flash attention gets their ends instead."""
     if (ends := arguments.get("cu_seq_lens_q")) is not None:
-        return replace(plain, lengths=ends.diff().tolist())
+        return plain.replace(lengths=ends.diff().tolist())
     mask = arguments.get("attention_mask")
     if mask is None and arguments.get("position_ids") is not None:
         raise NotImplementedError("Pixtral under flash attention needs transformers 5: use sdpa or eager attention")
     if mask is None:
         return plain
     starts = (mask[0, 0] >= 0).int().argmax(-1)  # (S,): the first token that each sees
-    return replace(plain, lengths=starts.unique_consecutive(return_counts=True)[1].tolist())
+    return plain.replace(lengths=starts.unique_consecutive(return_counts=True)[1].tolist())
 
 
 _PACKED = replace(
@@ -86,8 +83,6 @@ _QWEN = replace(
     name="transformers Qwen2-VL",
     towers=("Qwen2VisionTransformerPretrainedModel", "Ernie4_5_VLMoeVisionTransformerPretrainedModel"),
     blocks="blocks",
-    query_key="attn.qkv.weight",
-    num_heads="attn.num_heads",
     patch_embed="patch_embed.proj",
     attention="attn",
 )
@@ -122,9 +117,6 @@ FAMILIES = (
         towers="Ovis2VisionModel",
         blocks="transformer.encoder.layers",
         fc2="ffn.down_proj",
-        fc1="ffn.up_proj",
-        query_key=("attention.q_proj.weight", "attention.k_proj.weight"),
-        num_heads="attention.num_heads",
         patch_embed="transformer.embeddings.patch_embedding",
         attention="attention",
         run=run_plainly,
@@ -177,8 +169,6 @@ FAMILIES = (
         name="transformers Gemma 4",
         towers="Gemma4VisionModel",
         fc2=("mlp.down_proj", "mlp.down_proj.linear"),
-        fc1="mlp.up_proj.linear",
-        query_key=("self_attn.q_proj.linear.weight", "self_attn.k_proj.linear.weight"),
         patch_embed=(),
         block_arguments={"position_embeddings": extend_rope, "position_ids": _placeless},
         run=None,
@@ -189,7 +179,6 @@ FAMILIES = (
         towers="Kosmos2_5VisionModel",
         blocks="encoder.layer",
         fc2="mlp.wo",
-        fc1="mlp.wi_1",
         prefix=0,
         patch_embed=(),
         run=None,
@@ -200,9 +189,6 @@ FAMILIES = (
         towers="PixtralVisionModel",
         blocks="transformer.layers",
         fc2="feed_forward.down_proj",
-        fc1="feed_forward.up_proj",
-        query_key=("attention.q_proj.weight", "attention.k_proj.weight"),
-        num_heads="attention.num_heads",
         patch_embed="patch_conv",
         entry_norm="ln_pre",
         attention="attention",
@@ -254,7 +240,6 @@ FAMILIES = (
         name="transformers Kimi-K2.5",
         towers="Kimi_K25VisionModel",
         blocks="layers",
-        query_key=("attn.q_proj.weight", "attn.k_proj.weight"),
     ),
     _QWEN,
     replace(
@@ -265,7 +250,6 @@ FAMILIES = (
             *("Qwen3_5MoeVisionModel", "Qwen4ExpVisionModel", "CohereCompassVisionModel"),
         ),
         fc2="mlp.linear_fc2",
-        fc1="mlp.linear_fc1",
     ),
     replace(
         _QWEN,
@@ -275,7 +259,6 @@ FAMILIES = (
             "GlmImageVisionModel",
         ),
         fc2=("mlp.down_proj", "mlp.fc2"),
-        fc1=("mlp.up_proj", "mlp.fc1"),
     ),
 )
 

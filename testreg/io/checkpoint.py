@@ -24,7 +24,8 @@ from testreg.families import checkpoint_names, find_tower
 from testreg.io import formats
 from testreg.io.install import PENDING, RECORD, installing, is_interrupted, recover
 from testreg.neurons import RegisterNeurons
-from testreg.register import MAX_REGISTERS, is_patched, patch, patch_of
+from testreg.patching.state import MAX_REGISTERS
+from testreg.register import is_patched, patch, patch_of
 
 FORMAT = "testreg-checkpoint"
 VERSION = 1

@@ -9,8 +9,10 @@ Shapes: B images, T tokens of each, R registers; S tokens of all images in a pac
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +33,10 @@ class Layout:
     """Which tokens (B, T+R) of a padded batch are no padding; None: all."""
     patches: Tensor | None = None
     """Which tokens (1, T+R) are patches; None: all behind the prefix, save the registers."""
+
+    def replace(self, **changes: Any) -> Layout:
+        """The same but for what is given."""
+        return dataclasses.replace(self, **changes)
 
     def batch_first(self, tokens: Tensor) -> Tensor:
         return tokens.transpose(0, 1) if self.sequence_first else tokens
@@ -56,31 +62,31 @@ class Layout:
         images = zip(tokens.split(list(self.lengths), -2), registers, strict=True)
         return torch.cat([part for image, own in images for part in (image, own.expand(*image.shape[:-2], -1, -1))], -2)
 
-    def tokens(self, lane: Tensor) -> Tensor:
+    def tokens(self, sequence: Tensor) -> Tensor:
         """The tokens without the registers: of a batch a view."""
         if self.lengths is None:
-            return lane.narrow(self.dim, 0, lane.shape[self.dim] - self.num_registers)
-        return torch.cat([image[..., : -self.num_registers, :] for image in self._packed(lane)], -2)
+            return sequence.narrow(self.dim, 0, sequence.shape[self.dim] - self.num_registers)
+        return torch.cat([image[..., : -self.num_registers, :] for image in self._packed(sequence)], -2)
 
-    def images(self, lane: Tensor) -> list[Tensor]:
+    def images(self, sequence: Tensor) -> list[Tensor]:
         """Views: of the batch (B, T+R, C), or of each packed image (1, T+R, C)."""
         if self.lengths is None:
-            return [self.batch_first(lane)]
-        return [image if image.ndim == 3 else image.unsqueeze(0) for image in self._packed(lane)]
+            return [self.batch_first(sequence)]
+        return [image if image.ndim == 3 else image.unsqueeze(0) for image in self._packed(sequence)]
 
-    def of_images(self, images: Sequence[Tensor], lane: Tensor) -> Tensor:
-        """What `images` gave, laid out as `lane` is."""
+    def of_images(self, images: Sequence[Tensor], sequence: Tensor) -> Tensor:
+        """What `images` gave, laid out as `sequence` is."""
         if self.lengths is None:
             return self.batch_first(images[0])
-        return torch.cat(list(images), 1).view(lane.shape)
+        return torch.cat(list(images), 1).view(sequence.shape)
 
-    def registers(self, lane: Tensor) -> Tensor:
+    def registers(self, sequence: Tensor) -> Tensor:
         """The registers (B, R, C)."""
-        return torch.cat([image[:, -self.num_registers :] for image in self.images(lane)])
+        return torch.cat([image[:, -self.num_registers :] for image in self.images(sequence)])
 
-    def _packed(self, lane: Tensor) -> Sequence[Tensor]:
+    def _packed(self, sequence: Tensor) -> Sequence[Tensor]:
         assert self.lengths is not None
-        return lane.split([length + self.num_registers for length in self.lengths], -2)
+        return sequence.split([length + self.num_registers for length in self.lengths], -2)
 
     def without_registers(self, weights: Tensor, appended: int = 0) -> Tensor:
         """Attention weights (..., T+R, T+R), or with `appended` more tokens behind, without the registers' share."""

@@ -92,6 +92,24 @@ def test_the_grid_counts_the_patches_of_images_that_are_cut(family: str) -> None
     assert rows * columns == num_patches(model, inputs)
 
 
+@pytest.mark.parametrize("family", ["timm_vit", "hf_siglip", "hf_dinov2_registers"])
+def test_the_patches_are_the_tokens_behind_the_prefix(family: str) -> None:
+    tower, inputs = find_tower(build(family)), images()
+    patches = tower.patches(inputs)
+    assert (patches.start, patches.stop) == (LAYOUTS[family].prefix, LAYOUTS[family].prefix + SIDE**2)
+
+
+def test_units_are_numbered_through_mlps_that_run_side_by_side() -> None:
+    model = timm.create_model("vit_base_patch16_18x2_224", **TIMM)
+    block = find_tower(model).blocks[0]
+    first, second = block.mlps
+    assert list(block.units_by_mlp([])) == []
+    assert list(block.units_by_mlp([7, 0])) == [(first, {7: 7, 0: 0})]
+    width = first.width
+    of_both = [(first, {width - 1: width - 1}), (second, {width: 0, 2 * width - 1: width - 1})]
+    assert list(block.units_by_mlp([width, width - 1, 2 * width - 1])) == of_both
+
+
 def test_a_tower_returns_from_eval_mode_as_it_was() -> None:
     model = build("timm_vit").train()
     model.blocks[1].eval()

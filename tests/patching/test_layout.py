@@ -25,7 +25,7 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask, fl
 
 import testreg
 from testreg.families import FAMILIES, MASKS, Family, find_tower
-from testreg.families.family import padded
+from testreg.families.extend import padded
 from testreg.measure.outliers import token_norms
 from testreg.patching.layout import Layout
 from testreg.register import shift
@@ -92,36 +92,36 @@ ARRANGEMENTS = {
 }
 
 
-@pytest.mark.parametrize(("layout", "lane"), ARRANGEMENTS.values(), ids=ARRANGEMENTS)
-def test_tokens_and_registers_of_every_arrangement(layout: Layout, lane: Tensor) -> None:
-    is_register = lane[..., 0].abs() >= 100
+@pytest.mark.parametrize(("layout", "sequence"), ARRANGEMENTS.values(), ids=ARRANGEMENTS)
+def test_tokens_and_registers_of_every_arrangement(layout: Layout, sequence: Tensor) -> None:
+    is_register = sequence[..., 0].abs() >= 100
     flat = [row for row in (LINE,) if layout.lengths] or ROWS
     numbers = [[n for n in row if n < 100] for row in flat]
-    tokens = channels(numbers if lane.ndim == 3 else numbers[0])
+    tokens = channels(numbers if sequence.ndim == 3 else numbers[0])
     tokens = tokens.transpose(0, 1) if layout.sequence_first else tokens
     registers = channels([[100, 101], [110, 111], [120, 121]][: 3 if layout.lengths else 2])
 
-    assert torch.equal(layout.tokens(lane), tokens)
-    assert torch.equal(layout.registers(lane), registers)
-    assert torch.equal(layout.join(tokens, registers), lane)  # the inverse of the two
+    assert torch.equal(layout.tokens(sequence), tokens)
+    assert torch.equal(layout.registers(sequence), registers)
+    assert torch.equal(layout.join(tokens, registers), sequence)  # the inverse of the two
     token = torch.tensor([5.0, -5.0])  # as CLIP's registers enter: one token for all images
     for value in (7.0, token):
-        extended = torch.where(is_register.unsqueeze(-1), torch.as_tensor(value), lane)
+        extended = torch.where(is_register.unsqueeze(-1), torch.as_tensor(value), sequence)
         assert torch.equal(layout.extend(tokens, layout.dim, value), extended)
 
 
-@pytest.mark.parametrize(("layout", "lane"), ARRANGEMENTS.values(), ids=ARRANGEMENTS)
-def test_images_of_every_arrangement_are_views(layout: Layout, lane: Tensor) -> None:
-    lane = lane.clone()
-    found = layout.images(lane)
+@pytest.mark.parametrize(("layout", "sequence"), ARRANGEMENTS.values(), ids=ARRANGEMENTS)
+def test_images_of_every_arrangement_are_views(layout: Layout, sequence: Tensor) -> None:
+    sequence = sequence.clone()
+    found = layout.images(sequence)
     rows = [LINE[:5], LINE[5:8], LINE[8:]]
     expected = [channels([row]) for row in rows] if layout.lengths else [channels(ROWS)]
     assert len(found) == len(expected)
     assert all(map(torch.equal, found, expected))
-    assert torch.equal(layout.of_images([2 * each for each in found], lane), 2 * lane)
+    assert torch.equal(layout.of_images([2 * each for each in found], sequence), 2 * sequence)
     for each in found:
         each += 1000  # without gradients the shift edits in place
-    assert bool((lane > 700).all())
+    assert bool((sequence > 700).all())
 
 
 def test_packed_lengths_of_the_wrong_number_are_no_images() -> None:
@@ -418,7 +418,7 @@ def test_checkpointing_of_padded_and_packed_images_changes_nothing(name: str, op
     expected = gradients(model, loss(name, model, (0, 1)))
     runs = checkpointing(model)
     recomputed = gradients(model, loss(name, model, (0, 1)))
-    assert len(runs) == 2  # forward, and again in backward, where no lane is
+    assert len(runs) == 2  # forward, and again in backward, where no block hands on registers
     assert_same(recomputed, expected)
 
 
@@ -564,12 +564,12 @@ class ByHand:
     def __call__(self, tokens: Tensor) -> Tensor:
         """From the tokens that enter the first block to those that leave the last; keeps the registers of each."""
         count = self.options["num_registers"]
-        lane = torch.cat([tokens, tokens.new_zeros(len(tokens), count, tokens.shape[-1])], 1)
+        sequence = torch.cat([tokens, tokens.new_zeros(len(tokens), count, tokens.shape[-1])], 1)
         self.registers = []
         for block in self.blocks:
-            lane = block(lane)
-            self.registers.append(lane[:, -count:])
-        return lane[:, :-count]
+            sequence = block(sequence)
+            self.registers.append(sequence[:, -count:])
+        return sequence[:, :-count]
 
 
 def entering(model: Any, batch: Tensor) -> Tensor:
@@ -588,7 +588,7 @@ def test_neurons_are_numbered_through_both_mlps() -> None:
     assert find_tower(model).mlp_width == 2 * width
     twin = copy.deepcopy(model)
     first, second = ([block.ffns[i].mlp.fc2 for block in twin.blocks] for i in (0, 1))
-    # The ranking deals registers in turns: 0 to the second MLP's 3, 1 to the first's 7, and again.
+    # The ranking goes to the registers in turns: 0 to the second MLP's 3, 1 to the first's 7, and again.
     moves = {second[0]: {3: 0}, first[0]: {7: 1}, second[1]: {3: 0, width - 1: 1}}
     by_hand = ByHand(twin.blocks, moves, num_registers=2, num_prefix=1)
     testreg.patch(model, {0: [width + 3, 7], 1: [width + 3, 2 * width - 1]}, num_registers=2)

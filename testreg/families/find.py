@@ -1,0 +1,181 @@
+"""Finding the vision tower of a model, and its parts, by the rows of the table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from testreg.families.family import Family, Paths
+from testreg.families.table import FAMILIES, REFUSED
+from testreg.families.tower import Block, Mlp, Tower
+
+
+def find_tower(model: nn.Module) -> Tower:
+    """The vision tower of `model`: the model itself, or the one inside it (of CLIP, a VLM, a classifier).
+
+    Raises:
+        TypeError: `model` is no module, or one that cannot be patched (DataParallel, TorchScript).
+        ValueError: no tower, or more than one, or a tower that the method does not fit.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        if isinstance(module, nn.DataParallel):
+            raise TypeError(
+                "nn.DataParallel copies modules in a way that cannot be patched: "
+                "pass its .module, and use DistributedDataParallel for several GPUs"
+            )
+        if isinstance(module, torch.fx.GraphModule):
+            raise TypeError("traced modules cannot be patched: patch the Python model, then trace or export it")
+        if type(module).__module__.startswith("torch.jit"):
+            raise TypeError("TorchScript modules cannot be patched: patch the Python model (and use torch.compile)")
+    found = list(_towers(model, ""))
+    if not found:
+        if reason := _refusal(model):
+            raise ValueError(f"{type(model).__name__} cannot be patched: {reason}")
+        raise ValueError(
+            f"no supported vision tower in {type(model).__name__}: the README lists those that are. A family of your "
+            "own is one row: testreg.add_family"
+        )
+    if len(found) > 1:
+        paths = ", ".join(repr(path) for path, _, _ in found)
+        raise ValueError(f"{type(model).__name__} holds several vision towers ({paths}): pass the one you mean")
+    return _resolve(*found[0])
+
+
+def _refusal(model: nn.Module) -> str:
+    """Why the method does not fit a tower of the model that is known for that; "" if there is none."""
+    for module in model.modules():
+        for base in type(module).__mro__:
+            if reason := REFUSED.get(base.__name__):
+                return f"in {base.__name__}, {reason}"
+    return ""
+
+
+def _towers(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, Family]]:
+    """The outermost modules that a family recognises, as (path, module, family)."""
+    for family in FAMILIES:
+        if _is_of(module, family):
+            yield path, module, family
+            return
+    for name, child in module.named_children():
+        yield from _towers(child, f"{path}.{name}" if path else name)
+
+
+def _is_of(module: nn.Module, family: Family) -> bool:
+    names = {
+        base.__name__ for base in type(module).__mro__ if family.library in (None, base.__module__.partition(".")[0])
+    }
+    return not names.isdisjoint(listed(family.towers)) and all(
+        find_part(module, path) is not None for path in listed(family.requirements)
+    )
+
+
+def _resolve(path: str, tower: nn.Module, family: Family) -> Tower:
+    container = find_part(tower, family.blocks)
+    if not isinstance(container, (nn.ModuleList, nn.Sequential)):
+        raise ValueError(f"{type(tower).__name__} has no blocks at {' or '.join(listed(family.blocks))}")
+    blocks = tuple(_block(i, module, family) for i, module in enumerate(_flatten(container)))
+    if not blocks:
+        raise ValueError(f"{type(tower).__name__} has no blocks left")
+    if len({block.width for block in blocks}) > 1:
+        raise ValueError(f"{type(tower).__name__} has MLPs of different widths, which is not supported")
+    return Tower(
+        family=family,
+        path=path,
+        module=tower,
+        blocks=blocks,
+        num_prefix=family.prefix if isinstance(family.prefix, int) else family.prefix(tower),
+        embedding=find_part(tower, family.patch_embed),
+        entry_norm=find_part(tower, family.entry_norm),
+        sequence_first=family.sequence_first(tower),
+    )
+
+
+def _flatten(container: nn.Module) -> Iterator[nn.Module]:
+    """The blocks in order. facebookresearch/dinov2 nests them in chunks padded with Identity (for FSDP)."""
+    for child in container.children():
+        if isinstance(child, nn.ModuleList):
+            yield from _flatten(child)
+        elif not isinstance(child, nn.Identity):
+            yield child
+
+
+def _block(index: int, module: nn.Module, family: Family) -> Block:
+    if torch.backends.mha.get_fastpath_enabled() and isinstance(module, nn.TransformerEncoderLayer):
+        raise ValueError(
+            f"block {index} is an nn.TransformerEncoderLayer, whose fast path bypasses the second linear: call "
+            "torch.backends.mha.set_fastpath_enabled(False) first"
+        )
+    parallel = find_part(module, family.parallel)
+    holders = [module] if parallel is None else list(parallel)
+    return Block(
+        module=module,
+        mlps=tuple(_mlp(f"block {index} ({type(module).__name__})", holder, family) for holder in holders),
+        attention=find_part(module, family.attention),
+        bias=next(_methods(module, family.bias), None),
+    )
+
+
+def _mlp(where: str, holder: nn.Module, family: Family) -> Mlp:
+    fused = find_part(holder, family.fused)
+    paths = listed(family.fc2) if fused is None else listed(family.fused)
+    parts = {path: part for path in paths if (part := find_part(holder, path)) is not None}
+    linears = [part for part in parts.values() if hasattr(part, "in_features")]
+    if not linears:
+        raise ValueError(
+            f"{where} has no second MLP linear at {' or '.join(listed(family.fc2))}: its kind of MLP is not supported"
+        )
+    path, fc2 = next(iter(parts.items()))
+    parent = path.rpartition(".")[0]
+    # transformers 4 spreads the MLP over `intermediate` and `output`: there is no module to run on a few tokens.
+    consumer = find_part(holder, family.consumers)
+    # Nor can a mixture of experts be run on a few tokens, without the choice of expert.
+    module = find_part(holder, parent) if parent not in ("", "output") and consumer is None else None
+    if any(base.__module__.startswith("xformers") for base in type(module).__mro__):
+        raise ValueError(
+            f"{where} uses xformers' fused SwiGLU, which bypasses the second linear: "
+            "set the environment variable XFORMERS_DISABLED=1 before the model is built"
+        )
+    return Mlp(
+        fc2=fc2,
+        fc2_linear=linears[0],
+        first=0 if fused is None else fused.out_features,
+        module=module,
+        scale=scale if isinstance(scale := find_part(holder, family.scale), nn.Parameter) else None,
+        consumers=(fc2, *_consumers(consumer)),
+    )
+
+
+def _consumers(part: nn.Module | None) -> tuple[nn.Module, ...]:
+    """The module, or each of its experts, which transformers 4 calls one by one."""
+    if part is None:
+        return ()
+    return tuple(part) if type(part) is nn.ModuleList else (part,)
+
+
+def _methods(module: nn.Module, paths: Paths) -> Iterator[tuple[nn.Module, str]]:
+    for path in listed(paths):
+        parent, _, name = path.rpartition(".")
+        holder = find_part(module, parent)
+        if hasattr(holder, name):
+            yield holder, name
+
+
+def listed(paths: Paths) -> tuple[str, ...]:
+    """The candidates, of which there may be one."""
+    return (paths,) if isinstance(paths, str) else paths
+
+
+def find_part(root: nn.Module, paths: Paths) -> Any:
+    """What the first existing path leads to; an Identity stands for a part that was left out."""
+    for path in listed(paths):
+        node: object = root
+        for name in path.split("."):
+            node = getattr(node, name, None)
+        if node is not None and not isinstance(node, nn.Identity):
+            return node
+    return None

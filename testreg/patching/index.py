@@ -1,0 +1,31 @@
+"""Whole numbers as a tensor to index with: cached in eager mode, and safe to compile, trace and export."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def index_tensor(values: Sequence[int], like: Tensor) -> Tensor:
+    """The values on the device of `like`; do not edit it in place."""
+    # A cached index costs no host-to-device copy, but a fake or traced one must never outlive its trace.
+    if torch.compiler.is_dynamo_compiling() and _is_exporting():
+        # Strict export names a constant by the path on which it was found, which leads through our `forward` and is
+        # not in the exported module: so there is none.
+        return torch.stack([torch.full((), value, device=like.device) for value in values])
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(like) is not Tensor:
+        return torch.tensor(values, device=like.device)
+    return _cached(tuple(values), like.device)
+
+
+def _is_exporting() -> bool:
+    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
+
+
+@functools.lru_cache(maxsize=1024)
+def _cached(values: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward
+        return torch.tensor(values, device=device)

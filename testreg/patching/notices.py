@@ -1,0 +1,95 @@
+"""What users are told when register neurons may not be right for their model."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from testreg.families import Tower, checkpoint_names, fingerprint
+from testreg.neurons import RegisterNeurons, UnverifiedNeuronsWarning, plain
+
+FAR = 2  # times as many patches, or as few, as verified
+
+_log = logging.getLogger("testreg")
+
+
+def warn_of_other_weights(neurons: RegisterNeurons, model: nn.Module, tower: Tower) -> None:
+    """Warn if the neurons were found in other weights than those of the tower."""
+    expected = neurons.model.get("fingerprint")
+    if expected is not None and fingerprint(tower) not in (expected, "unknown"):
+        found_in = plain(neurons.model.get("name", "another checkpoint"))
+        here = " = ".join(checkpoint_names(model)) or f"this {type(model).__name__} (its checkpoint is unknown)"
+        warnings.warn(
+            f"these register neurons were found in {found_in}, whose weights are not those of {here}: "
+            "calibrate the model itself if its artefacts stay",
+            stacklevel=_stacklevel(),
+        )
+
+
+def warn_of_unverified(neurons: RegisterNeurons) -> None:
+    """Warn if someone says that these are register neurons, and nothing shows it."""
+    if neurons.has_to_be_trusted:
+        warnings.warn(
+            f"the register neurons of {neurons.source or 'this list'} are not verified: no measurement on images shows "
+            "what they do in this checkpoint. testreg.diagnose tells whether it has outliers at all, testreg.calibrate "
+            "finds and verifies neurons for it",
+            UnverifiedNeuronsWarning,
+            stacklevel=_stacklevel(),
+        )
+
+
+def log_bundled(neurons: RegisterNeurons, model: nn.Module) -> None:
+    """Log which of the bundled lists was taken for a model."""
+    source = neurons.provenance.get("source")
+    found_by = source.get("repo") or source.get("command") if isinstance(source, Mapping) else source
+    _log.info(
+        "patched %s with the bundled list %s: %d register neurons of %s, %s",
+        type(model).__name__,
+        neurons.source,
+        len(neurons.ranking),
+        plain(found_by or "unknown origin"),
+        "verified" if neurons.verified else "not verified",
+    )
+
+
+class VerifiedUse:
+    """The image sizes and dtypes with which register neurons were verified."""
+
+    def __init__(self, neurons: RegisterNeurons) -> None:
+        verified = [each for each in neurons.calibration.get("verified_at", ()) if {"grid", "dtype"} <= each.keys()]
+        self.num_patches = [math.prod(each["grid"]) for each in verified]
+        self.dtypes = {each["dtype"] for each in verified}
+        self.warns = bool(verified)
+
+    def check(self, num_patches: int, tokens: Tensor) -> None:
+        """Warn, once, of an image size or dtype far from all with which the neurons were verified."""
+        if not self.warns:
+            return
+        device = tokens.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # not on "meta"
+        dtype = str(torch.get_autocast_dtype(device) if autocast else tokens.dtype).removeprefix("torch.")
+        far = all(max(num_patches / each, each / num_patches) > FAR for each in self.num_patches)
+        # What holds in a coarser dtype holds in these; not the other way round.
+        if far or dtype not in self.dtypes | {"float32", "float64"}:
+            self.warns = False
+            numbers, dtypes = " and ".join(map(str, self.num_patches)), " and ".join(sorted(self.dtypes))
+            warnings.warn(
+                f"the register neurons were verified on images of {numbers} patches in {dtypes}, and are used on "
+                f"{num_patches} in {dtype}: they may do less there. Calibrate at this size and in this dtype too "
+                "(testreg calibrate MODEL --image-size A --image-size B, --amp)",
+                stacklevel=2,
+            )
+
+
+def _stacklevel() -> int:
+    """The level of the code outside testreg that called into it, seen from the function that calls this one."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "testreg":
+        frame, level = frame.f_back, level + 1
+    return level

@@ -1,0 +1,41 @@
+"""Which methods of a tower are replaced, and by what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch import Tensor
+
+from testreg.families import Block, Tower
+from testreg.patching.attention import AttentionWeights, PositionBias
+from testreg.patching.block import RegisterBlock
+from testreg.patching.layout import Layout
+from testreg.patching.override import Override
+from testreg.patching.shift import ShiftBefore
+from testreg.patching.state import Patch
+
+
+def overrides(tower: Tower, patch: Patch, shift: Callable[..., Tensor]) -> Iterator[Override]:
+    """`shift` in front of every fc2 with register neurons, and what lets registers ride through each block."""
+    layout = Layout(patch.num_registers, tower.sequence_first)
+    units = patch.neurons.by_block()
+    for i, block in enumerate(tower.blocks):
+        shifts = tuple(_shifts(block, i, units.get(i, []), patch, layout, shift))
+        yield from shifts
+        yield RegisterBlock(block.module, patch, layout, tower, i, shifts)
+        if block.attention is not None:
+            yield AttentionWeights(block.attention, patch, layout, tower.family.appended)
+        if block.bias is not None:
+            module, method = block.bias
+            yield PositionBias(module, patch, layout, tower.family.bias_count, method)
+
+
+def _shifts(
+    block: Block, index: int, units: list[int], patch: Patch, layout: Layout, shift: Callable[..., Tensor]
+) -> Iterator[ShiftBefore]:
+    owner = patch.owner
+    for mlp, own in block.units_by_mlp(units):
+        channels = tuple(mlp.first + unit for unit in own.values())
+        owners = tuple(owner[index, unit] for unit in own)
+        for consumer in mlp.consumers:
+            yield ShiftBefore(consumer, block.module, patch, layout, shift, channels, owners)

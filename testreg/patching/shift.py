@@ -1,0 +1,73 @@
+"""Where the neurons are moved: in front of an MLP's second linear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import InitVar, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from testreg.patching.layout import Layout
+from testreg.patching.override import Override
+from testreg.patching.running import layout_now
+from testreg.patching.state import Patch
+
+
+@dataclass(eq=False)
+class ShiftBefore(Override):
+    """A second linear (fc2) that first moves the register neurons among its input channels to the registers."""
+
+    block: InitVar[nn.Module]
+    patch: Patch
+    plain: Layout
+    shift: Callable[..., Tensor]
+    """`testreg.register.shift`, the arithmetic."""
+    channels: tuple[int, ...]
+    owners: tuple[int, ...]
+
+    def __post_init__(self, block: nn.Module) -> None:
+        super().__post_init__()
+        self.parent, self.name = next(
+            (parent, name)
+            for parent in block.modules()
+            for name, child in parent.named_children()
+            if child is self.module
+        )
+
+    @property
+    def holder(self) -> nn.Module:
+        """What is now where our module was: the module itself, or what has wrapped or replaced it since."""
+        return self.parent._modules[self.name]  # type: ignore[return-value]  # getattr gives a copy in torch.export
+
+    def is_bypassed(self) -> bool:
+        """Whether the module was replaced since, so that nothing calls it any more."""
+        return self.holder is not self.module and self.module not in set(self.holder.modules())
+
+    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.patch.enabled:
+            hidden = self._shifted(hidden)
+        return self.original(hidden, *args, **kwargs)
+
+    def _shifted(self, hidden: Tensor) -> Tensor:
+        layout = layout_now(self.plain)
+        shifted = [
+            self.shift(
+                images,
+                self.channels,
+                self.owners,
+                num_prefix=self.patch.num_prefix,
+                valid=layout.valid,
+                patches=layout.patches,
+                **self.patch.options,
+            )
+            for images in layout.images(hidden)
+        ]
+        if not torch.is_grad_enabled():
+            return hidden  # was edited in place
+        moved = layout.of_images(shifted, hidden)
+        if self.holder is self.module:
+            return moved
+        hidden.copy_(moved)  # an adapter around the linear (LoRA) reads the same activation
+        return hidden
