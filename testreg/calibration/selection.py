@@ -17,14 +17,8 @@ from torch import Tensor, nn
 from testreg.families import Tower
 from testreg.io.images import batched
 from testreg.io.processes import Sums, add, gathered, summed
-from testreg.measure.outliers import (
-    MIN_FRACTION,
-    Detection,
-    check_finite,
-    ignored_patches,
-    recorded_norms,
-    recorded_tokens,
-)
+from testreg.measure.hooks import recorded_norms, recorded_tokens
+from testreg.measure.outliers import MIN_FRACTION, Detection, check_finite, ignored_patches
 from testreg.neurons import Neuron, RegisterNeurons
 from testreg.register import patch, unpatch
 

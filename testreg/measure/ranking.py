@@ -10,17 +10,17 @@ What is kept are sums over images: those of parts of the images, of several proc
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from testreg.families import Block, Mlp, Tower
-from testreg.measure.outliers import Detection, check_finite, exactly, recorded_norms, recorded_tokens
+from testreg.measure.hooks import recorded_norms, recorded_tokens, recording_inputs
+from testreg.measure.outliers import Detection, check_finite, exactly
 from testreg.neurons import Neuron
 
 Score = Literal["contribution", "write", "contrast", "activation"]
@@ -164,25 +164,22 @@ def _recorded_mlp_inputs(
     """
     inputs: list[list[Tensor]] = [[] for _ in tower.blocks]
     sparse: list[list[Tensor]] = [[] for _ in tower.blocks]
+    mlps = [(index, mlp) for index, block in enumerate(tower.blocks) for mlp in block.mlps]
 
-    def record(layer: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs[layer].append(tower.batch_first(args[0]))
+    def record(number: int, tokens: Tensor) -> None:
+        index, _ = mlps[number]
+        inputs[index].append(tower.batch_first(tokens))
 
-    def record_sparse(layer: int, mlp: Mlp, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        hidden = tower.batch_first(args[0])[..., mlp.first :]
-        sparse[layer].append((hidden.abs() < SPARSE).float().mean(1) >= 0.5)
+    def record_sparse(number: int, hidden: Tensor) -> None:
+        index, mlp = mlps[number]
+        hidden = tower.batch_first(hidden)[..., mlp.first :]
+        sparse[index].append((hidden.abs() < SPARSE).float().mean(1) >= 0.5)
 
-    handles = []
-    for layer, block in enumerate(tower.blocks):
-        for mlp in block.mlps:
-            handles.append((mlp.module or mlp.fc2).register_forward_pre_hook(functools.partial(record, layer)))
-            if sparsity_filter:
-                handles.append(mlp.fc2.register_forward_pre_hook(functools.partial(record_sparse, layer, mlp)))
-    try:
+    with (
+        recording_inputs([mlp.module or mlp.fc2 for _, mlp in mlps], record),
+        recording_inputs([mlp.fc2 for _, mlp in mlps] if sparsity_filter else [], record_sparse),
+    ):
         yield inputs, sparse
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _hidden_at(block: Block, selected: Sequence[Tensor]) -> Tensor:
@@ -195,11 +192,8 @@ def _mlp_hidden_at(mlp: Mlp, selected: Tensor) -> Tensor:
     if mlp.module is None:
         return selected[:, mlp.first :]
     kept: list[Tensor] = []
-    handle = mlp.fc2.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
-    try:
+    with recording_inputs([mlp.fc2], lambda index, hidden: kept.append(hidden)):
         mlp.module(selected.unsqueeze(0))
-    finally:
-        handle.remove()
     return kept[0].squeeze(0)
 
 
