@@ -225,7 +225,7 @@ def _list(args: argparse.Namespace) -> None:
 def _diagnose(args: argparse.Namespace) -> int:
     from testreg.io.images import check_images
     from testreg.io.processes import process_group, rank
-    from testreg.measure.diagnosis import diagnose
+    from testreg.measure.diagnose import diagnose
     from testreg.measure.outliers import OutlierRule
 
     to_output = args.json == "-"
@@ -258,7 +258,8 @@ def _diagnose(args: argparse.Namespace) -> int:
 def _calibrate(args: argparse.Namespace) -> int:
     import torch
 
-    from testreg.calibration.calibrate import calibrate, held_out_images
+    from testreg.calibration.calibrate import calibrate
+    from testreg.calibration.view import held_out_images
     from testreg.io.images import check_images
     from testreg.io.processes import process_group, rank
     from testreg.measure.outliers import OutlierRule

@@ -22,6 +22,11 @@ class OutlierRule:
     tuning to a model's scale, resolution or depth. 1.4826 * MAD estimates a standard deviation; `min_ratio` keeps
     images whose norms hardly vary from yielding outliers. An absolute `threshold` replaces both (paper, table of
     appendix A: 75 for OpenCLIP ViT-B/16, 150 for DINOv2 ViT-L/14).
+
+    Example:
+        >>> norms = torch.tensor([9.0, 10.0, 11.0, 10.0, 9.5, 80.0])  # of the patches of an image
+        >>> norms > testreg.OutlierRule().limit(norms)
+        tensor([False, False, False, False, False,  True])
     """
 
     k: float = 5.0

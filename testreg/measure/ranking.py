@@ -79,7 +79,7 @@ class Statistics:
 
 
 @torch.no_grad()
-def look_at(
+def statistics_of(
     tower: Tower,
     images: Tensor,
     numbers: Sequence[int],
@@ -89,7 +89,7 @@ def look_at(
     include_prefix: bool = False,
     seed: int = 0,
 ) -> Statistics:
-    """Statistics of one batch (B, 3, h, w), on the CPU. The images' numbers choose halves and normal tokens.
+    """The statistics of one batch (B, 3, h, w), on the CPU. The images' numbers decide on halves and normal tokens.
 
     Raises:
         ValueError: norms are not finite.

@@ -16,11 +16,13 @@ from tiny import BUILDERS, SPREAD_MLP, TIMM, build, fresh
 from torch.utils.data import DataLoader, TensorDataset
 
 import testreg
-from testreg.calibration.calibrate import ImmovableOutliersError, NoOutliersError, calibrate, held_out_images
+from testreg.calibration.calibrate import calibrate
+from testreg.calibration.errors import ImmovableOutliersError, NoOutliersError
+from testreg.calibration.view import held_out_images
 from testreg.families import find_tower
 from testreg.measure.diagnosis import Outliers
 from testreg.measure.outliers import Detection, OutlierRule, token_norms
-from testreg.measure.ranking import best, look_at, scores
+from testreg.measure.ranking import best, scores, statistics_of
 
 DATA = Path(__file__).parents[1] / "data"
 PLANTABLE = [name for name in BUILDERS if "swiglu" not in name and name not in SPREAD_MLP]
@@ -590,7 +592,7 @@ def test_neurons_of_quantized_weights_are_scored(score, planted, photos):
     model, planted_neurons = planted
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
     tower = find_tower(model)
-    found = look_at(tower, photos, range(len(photos)), Detection(OutlierRule(), 2)).total()
+    found = statistics_of(tower, photos, range(len(photos)), Detection(OutlierRule(), 2)).total()
     ranking = best(scores(found, tower, score), 2, 4)
     assert as_set(planted_neurons.neurons) >= {neuron[:2] for neuron in ranking if neuron[0] == 2}
     assert ranking[0][:2] in as_set(planted_neurons.neurons)
@@ -604,7 +606,7 @@ def test_sums_are_not_rounded_under_autocast(dtype, planted, photos):
     images = photos.repeat(11, 1, 1, 1)
     with torch.autocast("cpu", dtype):
         norms = token_norms(tower, images)
-        found = look_at(tower, images, range(len(images)), detection).total()
+        found = statistics_of(tower, images, range(len(images)), detection).total()
         shares = scores(found, tower, "contribution")
     outlier = detection.outliers(norms, tower.num_prefix, (4, 4))[2]
     assert found.num_outliers == outlier.sum()

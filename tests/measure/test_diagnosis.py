@@ -11,7 +11,10 @@ from torch.overrides import _len_torch_function_stack
 
 import testreg
 from testreg.families import find_tower
-from testreg.measure.diagnosis import MASSIVE, QUANTILES, diagnose, neighbour_cosine
+from testreg.measure.conclusion import MASSIVE
+from testreg.measure.diagnose import diagnose
+from testreg.measure.diagnosis import QUANTILES
+from testreg.measure.observation import neighbour_cosine
 from testreg.measure.outliers import OutlierRule
 
 NORM_BEFORE_MLP = {
