@@ -53,7 +53,7 @@ def test_a_set_does_not_look_better_for_beginning_late():
     model = fresh("timm_clip")
     planted = plant(model, images, num_neurons=6, two_blocks=True)
     held_out = Evaluator(model, find_tower(model), list(images), Detection(RULE, 2), 1, batch_size=5)
-    neurons = [(layer, unit, None) for layer, units in planted.neurons.items() for unit in units]
+    neurons = [(block, unit, None) for block, units in planted.neurons.items() for unit in units]
     assert held_out.effect(neurons).remaining == 0
     late = held_out.effect([each for each in neurons if each[0] == 2])
     assert (late.remaining, late.worst_block) == (1, 1)
@@ -92,7 +92,7 @@ def test_effect_by_hand(name):
     model = fresh(name)
     planted = plant(model, images, num_neurons=4)
     tower = find_tower(model)
-    neurons = [(layer, unit, None) for layer, unit in sorted(as_set(planted.neurons))[:2]]
+    neurons = [(block, unit, None) for block, unit in sorted(as_set(planted.neurons))[:2]]
     held_out = Evaluator(model, tower, list(images), Detection(RULE, 2), 2, batch_size=3)
     effect = held_out.effect(neurons)
 
@@ -110,10 +110,10 @@ def test_effect_by_hand(name):
     testreg.unpatch(model)
     limit, limit_after = RULE.limit(before), RULE.limit(after)
     left, share, excess, excess_before = [], 0.0, 0.0, 0.0
-    for layer in range(4):
-        was = (before[layer] > limit[layer]).sum().item()
-        now = (after[layer] > limit[layer].maximum(limit_after[layer])).sum().item()
-        left.append(now / max(was, 1e-3 * before[layer].numel()))
+    for block in range(4):
+        was = (before[block] > limit[block]).sum().item()
+        now = (after[block] > limit[block].maximum(limit_after[block])).sum().item()
+        left.append(now / max(was, 1e-3 * before[block].numel()))
     left[:2] = [0.0, 0.0]  # in front of the onset nothing is counted
     for i in range(10):
         median, median_after = before[2, i].median(), after[2, i].median()
