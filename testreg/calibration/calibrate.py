@@ -8,32 +8,30 @@ until the ranking is stable. Which image goes where depends on its number alone,
 
 from __future__ import annotations
 
-import datetime
-import functools
 import os
-import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from testreg.calibration.errors import ImmovableOutliersError, NoOutliersError
 from testreg.calibration.evaluation import Effect, Evaluator, worst_of
 from testreg.calibration.options import Head, Options
+from testreg.calibration.result import Checks, Choice, facts_before_ranking, result
 from testreg.calibration.resume import State
 from testreg.calibration.selection import MAX_MEASUREMENTS, MAX_NEURONS, Selection, select
-from testreg.calibration.view import CHUNK, MIN_VERIFYING, View, evaluating, views_of
+from testreg.calibration.view import CHUNK, View, evaluating, mean_scores, stability_of, views_of
 from testreg.io.images import Images, Transform
 from testreg.io.processes import gathered
 from testreg.io.progress import progress_bar
-from testreg.measure.diagnosis import Diagnosis, named
+from testreg.measure.diagnosis import Diagnosis
 from testreg.measure.outliers import Detection, OutlierRule
-from testreg.measure.ranking import Score, Statistics, best, overlap, scores
-from testreg.neurons import Neuron, RegisterNeurons, describe_model
+from testreg.measure.ranking import Score, Statistics, best
+from testreg.neurons import Neuron, RegisterNeurons
 
 NEGLIGIBLE = 0.01  # of the best score: what less may do, in some image, is chance
 MIN_RANKED = 1000  # neurons that the list keeps, so that it can be truncated anew
@@ -151,7 +149,7 @@ def calibrate(
         _rank(views, found, options, out_of_time)
         choice = _choose(views, found, options, out_of_time)
         checks = _verify(views, choice, options)
-    return _result(views, found, choice, checks, options)
+    return result(views, found, choice, checks, options)
 
 
 def _timer(budget: float | None) -> Callable[[], bool]:
@@ -212,7 +210,9 @@ def _rank(views: Sequence[View], found: View, options: Options, out_of_time: Cal
     """Add images to the views' statistics, chunk by chunk, until the ranking by them is stable."""
     state = None
     if options.resume is not None:
-        state = State(Path(options.resume), views, {**_facts(found, options), "held_out": options.held_out})
+        state = State(
+            Path(options.resume), views, {**facts_before_ranking(found, options), "held_out": options.held_out}
+        )
     done = 0 if state is None else state.load()  # images with lower numbers are in the statistics
     for view in views if done else ():
         view.go_to(done)
@@ -223,7 +223,7 @@ def _rank(views: Sequence[View], found: View, options: Options, out_of_time: Cal
     def is_stable() -> bool:
         if options.stability is None or done <= views[0].end_of_first:
             return False
-        return _stability(views, options.score, _last_blocks(found, options)[0])[0] >= options.stability
+        return stability_of(views, options.score, _last_blocks(found, options)[0])[0] >= options.stability
 
     with progress_bar("ranking", views[0].stream.length, options.progress) as bar:
         while not done or not (is_read() or out_of_time() or is_stable()):
@@ -243,46 +243,12 @@ def _last_blocks(found: View, options: Options) -> list[int]:
     return sorted({found.onset, found.detection.block})
 
 
-def _mean_scores(views: Sequence[View], score: Score, part: Callable[[Statistics], Statistics]) -> Tensor:
-    """Scores (L, H) of the neurons by a part of the statistics: their mean over the views that show outliers."""
-    showing = [view for view in views if view.statistics.total().num_with_outliers > 0]
-    return torch.stack([scores(part(view.statistics), view.tower, score) for view in showing]).mean(0)
-
-
-def _stability(views: Sequence[View], score: Score, last: int, count: int | None = None) -> tuple[float, int]:
-    """Share of the best neurons that the rankings by two halves of the images have in common, and their number."""
-    first, second = (_mean_scores(views, score, functools.partial(Statistics.half, index=i)) for i in (0, 1))
-    return overlap(first, second, last, count)
-
-
 # Choose ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """The neurons that are recommended, and the ranking that they are from."""
-
-    neurons: tuple[Neuron, ...]
-    ranking: tuple[Neuron, ...]
-    last: int
-    """The last block whose neurons were ranked."""
-    selection: Selection | None
-    """How they were chosen; None if the user says how many."""
-
-    @property
-    def dropped(self) -> tuple[Neuron, ...]:
-        return () if self.selection is None else self.selection.dropped
-
-    @property
-    def others(self) -> tuple[Neuron, ...]:
-        """The rest of the ranking, without those that were found to have no effect."""
-        taken = {*self.neurons, *self.dropped}
-        return tuple(neuron for neuron in self.ranking if neuron not in taken)
-
-
-def _choose(views: Sequence[View], found: View, options: Options, out_of_time: Callable[[], bool]) -> _Choice:
+def _choose(views: Sequence[View], found: View, options: Options, out_of_time: Callable[[], bool]) -> Choice:
     """As many of the best neurons as the user says, or the fewest with which the target is met, or nearly so."""
-    combined = _mean_scores(views, options.score, Statistics.total)
+    combined = mean_scores(views, options.score, Statistics.total)
     lasts = _last_blocks(found, options)
     count = max(MIN_RANKED, 10 * (options.top_k or 0))
     rankings = {last: best(combined, last, count) for last in lasts}
@@ -292,7 +258,7 @@ def _choose(views: Sequence[View], found: View, options: Options, out_of_time: C
         )
     if options.top_k is not None:
         ranking = rankings[lasts[0]]
-        return _Choice(ranking[: options.top_k], ranking, lasts[0], None)
+        return Choice(ranking[: options.top_k], ranking, lasts[0], None)
     selections: dict[int, Selection] = {}
     evaluators = _evaluators(views, "choosing", options)
     with progress_bar("choosing", MAX_MEASUREMENTS, options.progress, unit="set") as bar:
@@ -309,7 +275,7 @@ def _choose(views: Sequence[View], found: View, options: Options, out_of_time: C
             if selections[last].effect.remaining <= options.target:
                 break
     last = min(selections, key=lambda each: max(selections[each].effect.remaining, options.target))
-    return _Choice(selections[last].neurons, rankings[last], last, selections[last])
+    return Choice(selections[last].neurons, rankings[last], last, selections[last])
 
 
 def _evaluators(views: Sequence[View], purpose: Literal["choosing", "verifying"], options: Options) -> list[Evaluator]:
@@ -331,134 +297,15 @@ def _evaluators(views: Sequence[View], purpose: Literal["choosing", "verifying"]
 # Verify ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Checks:
-    """What the chosen neurons do on the images that verify them."""
-
-    evaluators: list[Evaluator]
-    """One for each view."""
-    effects: list[Effect]
-    target_met: bool
-    on_others: bool
-    """Whether these images had no part in the choice."""
-
-    @property
-    def verified(self) -> bool:
-        # Images without an outlier would verify any list.
-        enough = all(each.num_images >= MIN_VERIFYING and each.outlier_fraction > 0 for each in self.evaluators)
-        return self.target_met and self.on_others and enough
-
-
-def _verify(views: Sequence[View], choice: _Choice, options: Options) -> _Checks | None:
+def _verify(views: Sequence[View], choice: Choice, options: Options) -> Checks | None:
     """Measure the chosen neurons at each image size; None if no images are held out."""
     if not options.held_out:
         return None
     evaluators = _evaluators(views, "verifying", options)
     effects = [each.effect(choice.neurons) for each in evaluators]
-    return _Checks(
+    return Checks(
         evaluators,
         effects,
         target_met=worst_of(effects).remaining <= options.target,
         on_others=choice.selection is None or all(view.is_split for view in views),
     )
-
-
-# The result -----------------------------------------------------------------------------------------------------------
-
-
-def _result(
-    views: Sequence[View], found: View, choice: _Choice, checks: _Checks | None, options: Options
-) -> RegisterNeurons:
-    overlapping, compared = _stability(views, options.score, choice.last, len(choice.neurons))
-    total = found.statistics.total()
-    return RegisterNeurons(
-        choice.neurons + choice.others,
-        top_k=len(choice.neurons),
-        model=describe_model(found.model, found.tower),
-        calibration={
-            **_facts(found, options),
-            "images": int(total.num_images),
-            "held_out": sum(gathered(len(found.held_out))),
-            "unreadable_images": sum(gathered(found.stream.num_skipped)),
-            "verdict": _verdict(found, target_met=checks is not None and checks.target_met),
-            "ignored": [
-                {"grid": list(view.grid), "positions": sorted(map(list, view.ignored))}
-                for view in views
-                if view.ignored
-            ],
-            "detection_block": found.detection.block,
-            "onset_block": found.onset,
-            "max_block": choice.last,
-            "outlier_fraction": float(total.num_outliers / total.num_patches),
-            "images_with_outliers": int(total.num_with_outliers),
-            "stability": {"overlap": overlapping, "neurons": compared},
-            **({} if choice.selection is None else _facts_of_choice(choice.selection)),
-            **({} if checks is None else _facts_of_checks(views, choice, checks, options)),
-            "made_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "versions": _versions(),
-        },
-        verified=checks is not None and checks.verified,
-    )
-
-
-def _facts(found: View, options: Options) -> dict[str, Any]:
-    """What is known of a run before it ranks."""
-    return {
-        "source": found.stream.source,
-        "image_size": found.diagnosis.image_size,
-        "rule": options.outlier_rule.describe(),
-        "score": options.score,
-        "sparsity_filter": options.sparsity_filter,
-        "seed": options.seed,
-        "dtype": found.dtype,
-    }
-
-
-def _facts_of_choice(selection: Selection) -> dict[str, Any]:
-    return {"curve": [asdict(effect) for effect in selection.curve], "chosen": asdict(selection.effect)}
-
-
-def _facts_of_checks(views: Sequence[View], choice: _Choice, checks: _Checks, options: Options) -> dict[str, Any]:
-    return {
-        "target": options.target,
-        "target_met": checks.target_met,
-        "verified_on_others": checks.on_others,
-        "max_change": options.max_change,
-        "dropped": [list(neuron) for neuron in choice.dropped],
-        "verified_at": [
-            {
-                "image_size": view.diagnosis.image_size,
-                "grid": list(evaluator.grid),
-                "dtype": view.dtype,
-                "images": evaluator.num_images,
-                "outlier_fraction": evaluator.outlier_fraction,
-                **asdict(effect),
-            }
-            for view, evaluator, effect in zip(views, checks.evaluators, checks.effects, strict=True)
-        ],
-    }
-
-
-def _verdict(found: View, *, target_met: bool) -> str:
-    """What the outliers at no fixed position are, which the neurons are for, and where there are others."""
-    outliers = found.diagnosis.outliers
-    assert outliers is not None
-    if outliers.kind != "movable" and target_met:
-        verdict = f"{outliers.summary}, which these neurons move against the diagnosis"
-    else:
-        verdict = found.diagnosis.verdict
-    if not found.ignored:
-        return verdict
-    return f"{verdict}; besides, artefacts at {named(sorted(found.ignored))}, where a register fixes nothing"
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {"python": platform.python_version()}
-    for package in ("testreg", "torch", "timm", "transformers", "open_clip_torch"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions

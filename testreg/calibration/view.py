@@ -23,7 +23,7 @@ from testreg.measure.conclusion import conclude
 from testreg.measure.diagnosis import Diagnosis
 from testreg.measure.observation import observe
 from testreg.measure.outliers import Detection
-from testreg.measure.ranking import Statistics, statistics_of
+from testreg.measure.ranking import Score, Statistics, overlap, scores, statistics_of
 from testreg.neurons import fingerprint
 from testreg.register import is_patched
 
@@ -194,3 +194,15 @@ def held_out_images(
     numbered = ImageStream(images, transform, num_images=num_images, seed=seed).numbered()
     first = itertools.takewhile(lambda item: item[0] < 2 * held_out, numbered)
     return [image for number, image in first if is_held_out(number, held_out)]
+
+
+def mean_scores(views: Sequence[View], score: Score, part: Callable[[Statistics], Statistics]) -> Tensor:
+    """Scores (L, H) of the neurons by a part of the statistics: their mean over the views that show outliers."""
+    showing = [view for view in views if view.statistics.total().num_with_outliers > 0]
+    return torch.stack([scores(part(view.statistics), view.tower, score) for view in showing]).mean(0)
+
+
+def stability_of(views: Sequence[View], score: Score, last: int, count: int | None = None) -> tuple[float, int]:
+    """Share of the best neurons that the rankings by two halves of the images have in common, and their number."""
+    first, second = (mean_scores(views, score, functools.partial(Statistics.half, index=i)) for i in (0, 1))
+    return overlap(first, second, last, count)
