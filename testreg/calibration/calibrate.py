@@ -153,7 +153,7 @@ def calibrate(
 
 
 def _timer(budget: float | None) -> Callable[[], bool]:
-    """Asked later, it says whether the time is up: that of any process, since they must go on together."""
+    """A function that says whether more than `budget` seconds have passed since now, in any of the processes."""
     started = time.monotonic()
 
     def out_of_time() -> bool:

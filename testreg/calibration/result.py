@@ -30,11 +30,12 @@ class Choice:
 
     @property
     def dropped(self) -> tuple[Neuron, ...]:
+        """Neurons of the ranking that were found to have no effect."""
         return () if self.selection is None else self.selection.dropped
 
     @property
     def others(self) -> tuple[Neuron, ...]:
-        """The rest of the ranking, without those that were found to have no effect."""
+        """The rest of the ranking, without those that were dropped."""
         taken = {*self.neurons, *self.dropped}
         return tuple(neuron for neuron in self.ranking if neuron not in taken)
 
@@ -52,6 +53,7 @@ class Checks:
 
     @property
     def verified(self) -> bool:
+        """Whether the target was met on enough images, with outliers, that had no part in the choice."""
         # Images without an outlier would verify any list.
         enough = all(each.num_images >= MIN_VERIFYING and each.outlier_fraction > 0 for each in self.evaluators)
         return self.target_met and self.on_others and enough
@@ -60,6 +62,12 @@ class Checks:
 def result(
     views: Sequence[View], found: View, choice: Choice, checks: Checks | None, options: Options
 ) -> RegisterNeurons:
+    """The list of neurons that a calibration gives.
+
+    Args:
+        found: the first view that has outliers.
+        checks: None if no images were held out.
+    """
     overlapping, compared = stability_of(views, options.score, choice.last, len(choice.neurons))
     total = found.statistics.total()
     return RegisterNeurons(

@@ -72,14 +72,16 @@ class _Search:
     max_change: float | None
     out_of_time: Callable[[], bool]
     curve: list[Effect] = field(default_factory=list)
-    """Effects of the best so many of the ranking, in the order in which they were measured."""
+    """Effects of several numbers of the best neurons, in the order in which they were measured."""
     count: int = 0
     """Measurements made."""
 
     def is_over(self) -> bool:
+        """Whether nothing more may be measured."""
         return self.count >= MAX_MEASUREMENTS or self.out_of_time()
 
     def is_allowed(self, effect: Effect) -> bool:
+        """Whether features change as little as they must."""
         return self.max_change is None or effect.change <= self.max_change
 
     def is_as_good(self, effect: Effect, best: Effect) -> bool:
@@ -92,7 +94,7 @@ class _Search:
         return self.measure(neurons)
 
     def add(self, size: int) -> Effect:
-        """Measure the best so many of the ranking."""
+        """Measure the best `size` neurons of the ranking."""
         self.curve.append(self.measured(self.ranking[:size]))
         return self.curve[-1]
 
@@ -133,7 +135,7 @@ class _Search:
         )
 
     def without_idle(self, effect: Effect, best: Effect) -> tuple[list[Neuron], Effect]:
-        """Of the neurons with this effect, those without which it is not as good as the best; and their effect."""
+        """The neurons with this effect, less those that can stay where they are, and the effect of moving the rest."""
         kept = list(self.ranking[: effect.neurons])
         untried = [kept] if len(kept) > 1 else []
         while untried and not self.is_over():

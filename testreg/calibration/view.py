@@ -51,9 +51,10 @@ class View:
         self.ignored: frozenset[tuple[int, int]] = frozenset()
         """Fixed positions of outliers, which no neuron is looked for."""
         self.diagnosis: Diagnosis
-        """Of the outliers at other positions."""
+        """What the view shows, without outliers at the `ignored` positions."""
         self.detection: Detection
         self.onset: int
+        """The block after which the outliers are there."""
 
     @property
     def grid(self) -> tuple[int, int]:

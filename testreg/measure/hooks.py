@@ -13,7 +13,7 @@ from testreg.families import Tower
 
 @contextmanager
 def recording_inputs(modules: Iterable[nn.Module], record: Callable[[int, Tensor], object]) -> Iterator[None]:
-    """Within the context, whenever the i-th module is called, `record(i, tokens)` gets its first argument before."""
+    """Within the context, `record(i, tokens)` gets the first argument of the i-th module before that is called."""
 
     def hook_of(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -29,7 +29,7 @@ def recording_inputs(modules: Iterable[nn.Module], record: Callable[[int, Tensor
 
 @contextmanager
 def recording_outputs(modules: Iterable[nn.Module], record: Callable[[int, Tensor], object]) -> Iterator[None]:
-    """Within the context, `record(i, tokens)` gets what the i-th module gives, the first part of it if a tuple."""
+    """Within the context, `record(i, tokens)` gets what the i-th module returns, or the first of several outputs."""
 
     def hook_of(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
