@@ -14,7 +14,7 @@ _HOMES = {
     "add_family": "families",
     "calibrate": "calibration.calibrate",
     "demo_model": "io.models",
-    "diagnose": "measure.diagnosis",
+    "diagnose": "measure.diagnose",
     "disabled": "register",
     "is_patched": "register",
     "load": "io.checkpoint",

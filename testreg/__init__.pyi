@@ -8,8 +8,8 @@ from testreg.io.checkpoint import load as load
 from testreg.io.checkpoint import save as save
 from testreg.io.models import demo_model as demo_model
 from testreg.io.models import load_model as load_model
+from testreg.measure.diagnose import diagnose as diagnose
 from testreg.measure.diagnosis import Diagnosis as Diagnosis
-from testreg.measure.diagnosis import diagnose as diagnose
 from testreg.measure.outliers import OutlierRule as OutlierRule
 from testreg.neurons import RegisterNeurons as RegisterNeurons
 from testreg.neurons import UnverifiedNeuronsWarning as UnverifiedNeuronsWarning

@@ -27,7 +27,7 @@ REPORT_IMAGES = 32
 HIGH_AGREEMENT = 0.99  # of a head with itself, which needs no mention
 OUTPUTS = ("output", "report", "figures", "resume", "json")  # arguments that name them
 OK, ERROR, NOTHING_TO_FIX, NOT_FIXABLE, NOT_VERIFIED, INTERRUPTED = 0, 1, 3, 4, 5, 130
-SCORES = ("contribution", "write", "contrast", "activation")
+SCORES = ("contribution", "activation")
 EXIT_CODES = "Exit codes: 0 done; 1 error; 2 wrong usage; 130 interrupted."
 EXIT_CODES_DIAGNOSE = (
     "Exit codes: 0 outliers that registers move; 1 error; 2 wrong usage; 3 no outliers: nothing to fix; 4 outliers "
@@ -225,7 +225,7 @@ def _list(args: argparse.Namespace) -> None:
 def _diagnose(args: argparse.Namespace) -> int:
     from testreg.io.images import check_images
     from testreg.io.processes import process_group, rank
-    from testreg.measure.diagnosis import diagnose
+    from testreg.measure.diagnose import diagnose
     from testreg.measure.outliers import OutlierRule
 
     to_output = args.json == "-"
@@ -258,7 +258,8 @@ def _diagnose(args: argparse.Namespace) -> int:
 def _calibrate(args: argparse.Namespace) -> int:
     import torch
 
-    from testreg.calibration.calibrate import calibrate, held_out_images
+    from testreg.calibration.calibrate import calibrate
+    from testreg.calibration.view import held_out_images
     from testreg.io.images import check_images
     from testreg.io.processes import process_group, rank
     from testreg.measure.outliers import OutlierRule

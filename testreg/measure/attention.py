@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from testreg.families import Tower
+from testreg.measure.hooks import recording_inputs, recording_outputs
 
 
 class Recorder(TorchFunctionMode):
@@ -100,24 +101,19 @@ def attention_to_patches(tower: Tower, images: Tensor, block: int = -1) -> Tenso
         RuntimeError: the model computes attention in a way that cannot be observed from Python.
     """
     module, kept = tower.blocks[block].module, list[Tensor]()
-    with Recorder(of_all=tower.num_prefix == 0) as recorder:
-        handles = [
-            module.register_forward_pre_hook(lambda module, args: recorder.rows.clear()),
-            module.register_forward_hook(lambda module, args, output: kept.extend(recorder.rows)),
-        ]
-        try:
-            tower.run(images)
-        finally:
-            for handle in handles:
-                handle.remove()
+    with (
+        Recorder(of_all=tower.num_prefix == 0) as recorder,
+        recording_inputs([module], lambda index, tokens: recorder.rows.clear()),
+        recording_outputs([module], lambda index, tokens: kept.extend(recorder.rows)),
+    ):
+        tower.run(images)
     if not kept:
         raise RuntimeError(
             f"saw no attention in block {block} of {tower.family.name}: compiled or custom attention kernels cannot be "
             "observed"
         )
-    rows, columns = tower.grid(images)
     attention = torch.cat(kept, 1)  # a block may attend several times, side by side
-    return attention[..., tower.num_prefix : tower.num_prefix + rows * columns]
+    return attention[..., tower.patches(images)]
 
 
 def entropy(attention: Tensor) -> Tensor:

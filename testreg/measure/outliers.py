@@ -1,15 +1,15 @@
-"""Which patch tokens are outliers: the rule, and the residual norms that it looks at."""
+"""Which patch tokens are outliers: the rule, and the residual norms that it is applied to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from testreg.families import Tower
+from testreg.measure.hooks import recorded_norms
 
 MIN_FRACTION = 1e-3  # of the patches must be outliers after some block, or there is nothing to fix
 
@@ -18,10 +18,15 @@ MIN_FRACTION = 1e-3  # of the patches must be outliers after some block, or ther
 class OutlierRule:
     """A token is an outlier if its norm exceeds max(median + k * 1.4826 * MAD, min_ratio * median) of its image.
 
-    Median and median absolute deviation are taken over the patches of one image at one layer, so the rule needs no
+    Median and median absolute deviation are taken over the patches of one image after one block, so the rule needs no
     tuning to a model's scale, resolution or depth. 1.4826 * MAD estimates a standard deviation; `min_ratio` keeps
     images whose norms hardly vary from yielding outliers. An absolute `threshold` replaces both (paper, table of
     appendix A: 75 for OpenCLIP ViT-B/16, 150 for DINOv2 ViT-L/14).
+
+    Example:
+        >>> norms = torch.tensor([9.0, 10.0, 11.0, 10.0, 9.5, 80.0])  # of the patches of an image
+        >>> norms > testreg.OutlierRule().limit(norms)
+        tensor([False, False, False, False, False,  True])
     """
 
     k: float = 5.0
@@ -99,36 +104,6 @@ def check_finite(norms: Tensor, images: Tensor) -> None:
             "an image has pixels that are not finite (NaN or infinity): leave it out, or mend its transform"
         )
     raise ValueError("the norms of the tokens are not finite: run the model in float32 or bfloat16")
-
-
-@contextmanager
-def recorded_norms(tower: Tower) -> Iterator[list[Tensor]]:
-    """Within the block, a forward of the tower appends the norms (B, T), in float32, of each block's output tokens."""
-    with _recorded(tower, range(tower.depth), lambda tokens: tokens.float().norm(dim=-1)) as norms:
-        yield norms
-
-
-@contextmanager
-def recorded_tokens(tower: Tower, layer: int) -> Iterator[list[Tensor]]:
-    """Within the block, a forward of the tower appends the tokens (B, T, C) that block `layer` gives."""
-    with _recorded(tower, [layer], lambda tokens: tokens) as tokens:
-        yield tokens
-
-
-@contextmanager
-def _recorded(tower: Tower, layers: Sequence[int], reduce: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
-    recorded: list[Tensor] = []
-
-    def record(module: nn.Module, args: tuple[object, ...], output: Tensor | tuple[Tensor, ...]) -> None:
-        tokens = output[0] if isinstance(output, tuple) else output
-        recorded.append(tower.batch_first(reduce(tokens.detach())))
-
-    handles = [tower.blocks[layer].module.register_forward_hook(record) for layer in layers]
-    try:
-        yield recorded
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

@@ -10,20 +10,20 @@ What is kept are sums over images: those of parts of the images, of several proc
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from testreg.families import Block, Mlp, Tower
-from testreg.measure.outliers import Detection, check_finite, exactly, recorded_norms, recorded_tokens
+from testreg.measure.hooks import recorded_norms, recorded_tokens, recording_inputs
+from testreg.measure.outliers import Detection, check_finite, exactly
 from testreg.neurons import Neuron
 
-Score = Literal["contribution", "write", "contrast", "activation"]
+Score = Literal["contribution", "activation"]
 
 NORMAL_TOKENS = 8  # sampled from each image, for comparison
 SPARSE = 0.5  # activations below it count as silent for the released code's sparsity filter
@@ -34,30 +34,26 @@ MATTERS = 0.1  # of the best score: below it, a neuron's place in the ranking is
 class Statistics:
     """Sums over images, apart for two halves of them. S = 2 halves, L blocks, H neurons, C width.
 
-    Those at outliers sum, over the images that have any, the image's mean: images count alike, however many outliers
-    they have (Algorithm 1).
+    What is measured at outliers is the mean over the outliers of an image, summed over the images that have any: images
+    count alike, however many outliers they have (Algorithm 1).
     """
 
-    magnitude: Tensor  # (S, L, H), mean |activation| at the outliers
-    activation: Tensor  # (S, L, H), its mean with sign
-    normal_magnitude: Tensor  # (S, L, H), sum over sampled normal tokens
-    normal_activation: Tensor  # (S, L, H)
-    normal_square: Tensor  # (S, L, H)
+    magnitude: Tensor  # (S, L, H), |activation| at outliers
+    activation: Tensor  # (S, L, H), activation at outliers, with its sign
+    normal_activation: Tensor  # (S, L, H), activation summed over sampled normal tokens
     direction: Tensor  # (S, C), mean outlier minus mean normal token, after the detection block
-    median_norm: Tensor  # (S, L), of the patches
-    num_normal: Tensor  # (S,), as the others
-    num_with_outliers: Tensor
-    num_outliers: Tensor
-    num_images: Tensor
-    num_patches: Tensor
+    num_normal: Tensor  # (S,), sampled normal tokens
+    num_with_outliers: Tensor  # (S,), images with an outlier
+    num_outliers: Tensor  # (S,)
+    num_images: Tensor  # (S,)
+    num_patches: Tensor  # (S,)
 
     @classmethod
     def zeros(cls, tower: Tower) -> Statistics:
         width = len(tower.blocks[0].mlps[0].columns)
-        neurons, blocks = (2, tower.depth, tower.mlp_width), (2, tower.depth)
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("magnitude", "activation"), neurons)
-        shapes |= dict.fromkeys(("normal_magnitude", "normal_activation", "normal_square"), neurons)
-        shapes |= {"direction": (2, width), "median_norm": blocks}
+        neurons = (2, tower.depth, tower.mlp_width)
+        shapes: dict[str, tuple[int, ...]]
+        shapes = {"magnitude": neurons, "activation": neurons, "normal_activation": neurons, "direction": (2, width)}
         return cls(**{each.name: torch.zeros(shapes.get(each.name, (2,))) for each in fields(cls)})
 
     def tensors(self) -> dict[str, Tensor]:
@@ -71,15 +67,16 @@ class Statistics:
         return Statistics(**{name: reduce(value) for name, value in self.tensors().items()})
 
     def total(self) -> Statistics:
-        """Without the axis of halves, as in `half`."""
+        """The sums over all images, without the axis of halves."""
         return self._over_halves(lambda value: value.sum(0))
 
     def half(self, index: int) -> Statistics:
+        """The sums over one half of the images, without the axis of halves."""
         return self._over_halves(lambda value: value[index])
 
 
 @torch.no_grad()
-def look_at(
+def statistics_of(
     tower: Tower,
     images: Tensor,
     numbers: Sequence[int],
@@ -89,7 +86,7 @@ def look_at(
     include_prefix: bool = False,
     seed: int = 0,
 ) -> Statistics:
-    """Statistics of one batch (B, 3, h, w), on the CPU. The images' numbers choose halves and normal tokens.
+    """The statistics of one batch (B, 3, h, w), on the CPU. The images' numbers decide on halves and normal tokens.
 
     Raises:
         ValueError: norms are not finite.
@@ -100,49 +97,45 @@ def look_at(
         _recorded_mlp_inputs(tower, sparsity_filter) as (inputs, sparse),
     ):
         tower.run(images)
-    norms, tokens = torch.stack(block_norms), block_tokens[0]  # (L, B, T), (B, T, C)
+    norms = torch.stack(block_norms)
     check_finite(norms, images)
-    grid, num_prefix = tower.grid(images), tower.num_prefix
-    norms, tokens = norms[..., : num_prefix + grid[0] * grid[1]], tokens[:, : num_prefix + grid[0] * grid[1]]
-    patches = norms[..., num_prefix:]
-    outlier = detection.outliers(norms, num_prefix, grid, include_prefix=include_prefix)  # (L, B, T)
+    num_prefix, patches = tower.num_prefix, tower.patches(images)
+    norms, tokens = norms[..., : patches.stop], block_tokens[0][:, : patches.stop]  # (L, B, T), (B, T, C)
+    outlier = detection.outliers(norms, num_prefix, tower.grid(images), include_prefix=include_prefix)  # (L, B, T)
     detected = outlier[detection.block]
-    numbers_ = torch.tensor(numbers, device=norms.device)
-    half = torch.stack([numbers_ // 2 % 2 == 0, numbers_ // 2 % 2 == 1]).float()  # (S, B)
+    which = torch.tensor(numbers, device=norms.device) // 2 % 2
+    half = torch.stack([which == 0, which == 1]).float()  # (S, B)
     per_image = detected.sum(-1)  # (B,)
 
     normal = torch.zeros_like(detected)
-    normal[:, num_prefix:] = _sample_normal(outlier[..., num_prefix:].any(0), numbers, seed)
+    normal[:, patches] = _sample_normal(outlier[..., patches].any(0), numbers, seed)
     image, token = (detected | normal).nonzero(as_tuple=True)  # (n,) each
     at_outliers = half[:, image] * detected[image, token] / per_image[image].clamp(min=1)  # (S, n)
     at_normal = half[:, image] * normal[image, token]
     mean_normal = normal / normal.sum(-1, keepdim=True).clamp(min=1)
-    contrast = detected / per_image.clamp(min=1).unsqueeze(-1) - mean_normal * (per_image > 0).unsqueeze(-1)  # (B, T)
+    mean_outlier = detected / per_image.clamp(min=1).unsqueeze(-1)
+    difference = mean_outlier - mean_normal * (per_image > 0).unsqueeze(-1)  # (B, T)
 
     statistics = Statistics.zeros(tower)
     for i, block in enumerate(tower.blocks):
         hidden = _hidden_at(block, [each[image, token] for each in inputs[i]]).float()  # (n, H), as the model has them
-        magnitude = hidden.abs()
-        counted = magnitude * torch.cat(sparse[i], -1)[image] if sparsity_filter else magnitude
+        magnitude = hidden.abs() * torch.cat(sparse[i], -1)[image] if sparsity_filter else hidden.abs()
         with exactly(norms.device):
-            statistics.magnitude[:, i] = at_outliers @ counted
+            statistics.magnitude[:, i] = at_outliers @ magnitude
             statistics.activation[:, i] = at_outliers @ hidden
-            statistics.normal_magnitude[:, i] = at_normal @ magnitude
             statistics.normal_activation[:, i] = at_normal @ hidden
-            statistics.normal_square[:, i] = at_normal @ hidden.square()
     with exactly(norms.device):
-        statistics.direction[:] = half @ torch.einsum("bt,btc->bc", contrast, tokens.float())
-        statistics.median_norm[:] = half @ patches.median(-1).values.T
+        statistics.direction[:] = half @ torch.einsum("bt,btc->bc", difference, tokens.float())
         statistics.num_normal[:] = half @ normal.sum(-1).float()
         statistics.num_with_outliers[:] = half @ (per_image > 0).float()
-        statistics.num_outliers[:] = half @ detected[:, num_prefix:].sum(-1).float()
+        statistics.num_outliers[:] = half @ detected[:, patches].sum(-1).float()
         statistics.num_images[:] = half.sum(-1)
-        statistics.num_patches[:] = half.sum(-1) * patches.shape[-1]
+        statistics.num_patches[:] = half.sum(-1) * (patches.stop - patches.start)
     return statistics
 
 
 def _sample_normal(outlier: Tensor, numbers: Sequence[int], seed: int) -> Tensor:
-    """A mask (B, N) of up to NORMAL_TOKENS patches an image that are outliers (B, N) at no block.
+    """Up to NORMAL_TOKENS patches of each image that are outliers (B, N) after no block, as a mask (B, N).
 
     Each image has its own generator, so that neither batches nor processes change what is sampled.
     """
@@ -158,48 +151,43 @@ def _sample_normal(outlier: Tensor, numbers: Sequence[int], seed: int) -> Tensor
 def _recorded_mlp_inputs(
     tower: Tower, sparsity_filter: bool
 ) -> Iterator[tuple[list[list[Tensor]], list[list[Tensor]]]]:
-    """Inputs (B, T, C) of each block's MLPs; of one that is no module, the hidden activation (B, T, H) itself.
+    """Within the context, a forward records the inputs (B, T, C) of the MLPs of each block.
 
-    With `sparsity_filter` also, for each MLP, which neurons (B, H) are silent on half of an image's tokens.
+    Where an MLP is no module, its hidden activation (B, T, H) is recorded instead. With `sparsity_filter`, it is also
+    recorded which neurons (B, H) of each MLP are silent on half of an image's tokens.
     """
     inputs: list[list[Tensor]] = [[] for _ in tower.blocks]
     sparse: list[list[Tensor]] = [[] for _ in tower.blocks]
+    mlps = [(index, mlp) for index, block in enumerate(tower.blocks) for mlp in block.mlps]
 
-    def record(layer: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs[layer].append(tower.batch_first(args[0]))
+    def record(number: int, tokens: Tensor) -> None:
+        index, _ = mlps[number]
+        inputs[index].append(tower.batch_first(tokens))
 
-    def record_sparse(layer: int, mlp: Mlp, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        hidden = tower.batch_first(args[0])[..., mlp.first :]
-        sparse[layer].append((hidden.abs() < SPARSE).float().mean(1) >= 0.5)
+    def record_sparse(number: int, hidden: Tensor) -> None:
+        index, mlp = mlps[number]
+        hidden = tower.batch_first(hidden)[..., mlp.first :]
+        sparse[index].append((hidden.abs() < SPARSE).float().mean(1) >= 0.5)
 
-    handles = []
-    for layer, block in enumerate(tower.blocks):
-        for mlp in block.mlps:
-            handles.append((mlp.module or mlp.fc2).register_forward_pre_hook(functools.partial(record, layer)))
-            if sparsity_filter:
-                handles.append(mlp.fc2.register_forward_pre_hook(functools.partial(record_sparse, layer, mlp)))
-    try:
+    with (
+        recording_inputs([mlp.module or mlp.fc2 for _, mlp in mlps], record),
+        recording_inputs([mlp.fc2 for _, mlp in mlps] if sparsity_filter else [], record_sparse),
+    ):
         yield inputs, sparse
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _hidden_at(block: Block, selected: Sequence[Tensor]) -> Tensor:
-    """Inputs (n, C) of each of the block's MLPs -> hidden activations (n, H)."""
+    """Hidden activations (n, H) of a block at n tokens, from the inputs (n, C) of each of its MLPs."""
     return torch.cat([_mlp_hidden_at(*each) for each in zip(block.mlps, selected, strict=True)], -1)
 
 
 def _mlp_hidden_at(mlp: Mlp, selected: Tensor) -> Tensor:
-    """The MLP is run, and the input of its second linear kept."""
+    """Hidden activations (n, H) of one MLP: the input of its second linear when it is run."""
     if mlp.module is None:
         return selected[:, mlp.first :]
     kept: list[Tensor] = []
-    handle = mlp.fc2.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
-    try:
+    with recording_inputs([mlp.fc2], lambda index, hidden: kept.append(hidden)):
         mlp.module(selected.unsqueeze(0))
-    finally:
-        handle.remove()
     return kept[0].squeeze(0)
 
 
@@ -212,35 +200,20 @@ def scores(statistics: Statistics, tower: Tower, score: Score) -> Tensor:
     - "contribution": what the neuron adds at outliers, beyond what it adds at normal tokens, along the direction in
       which outliers differ from normal tokens, as a fraction of that difference. The shares of all that writes to the
       residual stream sum to one. Neurons that write elsewhere, or are loud everywhere, have none.
-    - "write": the norm of what it adds in excess of normal tokens, in any direction, over the block's median norm.
-    - "contrast": mean |activation| at outliers less that at normal tokens, in units of the latter's spread.
     - "activation": mean |activation| at outliers (Algorithm 1).
     """
     with_outliers, num_normal = statistics.num_with_outliers.clamp(min=1), statistics.num_normal.clamp(min=1)
-    magnitude = statistics.magnitude / with_outliers
     if score == "activation":
-        return magnitude
-    normal_magnitude = statistics.normal_magnitude / num_normal
-    if score == "contrast":
-        variance = statistics.normal_square / num_normal - normal_magnitude.square()
-        spread = variance.clamp(min=0).sqrt()
-        # A neuron that happens to be silent at all sampled tokens has no spread, and would outdo every other.
-        return (magnitude - normal_magnitude) / spread.clamp(min=1e-6).maximum(spread.median(-1, keepdim=True).values)
-    columns = [_columns(block) for block in tower.blocks]  # (C, H) each
-    if score == "write":
-        median_norm = statistics.median_norm / statistics.num_images.clamp(min=1)
-        norms = torch.stack([each.norm(dim=0) for each in columns])
-        return (magnitude - normal_magnitude) * norms / median_norm.unsqueeze(-1)
+        return statistics.magnitude / with_outliers
     direction = statistics.direction / with_outliers
     with exactly(direction.device):
-        along = torch.stack([direction @ each for each in columns]) / direction.square().sum().clamp(
-            min=1e-12
-        )  # (L, H)
+        along = torch.stack([direction @ _columns(block) for block in tower.blocks])  # (L, H)
+    along /= direction.square().sum().clamp(min=1e-12)
     return (statistics.activation / with_outliers - statistics.normal_activation / num_normal) * along
 
 
 def _columns(block: Block) -> Tensor:
-    """(C, H): what one unit of each neuron's activation adds to the residual stream, LayerScale included."""
+    """What one unit of each neuron's activation adds to the residual stream, (C, H), LayerScale included."""
     columns = []
     for mlp in block.mlps:
         scale = 1.0 if mlp.scale is None else mlp.scale.detach().float().unsqueeze(-1)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from testreg.families import Tower, find_tower
 from testreg.measure.attention import attention_to_patches, entropy
-from testreg.measure.outliers import OutlierRule, recorded_tokens, token_norms
+from testreg.measure.hooks import recorded_tokens
+from testreg.measure.outliers import OutlierRule, token_norms
 from testreg.register import disabled
 
 if TYPE_CHECKING:

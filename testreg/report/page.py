@@ -22,10 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from testreg.calibration.calibrate import MIN_VERIFYING
+from testreg.calibration.view import MIN_VERIFYING
 from testreg.families import Tower, find_tower
 from testreg.files import replacing
-from testreg.measure.diagnosis import Diagnosis, conclude, named, observe
+from testreg.measure.conclusion import conclude
+from testreg.measure.diagnosis import Diagnosis, named
+from testreg.measure.observation import observe
 from testreg.measure.outliers import OutlierRule, ignored_patches, token_norms
 from testreg.neurons import RegisterNeurons, describe_model
 from testreg.register import disabled, patch, registers, unpatch

@@ -11,7 +11,10 @@ from torch.overrides import _len_torch_function_stack
 
 import testreg
 from testreg.families import find_tower
-from testreg.measure.diagnosis import MASSIVE, QUANTILES, diagnose, neighbour_cosine
+from testreg.measure.conclusion import MASSIVE
+from testreg.measure.diagnose import diagnose
+from testreg.measure.diagnosis import QUANTILES
+from testreg.measure.observation import neighbour_cosine
 from testreg.measure.outliers import OutlierRule
 
 NORM_BEFORE_MLP = {
@@ -50,19 +53,19 @@ def look(model, images, **options):
     return diagnose(model, images, progress=False, **options)
 
 
-@pytest.mark.parametrize("layer", [1, 2])
+@pytest.mark.parametrize("block", [1, 2])
 @pytest.mark.parametrize("name", ["timm_vit", "timm_clip", "hf_dinov2", "hf_siglip", "open_clip_sequence_first"])
-def test_planted_outliers_are_movable_and_from_their_mlp(name, layer, photos):
+def test_planted_outliers_are_movable_and_from_their_mlp(name, block, photos):
     model = fresh(name)
-    plant(model, photos, layer=layer, num_neurons=4, outlier_fraction=0.02)
+    plant(model, photos, layer=block, num_neurons=4, outlier_fraction=0.02)
     found = look(model, photos)
     assert found.kind == "movable"
-    assert (found.outliers.onset_block, found.outliers.onset_part) == (layer, "MLP")
+    assert (found.outliers.onset_block, found.outliers.onset_part) == (block, "MLP")
     assert found.outliers.fraction == pytest.approx(0.02, abs=0.01)
     assert found.outliers.mlp_share > 0.9
     assert found.outliers.fixed_positions == []
     assert (
-        found.verdict == f"outliers from block {layer} (MLP), {100 * found.outliers.fraction:.1f} % of patches, movable"
+        found.verdict == f"outliers from block {block} (MLP), {100 * found.outliers.fraction:.1f} % of patches, movable"
     )
 
 

@@ -1,0 +1,234 @@
+"""Measure the patched model on images that did not rank its neurons: what does moving some of them do?
+
+A ranking says which neurons *may* be the cause of outliers. What decides is the patched model: whether the outliers are
+gone, after every block, and whether everything else stays as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from testreg.calibration.options import Head
+from testreg.families import Tower
+from testreg.io.images import batched
+from testreg.io.processes import Sums, add, gathered, summed
+from testreg.measure.hooks import recorded_norms, recorded_tokens
+from testreg.measure.outliers import MIN_FRACTION, Detection, check_finite, ignored_patches
+from testreg.neurons import Neuron, RegisterNeurons
+from testreg.register import patched
+
+NORMAL_PATCHES = 64  # of an image, whose change is measured
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What moving some neurons does, on held-out images."""
+
+    neurons: int
+    remaining: float
+    """Outliers left after `worst_block`, as a fraction of those before. Such an outlier exceeds the limit of its image
+    both as the plain and as the patched model sees it."""
+    worst_block: int
+    """The block, from the onset on, after which most outliers are left."""
+    excess: float
+    """Excess norm that the plain model's outliers keep after the detection block, as a fraction of what they had. The
+    excess of a patch is how far its norm is above the normal one of its image (median + 5 robust sigma), over the
+    latter. Unlike a count, it tells whether neurons were left out that matter."""
+    change_pooled: float
+    """1 - cosine between the last block's CLS tokens without and with registers, or between the means of the normal
+    patches where there is no CLS. What all images have in common is subtracted first: it would hide any change."""
+    change_patches: float
+    """1 - cosine between the normal patches without and with registers, likewise."""
+    agreement: float | None
+    """Fraction of the images that the user's head gives the same class as before; None without a head."""
+
+    @property
+    def change(self) -> float:
+        """The larger of the two changes."""
+        return max(self.change_pooled, self.change_patches)
+
+
+def worst_of(effects: Sequence[Effect]) -> Effect:
+    """The worst of each figure, for one set of neurons at several image sizes."""
+    worst = max(effects, key=lambda effect: effect.remaining)
+    return replace(
+        worst,
+        excess=max(effect.excess for effect in effects),
+        change_pooled=max(effect.change_pooled for effect in effects),
+        change_patches=max(effect.change_patches for effect in effects),
+        agreement=min((effect.agreement for effect in effects if effect.agreement is not None), default=None),
+    )
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What the plain model makes of a batch. L blocks, B images, N patches, K of them sampled, C width."""
+
+    images: Tensor  # (B, 3, h, w)
+    limit: Tensor  # (L, B, 1), norm above which a patch is an outlier
+    counted: Tensor  # (N,), patches that may be outliers
+    outlier: Tensor  # (B, N), after the detection block
+    sampled: Tensor  # (B, K), indices of normal patches
+    features: Tensor  # (B, 1 + K, C), of the pooled token and of these, after the last block
+    classes: Tensor | None  # (B,), by the user's head
+
+
+class Evaluator:
+    """Measures the effect of sets of neurons, on held-out images that the plain model has seen once.
+
+    Outliers are counted after the onset and after every block behind it, new ones too. In front of the onset they are
+    not: early blocks have high norms of their own, of a bright patch say, which mean nothing, and which no neuron of a
+    later block reaches. Nothing is missed, since an outlier that arises earlier and lasts is there after the onset
+    as well. And since the count begins at the same block for all sets of neurons, none looks better for beginning late:
+    all outliers between the onset and its first neuron are left.
+
+    Args:
+        images: tensors (3, h, w), few enough to be kept.
+        onset: the block after which the outliers are there.
+        head: model, images (B, 3, h, w) on the model's device and in its dtype -> scores (B, classes).
+
+    Raises:
+        ValueError: norms are not finite; the head does not run the model once, or does not give scores. `effect` raises
+            it as well.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tower: Tower,
+        images: Sequence[Tensor],
+        detection: Detection,
+        onset: int,
+        *,
+        batch_size: int,
+        head: Head | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.tower, self.detection, self.onset, self.head = model, tower, detection, onset, head
+        sums: Sums = {}
+        self.baselines = [self._baseline(batch, sums, seed) for batch in batched(images, batch_size)]
+        self.before = summed(sums)
+        self.grid = next(grid for grid in gathered(tower.grid(images[0][None]) if images else None) if grid)
+        self.centre = self.before["features"] / self.before["count"].unsqueeze(-1)  # (2, C), of pooled and patches
+
+    @property
+    def num_images(self) -> int:
+        return int(self.before["count"][0])
+
+    @property
+    def outlier_fraction(self) -> float:
+        """Fraction of the patches that are outliers after the detection block."""
+        return float(self.before["outliers"][self.detection.block] / self.before["patches"])
+
+    def effect(self, neurons: Sequence[Neuron]) -> Effect:
+        """What moving these neurons to a register does."""
+        sums: Sums = {}
+        with patched(self.model, RegisterNeurons(tuple(neurons))):
+            for baseline in self.baselines:
+                self._compare(baseline, sums)
+        after, before = summed(sums), self.before
+        remaining = after["outliers"] / before["outliers"].clamp(min=MIN_FRACTION * float(before["patches"]))
+        remaining = remaining[self.onset :]
+        cosine = after["cosine"] / before["count"]
+        return Effect(
+            neurons=len(neurons),
+            remaining=float(remaining.max()),
+            worst_block=self.onset + int(remaining.argmax()),
+            excess=float(after["excess"] / before["excess"].clamp(min=1e-12)),
+            change_pooled=1 - float(cosine[0]),
+            change_patches=1 - float(cosine[1]),
+            agreement=float(after["agreed"] / before["count"][0]) if "agreed" in after else None,
+        )
+
+    def _run(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Norms (L, B, N) of the patches, tokens (B, P + N, C) after the last block, and the head's classes (B,)."""
+        tower = self.tower
+        images = images.to(tower.device, tower.dtype)
+        with torch.no_grad(), recorded_norms(tower) as recorded, recorded_tokens(tower, -1) as last:
+            scores = tower.run(images) if self.head is None else self.head(self.model, images)
+        if len(recorded) != tower.depth:
+            raise ValueError(
+                f"the head ran {len(recorded)} blocks of a tower of {tower.depth}: it must run the model that it is "
+                "given, once, as `lambda model, images: model(images)` does"
+            )
+        norms = torch.stack(recorded)
+        check_finite(norms, images)
+        patches = tower.patches(images)
+        classes = None if self.head is None else _classes(scores, len(images))
+        return norms[..., patches], last[0][:, : patches.stop].float(), classes
+
+    def _baseline(self, images: Tensor, sums: Sums, seed: int) -> Baseline:
+        """What the plain model makes of images (B, 3, h, w); its figures are added to the sums."""
+        norms, tokens, classes = self._run(images)
+        block, grid = self.detection.block, self.tower.grid(images)
+        limit = self.detection.rule.limit(norms)
+        outlier = norms > limit  # (L, B, N)
+        counted = ~ignored_patches(self.detection.ignored, grid).to(norms.device)
+        number = min(NORMAL_PATCHES, max(1, norms.shape[-1] // 2))
+        order = torch.rand(norms.shape[-1], generator=torch.Generator().manual_seed(seed)).to(norms.device)
+        sampled = order.expand(len(images), -1).masked_fill(outlier.any(0), -1).topk(number).indices
+        plain = Baseline(
+            images=images,
+            limit=limit,
+            counted=counted,
+            outlier=outlier[block] & counted,
+            sampled=sampled,
+            features=self._features(tokens, sampled),
+            classes=classes,
+        )
+        pooled, patches = plain.features[:, 0], plain.features[:, 1:].flatten(0, 1)
+        add(
+            sums,
+            {
+                "outliers": (outlier & counted).sum((1, 2)),
+                "patches": torch.tensor(norms[0].numel()),
+                "excess": self._excess(norms, plain),
+                "features": torch.stack([pooled.sum(0), patches.sum(0)]),
+                "count": torch.tensor([len(pooled), len(patches)]),
+            },
+        )
+        return plain
+
+    def _features(self, tokens: Tensor, sampled: Tensor) -> Tensor:
+        """The pooled token and the sampled patches (B, K), as (B, 1 + K, C)."""
+        num_prefix = self.tower.num_prefix
+        patches = tokens.gather(1, (sampled + num_prefix).unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+        pooled = tokens[:, :1] if num_prefix else patches.mean(1, keepdim=True)
+        return torch.cat([pooled, patches], 1)
+
+    def _excess(self, norms: Tensor, plain: Baseline) -> Tensor:
+        """The excess (see `Effect`) in norms (L, B, N), summed over the patches that are the plain model's outliers."""
+        norms = norms[self.detection.block]
+        return (norms / self.detection.rule.normal(norms) - 1).clamp(min=0)[plain.outlier].sum()
+
+    def _compare(self, plain: Baseline, sums: Sums) -> None:
+        """Add to the sums how the patched model differs from the plain one on a batch."""
+        norms, tokens, classes = self._run(plain.images)
+        # By both limits: norms may grow evenly, so that none stands out, or even out, so that small ones do.
+        outlier = norms > torch.maximum(plain.limit, self.detection.rule.limit(norms))
+        before, after = (
+            torch.cat([features[:, :1] - self.centre[0].to(features), features[:, 1:] - self.centre[1].to(features)], 1)
+            for features in (plain.features, self._features(tokens, plain.sampled))
+        )
+        cosine = F.cosine_similarity(before, after, dim=-1)  # (B, 1 + K)
+        added = {
+            "outliers": (outlier & plain.counted).sum((1, 2)),
+            "excess": self._excess(norms, plain),
+            "cosine": torch.stack([cosine[:, 0].sum(), cosine[:, 1:].sum()]),
+        }
+        if plain.classes is not None and classes is not None:
+            added["agreed"] = (plain.classes == classes).sum()
+        add(sums, added)
+
+
+def _classes(scores: Tensor, num_images: int) -> Tensor:
+    """The best class (B,) of each image, by scores (B, classes)."""
+    if not isinstance(scores, Tensor) or scores.ndim != 2 or len(scores) != num_images:
+        what = f"of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+        raise ValueError(f"the head must give scores ({num_images}, classes) for {num_images} images, got {what}")
+    return scores.argmax(-1)

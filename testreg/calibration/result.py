@@ -1,0 +1,163 @@
+"""The result of a calibration: the neurons with all that is known of how they were found."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from testreg.calibration.evaluation import Effect, Evaluator
+from testreg.calibration.options import Options
+from testreg.calibration.selection import Selection
+from testreg.calibration.view import MIN_VERIFYING, View, stability_of
+from testreg.io.processes import gathered
+from testreg.measure.diagnosis import named
+from testreg.neurons import Neuron, RegisterNeurons, describe_model
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The neurons that are recommended, and the ranking that they are from."""
+
+    neurons: tuple[Neuron, ...]
+    ranking: tuple[Neuron, ...]
+    last: int
+    """The last block whose neurons were ranked."""
+    selection: Selection | None
+    """How they were chosen; None if the user says how many."""
+
+    @property
+    def dropped(self) -> tuple[Neuron, ...]:
+        """Neurons of the ranking that were found to have no effect."""
+        return () if self.selection is None else self.selection.dropped
+
+    @property
+    def others(self) -> tuple[Neuron, ...]:
+        """The rest of the ranking, without those that were dropped."""
+        taken = {*self.neurons, *self.dropped}
+        return tuple(neuron for neuron in self.ranking if neuron not in taken)
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What the chosen neurons do on the images that verify them."""
+
+    evaluators: list[Evaluator]
+    """One for each view."""
+    effects: list[Effect]
+    target_met: bool
+    on_others: bool
+    """Whether these images had no part in the choice."""
+
+    @property
+    def verified(self) -> bool:
+        """Whether the target was met on enough images, with outliers, that had no part in the choice."""
+        # Images without an outlier would verify any list.
+        enough = all(each.num_images >= MIN_VERIFYING and each.outlier_fraction > 0 for each in self.evaluators)
+        return self.target_met and self.on_others and enough
+
+
+def result(
+    views: Sequence[View], found: View, choice: Choice, checks: Checks | None, options: Options
+) -> RegisterNeurons:
+    """The list of neurons that a calibration gives.
+
+    Args:
+        found: the first view that has outliers.
+        checks: None if no images were held out.
+    """
+    overlapping, compared = stability_of(views, options.score, choice.last, len(choice.neurons))
+    total = found.statistics.total()
+    return RegisterNeurons(
+        choice.neurons + choice.others,
+        top_k=len(choice.neurons),
+        model=describe_model(found.model, found.tower),
+        calibration={
+            **facts_before_ranking(found, options),
+            "images": int(total.num_images),
+            "held_out": sum(gathered(len(found.held_out))),
+            "unreadable_images": sum(gathered(found.stream.num_skipped)),
+            "verdict": _verdict(found, target_met=checks is not None and checks.target_met),
+            "ignored": [
+                {"grid": list(view.grid), "positions": sorted(map(list, view.ignored))}
+                for view in views
+                if view.ignored
+            ],
+            "detection_block": found.detection.block,
+            "onset_block": found.onset,
+            "max_block": choice.last,
+            "outlier_fraction": float(total.num_outliers / total.num_patches),
+            "images_with_outliers": int(total.num_with_outliers),
+            "stability": {"overlap": overlapping, "neurons": compared},
+            **({} if choice.selection is None else _facts_of_choice(choice.selection)),
+            **({} if checks is None else _facts_of_checks(views, choice, checks, options)),
+            "made_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "versions": _versions(),
+        },
+        verified=checks is not None and checks.verified,
+    )
+
+
+def facts_before_ranking(found: View, options: Options) -> dict[str, Any]:
+    """What is known of a run before it ranks."""
+    return {
+        "source": found.stream.source,
+        "image_size": found.diagnosis.image_size,
+        "rule": options.outlier_rule.describe(),
+        "score": options.score,
+        "sparsity_filter": options.sparsity_filter,
+        "seed": options.seed,
+        "dtype": found.dtype,
+    }
+
+
+def _facts_of_choice(selection: Selection) -> dict[str, Any]:
+    return {"curve": [asdict(effect) for effect in selection.curve], "chosen": asdict(selection.effect)}
+
+
+def _facts_of_checks(views: Sequence[View], choice: Choice, checks: Checks, options: Options) -> dict[str, Any]:
+    return {
+        "target": options.target,
+        "target_met": checks.target_met,
+        "verified_on_others": checks.on_others,
+        "max_change": options.max_change,
+        "dropped": [list(neuron) for neuron in choice.dropped],
+        "verified_at": [
+            {
+                "image_size": view.diagnosis.image_size,
+                "grid": list(evaluator.grid),
+                "dtype": view.dtype,
+                "images": evaluator.num_images,
+                "outlier_fraction": evaluator.outlier_fraction,
+                **asdict(effect),
+            }
+            for view, evaluator, effect in zip(views, checks.evaluators, checks.effects, strict=True)
+        ],
+    }
+
+
+def _verdict(found: View, *, target_met: bool) -> str:
+    """What the outliers at no fixed position are, which the neurons are for, and where there are others."""
+    outliers = found.diagnosis.outliers
+    assert outliers is not None
+    if outliers.kind != "movable" and target_met:
+        verdict = f"{outliers.summary}, which these neurons move against the diagnosis"
+    else:
+        verdict = found.diagnosis.verdict
+    if not found.ignored:
+        return verdict
+    return f"{verdict}; besides, artefacts at {named(sorted(found.ignored))}, where a register fixes nothing"
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {"python": platform.python_version()}
+    for package in ("testreg", "torch", "timm", "transformers", "open_clip_torch"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,129 @@
+"""The state of a calibration that may be interrupted and resumed: the statistics of its views, in a file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from testreg.calibration.view import CHUNK, View
+from testreg.families import fingerprint
+from testreg.files import replacing
+from testreg.io.processes import gathered, rank
+from testreg.measure.ranking import Statistics
+
+FORMAT = "testreg-calibration"
+VERSION = 2  # of the sums that are saved
+
+
+class State:
+    """The views' statistics in a safetensors file, and of which run they are.
+
+    Args:
+        facts: what else must be the same for a saved state to be of this run.
+    """
+
+    def __init__(self, path: Path, views: Sequence[View], facts: Mapping[str, Any]) -> None:
+        self.path, self.views = path, views
+        run = {
+            **facts,
+            "weights": fingerprint(views[0].tower),
+            "sizes": [view.diagnosis.image_size for view in views],
+            "detection": [[view.detection.block, view.onset, sorted(view.detection.ignored)] for view in views],
+        }
+        self.run: dict[str, Any] = json.loads(json.dumps(run))
+        """All that must be the same for the sums to be of the same run, as JSON gives it back."""
+
+    def save(self, done: int) -> None:
+        """Write the file, in the first process: all images with numbers below `done` are in the statistics."""
+        if rank() != 0:
+            return
+        tensors = {
+            f"{i}.{name}": tensor
+            for i, view in enumerate(self.views)
+            for name, tensor in view.statistics.tensors().items()
+        }
+        saved = {"format": FORMAT, "version": VERSION, "done": done, "run": self.run}
+        with replacing(self.path) as temporary:
+            save_file(tensors, temporary, metadata={"testreg": json.dumps(saved)})
+
+    def load(self) -> int:
+        """Fill the views' statistics, if the file exists; returns the number of the first image that is not in them.
+
+        The first process reads the file for all of them: on other machines it may be missing, or another one.
+
+        Raises:
+            ValueError: the file is damaged, or of another run.
+        """
+        found: tuple[int, list[Statistics]] | ValueError | None = None
+        if rank() == 0 and self.path.exists():
+            try:
+                found = self._read()
+            except ValueError as error:
+                found = error
+        found = gathered(found)[0]
+        if isinstance(found, ValueError):
+            raise found
+        if found is None:
+            return 0
+        done, statistics = found
+        for view, saved in zip(self.views, statistics, strict=True):
+            view.statistics = saved
+        return done
+
+    def _read(self) -> tuple[int, list[Statistics]]:
+        try:
+            with safe_open(self.path, "pt") as file:
+                saved = json.loads((file.metadata() or {}).get("testreg", "null"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except Exception as error:
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"{self.path} is not a saved state: {reason[:200]}. Delete it to start anew") from error
+        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+            raise ValueError(f"{self.path} is not the saved state of a calibration: name another file")
+        if saved.get("version") != VERSION:
+            raise ValueError(f"{self.path} was saved by another version of testreg. Delete it to start anew")
+        if not isinstance(run := saved.get("run"), dict):
+            raise self._damage("it does not say of which run it is")
+        for key in self.run | run:
+            if self.run.get(key) != run.get(key):
+                name = key if key in self.run else _short(key)
+                raise ValueError(
+                    f"{self.path} is of another run: {name} was {_short(run.get(key))}, and is "
+                    f"{_short(self.run.get(key))}. Name another file, or delete it to start anew"
+                )
+        done = saved.get("done")
+        first = self.views[0].end_of_first
+        if type(done) is not int or not first <= done <= sys.maxsize or (done - first) % CHUNK:
+            raise self._damage(f"it cannot have ended at image {_short(done)}")
+        return done, [self._statistics(tensors, i, done) for i in range(len(self.views))]
+
+    def _statistics(self, tensors: dict[str, Tensor], index: int, done: int) -> Statistics:
+        """The statistics of one view, checked."""
+        expected = Statistics.zeros(self.views[index].tower).tensors()
+        found = {name: tensors.get(f"{index}.{name}") for name in expected}
+        for name, like in expected.items():
+            value = found[name]
+            if value is None or value.shape != like.shape or value.dtype != like.dtype:
+                raise self._damage(f"{name} is missing, or does not fit the model")
+            if not value.isfinite().all():
+                raise self._damage(f"{name} is not finite")
+        statistics = Statistics(**found)  # type: ignore[arg-type]
+        if not 0 < float(statistics.num_images.sum()) <= done:
+            raise self._damage(f"it cannot be of {float(statistics.num_images.sum()):g} images, if it ended at {done}")
+        return statistics
+
+    def _damage(self, what: str) -> ValueError:
+        return ValueError(f"{self.path} is damaged: {what}. Delete it to start anew")
+
+
+def _short(value: object) -> str:
+    """A short repr of what a file holds, which may be anything, at any length."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,208 @@
+"""A model at one image size: which images choose and verify its neurons, which rank them, and what they show."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from testreg.calibration.options import Options
+from testreg.families import Tower, find_tower, fingerprint
+from testreg.io.images import Images, ImageStream, Transform, batched
+from testreg.io.models import OwnTransform
+from testreg.io.processes import gathered, rank, world_size
+from testreg.io.progress import progress_bar
+from testreg.measure.conclusion import conclude
+from testreg.measure.diagnosis import Diagnosis
+from testreg.measure.observation import observe
+from testreg.measure.outliers import Detection
+from testreg.measure.ranking import Score, Statistics, overlap, scores, statistics_of
+from testreg.register import is_patched
+
+CHUNK = 64  # images between two checks of whether the ranking is stable, and between two saved states
+NUM_CHOOSING = 24  # held-out images on which sets of neurons are compared; the rest verifies the one that was chosen
+MIN_VERIFYING = 16  # fewer images verify nothing: one more or less of their outliers decides
+
+
+@dataclass(eq=False)
+class View:
+    """A model at one image size, the images prepared for it, and what they showed."""
+
+    model: nn.Module
+    tower: Tower
+    stream: ImageStream
+    options: Options
+    first: list[tuple[int, Tensor]] = field(default_factory=list)
+    """Numbers and images of this process for diagnosis and ranking, of those read at once."""
+    held_out: list[tuple[int, Tensor]] = field(default_factory=list)
+    end_of_first: int = 0
+    """All images with lower numbers have been split into `first` and `held_out`."""
+
+    def __post_init__(self) -> None:
+        self.statistics = Statistics.zeros(self.tower)
+        self.ignored: frozenset[tuple[int, int]] = frozenset()
+        """Fixed positions of outliers, which no neuron is looked for."""
+        self.diagnosis: Diagnosis
+        """What the view shows, without outliers at the `ignored` positions."""
+        self.detection: Detection
+        self.onset: int
+        """The block after which the outliers are there."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.tower.grid(self.first[0][1])
+
+    @property
+    def dtype(self) -> str:
+        """In which the model computes."""
+        return str(self.options.amp or self.tower.dtype).removeprefix("torch.")
+
+    def split(self) -> None:
+        """Read the first images, and split them: every other one of the first `2 * held_out` is held out.
+
+        Raises:
+            ValueError: there are too few images.
+        """
+        held_out = self.options.held_out
+        self.go_to(0)
+        self.end_of_first = max(2 * held_out, CHUNK)
+        for number, image in self.take(self.end_of_first):
+            part = self.held_out if is_held_out(number, held_out) else self.first
+            part.append((number, image))
+        if 0 in gathered(len(self.first)):
+            if world_size() > 1:
+                raise ValueError(f"{self.stream.source} has fewer images than there are processes ({world_size()})")
+            raise self.stream.nothing_read()
+        if held_out and not any(gathered(len(self.held_out))):
+            raise ValueError(
+                f"{self.stream.source} has a single image, and none to hold out: give more, or held_out=0 and top_k"
+            )
+
+    @property
+    def is_split(self) -> bool:
+        """Whether there are enough held-out images to choose on some and to verify on others."""
+        return sum(gathered(len(self.held_out))) >= NUM_CHOOSING + MIN_VERIFYING
+
+    def held_out_for(self, purpose: Literal["choosing", "verifying"]) -> list[Tensor]:
+        """The held-out images of this process for one of the two, or for both if there are too few."""
+        if not self.is_split:
+            return [image for _, image in self.held_out]
+        chooses = purpose == "choosing"
+        return [image for number, image in self.held_out if (number < 2 * NUM_CHOOSING) == chooses]
+
+    def go_to(self, number: int) -> None:
+        """Make the image with this number the next to be taken."""
+        self.numbered = self.stream.numbered(number, rank(), world_size())
+        self.next = next(self.numbered, None)
+
+    def take(self, end: int) -> Iterator[tuple[int, Tensor]]:
+        """The images of this process that are numbered below `end` and were not taken yet."""
+        while self.next is not None and self.next[0] < end:
+            yield self.next
+            self.next = next(self.numbered, None)
+
+    def diagnose(self) -> Diagnosis:
+        """The diagnosis of the first images of all processes, without outliers at the `ignored` positions."""
+        batches = batched((image for _, image in self.first), self.options.batch_size)
+        rule = self.options.outlier_rule
+        with progress_bar("diagnosing", len(self.first), self.options.progress) as bar:
+            seen = observe(self.tower, batches, rule, ignored=self.ignored, on_images=bar.update)
+        return conclude(self.model, gathered(seen), rule, block=self.options.block)
+
+    def add_statistics(self, numbered: Iterator[tuple[int, Tensor]], on_images: Callable[[int], object]) -> None:
+        """Add numbered images of this process, and those of the others, to the statistics.
+
+        Args:
+            on_images: called with the number of images after each batch.
+        """
+        added = Statistics.zeros(self.tower)
+        while batch := list(itertools.islice(numbered, self.options.batch_size)):
+            (images,) = batched((image for _, image in batch), self.options.batch_size)
+            added += statistics_of(
+                self.tower,
+                images,
+                [number for number, _ in batch],
+                self.detection,
+                sparsity_filter=self.options.sparsity_filter,
+                include_prefix=self.options.score == "activation",
+                seed=self.options.seed,
+            )
+            on_images(len(batch))
+        self.statistics += functools.reduce(operator.add, gathered(added))
+
+
+def views_of(model: nn.Module | Sequence[nn.Module], images: Images, options: Options) -> list[View]:
+    """A view of each model, with images that are not read yet.
+
+    Raises:
+        RuntimeError: a model is patched.
+        ValueError: the models, transforms and images do not fit together.
+    """
+    models = [model] if isinstance(model, nn.Module) else list(model)
+    transform = options.transform
+    transforms = list(transform) if isinstance(transform, Sequence) else [transform] * len(models)
+    if not models or len(transforms) != len(models):
+        raise ValueError(f"{len(models)} models and {len(transforms)} transforms: give one transform for each")
+    towers = [find_tower(each) for each in models]
+    if any(is_patched(each) for each in models):
+        raise RuntimeError("the model is patched: calibrate it before, or after testreg.unpatch(model)")
+    if len({fingerprint(tower) for tower in towers}) > 1:
+        raise ValueError("several models must be one checkpoint at several image sizes, but their weights differ")
+    if isinstance(images, Iterator) and (len(models) > 1 or options.resume is not None):
+        raise ValueError("several models, and resumed runs, need images that can be read again: not an iterator")
+    options = options.with_blocks_of(towers[0].depth)
+    views = []
+    for each, tower, own in zip(models, towers, transforms, strict=True):
+        stream = ImageStream(
+            images,
+            own or OwnTransform(each),
+            num_images=options.num_images,
+            workers=options.workers,
+            seed=options.seed,
+        )
+        views.append(View(each, tower, stream, options))
+    return views
+
+
+@contextmanager
+def evaluating(views: Sequence[View]) -> Iterator[None]:
+    """Within the context the models are in eval mode, and under autocast if the options say so."""
+    with ExitStack() as stack:
+        for view in views:
+            stack.enter_context(view.tower.evaluating())
+        if (amp := views[0].options.amp) is not None:
+            stack.enter_context(torch.autocast(views[0].tower.device.type, amp))
+        yield
+
+
+def is_held_out(number: int, held_out: int) -> bool:
+    """Whether the image with this number is put aside, if at most `held_out` are."""
+    return number % 2 == 1 and number < 2 * held_out
+
+
+def held_out_images(
+    images: Images, transform: Transform, *, held_out: int, num_images: int | None, seed: int
+) -> list[Tensor]:
+    """The images that `calibrate` with these arguments puts aside, read again."""
+    numbered = ImageStream(images, transform, num_images=num_images, seed=seed).numbered()
+    first = itertools.takewhile(lambda item: item[0] < 2 * held_out, numbered)
+    return [image for number, image in first if is_held_out(number, held_out)]
+
+
+def mean_scores(views: Sequence[View], score: Score, part: Callable[[Statistics], Statistics]) -> Tensor:
+    """Scores (L, H) of the neurons by a part of the statistics: their mean over the views that show outliers."""
+    showing = [view for view in views if view.statistics.total().num_with_outliers > 0]
+    return torch.stack([scores(part(view.statistics), view.tower, score) for view in showing]).mean(0)
+
+
+def stability_of(views: Sequence[View], score: Score, last: int, count: int | None = None) -> tuple[float, int]:
+    """Share of the best neurons that the rankings by two halves of the images have in common, and their number."""
+    first, second = (mean_scores(views, score, functools.partial(Statistics.half, index=i)) for i in (0, 1))
+    return overlap(first, second, last, count)

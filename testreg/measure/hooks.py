@@ -1,0 +1,70 @@
+"""The recorder: what modules get and give while a model runs, seen by hooks that are gone afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from testreg.families import Tower
+
+
+@contextmanager
+def recording_inputs(modules: Iterable[nn.Module], record: Callable[[int, Tensor], object]) -> Iterator[None]:
+    """Within the context, `record(i, tokens)` gets the first argument of the i-th module before that is called."""
+
+    def hook_of(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            record(index, args[0] if args else next(iter(kwargs.values())))
+
+        return hook
+
+    with ExitStack() as stack:
+        for index, module in enumerate(modules):
+            stack.enter_context(module.register_forward_pre_hook(hook_of(index), with_kwargs=True))
+        yield
+
+
+@contextmanager
+def recording_outputs(modules: Iterable[nn.Module], record: Callable[[int, Tensor], object]) -> Iterator[None]:
+    """Within the context, `record(i, tokens)` gets what the i-th module returns, or the first of several outputs."""
+
+    def hook_of(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+            record(index, output[0] if isinstance(output, tuple) else output)
+
+        return hook
+
+    with ExitStack() as stack:
+        for index, module in enumerate(modules):
+            stack.enter_context(module.register_forward_hook(hook_of(index)))
+        yield
+
+
+@contextmanager
+def recorded_norms(tower: Tower) -> Iterator[list[Tensor]]:
+    """Within the context, a forward of the tower appends the norms (B, T), in float32, of each block's output."""
+    with _recorded_blocks(tower, range(tower.depth), lambda tokens: tokens.float().norm(dim=-1)) as norms:
+        yield norms
+
+
+@contextmanager
+def recorded_tokens(tower: Tower, block: int) -> Iterator[list[Tensor]]:
+    """Within the context, a forward of the tower appends the tokens (B, T, C) that the block gives."""
+    with _recorded_blocks(tower, [block], lambda tokens: tokens) as tokens:
+        yield tokens
+
+
+@contextmanager
+def _recorded_blocks(
+    tower: Tower, indices: Sequence[int], reduce: Callable[[Tensor], Tensor]
+) -> Iterator[list[Tensor]]:
+    recorded: list[Tensor] = []
+
+    def record(index: int, tokens: Tensor) -> None:
+        recorded.append(tower.batch_first(reduce(tokens.detach())))
+
+    with recording_outputs([tower.blocks[index].module for index in indices], record):
+        yield recorded

@@ -1,0 +1,218 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from planting import plant
+from test_calibrate import as_set
+from tiny import fresh, photograph_crops
+
+import testreg
+from testreg.calibration.evaluation import Effect, Evaluator, worst_of
+from testreg.families import find_tower
+from testreg.measure.outliers import Detection, OutlierRule, token_norms
+
+RULE = OutlierRule()
+
+
+def test_worst_of():
+    at_224 = Effect(5, 0.2, 3, 0.1, 0.01, 0.04, 0.9)
+    at_518 = Effect(5, 0.1, 7, 0.3, 0.02, 0.03, 0.8)
+    assert worst_of([at_224, at_518]) == Effect(5, 0.2, 3, 0.3, 0.02, 0.04, 0.8)
+    without_head = replace(at_518, agreement=None)
+    assert worst_of([at_224, without_head]).agreement == 0.9
+    assert worst_of([without_head]).agreement is None
+
+
+def bright_in_front(model, patch):
+    """A patch of every image is far longer than the others after block 0, and back to normal after block 1."""
+
+    def add(module, args, out, sign):
+        out[:, model.num_prefix_tokens + patch, 5] += sign * 300.0
+
+    model.blocks[0].register_forward_hook(lambda *given: add(*given, sign=1))
+    model.blocks[1].register_forward_hook(lambda *given: add(*given, sign=-1))
+
+
+def test_what_lies_in_front_of_the_onset_does_not_count():
+    """No neuron of block 2 reaches it, even where an outlier that they do remove will be."""
+    images = photograph_crops()[:10]
+    model = fresh("timm_clip")
+    planted = plant(model, images, num_neurons=4)
+    tower = find_tower(model)
+    norms = token_norms(tower, images)[2, :, 1:]
+    bright_in_front(model, int((norms > RULE.limit(norms)).sum(0).argmax()))
+    held_out = Evaluator(model, tower, list(images), Detection(RULE, 2), 2, batch_size=5)
+    effect = held_out.effect([(2, unit, None) for unit in planted.neurons[2]])
+    assert effect.remaining == 0
+    assert effect.worst_block >= 2
+
+
+def test_a_set_does_not_look_better_for_beginning_late():
+    """Its blocks from the onset on have all their outliers, though it cannot reach them."""
+    images = photograph_crops()[:10]
+    model = fresh("timm_clip")
+    planted = plant(model, images, num_neurons=6, two_blocks=True)
+    held_out = Evaluator(model, find_tower(model), list(images), Detection(RULE, 2), 1, batch_size=5)
+    neurons = [(block, unit, None) for block, units in planted.neurons.items() for unit in units]
+    assert held_out.effect(neurons).remaining == 0
+    late = held_out.effect([each for each in neurons if each[0] == 2])
+    assert (late.remaining, late.worst_block) == (1, 1)
+
+
+def test_outliers_that_a_set_makes_count_from_the_onset_on():
+    images = photograph_crops()[:10]
+    model = fresh("timm_clip")
+    planted = plant(model, images, num_neurons=4)
+    held_out = Evaluator(model, find_tower(model), list(images), Detection(RULE, 2), 2, batch_size=5)
+    model.blocks[3].register_forward_hook(
+        lambda module, args, out: out.index_fill(1, torch.tensor([3]), 50.0) if testreg.is_patched(model) else None
+    )
+    effect = held_out.effect([(2, unit, None) for unit in planted.neurons[2]])
+    assert effect.remaining > 1
+    assert effect.worst_block == 3
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_norms_that_are_not_finite_are_an_error(patched):
+    """NaN exceeds no limit: it would pass for an outlier that is gone."""
+    images = list(photograph_crops()[:4])
+    model = fresh("timm_clip")
+    plant(model, torch.stack(images), num_neurons=4)
+    model.blocks[3].register_forward_hook(
+        lambda module, args, out: out * float("nan") if testreg.is_patched(model) is patched else None
+    )
+    with pytest.raises(ValueError, match="the norms of the tokens are not finite"):
+        Evaluator(model, find_tower(model), images, Detection(RULE, 2), 2, batch_size=4).effect([(2, 0, None)])
+
+
+@pytest.mark.parametrize("name", ["timm_clip", "hf_siglip", "open_clip_sequence_first"])
+def test_effect_by_hand(name):
+    """Every figure of an effect, computed with loops from the norms and features of the two models."""
+    images = photograph_crops()[:10]
+    model = fresh(name)
+    planted = plant(model, images, num_neurons=4)
+    tower = find_tower(model)
+    neurons = [(block, unit, None) for block, unit in sorted(as_set(planted.neurons))[:2]]
+    held_out = Evaluator(model, tower, list(images), Detection(RULE, 2), 2, batch_size=3)
+    effect = held_out.effect(neurons)
+
+    def norms_and_tokens():
+        kept = []
+        handle = tower.blocks[-1].module.register_forward_hook(lambda *args: kept.append(args[-1]))
+        norms = token_norms(tower, images)[..., tower.num_prefix :]
+        handle.remove()
+        tokens = kept[0][0] if isinstance(kept[0], tuple) else kept[0]
+        return norms, tower.batch_first(tokens).detach()
+
+    before, tokens_before = norms_and_tokens()
+    testreg.patch(model, testreg.RegisterNeurons(tuple(neurons)))
+    after, tokens_after = norms_and_tokens()
+    testreg.unpatch(model)
+    limit, limit_after = RULE.limit(before), RULE.limit(after)
+    left, share, excess, excess_before = [], 0.0, 0.0, 0.0
+    for block in range(4):
+        was = (before[block] > limit[block]).sum().item()
+        now = (after[block] > limit[block].maximum(limit_after[block])).sum().item()
+        left.append(now / max(was, 1e-3 * before[block].numel()))
+    left[:2] = [0.0, 0.0]  # in front of the onset nothing is counted
+    for i in range(10):
+        median, median_after = before[2, i].median(), after[2, i].median()
+        normal = median + 5 * 1.4826 * (before[2, i] - median).abs().median()
+        normal_after = median_after + 5 * 1.4826 * (after[2, i] - median_after).abs().median()
+        for n in range(before.shape[-1]):
+            if before[2, i, n] > limit[2, i]:
+                share += 1 / before[2].numel()
+                excess += max((after[2, i, n] / normal_after - 1).item(), 0)
+                excess_before += max((before[2, i, n] / normal - 1).item(), 0)
+    assert held_out.outlier_fraction == pytest.approx(share)
+    assert effect.neurons == 2
+    assert effect.remaining == pytest.approx(max(left))
+    assert effect.worst_block == left.index(max(left))
+    assert effect.agreement is None  # without a head
+    assert effect.excess == pytest.approx(excess / excess_before, rel=1e-4)
+    assert 0.1 < effect.excess < 0.9
+    if tower.num_prefix:
+        first, second = tokens_before[:, 0], tokens_after[:, 0]
+        centre = first.mean(0)
+        cosine = torch.cosine_similarity(first - centre, second - centre, dim=-1).mean().item()
+        assert effect.change_pooled == pytest.approx(1 - cosine, abs=1e-5)
+    assert 0 < effect.change_patches < 0.5
+    assert not testreg.is_patched(model)
+
+
+def test_moving_nothing_that_matters_changes_nothing():
+    images = list(photograph_crops()[:6])
+    model = fresh("timm_clip")
+    planted = plant(model, torch.stack(images), num_neurons=4)
+    tower = find_tower(model)
+    with torch.no_grad():
+        tower.blocks[3].mlps[0].columns[:, 7] = 0
+    held_out = Evaluator(model, tower, images, Detection(RULE, 2), 2, batch_size=4)
+    effect = held_out.effect([(3, 7, None)])
+    assert effect.remaining == pytest.approx(1, abs=0.02)
+    assert effect.excess == pytest.approx(1, abs=0.01)
+    everything = held_out.effect([(2, unit, None) for unit in planted.neurons[2]])
+    assert everything.remaining == 0
+    assert everything.excess < 0.01
+
+
+def test_the_given_head_is_asked():
+    images = list(photograph_crops()[:8])
+    model = fresh("timm_clip")
+    plant(model, torch.stack(images), num_neurons=4)
+    tower = find_tower(model)
+
+    def head(model, images):
+        """Class 0 for the plain model, and for a patched one class 1 of every image but the first."""
+        model(images)
+        scores = torch.zeros(len(images), 2)
+        scores[1:, 1] = float(testreg.is_patched(model))
+        return scores
+
+    held_out = Evaluator(model, tower, images, Detection(RULE, 2), 2, batch_size=4, head=head)
+    assert held_out.effect([(2, 0, None)]).agreement == pytest.approx(2 / 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_head_gets_images_as_the_model_takes_them(dtype):
+    images = list(photograph_crops()[:4].double())
+    model = fresh("timm_clip").to(dtype)
+    held_out = Evaluator(model, find_tower(model), images, Detection(RULE, 2), 2, batch_size=3, head=run)
+    assert held_out.effect([(2, 0, None)]).agreement == 1
+
+
+def run(model, images):
+    return model(images)
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (lambda model, images: torch.zeros(len(images), 2), r"the head ran 0 blocks of a tower of 4: it must run"),
+        (lambda model, images: model(images) + model(images), r"the head ran 8 blocks of a tower of 4"),
+        (lambda model, images: model(images)[0], r"must give scores \(4, classes\) for 4 images, got of shape \(10,\)"),
+        (lambda model, images: (model(images),), r"must give scores \(4, classes\) for 4 images, got a tuple"),
+    ],
+)
+def test_heads_that_are_none(head, message):
+    images = list(photograph_crops()[:4])
+    model = fresh("timm_clip")
+    with pytest.raises(ValueError, match=message):
+        Evaluator(model, find_tower(model), images, Detection(RULE, 2), 2, batch_size=4, head=head)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_figures_under_autocast_are_those_of_its_norms(dtype):
+    """The forward is what autocast makes of it; what is summed up afterwards is not rounded."""
+    images = photograph_crops()[:10]
+    model = fresh("timm_clip")
+    neurons = [(2, unit, None) for unit in plant(model, images, num_neurons=4).neurons[2]]
+    tower = find_tower(model)
+    plain = Evaluator(model, tower, list(images), Detection(RULE, 2), 2, batch_size=10)
+    with torch.autocast("cpu", dtype):
+        held_out = Evaluator(model, tower, list(images), Detection(RULE, 2), 2, batch_size=10)
+        effect = held_out.effect(neurons)
+    assert held_out.outlier_fraction == pytest.approx(plain.outlier_fraction, abs=0.01)
+    assert held_out.before["excess"].item() == pytest.approx(plain.before["excess"].item(), rel=0.1)
+    assert effect.remaining == 0
+    assert effect.excess < 0.01
