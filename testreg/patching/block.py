@@ -294,7 +294,8 @@ class RegisterBlock(Override):
             return None
         if (extend := self.family.block_arguments.get(name) or MASKS.get(name)) is not None:
             extended = extend(value, layout)
-            if layout is not self.plain and torch.is_grad_enabled() and isinstance(extended, Tensor | BlockMask):
+            holds_layout = isinstance(extended, (Tensor, BlockMask))  # no union, which torch 2.9 does not compile
+            if holds_layout and layout is not self.plain and torch.is_grad_enabled():
                 setattr(extended, _LAYOUT, layout)
             return extended
         if isinstance(value, Tensor):
