@@ -25,7 +25,7 @@ OLDEST = (
     "open_clip_torch==3.0.0",
     "safetensors==0.5.0",
 )  # as in pyproject.toml
-TORCH_2_9 = ("torch==2.9.1", "torchvision==0.24.1", "torchao==0.14.1")  # newer torchao does not import with torch 2.9
+TORCH_2_9 = ("torch==2.9.1", "torchvision==0.24.1", "torchao==0.16.0")  # peft wants no older one, torch 2.9 no newer
 ROWS = {
     "oldest": (*TORCH_2_9, *OLDEST),
     "2.9": TORCH_2_9,

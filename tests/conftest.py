@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers and timm are imported
@@ -11,6 +12,17 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None]:
+    """Skips a test of an architecture that the installed release of its library does not have."""
+    from coverage.registry import Absent
+
+    try:
+        yield
+    except Absent as reason:
+        pytest.skip(str(reason))
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from testreg.demo.run import crops, photographs
 
 TIMM_RECORDS = tuple(map(int, timm.__version__.split(".")[:3])) >= (1, 0, 31)  # the arguments that made a model
+TIMM_1_0_26 = timm.__version__ == "1.0.26"
 TORCH_2_9 = torch.__version__.startswith("2.9.")
 TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 SPREAD_MLP = ("hf_vit", "hf_deit") if TRANSFORMERS_4 else ()  # whose MLPs are no modules of their own

@@ -14,7 +14,7 @@ from timm.models.naflexvit import batch_patchify
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import Tensor, nn
 
-from coverage.registry import Architecture, image, images, label
+from coverage.registry import Absent, Architecture, image, images, label
 
 MODULES = (
     *("vision_transformer", "vision_transformer_hybrid", "vision_transformer_relpos", "vision_transformer_sam"),
@@ -47,6 +47,7 @@ OPTIONS: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("vit_base_patch16_rope_mixed_ape_224", {"use_naflex": True}),
     ("vit_base_patch16_dinov3", {"use_naflex": True}),
 )
+RELEASE = tuple(map(int, timm.__version__.split(".")[:3]))
 SMALL = {"depth": 3, "embed_dim": 32, "num_heads": 2}
 GRID = (4, 5)
 
@@ -67,8 +68,13 @@ def _architecture(name: str, options: Mapping[str, Any]) -> Architecture:
 
 
 def _build(name: str, options: Mapping[str, Any]) -> nn.Module:
-    model = timm.create_model(name, pretrained=False, **{**small(name), "num_classes": 10, **options})
-    return model.eval()
+    arguments = {**small(name), "num_classes": 10, **options}
+    try:
+        return timm.create_model(name, pretrained=False, **arguments).eval()
+    except ValueError as error:
+        if "Unknown rope_type" in str(error):
+            raise Absent(f"timm {timm.__version__} has no {label(name, options)}") from error
+        raise
 
 
 def small(name: str) -> dict[str, Any]:
@@ -152,14 +158,16 @@ def _naflex_outputs(model: nn.Module, numbers: Sequence[int]) -> dict[str, Any]:
     valid = padded["patch_valid"]
     prefix = valid.new_ones(len(valid), model.num_prefix_tokens)
     options = {"output_fmt": "NLC", "norm": True, "output_dict": True, "return_prefix_tokens": True}
-    between = model.forward_intermediates(padded, **options)
-    return {
+    outputs = {
         "padded, forward": model(padded),
         "padded, arguments": model(padded["patches"], padded["patch_coord"], valid),
         "padded, forward_features": model.forward_features(**padded)["patches"][torch.cat([prefix, valid], 1)],
-        "padded, forward_intermediates": [tokens[valid] for tokens in between["image_intermediates"]],
-        "padded, prefix": between.get("image_intermediates_prefix"),
     }
+    if RELEASE >= (1, 0, 28):  # before, forward_intermediates takes no padded batch
+        between = model.forward_intermediates(padded, **options)
+        outputs["padded, forward_intermediates"] = [tokens[valid] for tokens in between["image_intermediates"]]
+        outputs["padded, prefix"] = between.get("image_intermediates_prefix")
+    return outputs
 
 
 def naflex_batch(model: nn.Module, numbers: Sequence[int]) -> dict[str, Tensor]:

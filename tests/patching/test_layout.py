@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -212,7 +213,8 @@ def test_other_masks_are_refused(mask: Tensor, message: str) -> None:
 @pytest.mark.parametrize("size", [128, 2], ids=["one block", "several blocks"])
 def test_block_masks_are_extended_as_dense_ones(batch: int | None, size: int) -> None:
     shown = SHOWN if batch else SHOWN[:1]
-    rule = lambda image, head, query, key: shown[image % len(shown), 0, query, key]
+    rows = shown[:, 0]
+    rule = lambda image, head, query, key: rows[image % len(rows), query, key]
     mask = create_block_mask(rule, batch, None, 3, 3, device="cpu", BLOCK_SIZE=size)
     extended, dense = TWO.extend_mask(mask), TWO.extend_mask(shown)
     assert torch.equal(create_mask(extended.mask_mod, len(shown), 1, 5, 5, device="cpu"), dense)
@@ -269,11 +271,14 @@ def _vlm(name: str, valid: Callable[[tuple[Any, ...]], Tensor] | None = None) ->
     def tokens(model: Any, numbers: Sequence[int]) -> Sequence[Tensor]:
         double = lambda each: each.double() if each.is_floating_point() else each
         arguments = row.inputs(numbers).tower
-        output = model(*map(double, arguments)).last_hidden_state
+        output = model(*map(double, arguments))
+        output = getattr(output, "last_hidden_state", output)  # transformers 4 may give the merged tokens only
         if valid is not None:
             return [each[shown] for each, shown in zip(output, valid(arguments).flatten(1).bool(), strict=True)]
-        grids = [transformers_vlm.GRIDS[number] for number in numbers]
-        return output.flatten(0, -2).split([rows * columns for rows, columns in grids])
+        lengths = [math.prod(transformers_vlm.GRIDS[number]) for number in numbers]
+        output = output.flatten(0, -2)
+        merged = sum(lengths) // len(output)
+        return output.split([length // merged for length in lengths])
 
     return Case(build, tokens)
 
@@ -447,6 +452,7 @@ def test_a_plain_model_is_right_behind_a_recomputation(name: str) -> None:
     assert_same({key: each.grad for key, each in clip.named_parameters() if key in clip_gradients}, clip_gradients)
 
 
+@pytest.mark.skipif(tiny.TRANSFORMERS_4, reason="its Idefics 3 gives flex attention a dense mask")
 def test_recomputation_with_flex_attention_leaves_padding_out() -> None:
     """A BlockMask brings the layout as a tensor does. Attention itself is dense here: flex has no backward on CPUs."""
     name = "Idefics 3, padded"

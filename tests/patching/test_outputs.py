@@ -12,7 +12,7 @@ import torch
 import torchvision
 import transformers
 from reference import LAYOUTS, block_outputs, build, forward_by_hand, run
-from tiny import HF, HF_DINOV2, IMAGE, PATCH, TIMM
+from tiny import HF, HF_DINOV2, IMAGE, PATCH, TIMM, TRANSFORMERS_4
 from torch import Tensor, nn
 
 from testreg import disabled, is_patched, patch, unpatch
@@ -269,7 +269,7 @@ def test_patch_dropout_leaves_the_register(family: str, make: Callable[[], nn.Mo
 
 # The second MLP linear is the one whose input testreg edits.
 TARGETS = {
-    "attention": {"timm_vit": ["qkv"], "hf_dinov2": ["q_proj", "v_proj"]},
+    "attention": {"timm_vit": ["qkv"], "hf_dinov2": ["query", "value"] if TRANSFORMERS_4 else ["q_proj", "v_proj"]},
     "everything": {"timm_vit": ["qkv", "proj", "fc1", "fc2"], "hf_dinov2": "all-linear"},
 }
 lora_cases = pytest.mark.parametrize(
