@@ -21,7 +21,7 @@ _LAYOUT = "_testreg_layout"  # attribute of what a padded or packed block gets b
 def carry_layout(extended: Any, layout: Layout) -> None:
     """Let an argument tell the layout to gradient checkpointing that recomputes a block from within (transformers)."""
     # torch 2.9 does not compile a check against a union.
-    if isinstance(extended, (Tensor, BlockMask)) and torch.is_grad_enabled():  # noqa: UP038
+    if isinstance(extended, (Tensor, BlockMask)) and torch.is_grad_enabled():
         setattr(extended, _LAYOUT, layout)
 
 
