@@ -29,11 +29,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from testreg.families import Tower, find_part, find_tower, listed
+from testreg.families import Tower, find_part, find_tower
 from testreg.measure.outliers import token_norms
 
 SINK_LOGIT = 8.0  # attention logit of an outlier, above that of normal tokens
@@ -46,19 +47,59 @@ TRAP_FRACTION = 1 / 3
 LOUD, COMPANION, TRAP, ECHO = 0.2, 1.0, 0.5, 0.3
 
 
+class Parts(NamedTuple):
+    """Where a family's blocks keep what planting writes to, as dotted names: the first that exists, where several."""
+
+    fc1: tuple[str, ...]
+    query_key: tuple[str, ...]
+    """One packed weight (3C, C), or the weights of query and key."""
+    num_heads: tuple[str, ...]
+
+
+_TIMM = Parts(("mlp.fc1",), ("attn.qkv.weight",), ("attn.num_heads",))
+_CLIP = Parts(("mlp.fc1",), ("self_attn.q_proj.weight", "self_attn.k_proj.weight"), ("self_attn.num_heads",))
+_VIT = Parts(
+    ("mlp.fc1", "intermediate.dense"),  # the latter, here and below, in transformers 4
+    (
+        *("attention.q_proj.weight", "attention.k_proj.weight"),
+        *("attention.attention.query.weight", "attention.attention.key.weight"),
+    ),
+    (
+        *("attention.num_attention_heads", "attention.num_heads"),
+        "attention.attention.num_attention_heads",
+    ),
+)
+PARTS = {
+    "timm VisionTransformer": _TIMM,
+    "timm Eva": _TIMM,
+    "transformers ViT": _VIT,
+    "transformers DeiT": _VIT,
+    "transformers Dinov2": _VIT,
+    "transformers Dinov2WithRegisters": _VIT,
+    "transformers DINOv3ViT": _VIT._replace(fc1=("mlp.up_proj",)),
+    "transformers CLIP": _CLIP,
+    "transformers SigLIP": _CLIP,
+    "open_clip VisionTransformer": Parts(("mlp.c_fc",), ("attn.in_proj_weight",), ("attn.num_heads",)),
+    "torchvision VisionTransformer": Parts(
+        ("mlp.0",), ("self_attention.in_proj_weight",), ("self_attention.num_heads",)
+    ),
+}
+"""By the name of the family."""
+
+
 @dataclass(frozen=True)
 class Planted:
     """What was planted."""
 
     neurons: dict[int, list[int]]
     named_decoys: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Layer and unit of each."""
+    """Block and unit of each."""
 
     @property
     def decoys(self) -> dict[int, list[int]]:
         units: dict[int, list[int]] = {}
-        for layer, unit in self.named_decoys.values():
-            units.setdefault(layer, []).append(unit)
+        for block, unit in self.named_decoys.values():
+            units.setdefault(block, []).append(unit)
         return units
 
 
@@ -67,7 +108,7 @@ def plant(
     model: nn.Module,
     images: Tensor,
     *,
-    layer: int | None = None,
+    block: int | None = None,
     num_neurons: int = 6,
     two_blocks: bool = False,
     outlier_fraction: float = 0.02,
@@ -80,7 +121,7 @@ def plant(
 
     Args:
         images: (B, 3, h, w), preprocessed for the model; they set the detectors' thresholds.
-        layer: the block that makes the outliers; None for the one in the middle.
+        block: the one that makes the outliers; None for the one in the middle.
         num_neurons: 0 for a model without outliers; it may have decoys.
         two_blocks: a third of the neurons are in the block before, and make a third of the outliers.
         outlier_fraction: share of the images' patches that become outliers.
@@ -90,20 +131,24 @@ def plant(
         fixed_position: row and column of a patch whose position embedding makes it an outlier.
 
     Raises:
-        ValueError: too few blocks, or an MLP without a first linear of the hidden width (SwiGLU); a `fixed_position`
-            without a learned position embedding, or with a norm behind it, which takes its length away (CLIP).
+        ValueError: too few blocks; a family that `PARTS` does not list, or an MLP without a first linear of the hidden
+            width (SwiGLU); a `fixed_position` without a learned position embedding, or with a norm behind it, which
+            takes its length away (CLIP).
     """
     tower = find_tower(model)
-    layer = tower.depth // 2 if layer is None else layer
-    if not 0 < layer < tower.depth - 1:
-        raise ValueError(f"layer must leave a block before and after it, got {layer} of {tower.depth} blocks")
+    block = tower.depth // 2 if block is None else block
+    if not 0 < block < tower.depth - 1:
+        raise ValueError(f"block must leave one before and one after it, got {block} of {tower.depth} blocks")
     if two_blocks and num_neurons < 2:
         raise ValueError(f"one neuron a block is the least, got {num_neurons} for two blocks")
-    mlps = [_Mlp.of(tower, index) for index in range(tower.depth)]
+    if tower.family.name not in PARTS:
+        raise ValueError(f"planting does not know {tower.family.name}: it needs a row in PARTS")
+    parts = PARTS[tower.family.name]
+    mlps = [_Mlp.of(tower, parts, index) for index in range(tower.depth)]
     if not isinstance(tower.embedding, nn.Conv2d):
         raise ValueError(f"planting needs a convolution that embeds the patches, which {tower.family.name} has not")
     generator = torch.Generator().manual_seed(seed)
-    for scale in (each.scale for block in tower.blocks for each in block.mlps if each.scale is not None):
+    for scale in (mlp.scale for each in tower.blocks for mlp in each.mlps if mlp.scale is not None):
         scale.fill_(1.0)
     _separate_brightness(tower.embedding, images, generator)
     direction, *others = _directions(6, tower.embedding.out_channels, generator)  # (C,) each
@@ -113,12 +158,12 @@ def plant(
 
     num_dark = max(1, num_neurons // 3) if two_blocks else 0
     free = [_shuffled(tower.mlp_width, generator) for _ in mlps]
-    bright = [next(free[layer]) for _ in range(num_neurons - num_dark)]
-    dark = [next(free[layer - 1]) for _ in range(num_dark)]
-    behind = layer if two_blocks else layer + 1
-    homes = {"loud": layer, "idle": layer, "companion": layer, "echo": behind, "trap": 0} if decoys else {}
+    bright = [next(free[block]) for _ in range(num_neurons - num_dark)]
+    dark = [next(free[block - 1]) for _ in range(num_dark)]
+    behind = block if two_blocks else block + 1
+    homes = {"loud": block, "idle": block, "companion": block, "echo": behind, "trap": 0} if decoys else {}
     named = {name: (index, next(free[index])) for name, index in homes.items()}
-    for index, unit in [*((layer, unit) for unit in bright), *((layer - 1, unit) for unit in dark), *named.values()]:
+    for index, unit in [*((block, unit) for unit in bright), *((block - 1, unit) for unit in dark), *named.values()]:
         mlps[index].set(unit)  # silent, so that detectors are measured without those that are planted later
 
     if decoys:
@@ -126,26 +171,26 @@ def plant(
         reads, bias = seen.detector(TRAP_FRACTION)
         mlps[0].set(named["trap"][1], reads, bias, TRAP * seen.norm / seen.loudest(reads, bias) * trap)
     if dark:
-        seen = _look(tower, mlps, layer - 1, images, sign=-1)
+        seen = _look(tower, mlps, block - 1, images, sign=-1)
         reads, bias = seen.detector(outlier_fraction / 3)
-        _plant_group(mlps[layer - 1], dark, reads, bias, norm_ratio * seen.norm * direction, generator)
-    seen = _look(tower, mlps, layer, images)
+        _plant_group(mlps[block - 1], dark, reads, bias, norm_ratio * seen.norm * direction, generator)
+    seen = _look(tower, mlps, block, images)
     reads, bias = seen.detector(outlier_fraction * (2 / 3 if dark else 1))
-    _plant_group(mlps[layer], bright, reads, bias, norm_ratio * seen.norm * direction, generator)
+    _plant_group(mlps[block], bright, reads, bias, norm_ratio * seen.norm * direction, generator)
     if decoys:
-        mlps[layer].set(named["loud"][1], bias=LOUD_ACTIVATION, writes=LOUD * seen.norm / LOUD_ACTIVATION * loud)
-        mlps[layer].set(named["idle"][1], 2 * reads, 2 * bias)
+        mlps[block].set(named["loud"][1], bias=LOUD_ACTIVATION, writes=LOUD * seen.norm / LOUD_ACTIVATION * loud)
+        mlps[block].set(named["idle"][1], 2 * reads, 2 * bias)
         writes = COMPANION * seen.norm / seen.loudest(reads, bias) * companion
-        mlps[layer].set(named["companion"][1], reads, bias, writes)
+        mlps[block].set(named["companion"][1], reads, bias, writes)
         # The norm in front brings an outlier, which is almost all `direction`, to sqrt(C) * direction; a patch at the
         # limit, of twice the normal norm, to 0.9 of that. It must not become an outlier by the echo.
         reads = 10 * ACTIVATION / math.sqrt(len(direction)) * direction
         writes = ECHO * norm_ratio * seen.norm / ACTIVATION * echo
         mlps[behind].set(named["echo"][1], reads, -9 * ACTIVATION, writes)
     if num_neurons:
-        for each in tower.blocks[layer + 1 :]:
-            _attend(tower, each.module, direction)
-    return Planted(({layer - 1: dark} if dark else {}) | ({layer: bright} if bright else {}), named)
+        for each in tower.blocks[block + 1 :]:
+            _attend(each.module, parts, direction)
+    return Planted(({block - 1: dark} if dark else {}) | ({block: bright} if bright else {}), named)
 
 
 @dataclass(frozen=True)
@@ -153,23 +198,23 @@ class _Mlp:
     """Of one block, where neurons are set."""
 
     module: nn.Module
-    up: nn.Linear
+    fc1: nn.Linear
     columns: Tensor  # (C, H)
 
     @classmethod
-    def of(cls, tower: Tower, index: int) -> _Mlp:
+    def of(cls, tower: Tower, parts: Parts, index: int) -> _Mlp:
         block = tower.blocks[index]
-        up, mlp = find_part(block.module, tower.family.fc1), block.mlps[0]
-        if up is None or up.out_features != tower.mlp_width or mlp.module is None:
+        fc1, mlp = find_part(block.module, parts.fc1), block.mlps[0]
+        if fc1 is None or fc1.out_features != tower.mlp_width or mlp.module is None:
             raise ValueError(f"planting needs a plain MLP, which {type(block.module).__name__} has not")
-        return cls(mlp.module, up, mlp.columns)
+        return cls(mlp.module, fc1, mlp.columns)
 
     def set(
         self, unit: int, reads: Tensor | float = 0.0, bias: Tensor | float = SILENT, writes: Tensor | float = 0.0
     ) -> None:
         """A neuron that is the activation of reads @ input + bias, and adds so many times `writes`."""
-        self.up.weight[unit] = reads
-        self.up.bias[unit] = bias
+        self.fc1.weight[unit] = reads
+        self.fc1.bias[unit] = bias
         self.columns[:, unit] = writes
 
 
@@ -266,11 +311,11 @@ def _raise_position(tower: Tower, images: Tensor, position: tuple[int, int], off
     tables[0][..., row * columns + column - count, :] += norm * offset  # patches come last
 
 
-def _attend(tower: Tower, block: nn.Module, direction: Tensor) -> None:
+def _attend(block: nn.Module, parts: Parts, direction: Tensor) -> None:
     """Make the first half of the heads attend to `direction` from every token."""
-    paths = [path for path in listed(tower.family.query_key) if find_part(block, (path,)) is not None]
-    weights = [find_part(block, (path,)) for path in paths]
-    biases = [find_part(block, (path.removesuffix("weight") + "bias",)) for path in paths]
+    paths = [path for path in parts.query_key if find_part(block, path) is not None]
+    weights = [find_part(block, path) for path in paths]
+    biases = [find_part(block, path.removesuffix("weight") + "bias") for path in paths]
     width = len(direction)
     if len(paths) == 1:  # packed: rows of query, key, value
         weights = list(weights[0].split(width)[:2])
@@ -278,7 +323,7 @@ def _attend(tower: Tower, block: nn.Module, direction: Tensor) -> None:
     # The norm in front brings an outlier, which is almost all `direction`, to sqrt(C) * direction. With queries of
     # ones and keys of a * direction, a head of size h and scale h^-0.5 gives it the logit h^0.5 * a * sqrt(C).
     half = width // 2
-    head_size = width // find_part(block, tower.family.num_heads)
+    head_size = width // find_part(block, parts.num_heads)
     strength = SINK_LOGIT / math.sqrt(head_size * width)
     (query, key), (query_bias, _) = weights, biases
     query[:half] = 0.0

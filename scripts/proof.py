@@ -199,7 +199,7 @@ def planted_model(name: str, seed: int, images: Tensor) -> tuple[nn.Module, Plan
     planted = plant(
         model,
         images,
-        layer=2 + seed % 3,
+        block=2 + seed % 3,
         num_neurons=num_neurons,
         two_blocks=seed % 2 == 1,
         norm_ratio=4.0 * num_neurons,

@@ -30,10 +30,10 @@ def outliers_of(tower, images):
 
 
 @torch.no_grad()
-def patches_of(tower, images, layer):
+def patches_of(tower, images, index):
     """Patches (B, N, C) behind a block, and hidden activations (B, N, H) in it."""
     found = []
-    block = tower.blocks[layer]
+    block = tower.blocks[index]
     handles = [
         block.mlps[0].fc2.register_forward_pre_hook(lambda module, args: found.append(args[0])),
         block.module.register_forward_hook(
@@ -49,9 +49,9 @@ def patches_of(tower, images, layer):
 
 @contextmanager
 def silenced(tower, neurons):
-    """Neurons {layer: [units]} write nothing."""
+    """Neurons {block: [units]} write nothing."""
     with torch.no_grad():
-        columns = [(tower.blocks[layer].mlps[0].columns, units) for layer, units in neurons.items()]
+        columns = [(tower.blocks[block].mlps[0].columns, units) for block, units in neurons.items()]
         kept = [each[:, units].clone() for each, units in columns]
         for each, units in columns:
             each[:, units] = 0.0
@@ -65,18 +65,18 @@ def silenced(tower, neurons):
 def test_planted_neurons_make_the_outliers(name, two_blocks, photos):
     model = random_model(name)
     planted = plant(model, photos, num_neurons=6, two_blocks=two_blocks, outlier_fraction=0.03)
-    assert {layer: len(units) for layer, units in planted.neurons.items()} == ({1: 2, 2: 4} if two_blocks else {2: 6})
+    assert {block: len(units) for block, units in planted.neurons.items()} == ({1: 2, 2: 4} if two_blocks else {2: 6})
     assert planted.decoys == {}
     tower = find_tower(model)
     outlier = outliers_of(tower, photos)
     share = outlier.float().mean((1, 2)).tolist()
     assert share == pytest.approx([0, 0.01 if two_blocks else 0, 0.03, 0.03], abs=0.01)
-    for layer, units in planted.neurons.items():
-        with silenced(tower, {layer: units}):
+    for block, units in planted.neurons.items():
+        with silenced(tower, {block: units}):
             left = outliers_of(tower, photos)
         if two_blocks:  # the other ones
             assert left[3].any()
-            assert not (left[1] if layer == 1 else left[2] & ~outlier[1]).any()
+            assert not (left[1] if block == 1 else left[2] & ~outlier[1]).any()
         else:
             assert not left.any()
     with silenced(tower, planted.neurons):
@@ -94,14 +94,14 @@ def test_decoys_are_there_when_outliers_are_but_do_not_make_them(name, photos):
     features, _ = patches_of(tower, photos, 3)
     loudest = min(patches_of(tower, photos, 2)[1][outlier[2]][:, unit].mean().item() for unit in planted.neurons[2])
     change = {}
-    for decoy, (layer, unit) in planted.named_decoys.items():
-        assert unit in planted.decoys[layer]
-        assert unit not in planted.neurons.get(layer, [])
-        hidden = patches_of(tower, photos, layer)[1][..., unit]
+    for decoy, (block, unit) in planted.named_decoys.items():
+        assert unit in planted.decoys[block]
+        assert unit not in planted.neurons.get(block, [])
+        hidden = patches_of(tower, photos, block)[1][..., unit]
         assert hidden[outlier[2]].mean() > 0.7 * loudest, decoy
         if decoy in ("idle", "companion", "echo"):
             assert hidden[normal].abs().mean() < 0.2, decoy
-        with silenced(tower, {layer: [unit]}):
+        with silenced(tower, {block: [unit]}):
             assert outliers_of(tower, photos)[outlier].all(), decoy
             change[decoy] = (features - patches_of(tower, photos, 3)[0])[normal].norm(dim=-1).mean()
     assert change["trap"] > 0.05 * features[normal].norm(dim=-1).mean()
@@ -114,12 +114,12 @@ def test_an_echo_writes_much_across_the_outliers(name, photos):
     planted = plant(model, photos, num_neurons=4, norm_ratio=16.0, decoys=True)
     tower = find_tower(model)
     outlier = outliers_of(tower, photos)[3]
-    layer, unit = planted.named_decoys["echo"]
-    tokens, _ = patches_of(tower, photos, layer)
-    with silenced(tower, {layer: [unit]}):
-        without, _ = patches_of(tower, photos, layer)
+    block, unit = planted.named_decoys["echo"]
+    tokens, _ = patches_of(tower, photos, block)
+    with silenced(tower, {block: [unit]}):
+        without, _ = patches_of(tower, photos, block)
     with silenced(tower, planted.neurons):
-        assert patches_of(tower, photos, layer)[1][..., unit].abs().max() < 0.5  # it fires because of them
+        assert patches_of(tower, photos, block)[1][..., unit].abs().max() < 0.5  # it fires because of them
     written = (tokens - without)[outlier]
     assert written.norm(dim=-1).mean() > 2 * tokens.norm(dim=-1).median()
     assert torch.cosine_similarity(written, without[outlier], dim=-1).abs().mean() < 0.15
@@ -161,3 +161,9 @@ def test_without_neurons_a_model_is_clean(name, decoys, photos):
 def test_two_blocks_need_two_neurons(photos):
     with pytest.raises(ValueError, match="one neuron a block"):
         plant(fresh("timm_vit"), photos, num_neurons=1, two_blocks=True)
+
+
+def test_a_family_without_a_row_is_refused(photos):
+    model = timm.create_model("beit_base_patch16_224", num_classes=0, **TIMM).eval()
+    with pytest.raises(ValueError, match="does not know timm Beit"):
+        plant(model, photos)
