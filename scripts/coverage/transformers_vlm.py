@@ -1,7 +1,7 @@
 """The vision-language models of transformers, given what their processors make of two images.
 
-The configurations are the library's defaults, made small by `_tiny`: every switch of the vision tower stays as it is in
-the released models.
+The configurations are the library's defaults, made small by `small_config`: every switch of the vision tower stays as
+it is in the released models.
 """
 
 from __future__ import annotations
@@ -133,12 +133,6 @@ def _inkling(numbers: Sequence[int]) -> Inputs:
     return _positional(pixel_values=pixels, image_grid_thw=_grid_thw(numbers, 2))
 
 
-def _minicpm(numbers: Sequence[int]) -> Inputs:
-    """One strip of patches (1, 3, p, S * p) for all images."""
-    strip = torch.cat([_patches(number) for number in numbers]).permute(1, 2, 0, 3).flatten(2)
-    return _positional(pixel_values=strip[None], target_sizes=_grid_thw(numbers)[:, 1:])
-
-
 def _canvas(numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The images (B, 3, s, s), padded with zeros to a square, and which pixels (B, s, s) are theirs."""
     side = SIDE * max(max(grid) for grid in GRIDS)
@@ -175,7 +169,7 @@ def _padded(numbers: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     return stacked, positions, (positions >= 0).all(-1)
 
 
-def _siglip2(numbers: Sequence[int]) -> Inputs:
+def siglip2(numbers: Sequence[int]) -> Inputs:
     pixels, _, mask = _padded(numbers)
     shapes = _grid_thw(numbers)[:, 1:]
     features = {"pixel_values": pixels, "spatial_shapes": shapes, "pixel_attention_mask": mask.int()}
@@ -187,7 +181,7 @@ def _gemma4(numbers: Sequence[int]) -> Inputs:
     return _positional(pixel_values=pixels.sigmoid(), image_position_ids=positions.flip(-1))
 
 
-def _flattened(numbers: Sequence[int]) -> Inputs:
+def flattened(numbers: Sequence[int]) -> Inputs:
     """Patches with their row and column, counted from 1, in front."""
     pixels, positions, mask = _padded(numbers)
     return _positional(flattened_patches=torch.cat([positions + 1, pixels], -1), attention_mask=mask.float())
@@ -242,7 +236,7 @@ def _docling(numbers: Sequence[int]) -> Inputs:
 # Building and running -------------------------------------------------------------------------------------------------
 
 
-def _tiny(config_class: type[PretrainedConfig], overrides: Settings) -> PretrainedConfig:
+def small_config(config_class: type[PretrainedConfig], overrides: Settings) -> PretrainedConfig:
     """The default configuration at the sizes of `SMALL`, and its parts likewise."""
     default = config_class()
     known = default.to_dict()
@@ -250,18 +244,18 @@ def _tiny(config_class: type[PretrainedConfig], overrides: Settings) -> Pretrain
     for name in config_class.sub_configs:
         part, changes = getattr(default, name, None), dict(overrides.get(name) or {})
         if "model_type" in changes:
-            values[name] = _tiny(CONFIG_MAPPING[changes.pop("model_type")], changes).to_dict()
+            values[name] = small_config(CONFIG_MAPPING[changes.pop("model_type")], changes).to_dict()
         elif isinstance(part, PretrainedConfig):
             given = getattr(getattr(config_class, "sub_configs_defaults", {}).get(name), "init_kwargs", {})
             # Of what the model gives to this part, all that is not a size stays.
             switches = {key: value for key, value in given.items() if key not in SMALL and not isinstance(value, dict)}
-            values[name] = _tiny(type(part), switches | changes).to_dict()  # transformers 4 wants dictionaries
+            values[name] = small_config(type(part), switches | changes).to_dict()  # transformers 4 wants dictionaries
     return config_class(**values)
 
 
 def _build(name: str, row: Row) -> nn.Module:
     model_class, vision = transformers_class(name), {"vision_config": row.vision} if row.vision else {}
-    return model_class(_tiny(model_class.config_class, {**vision, **row.config})).eval()
+    return model_class(small_config(model_class.config_class, {**vision, **row.config})).eval()
 
 
 def tower_of(model: nn.Module) -> nn.Module:
@@ -394,7 +388,7 @@ ROWS = (
     Row("Mistral3* MistralLarge4* LightOnOcr*", _pixtral, {"image_size": 8 * SIDE}, packed=True),
     Row("Mllama*", _mllama, {"num_global_layers": 2, "intermediate_layers_indices": [0, 2], "vision_output_dim": 96}),
     Row("Llama4*", _pixels, LLAMA4 | {"intermediate_size": 128}, {"text_config": {"intermediate_size_mlp": 64}}),
-    Row("Lfm2Vl*", _siglip2),
+    Row("Lfm2Vl*", siglip2),
     Row("Qwen2VL* ColQwen2ForRetrieval Qwen3_5* Qwen3_5Moe* Qwen4Exp*", _qwen),
     Row("Glm4v* Glm4vMoe* Glm46V* Glm5Next* GlmOcr*", _qwen),
     Row("Qwen3VL* Qwen3VLMoe* Qwen3OmniMoeThinker* Cosmos3Omni*", _qwen, DEEPSTACK),
@@ -414,8 +408,8 @@ ROWS = (
         config={"vision_hidden_size": 32, "projector_hidden_size": 32},
         packed=True,
     ),
-    Row("Kosmos2_5*", _flattened, {"patch_embed_hidden_size": 48}),
-    Row("Pix2Struct*", _flattened, {"patch_embed_hidden_size": 48, "d_kv": 8, "d_ff": 64}),
+    Row("Kosmos2_5*", flattened, {"patch_embed_hidden_size": 48}),
+    Row("Pix2Struct*", flattened, {"patch_embed_hidden_size": 48, "d_kv": 8, "d_ff": 64}),
     Row(
         "Janus*", _pixels, config={"vq_config": {"base_channels": 32, "channel_multiplier": [1], "num_embeddings": 16}}
     ),
