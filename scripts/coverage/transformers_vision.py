@@ -15,6 +15,7 @@ from torch import nn
 
 from coverage.registry import Architecture, images, transformers_class
 from coverage.transformers_vlm import SIDE, flattened, siglip2, small_config
+from coverage.transformers_vlm import Inputs as VlmInputs
 
 Settings = dict[str, Any]
 Inputs = Callable[[Sequence[int]], dict[str, Any]]
@@ -45,12 +46,12 @@ def _in_order(numbers: Sequence[int]) -> dict[str, Any]:
     return _SQUARE(numbers) | {"noise": torch.arange(16.0).expand(len(numbers), -1)}
 
 
-def _masked_video(numbers: Sequence[int]) -> dict[str, Any]:
-    return _video()(numbers) | {"bool_masked_pos": (torch.arange(32) % 2).bool().expand(len(numbers), -1)}
-
-
 def _frames(numbers: Sequence[int]) -> dict[str, Any]:
     return {"pixel_values": _video()(numbers)["pixel_values"].flatten(0, 1)}
+
+
+def _masked_video(numbers: Sequence[int]) -> dict[str, Any]:
+    return _video()(numbers) | {"bool_masked_pos": (torch.arange(32) % 2).bool().expand(len(numbers), -1)}
 
 
 def _with_experts(numbers: Sequence[int]) -> dict[str, Any]:
@@ -67,16 +68,9 @@ def _kosmos(numbers: Sequence[int]) -> dict[str, Any]:
     return _texts()(numbers) | {"image_embeds_position_mask": places, "use_cache": False}
 
 
-def _siglip2(numbers: Sequence[int]) -> dict[str, Any]:
-    return dict(siglip2(numbers).features)
-
-
-def _siglip2_texts(numbers: Sequence[int]) -> dict[str, Any]:
-    return _siglip2(numbers) | {"input_ids": torch.tensor([TOKENS] * 2)}
-
-
-def _flattened(numbers: Sequence[int]) -> dict[str, Any]:
-    return dict(flattened(numbers).features)
+def _as_vlm(make: Callable[[Sequence[int]], VlmInputs], **more: Any) -> Inputs:
+    """What a VLM with this tower takes: padded patches of images of two sizes."""
+    return lambda numbers: {**make(numbers).features, **more}
 
 
 # The rows -------------------------------------------------------------------------------------------------------------
@@ -204,9 +198,9 @@ ROWS = (
     ),
     Row("CLIPForImageClassification MetaClip2ForImageClassification SiglipForImageClassification", {}),
     Row("CLIPSegForImageSegmentation", {"extract_layers": [1, 2], "reduce_dim": 16}, _texts()),
-    Row("Siglip2VisionModel Siglip2ForImageClassification", {}, _siglip2),
-    Row("Siglip2VisionModel [no head]", {"vision_use_head": False}, _siglip2),
-    Row("Siglip2Model", {}, _siglip2_texts),
+    Row("Siglip2VisionModel Siglip2ForImageClassification", {}, _as_vlm(siglip2)),
+    Row("Siglip2VisionModel [no head]", {"vision_use_head": False}, _as_vlm(siglip2)),
+    Row("Siglip2Model", {}, _as_vlm(siglip2, input_ids=torch.tensor([TOKENS] * 2))),
     Row("OwlViTForObjectDetection Owlv2ForObjectDetection FlavaModel BlipForImageTextRetrieval", {}, _texts()),
     Row(
         "VisionTextDualEncoderModel",
@@ -226,7 +220,7 @@ ROWS = (
     ),
     Row("Kosmos2Model", {"latent_query_num": 2}, _kosmos),
     Row("GitModel", {}, _texts(use_cache=False)),
-    Row("Pix2StructVisionModel", {"patch_embed_hidden_size": 48, "d_kv": 8, "d_ff": 64}, _flattened),
+    Row("Pix2StructVisionModel", {"patch_embed_hidden_size": 48, "d_kv": 8, "d_ff": 64}, _as_vlm(flattened)),
     # Dense prediction
     Row("DepthAnythingForDepthEstimation PromptDepthAnythingForDepthEstimation", _dense()),
     Row("DPTModel", {"is_hybrid": False}),
@@ -278,7 +272,11 @@ ROWS = (
         _PRISM,
         _video("pixel_values_videos"),
     ),
-    Row("XCLIPVisionModel", {"num_frames": 4}, _frames),
+    Row(
+        "XCLIPVisionModel",
+        {"num_frames": 4},
+        lambda numbers: {"pixel_values": _video()(numbers)["pixel_values"].flatten(0, 1)},
+    ),
     Row(
         "XCLIPModel",
         {"prompt_num_attention_heads": 4, "prompt_layers": 1, "vision_config": {"num_frames": 4, **_MIT}},

@@ -96,8 +96,11 @@ def _positional(**features: Any) -> Inputs:
     return Inputs(tuple(features.values()), features)
 
 
-def _pixels(numbers: Sequence[int]) -> Inputs:
-    return _positional(pixel_values=images(numbers, 4 * SIDE))
+def _pixels(numbers: Sequence[int], tiled: bool = False, **rows: Tensor) -> Inputs:
+    """Squares (B, 3, h, w); some models take tiles of each image, here a single one, and one of `rows` for each."""
+    pixels = images(numbers, 4 * SIDE)
+    extras = {name: row.expand(len(numbers), -1) for name, row in rows.items()}
+    return Inputs((pixels,), {"pixel_values": pixels[:, None] if tiled else pixels, **extras})
 
 
 def _packed(numbers: Sequence[int], merge: int = 2, frames: int = 1, flat: bool = True) -> Inputs:
@@ -194,12 +197,6 @@ def _tiles(numbers: Sequence[int]) -> Inputs:
     return Inputs((tiles.flatten(0, 1),), {"pixel_values": tiles, "image_sizes": sizes})
 
 
-def _nested(numbers: Sequence[int]) -> Inputs:
-    """One tile for each image, (B, 1, 3, h, w)."""
-    pixels = images(numbers, 4 * SIDE)
-    return Inputs((pixels,), {"pixel_values": pixels[:, None]})
-
-
 def _mllama(numbers: Sequence[int]) -> Inputs:
     """Up to four tiles for each image: image 0 has two in a row, image 1 a single one."""
     tiles = torch.zeros(len(numbers), 1, 4, 3, 4 * SIDE, 4 * SIDE)
@@ -220,17 +217,6 @@ def _molmo(numbers: Sequence[int]) -> Inputs:
     grids = torch.tensor([(2, 2, 0, 0)] * len(numbers))
     features = {"pixel_values": patches, "image_token_pooling": windows, "image_grids": grids}
     return Inputs((patches,), features)
-
-
-def _instructed(numbers: Sequence[int]) -> Inputs:
-    pixels = images(numbers, 4 * SIDE)
-    return Inputs((pixels,), {"pixel_values": pixels, "qformer_input_ids": torch.full((len(numbers), 3), 7)})
-
-
-def _docling(numbers: Sequence[int]) -> Inputs:
-    pixels = images(numbers, 4 * SIDE)
-    mask = torch.ones(len(numbers), 1, dtype=torch.bool)
-    return Inputs((pixels,), {"pixel_values": pixels[:, None], "pixel_attention_mask": mask})
 
 
 # Building and running -------------------------------------------------------------------------------------------------
@@ -359,7 +345,7 @@ ROWS = (
     Row("Kosmos2* Step3p7* PI0* Blip2ForImageTextRetrieval IdeficsForVisionText2Text", _pixels),
     Row("ColPaliForRetrieval ShieldGemma2ForImageClassification", _pixels),
     Row("ModernVBertForMaskedLM ColModernVBertForRetrieval UltraVBertForMaskedLM", _pixels),
-    Row("InstructBlip*", _instructed),
+    Row("InstructBlip*", partial(_pixels, qformer_input_ids=torch.full((1, 3), 7))),
     Row("Llava*[SigLIP]", _pixels, {"model_type": "siglip_vision_model"}, NO_CLS),
     Row("Llava*[Pixtral]", _pixtral, {"model_type": "pixtral", "image_size": 32}, NO_CLS, packed=True),
     Row("LlavaNext* LlavaNextVideo* LlavaOnevision*", _tiles, config=TILED),
@@ -383,7 +369,7 @@ ROWS = (
     Row("InternVL* QianfanOCR*", _pixels, SQUARE),
     Row("Idefics2* Idefics3* SmolVLM*", _idefics),
     Row("Aria*", partial(_idefics, mask_name="pixel_mask"), config={"projector_patch_to_query_dict": {64: 4}}),
-    Row("GraniteDocling*", _docling, DEEPSTACK),
+    Row("GraniteDocling*", partial(_pixels, tiled=True, pixel_attention_mask=torch.ones(1, 1).bool()), DEEPSTACK),
     Row("PixtralVisionModel", _pixtral, config={"image_size": 32}, packed=True),
     Row("Mistral3* MistralLarge4* LightOnOcr*", _pixtral, {"image_size": 8 * SIDE}, packed=True),
     Row("Mllama*", _mllama, {"num_global_layers": 2, "intermediate_layers_indices": [0, 2], "vision_output_dim": 96}),
@@ -415,7 +401,12 @@ ROWS = (
     ),
     Row("UnlimitedOcr*", _pixels, SMALL_SAM),
     Row("Ovis2*", _pixels, shared="visual_indicator_features"),
-    Row("PerceptionLM*", _nested, {"architecture": "vit_pe_core_tiny_patch16_384", "model_args": TIMM}, weights=False),
+    Row(
+        "PerceptionLM*",
+        partial(_pixels, tiled=True),
+        {"architecture": "vit_pe_core_tiny_patch16_384", "model_args": TIMM},
+        weights=False,
+    ),
     Row(
         "Molmo2*",
         _molmo,
