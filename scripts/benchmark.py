@@ -32,7 +32,7 @@ from torch import Tensor, nn
 import testreg
 from testreg.families import find_tower
 
-NUM_NEURONS, LAYERS = 50, (3, 4, 5, 6, 7, 8)
+NUM_NEURONS, BLOCKS = 50, (3, 4, 5, 6, 7, 8)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PARTS = ("forward", "calibration", "memory")
 Row = dict[str, Any]
@@ -171,10 +171,10 @@ def twin(model: nn.Module) -> nn.Module:
 
 def neurons(model: nn.Module) -> dict[int, list[int]]:
     generator, width = torch.Generator().manual_seed(0), find_tower(model).mlp_width
-    layers: dict[int, list[int]] = {layer: [] for layer in LAYERS}
+    units: dict[int, list[int]] = {block: [] for block in BLOCKS}
     for i, unit in enumerate(torch.randperm(width, generator=generator)[:NUM_NEURONS].tolist()):
-        layers[LAYERS[i % len(LAYERS)]].append(unit)
-    return layers
+        units[BLOCKS[i % len(BLOCKS)]].append(unit)
+    return units
 
 
 def random_images(count: int, model: nn.Module) -> Tensor:

@@ -199,7 +199,7 @@ def planted_model(name: str, seed: int, images: Tensor) -> tuple[nn.Module, Plan
     planted = plant(
         model,
         images,
-        layer=2 + seed % 3,
+        block=2 + seed % 3,
         num_neurons=num_neurons,
         two_blocks=seed % 2 == 1,
         norm_ratio=4.0 * num_neurons,
@@ -238,7 +238,7 @@ def calibrated(model: nn.Module, images: Tensor, **options: Any) -> set[Neuron]:
         found = testreg.calibrate(model, images, progress=False, **options)
     except (testreg.NoOutliersError, testreg.ImmovableOutliersError):
         return set()
-    return {(layer, unit) for layer, unit, _ in found.truncate().ranking}
+    return {(block, unit) for block, unit, _ in found.truncate().ranking}
 
 
 def by_paper(model: nn.Module, images: Tensor, top_k: int, max_block: int) -> set[Neuron]:
@@ -263,7 +263,7 @@ def recall(score: Score, model: nn.Module, neurons: set[Neuron], images: Tensor)
 
 
 def as_set(neurons: dict[int, list[int]]) -> set[Neuron]:
-    return {(layer, unit) for layer, units in neurons.items() for unit in units}
+    return {(block, unit) for block, units in neurons.items() for unit in units}
 
 
 # Measures -------------------------------------------------------------------------------------------------------------
@@ -274,7 +274,7 @@ def measure(
 ) -> Outcome:
     before = after = observe(model, images)
     if chosen:
-        testreg.patch(model, {layer: [unit for i, unit in chosen if i == layer] for layer, _ in chosen})
+        testreg.patch(model, {block: [unit for i, unit in chosen if i == block] for block, _ in chosen})
         after = observe(model, images)
         testreg.unpatch(model)
     (outlier, prefix, patches), (outlier_after, prefix_after, patches_after) = before, after

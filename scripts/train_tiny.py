@@ -1,11 +1,11 @@
 """Train the small network with outliers that is testreg's embedded demo model, and measure it.
 
-    python scripts/train_tiny.py --data cifar/            # trains (or resumes), measures, writes testreg/demo/model/
+    python scripts/train_tiny.py --data cifar/            # trains, measures, writes testreg/demo/model/
     python scripts/train_tiny.py --data cifar/ --evaluate # only measures what is there, and writes the card anew
 
 `--data` holds cifar10-train.parquet and cifar10-test.parquet (columns `image`: encoded bytes, `label`).
 
-The mechanism is planted in the middle of training: see `HOW`. Everything runs on one thread of a CPU.
+The mechanism is planted in the middle of training: see `CARD`. Everything runs on one thread of a CPU.
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import timm
 import timm.layers
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -54,7 +57,6 @@ MIN_FLAT = 2
 AUXILIARY = 0.1  # weight of the detector's loss
 EVEN = 5.0  # weight of the loss that keeps norms below `EVEN_RATIO` times the median up to block `PLANTED`,
 EVEN_RATIO = 1.4  # so that what is an outlier, is so because it was planted
-SAVE_EVERY = 60.0  # seconds
 
 NEURONS = 6
 ABSENT = 0.008  # of the images, at most, are to have no outlier
@@ -68,18 +70,6 @@ PLANT_IMAGES = 2048
 
 TEST_IMAGES = 2000  # for all but the accuracies
 RANDOM_DRAWS = 3
-
-HOW = """\
-Small networks make no outliers by themselves, so the mechanism is planted in the middle of training:
-
-1. All of the network learns to classify images of several sizes. In front of the MLP of block {block}, a linear
-   detector learns, as an auxiliary task, to tell the flattest patches of each image. In the end some patches are
-   masked by zero tokens, so that a zero token is nothing new.
-2. A few neurons of that MLP are made to read the detector and to write one long vector; some heads of the later blocks
-   are made to attend to it, and to add a constant to every token when they do, which their bias takes away again.
-   Attention sinks are such biases in published models (arXiv 2402.17762). The blocks up to {block} and the sinks
-   are frozen, and the rest is trained on. No activation is moved to a token in training.
-"""
 
 Model = Any  # a timm VisionTransformer, or a block of it, whose parts nn.Module leaves untyped
 Data = tuple[Tensor, Tensor]  # images (n, 3, 32, 32) in uint8, and labels (n,)
@@ -112,10 +102,6 @@ PHASES = (
 
 
 def load_cifar(path: Path) -> Data:
-    import numpy as np
-    import pyarrow.parquet as pq
-    from PIL import Image
-
     table = pq.read_table(path, columns=["image", "label"])
     images = [np.array(Image.open(io.BytesIO(data.as_py())).convert("RGB")) for data in table["image"]]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(table["label"].to_pylist())
@@ -173,15 +159,11 @@ def kept(module: nn.Module, *, what: str = "output") -> Iterator[list[Tensor]]:
         yield seen
 
 
-def mask(model: Model, fraction: float, generator: torch.Generator) -> RemovableHandle:
-    """From here on, random patches enter the blocks as zero tokens."""
-
-    def zeroed(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        kept = torch.rand(*args[0].shape[:2], 1, generator=generator) >= fraction
-        kept[:, 0] = True  # CLS
-        return (args[0] * kept,)
-
-    return model.blocks.register_forward_pre_hook(zeroed)
+def masked(tokens: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
+    """Tokens (B, 1 + N, C), random patches of which are zero."""
+    shown = torch.rand(*tokens.shape[:2], 1, generator=generator) >= fraction
+    shown[:, 0] = True  # CLS
+    return tokens * shown
 
 
 def detector_loss(logits: Tensor, images: Tensor) -> Tensor:
@@ -210,27 +192,15 @@ def rate(phase: Phase, step: int) -> float:
     return phase.peak * min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def train(phase: Phase, model: Model, detector: nn.Linear | None, data: Data, path: Path, seed: int) -> float:
-    """Train what requires gradients, with the detector if there is one; resumes from the checkpoint at `path`.
-
-    Returns:
-        The seconds that it took, those before resuming included.
-    """
-    modules = nn.ModuleDict({"model": model} | ({"detector": detector} if detector is not None else {}))
+def train(phase: Phase, model: Model, detector: nn.Linear | None, data: Data, seed: int) -> None:
+    """Train what requires gradients, with the detector if there is one."""
+    modules = nn.ModuleList([model] if detector is None else [model, detector])
     weights = [weight for weight in modules.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, weight_decay=0.0, fused=True)
-    first, seconds = 0, 0.0
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        modules.load_state_dict(state["modules"])
-        optimizer.load_state_dict(state["optimizer"])
-        first, seconds = state["step"], state["seconds"]
     images, labels = data
-    started = saved = time.monotonic()
     sizes, chances = list(phase.sizes), torch.tensor(list(phase.sizes.values()))
     model.train()
-    bar = tqdm(range(first, phase.steps), initial=first, total=phase.steps, desc=phase.name, mininterval=10)
-    accuracy = 0.0
+    bar = tqdm(range(phase.steps), desc=phase.name, mininterval=10)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = rate(phase, step)
@@ -242,7 +212,8 @@ def train(phase: Phase, model: Model, detector: nn.Linear | None, data: Data, pa
             mlp_inputs = stack.enter_context(kept(model.blocks[PLANTED].mlp, what="input"))
             lower = [stack.enter_context(kept(block)) for block in model.blocks[: PLANTED + 1]]
             if phase.masked:
-                stack.enter_context(hooked(mask(model, phase.masked, generator)))
+                zeroed = lambda _, args, masking=generator: (masked(args[0], phase.masked, masking),)
+                stack.enter_context(hooked(model.blocks.register_forward_pre_hook(zeroed)))
             stack.enter_context(torch.autocast("cpu", torch.bfloat16))
             logits = model(batch).float()
         losses = F.cross_entropy(logits, labels[chosen], label_smoothing=SMOOTHING, reduction="none")
@@ -257,16 +228,8 @@ def train(phase: Phase, model: Model, detector: nn.Linear | None, data: Data, pa
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        accuracy += 0.02 * ((logits.argmax(1) == labels[chosen]).float().mean().item() - accuracy)
-        bar.set_postfix(accuracy=f"{accuracy:.3f}", loss=f"{loss.item():.3f}", refresh=False)
-        now = time.monotonic()
-        if now - saved > SAVE_EVERY or step + 1 == phase.steps:
-            saved = now
-            state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict()}
-            with replacing(path) as temporary:
-                torch.save(state | {"step": step + 1, "seconds": seconds + now - started}, temporary)
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     model.eval()
-    return seconds + time.monotonic() - started
 
 
 # Planting -------------------------------------------------------------------------------------------------------------
@@ -415,7 +378,15 @@ testreg.patch(model, {neurons})
 `{command}`: {minutes:.0f} minutes on one thread of a CPU shared with other work, {seen:,} images seen, {versions}.
 {note}
 
-{how}
+Small networks make no outliers by themselves, so the mechanism is planted in the middle of training:
+
+1. All of the network learns to classify images of several sizes. In front of the MLP of block {block}, a linear
+   detector learns, as an auxiliary task, to tell the flattest patches of each image. In the end some patches are
+   masked by zero tokens, so that a zero token is nothing new.
+2. A few neurons of that MLP are made to read the detector and to write one long vector; some heads of the later blocks
+   are made to attend to it, and to add a constant to every token when they do, which their bias takes away again.
+   Attention sinks are such biases in published models (arXiv 2402.17762). The blocks up to {block} and the sinks
+   are frozen, and the rest is trained on. No activation is moved to a token in training.
 
 ## Accuracy
 
@@ -458,7 +429,7 @@ def card(config: dict[str, Any], model: Model, data: Data) -> str:
         seen=made["images"],
         note=made.get("note", ""),  # by hand, in the config, if there is more to be said of a run
         versions=", ".join(f"{name} {version}" for name, version in made["versions"].items()),
-        how=HOW.format(block=PLANTED),
+        block=PLANTED,
         planted=NEURONS,
         size=SIZE,
         patches=(SIZE // PATCH) ** 2,
@@ -496,21 +467,25 @@ def save(model: Model, units: Sequence[int], folder: Path, training: dict[str, A
         temporary.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-def train_all(data: Path, checkpoints: Path, out: Path, seed: int) -> None:
+def train_all(data: Path, out: Path, seed: int) -> None:
     """Every phase, with the planting before the last."""
     timm.layers.set_fused_attn(False)  # its backward on a CPU takes longer than all the rest
+    started = time.monotonic()
     cifar = load_cifar(data / "cifar10-train.parquet")
     torch.manual_seed(seed)
     model: Model = timm.create_model(ARCHITECTURE, **MODEL_ARGS)
     detector = nn.Linear(model.embed_dim, 1)
     *before, last = PHASES
-    seconds = sum(train(phase, model, detector, cifar, checkpoints / f"{phase.name}.pt", seed) for phase in before)
+    for phase in before:
+        train(phase, model, detector, cifar, seed)
     units = plant(model, detector, sample(cifar[0], PLANT_IMAGES), torch.Generator().manual_seed(seed))
     freeze(model)
-    seconds += train(last, model, None, cifar, checkpoints / f"{last.name}.pt", seed)
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
+    train(last, model, None, cifar, seed)
     training = {
-        **{"command": " ".join(["python", *sys.argv]), "minutes": seconds / 60, "seed": seed, "versions": versions},
+        "command": " ".join(["python", *sys.argv]),
+        "minutes": (time.monotonic() - started) / 60,
+        "seed": seed,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
         "images": BATCH * sum(phase.steps for phase in PHASES),
     }
     save(model, units, out, training)
@@ -520,14 +495,13 @@ def train_all(data: Path, checkpoints: Path, out: Path, seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the two parquet files")
-    parser.add_argument("--checkpoints", type=Path, default=Path("runs/tiny"), help="where training resumes from")
     parser.add_argument("--out", type=Path, default=Path("testreg/demo/model"), help="where the model goes")
     parser.add_argument("--evaluate", action="store_true", help="do not train: measure the model in --out")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if not args.evaluate:
-        train_all(args.data, args.checkpoints, args.out, args.seed)
+        train_all(args.data, args.out, args.seed)
     config = json.loads((args.out / "config.json").read_text(encoding="utf-8"))
     model = timm.create_model(f"local-dir:{args.out}", pretrained=True).eval()
     text = card(config, model, load_cifar(args.data / "cifar10-test.parquet"))

@@ -3,7 +3,7 @@
     python scripts/coverage                        # all: some minutes on two cores, nothing is downloaded
     python scripts/coverage --library timm --match dinov2
 
-Five models need scipy. What supported, refused, absent and failed mean is said in check.py.
+What supported, refused, absent and failed mean is said in check.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The check of one architecture: is it supported, refused, absent, or does it fail?
 
-It is built with random weights, and patched with three neurons in two layers. It is *supported* if
+It is built with random weights, and patched with three neurons in two blocks. It is *supported* if
 
 - every public output has the shape that it has without the patch, and the state_dict the same keys;
 - every public output of a batch equals the reference's (explicit_register.py), and those of its images one by one;
@@ -109,10 +109,10 @@ def _check(architecture: Architecture) -> str:
 
 
 def _loud_neurons(tower: Tower, run: Callable[[], Any]) -> dict[int, list[int]]:
-    """Three neurons in two layers, made to write much, as register neurons do: what happens to them must show.
+    """Three neurons in two blocks, made to write much, as register neurons do: what happens to them must show.
 
     They are those that are loudest on the last token, so that padding is seen to be left out. Where a block has
-    several MLPs, the two of the first layer are in different ones.
+    several MLPs, the two of the first block are in different ones.
     """
     scores: dict[int, Any] = {0: 0, 1: 0, 2: 0}
 
@@ -123,8 +123,8 @@ def _loud_neurons(tower: Tower, run: Callable[[], Any]) -> dict[int, list[int]]:
         scores[key] = scores[key] + ((ratio == 1) + 1e-3 * ratio).sum(0)
 
     with ExitStack() as stack:
-        for key, (layer, index) in enumerate([(0, 0), (0, -1), (1, 0)]):
-            mlp = tower.blocks[layer].mlps[index]
+        for key, (block, index) in enumerate([(0, 0), (0, -1), (1, 0)]):
+            mlp = tower.blocks[block].mlps[index]
             hook = lambda module, args, key=key, first=mlp.first: record(key, first, args[0])
             stack.callback(mlp.fc2.register_forward_pre_hook(hook).remove)
         run()
@@ -133,9 +133,9 @@ def _loud_neurons(tower: Tower, run: Callable[[], Any]) -> dict[int, list[int]]:
     else:
         first, second = int(scores[0].argmax()), tower.blocks[0].mlps[0].width + int(scores[1].argmax())
     neurons = {0: [first, second], 1: [int(scores[2].argmax())]}
-    for layer, units in neurons.items():
+    for block, units in neurons.items():
         start = 0
-        for mlp in tower.blocks[layer].mlps:
+        for mlp in tower.blocks[block].mlps:
             mlp.columns[:, [unit - start for unit in units if start <= unit < start + mlp.width]] *= LOUDNESS
             start += mlp.width
     return neurons

@@ -1,7 +1,4 @@
-"""The reference: one image at a time, and an explicit token behind all others.
-
-It shares no code with `testreg.patch`; where the parts of a tower are comes from the same table.
-"""
+"""The reference: one image at a time, and an explicit token behind all others."""
 
 from __future__ import annotations
 

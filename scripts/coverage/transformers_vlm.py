@@ -1,7 +1,7 @@
 """The vision-language models of transformers, given what their processors make of two images.
 
-The configurations are the library's defaults, made small by `_tiny`: every switch of the vision tower stays as it is in
-the released models.
+The configurations are the library's defaults, made small by `small_config`: every switch of the vision tower stays as
+it is in the released models.
 """
 
 from __future__ import annotations
@@ -96,8 +96,11 @@ def _positional(**features: Any) -> Inputs:
     return Inputs(tuple(features.values()), features)
 
 
-def _pixels(numbers: Sequence[int]) -> Inputs:
-    return _positional(pixel_values=images(numbers, 4 * SIDE))
+def _pixels(numbers: Sequence[int], tiled: bool = False, **rows: Tensor) -> Inputs:
+    """Squares (B, 3, h, w); some models take tiles of each image, here a single one, and one of `rows` for each."""
+    pixels = images(numbers, 4 * SIDE)
+    extras = {name: row.expand(len(numbers), -1) for name, row in rows.items()}
+    return Inputs((pixels,), {"pixel_values": pixels[:, None] if tiled else pixels, **extras})
 
 
 def _packed(numbers: Sequence[int], merge: int = 2, frames: int = 1, flat: bool = True) -> Inputs:
@@ -131,12 +134,6 @@ def _inkling(numbers: Sequence[int]) -> Inputs:
     squares = torch.cat([_patches(number, 2) for number in numbers]).unflatten(0, (-1, 2, 2))
     pixels = squares.permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2)
     return _positional(pixel_values=pixels, image_grid_thw=_grid_thw(numbers, 2))
-
-
-def _minicpm(numbers: Sequence[int]) -> Inputs:
-    """One strip of patches (1, 3, p, S * p) for all images."""
-    strip = torch.cat([_patches(number) for number in numbers]).permute(1, 2, 0, 3).flatten(2)
-    return _positional(pixel_values=strip[None], target_sizes=_grid_thw(numbers)[:, 1:])
 
 
 def _canvas(numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -175,7 +172,7 @@ def _padded(numbers: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     return stacked, positions, (positions >= 0).all(-1)
 
 
-def _siglip2(numbers: Sequence[int]) -> Inputs:
+def siglip2(numbers: Sequence[int]) -> Inputs:
     pixels, _, mask = _padded(numbers)
     shapes = _grid_thw(numbers)[:, 1:]
     features = {"pixel_values": pixels, "spatial_shapes": shapes, "pixel_attention_mask": mask.int()}
@@ -187,7 +184,7 @@ def _gemma4(numbers: Sequence[int]) -> Inputs:
     return _positional(pixel_values=pixels.sigmoid(), image_position_ids=positions.flip(-1))
 
 
-def _flattened(numbers: Sequence[int]) -> Inputs:
+def flattened(numbers: Sequence[int]) -> Inputs:
     """Patches with their row and column, counted from 1, in front."""
     pixels, positions, mask = _padded(numbers)
     return _positional(flattened_patches=torch.cat([positions + 1, pixels], -1), attention_mask=mask.float())
@@ -198,12 +195,6 @@ def _tiles(numbers: Sequence[int]) -> Inputs:
     tiles = torch.stack([images((number, number + 2, number + 4), 4 * SIDE) for number in numbers])
     sizes = torch.tensor([(4 * SIDE, 8 * SIDE)] * len(numbers))
     return Inputs((tiles.flatten(0, 1),), {"pixel_values": tiles, "image_sizes": sizes})
-
-
-def _nested(numbers: Sequence[int]) -> Inputs:
-    """One tile for each image, (B, 1, 3, h, w)."""
-    pixels = images(numbers, 4 * SIDE)
-    return Inputs((pixels,), {"pixel_values": pixels[:, None]})
 
 
 def _mllama(numbers: Sequence[int]) -> Inputs:
@@ -236,21 +227,10 @@ def _llama4(numbers: Sequence[int]) -> Inputs:
     return Inputs(inputs.tower, {**inputs.features, **unused})
 
 
-def _instructed(numbers: Sequence[int]) -> Inputs:
-    pixels = images(numbers, 4 * SIDE)
-    return Inputs((pixels,), {"pixel_values": pixels, "qformer_input_ids": torch.full((len(numbers), 3), 7)})
-
-
-def _docling(numbers: Sequence[int]) -> Inputs:
-    pixels = images(numbers, 4 * SIDE)
-    mask = torch.ones(len(numbers), 1, dtype=torch.bool)
-    return Inputs((pixels,), {"pixel_values": pixels[:, None], "pixel_attention_mask": mask})
-
-
 # Building and running -------------------------------------------------------------------------------------------------
 
 
-def _tiny(config_class: type[PretrainedConfig], overrides: Settings) -> PretrainedConfig:
+def small_config(config_class: type[PretrainedConfig], overrides: Settings) -> PretrainedConfig:
     """The default configuration at the sizes of `SMALL`, and its parts likewise."""
     default = config_class()
     known = default.to_dict()
@@ -258,18 +238,18 @@ def _tiny(config_class: type[PretrainedConfig], overrides: Settings) -> Pretrain
     for name in config_class.sub_configs:
         part, changes = getattr(default, name, None), dict(overrides.get(name) or {})
         if "model_type" in changes:
-            values[name] = _tiny(CONFIG_MAPPING[changes.pop("model_type")], changes).to_dict()
+            values[name] = small_config(CONFIG_MAPPING[changes.pop("model_type")], changes).to_dict()
         elif isinstance(part, PretrainedConfig):
             given = getattr(getattr(config_class, "sub_configs_defaults", {}).get(name), "init_kwargs", {})
             # Of what the model gives to this part, all that is not a size stays.
             switches = {key: value for key, value in given.items() if key not in SMALL and not isinstance(value, dict)}
-            values[name] = _tiny(type(part), switches | changes).to_dict()  # transformers 4 wants dictionaries
+            values[name] = small_config(type(part), switches | changes).to_dict()  # transformers 4 wants dictionaries
     return config_class(**values)
 
 
 def _build(name: str, row: Row) -> nn.Module:
     model_class, vision = transformers_class(name), {"vision_config": row.vision} if row.vision else {}
-    return model_class(_tiny(model_class.config_class, {**vision, **row.config})).eval()
+    return model_class(small_config(model_class.config_class, {**vision, **row.config})).eval()
 
 
 def tower_of(model: nn.Module) -> nn.Module:
@@ -373,7 +353,7 @@ ROWS = (
     Row("Kosmos2* Step3p7* PI0* Blip2ForImageTextRetrieval IdeficsForVisionText2Text", _pixels),
     Row("ColPaliForRetrieval ShieldGemma2ForImageClassification", _pixels),
     Row("ModernVBertForMaskedLM ColModernVBertForRetrieval UltraVBertForMaskedLM", _pixels),
-    Row("InstructBlip*", _instructed),
+    Row("InstructBlip*", partial(_pixels, qformer_input_ids=torch.full((1, 3), 7))),
     Row("Llava*[SigLIP]", _pixels, {"model_type": "siglip_vision_model"}, NO_CLS),
     Row("Llava*[Pixtral]", _pixtral, {"model_type": "pixtral", "image_size": 32}, NO_CLS, packed=True),
     Row("LlavaNext* LlavaNextVideo* LlavaOnevision*", _tiles, config=TILED),
@@ -397,7 +377,7 @@ ROWS = (
     Row("InternVL* QianfanOCR*", _pixels, SQUARE),
     Row("Idefics2* Idefics3* SmolVLM*", _idefics),
     Row("Aria*", partial(_idefics, mask_name="pixel_mask"), config={"projector_patch_to_query_dict": {64: 4}}),
-    Row("GraniteDocling*", _docling, DEEPSTACK),
+    Row("GraniteDocling*", partial(_pixels, tiled=True, pixel_attention_mask=torch.ones(1, 1).bool()), DEEPSTACK),
     Row("PixtralVisionModel", _pixtral, config={"image_size": 32}, packed=True),
     Row("Mistral3* MistralLarge4* LightOnOcr*", _pixtral, {"image_size": 8 * SIDE}, packed=True),
     Row(
@@ -407,7 +387,7 @@ ROWS = (
         {"text_config": {"rope_scaling": {"rope_type": "default", "rope_theta": 1e4}}},  # transformers 4 has no default
     ),
     Row("Llama4*", _llama4, LLAMA4 | {"intermediate_size": 128}, {"text_config": {"intermediate_size_mlp": 64}}),
-    Row("Lfm2Vl*", _siglip2),
+    Row("Lfm2Vl*", siglip2),
     Row("Qwen2VL* ColQwen2ForRetrieval Qwen3_5* Qwen3_5Moe* Qwen4Exp*", _qwen),
     Row("Glm4v* Glm4vMoe* Glm46V* Glm5Next* GlmOcr*", _qwen),
     Row("Qwen3VL* Qwen3VLMoe* Qwen3OmniMoeThinker* Cosmos3Omni*", _qwen, DEEPSTACK),
@@ -427,14 +407,19 @@ ROWS = (
         config={"vision_hidden_size": 32, "projector_hidden_size": 32},
         packed=True,
     ),
-    Row("Kosmos2_5*", _flattened, {"patch_embed_hidden_size": 48}),
-    Row("Pix2Struct*", _flattened, {"patch_embed_hidden_size": 48, "d_kv": 8, "d_ff": 64}),
+    Row("Kosmos2_5*", flattened, {"patch_embed_hidden_size": 48}),
+    Row("Pix2Struct*", flattened, {"patch_embed_hidden_size": 48, "d_kv": 8, "d_ff": 64}),
     Row(
         "Janus*", _pixels, config={"vq_config": {"base_channels": 32, "channel_multiplier": [1], "num_embeddings": 16}}
     ),
     Row("UnlimitedOcr*", _pixels, SMALL_SAM),
     Row("Ovis2*", _pixels, shared="visual_indicator_features"),
-    Row("PerceptionLM*", _nested, {"architecture": "vit_pe_core_tiny_patch16_384", "model_args": TIMM}, weights=False),
+    Row(
+        "PerceptionLM*",
+        partial(_pixels, tiled=True),
+        {"architecture": "vit_pe_core_tiny_patch16_384", "model_args": TIMM},
+        weights=False,
+    ),
     Row(
         "Molmo2*",
         _molmo,
