@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure
 
-    from testreg.io.models import LoadedModel
+    from testreg.io.loading import LoadedModel
     from testreg.neurons import RegisterNeurons
 
 REPORT_IMAGES = 32
@@ -223,8 +223,8 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _diagnose(args: argparse.Namespace) -> int:
-    from testreg.io.images import check_images
     from testreg.io.processes import process_group, rank
+    from testreg.io.sources import check_images
     from testreg.measure.diagnosis import diagnose
     from testreg.measure.outliers import OutlierRule
 
@@ -259,8 +259,8 @@ def _calibrate(args: argparse.Namespace) -> int:
     import torch
 
     from testreg.calibration.calibrate import calibrate, held_out_images
-    from testreg.io.images import check_images
     from testreg.io.processes import process_group, rank
+    from testreg.io.sources import check_images
     from testreg.measure.outliers import OutlierRule
 
     for path in (args.output, args.report, args.resume):
@@ -360,7 +360,7 @@ def _found(neurons: RegisterNeurons) -> str:
 
 
 def _apply(args: argparse.Namespace) -> None:
-    from testreg.io.checkpoint import save
+    from testreg.io.checkpoints import save
 
     check_writable_folder(args.output)
     check_writable_folder(args.output.resolve().parent)  # where it is made
@@ -373,7 +373,7 @@ def _apply(args: argparse.Namespace) -> None:
 def _show(args: argparse.Namespace) -> None:
     import torch
 
-    from testreg.io.images import open_image
+    from testreg.io.decoding import open_image
     from testreg.report.figures import compare, figure, table
 
     _check_picture(args.output)
@@ -388,7 +388,7 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _load(args: argparse.Namespace, device: torch.device, image_size: int | None) -> LoadedModel:
-    from testreg.io.models import load_model
+    from testreg.io.loading import load_model
 
     return load_model(args.model, image_size=image_size, device=device, trust_remote_code=args.trust_remote_code)
 

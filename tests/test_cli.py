@@ -235,7 +235,7 @@ raise SystemExit(main(sys.argv[1:]))
 @pytest.mark.parametrize(
     ("module", "name", "call", "written", "message"),
     [
-        ("io.images", "open_image", 9, [], "interrupted; nothing was written"),
+        ("io.decoding", "open_image", 9, [], "interrupted; nothing was written"),
         ("report.page", "page", 1, ["neurons.json", "state"], "interrupted; written before: {neurons.json}, {state}; "),
     ],
 )
@@ -316,7 +316,7 @@ def test_help_lists_the_exit_codes(command, capsys):
     ],
 )
 def test_where_nothing_can_be_written_no_model_is_loaded(arguments, folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("testreg.io.models.load_model", lambda *args, **options: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("testreg.io.loading.load_model", lambda *args, **options: pytest.fail("a model was loaded"))
     monkeypatch.setattr("testreg.demo.run.run_demo", lambda: pytest.fail("the demo was run"))
     names = {"model": folder / "model", "photos": folder / "photos", "photo": folder / "photos" / "00.png"}
     assert main([argument.format(**names, out=tmp_path / "out.json") for argument in arguments]) == 1
@@ -331,7 +331,7 @@ def test_code_of_a_model_is_trusted_only_if_asked(folder, monkeypatch):
         asked.append(trust_remote_code)
         raise ValueError
 
-    monkeypatch.setattr("testreg.io.models.load_model", load_model)
+    monkeypatch.setattr("testreg.io.loading.load_model", load_model)
     for command in (
         ["diagnose", "m", "--images", str(folder / "photos")],
         ["calibrate", "m", "--images", str(folder / "photos"), "-o", str(folder / "out.json")],

@@ -25,8 +25,8 @@ from torch.overrides import TorchFunctionMode
 
 from testreg.families import Tower, find_tower
 from testreg.files import replacing
-from testreg.io.images import Images, ImageStream, Transform, batched
-from testreg.io.models import OwnTransform
+from testreg.io.images import Images, ImageStream, batched
+from testreg.io.preprocessing import OwnTransform, Transform
 from testreg.io.processes import Sums, add, gathered, rank, world_size
 from testreg.io.progress import progress_bar
 from testreg.measure.attention import Recorder

@@ -23,6 +23,7 @@ from torch import nn
 from testreg.families import checkpoint_names, find_tower
 from testreg.io import formats
 from testreg.io.install import PENDING, RECORD, installing, is_interrupted, recover
+from testreg.io.trust import check_folder, is_file_name, one_line, read_json
 from testreg.neurons import RegisterNeurons
 from testreg.register import MAX_REGISTERS, is_patched, patch, patch_of
 
@@ -73,7 +74,7 @@ class Record:
                 f"{folder} is not a patched checkpoint (it has no {RECORD}): load it with its own library, or make a "
                 "patched one of it with `testreg apply`"
             )
-        data = formats.read_json(path)
+        data = read_json(path)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f'{path} was not written by testreg ("format": "{FORMAT}" is missing)')
         version: Any = data.get("version")
@@ -83,7 +84,7 @@ class Record:
             unknown = ", ".join(sorted(data.keys() - {"format", "version", *_VALID, "neurons"})) or "none"
             warnings.warn(
                 f"{path} has version {reprlib.repr(version)}, newer than this testreg reads ({VERSION}); "
-                f"keys that are ignored: {formats.one_line(unknown)}. Upgrade testreg to use them",
+                f"keys that are ignored: {one_line(unknown)}. Upgrade testreg to use them",
                 stacklevel=3,
             )
         for key, valid in _VALID.items():
@@ -94,7 +95,7 @@ class Record:
 
 
 def _is_file_name(name: object) -> bool:
-    return _is_name(name) and formats.is_file_name(str(name))
+    return _is_name(name) and is_file_name(str(name))
 
 
 def _is_name(name: object) -> bool:
@@ -249,7 +250,7 @@ def _local_folder(name: str | os.PathLike[str]) -> Path:
 
 
 def _check_files(folder: Path, record: Record) -> None:
-    formats.check_folder(folder)
+    check_folder(folder)
     if not record.weights:
         raise ValueError(
             f"{folder / RECORD} lists no safetensors file, and testreg reads no pickles (.bin, .pt, .pth): "
@@ -263,7 +264,7 @@ def _check_files(folder: Path, record: Record) -> None:
                 pass
         except SafetensorError as error:
             raise ValueError(
-                f"{folder / name} is damaged or truncated ({formats.one_line(error)}): copy or save it again"
+                f"{folder / name} is damaged or truncated ({one_line(error)}): copy or save it again"
             ) from None
 
 
@@ -289,6 +290,6 @@ def _rebuild(folder: Path, record: Record) -> nn.Module:
         )
     except Exception as error:
         raise ValueError(
-            f"{folder} could not be rebuilt by {record.library} ({formats.one_line(error)}): it is damaged, or another "
+            f"{folder} could not be rebuilt by {record.library} ({one_line(error)}): it is damaged, or another "
             "release wrote it"
         ) from error
