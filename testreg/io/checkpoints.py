@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import reprlib
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from testreg.families import checkpoint_names, find_tower
+from testreg.files import check_format, shown
 from testreg.io import formats
 from testreg.io.install import PENDING, RECORD, installing, is_interrupted, recover
 from testreg.io.trust import check_folder, is_file_name, one_line, read_json
@@ -74,22 +73,13 @@ class Record:
                 f"{folder} is not a patched checkpoint (it has no {RECORD}): load it with its own library, or make a "
                 "patched one of it with `testreg apply`"
             )
-        data = read_json(path)
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise ValueError(f'{path} was not written by testreg ("format": "{FORMAT}" is missing)')
-        version: Any = data.get("version")
-        if type(version) is not int or version < 1:
-            raise ValueError(f"{path}: version must be a whole number, got {reprlib.repr(version)}")
-        if version > VERSION:
-            unknown = ", ".join(sorted(data.keys() - {"format", "version", *_VALID, "neurons"})) or "none"
-            warnings.warn(
-                f"{path} has version {reprlib.repr(version)}, newer than this testreg reads ({VERSION}); "
-                f"keys that are ignored: {one_line(unknown)}. Upgrade testreg to use them",
-                stacklevel=3,
-            )
+        keys = {"format", "version", "neurons", *_VALID}
+        data = check_format(
+            read_json(path), FORMAT, VERSION, keys, source=str(path), expected="a record, or not written by testreg"
+        )
         for key, valid in _VALID.items():
             if key not in data or not valid(data[key]):
-                raise ValueError(f'{path}: "{key}" is not valid: {reprlib.repr(data.get(key))}')
+                raise ValueError(f'{path}: "{key}" is not valid: {shown(data.get(key))}')
         neurons = RegisterNeurons.from_json(data.get("neurons"), source=f'"neurons" of {path}')
         return cls(**{key: data[key] for key in _VALID}, neurons=neurons)
 
