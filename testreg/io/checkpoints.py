@@ -163,6 +163,17 @@ def save(
         raise OSError(f"could not write the checkpoint to {folder}, {left}: {error}") from error
 
 
+def check_replaceable(folder: str | os.PathLike[str]) -> None:
+    """Raise at once what `save` into `folder` would raise because of what is there, and change nothing.
+
+    Raises:
+        FileExistsError: `folder` holds something else than a checkpoint of testreg.
+    """
+    target = Path(folder).resolve()
+    if not is_interrupted(target):  # which the next save cleans up
+        _replaceable_files(target)
+
+
 def _replaceable_files(target: Path) -> list[str]:
     """The files of the checkpoint in `target`; none if that is new or empty."""
     if not target.exists() or (target.is_dir() and not any(path.name != PENDING for path in target.iterdir())):
