@@ -30,8 +30,11 @@ def environment_of(count: int) -> dict[str, str]:
 
 
 def in_processes(count: int, work: Callable[[int], object], folder: Path) -> list[Ended]:
-    """Call `work(rank)` in each of `count` processes; what they print is kept in `folder`. A rank with an error has
-    code 1, one that was killed by a signal minus its number."""
+    """Call `work(rank)` in each of `count` processes; what they print is kept in `folder` meanwhile.
+
+    The exit code of a rank is 1 after an error, minus the number of the signal if one killed it, and what `work` gave to
+    `sys.exit` if it called that.
+    """
     shared = environment_of(count)
 
     def run(rank: int) -> None:
@@ -40,7 +43,7 @@ def in_processes(count: int, work: Callable[[int], object], folder: Path) -> lis
         with out, err, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 work(rank)
-            except BaseException:
+            except Exception:
                 traceback.print_exc()
                 raise SystemExit(1) from None
 

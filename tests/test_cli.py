@@ -425,7 +425,7 @@ def test_two_processes_find_what_one_finds(folder, tmp_path):
     state = ["--resume", str(tmp_path / "state.safetensors")]
     shared = [*command, "-o", str(tmp_path / "two.json"), *state]
     ended = in_processes(2, lambda rank: sys.exit(main(shared)), tmp_path)
-    assert [each.code for each in ended] == [0, 0], ended
+    assert [each.code for each in ended] == [0, 0], ended[0].err + ended[1].err
     one, two = (testreg.RegisterNeurons.load(tmp_path / f"{name}.json") for name in ("one", "two"))
     assert "register neurons, and the ranking" in ended[0].out
     assert ended[1].out == ""
