@@ -42,7 +42,8 @@ from tqdm import tqdm
 import testreg
 from testreg.demo.run import PHOTOGRAPHS
 from testreg.families import find_tower
-from testreg.io.images import image_paths, open_image
+from testreg.io.decoding import open_image
+from testreg.io.sources import image_paths
 from testreg.measure.outliers import token_norms
 from testreg.measure.ranking import Score
 

@@ -4,10 +4,10 @@ from testreg.calibration.errors import ImmovableOutliersError as ImmovableOutlie
 from testreg.calibration.errors import NoOutliersError as NoOutliersError
 from testreg.families import Family as Family
 from testreg.families import add_family as add_family
-from testreg.io.checkpoint import load as load
-from testreg.io.checkpoint import save as save
-from testreg.io.models import demo_model as demo_model
-from testreg.io.models import load_model as load_model
+from testreg.io.checkpoints import load as load
+from testreg.io.checkpoints import save as save
+from testreg.io.loading import demo_model as demo_model
+from testreg.io.loading import load_model as load_model
 from testreg.measure.diagnose import diagnose as diagnose
 from testreg.measure.diagnosis import Diagnosis as Diagnosis
 from testreg.measure.outliers import OutlierRule as OutlierRule

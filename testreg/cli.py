@@ -1,4 +1,7 @@
-"""The command line: testreg demo | list | diagnose | calibrate | apply | show."""
+"""The command line: testreg demo | list | diagnose | calibrate | apply | show.
+
+A command imports what it needs when it runs, so that --help is there at once, and an interrupt at any time is one line.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,56 +23,66 @@ from testreg.io.names import KINDS, NAMES
 if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure
+    from PIL.Image import Image
 
-    from testreg.io.models import LoadedModel
+    from testreg.io.loading import LoadedModel
     from testreg.neurons import RegisterNeurons
 
 REPORT_IMAGES = 32
+MAX_SHOWN = 64  # images in one picture, each of which is a row of it
 HIGH_AGREEMENT = 0.99  # of a head with itself, which needs no mention
 OUTPUTS = ("output", "report", "figures", "resume", "json")  # arguments that name them
-OK, ERROR, NOTHING_TO_FIX, NOT_FIXABLE, NOT_VERIFIED, INTERRUPTED = 0, 1, 3, 4, 5, 130
 SCORES = ("contribution", "activation")
-EXIT_CODES = "Exit codes: 0 done; 1 error; 2 wrong usage; 130 interrupted."
-EXIT_CODES_DIAGNOSE = (
-    "Exit codes: 0 outliers that registers move; 1 error; 2 wrong usage; 3 no outliers: nothing to fix; 4 outliers "
-    "that registers do not fix: at fixed positions, or not made by MLPs; 130 interrupted."
-)
-EXIT_CODES_CALIBRATE = (
-    "Exit codes: 0 neurons were written, and are verified; 1 error; 2 wrong usage; 3 no outliers: nothing to fix; "
-    "4 outliers that registers do not fix: at fixed positions, or not made by MLPs; 5 neurons were written, but are "
-    "not verified: the target was not met, or on too few held-out images; 130 interrupted."
-)
+
+
+class Exit(IntEnum):
+    """The exit codes, each with what it means."""
+
+    meaning: str
+
+    def __new__(cls, code: int, meaning: str) -> Exit:
+        member = int.__new__(cls, code)
+        member._value_ = code
+        member.meaning = meaning
+        return member
+
+    DONE = 0, "done"
+    ERROR = 1, "error"
+    USAGE = 2, "wrong usage"  # which argparse exits with
+    NOTHING_TO_FIX = 3, "no outliers: nothing to fix"
+    NOT_FIXABLE = 4, "outliers that registers do not fix: at fixed positions, or not made by MLPs"
+    NOT_VERIFIED = (
+        5,
+        ("neurons were written, but are not verified: the target was not met, or on too few held-out images"),
+    )
+    INTERRUPTED = 130, "interrupted"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code.
-
-    0 done, 1 error, 2 wrong usage, 3 the model has no outliers (nothing to fix), 4 it has outliers that registers do
-    not fix, 5 neurons were written that are not verified, 130 interrupted.
-    """
+    """Run the command line; returns the exit code, one of `Exit`."""
     args = _parser().parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else list(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are no text
-    before = _outputs(args)
+    before = _written(args)
     try:
-        return args.run(args) or OK
+        return args.run(args) or Exit.DONE
     except (NoOutliersError, ImmovableOutliersError) as not_fixable:  # raised in every process
         if _is_first_process():
             print(not_fixable, file=sys.stderr)
-        return NOTHING_TO_FIX if isinstance(not_fixable, NoOutliersError) else NOT_FIXABLE
+        return Exit.NOTHING_TO_FIX if isinstance(not_fixable, NoOutliersError) else Exit.NOT_FIXABLE
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         if _is_first_process():
             print(_interrupted(args, before), file=sys.stderr)
-        return INTERRUPTED
+        return Exit.INTERRUPTED
     except Exception as error:
         if args.debug:
             raise
         print(f"testreg: error: {str(error) or type(error).__name__}", file=sys.stderr)
-        return ERROR
-    return OK
+        return Exit.ERROR
+    return Exit.DONE
 
 
 def _is_first_process() -> bool:
@@ -76,18 +90,23 @@ def _is_first_process() -> bool:
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK") == "0"
 
 
-def _outputs(args: argparse.Namespace) -> dict[Path, tuple[int, int]]:
+def _written(args: argparse.Namespace) -> dict[Path, tuple[int, int]]:
     """The files that the command writes, as far as they exist, each with what tells it from one written anew."""
     named = [Path(value) for key in OUTPUTS if (value := getattr(args, key, None)) is not None]
-    files = [file for path in named for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
-    return {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in files if file.is_file()}
+    # Not the methods of Path, which raise errors for a name that is too long.
+    files = [file for path in named for file in (sorted(path.glob("*")) if os.path.isdir(path) else [path])]
+    return {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in files if os.path.isfile(file)}
 
 
 def _interrupted(args: argparse.Namespace, before: Mapping[Path, tuple[int, int]]) -> str:
-    written = [str(file) for file, state in _outputs(args).items() if state != before.get(file)]
+    """What an interrupted command has written, and whether it can go on from there."""
+    written = [str(file) for file, state in _written(args).items() if state != before.get(file)]
     message = "interrupted; " + (f"written before: {', '.join(written)}" if written else "nothing was written")
     resume: Path | None = getattr(args, "resume", None)
     return message + (f"; the same command goes on from {resume}" if resume is not None and resume.is_file() else "")
+
+
+# The parser -----------------------------------------------------------------------------------------------------------
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -97,19 +116,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="testreg",
         description="Take the artefacts out of pretrained Vision Transformers, without training.",
-        epilog=f"{EXIT_CODES} Others are listed by `testreg COMMAND --help`.",
+        epilog=f"{_exit_codes()} Others are listed by `testreg COMMAND --help`.",
     )
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser(
-        "demo", parents=[common], help="the whole job on a small model, offline", epilog=EXIT_CODES
+        "demo", parents=[common], help="the whole job on a small model, offline", epilog=_exit_codes()
     )
     demo.add_argument("-o", "--output", type=Path, default=Path("testreg-demo.png"), help="picture to write")
     demo.set_defaults(run=_demo)
 
     listing = commands.add_parser(
-        "list", parents=[common], help="the bundled register neurons, and their models", epilog=EXIT_CODES
+        "list", parents=[common], help="the bundled register neurons, and their models", epilog=_exit_codes()
     )
     listing.set_defaults(run=_list)
 
@@ -117,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
         "diagnose",
         parents=[common],
         help="where a model's outliers are, and whether registers fix them",
-        epilog=EXIT_CODES_DIAGNOSE,
+        epilog=_exit_codes(Exit.NOTHING_TO_FIX, Exit.NOT_FIXABLE, done="outliers that registers move"),
     )
     _add_model(diagnose)
     _add_images(diagnose, num_images=200)
@@ -126,7 +145,15 @@ def _parser() -> argparse.ArgumentParser:
     diagnose.set_defaults(run=_diagnose)
 
     calibrate = commands.add_parser(
-        "calibrate", parents=[common], help="find the register neurons of a model", epilog=EXIT_CODES_CALIBRATE
+        "calibrate",
+        parents=[common],
+        help="find the register neurons of a model",
+        epilog=_exit_codes(
+            Exit.NOTHING_TO_FIX,
+            Exit.NOT_FIXABLE,
+            Exit.NOT_VERIFIED,
+            done="neurons were written, and are verified",
+        ),
     )
     _add_model(calibrate, several_sizes=True)
     _add_images(calibrate, num_images=500)
@@ -149,15 +176,17 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--amp", choices=["bfloat16", "float16"], help="run under autocast")
     calibrate.set_defaults(run=_calibrate)
 
-    apply = commands.add_parser("apply", parents=[common], help="save a patched checkpoint", epilog=EXIT_CODES)
+    apply = commands.add_parser("apply", parents=[common], help="save a patched checkpoint", epilog=_exit_codes())
     _add_model(apply)
     _add_patch(apply)
     apply.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
     apply.set_defaults(run=_apply)
 
-    show = commands.add_parser("show", parents=[common], help="picture of a model before and after", epilog=EXIT_CODES)
+    show = commands.add_parser(
+        "show", parents=[common], help="picture of a model before and after", epilog=_exit_codes()
+    )
     _add_model(show)
-    show.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    show.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="images, or folders of them")
     _add_patch(show)
     show.add_argument("--block", type=int, help="block whose norms are drawn (default: where calibration saw outliers)")
     show.add_argument("-o", "--output", type=Path, required=True, metavar="PNG")
@@ -197,11 +226,28 @@ def _add_patch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--zero", choices=["patches", "all"], default="patches", help="all: prefix tokens too")
 
 
+def _exit_codes(*others: Exit, done: str = Exit.DONE.meaning) -> str:
+    """The exit codes that every command has, and `others`, for the help."""
+    codes = sorted({Exit.DONE, Exit.ERROR, Exit.USAGE, Exit.INTERRUPTED, *others})
+    meanings = (f"{code.value} {done if code is Exit.DONE else code.meaning}" for code in codes)
+    return f"Exit codes: {'; '.join(meanings)}."
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return f"testreg {version('testreg')}"
+
+
+# The commands ---------------------------------------------------------------------------------------------------------
+
+
 def _demo(args: argparse.Namespace) -> None:
+    _check_picture(args.output)  # before all that the demo needs is imported
+
     from testreg.demo.run import run_demo
     from testreg.report.figures import table
 
-    _check_picture(args.output)
     print("A small ViT, trained on CIFAR-10 around a planted outlier mechanism: see testreg/demo/model/README.md.")
     demo = run_demo()
     planted = sum(map(len, demo.planted.values()))
@@ -223,8 +269,8 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _diagnose(args: argparse.Namespace) -> int:
-    from testreg.io.images import check_images
     from testreg.io.processes import process_group, rank
+    from testreg.io.sources import check_images
     from testreg.measure.diagnose import diagnose
     from testreg.measure.outliers import OutlierRule
 
@@ -252,7 +298,7 @@ def _diagnose(args: argparse.Namespace) -> int:
             print("\n".join([found.verdict, "", found.table(), "", *found.notes]))
         if args.json and not to_output:
             found.save(args.json)
-    return {"movable": OK, "none": NOTHING_TO_FIX}.get(found.kind, NOT_FIXABLE)
+    return {"movable": Exit.DONE, "none": Exit.NOTHING_TO_FIX}.get(found.kind, Exit.NOT_FIXABLE)
 
 
 def _calibrate(args: argparse.Namespace) -> int:
@@ -260,8 +306,8 @@ def _calibrate(args: argparse.Namespace) -> int:
 
     from testreg.calibration.calibrate import calibrate
     from testreg.calibration.view import held_out_images
-    from testreg.io.images import check_images
     from testreg.io.processes import process_group, rank
+    from testreg.io.sources import check_images
     from testreg.measure.outliers import OutlierRule
 
     for path in (args.output, args.report, args.resume):
@@ -295,7 +341,7 @@ def _calibrate(args: argparse.Namespace) -> int:
             seed=args.seed,
         )
         is_first = rank() == 0
-    code = OK if neurons.verified else NOT_VERIFIED
+    code = Exit.DONE if neurons.verified else Exit.NOT_VERIFIED
     if not is_first:
         return code
     neurons.save(args.output)
@@ -321,8 +367,103 @@ def _calibrate(args: argparse.Namespace) -> int:
     return code
 
 
+def _apply(args: argparse.Namespace) -> None:
+    from testreg.io.checkpoints import check_replaceable, save
+
+    check_replaceable(args.output)
+    check_writable_folder(args.output)
+    check_writable_folder(args.output.resolve().parent)  # where it is made
+    loaded = _load(args, _device(args), args.image_size)
+    _patch(loaded, args)
+    save(loaded.model, args.output, processor=loaded.processor)
+    print(f"{args.output}: patched checkpoint of {loaded.name}")
+
+
+def _show(args: argparse.Namespace) -> None:
+    import torch
+
+    from testreg.report.figures import compare, figure, table
+
+    _check_picture(args.output)
+    photos = _photos(args.images)
+    loaded = _load(args, _device(args), args.image_size)
+    neurons = _patch(loaded, args)
+    block = neurons.calibration.get("detection_block", -1) if args.block is None else args.block
+    images = torch.stack([loaded.transform(photo) for photo in photos])
+    before, after = compare(loaded.model, images, block)
+    print(table(before, after))
+    _save(figure(images, before, after, f"{loaded.name}, norms after block {block}"), args.output)
+
+
+# What commands have in common, and say --------------------------------------------------------------------------------
+
+
+def _load(args: argparse.Namespace, device: torch.device, image_size: int | None) -> LoadedModel:
+    from testreg.io.loading import load_model
+
+    return load_model(args.model, image_size=image_size, device=device, trust_remote_code=args.trust_remote_code)
+
+
+def _device(args: argparse.Namespace) -> torch.device:
+    import torch
+
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return torch.device(args.device or best)
+
+
+def _patch(loaded: LoadedModel, args: argparse.Namespace) -> RegisterNeurons:
+    from testreg.register import is_patched, patch, patch_of
+
+    if is_patched(loaded.model):
+        if args.neurons is not None:
+            raise ValueError(f"{loaded.name} is a patched checkpoint already: leave --neurons out")
+        return patch_of(loaded.model).neurons
+    patch(
+        loaded.model,
+        args.neurons,
+        top_k=args.top_k,
+        num_registers=args.num_registers,
+        max_over=args.max_over,
+        zero=args.zero,
+    )
+    return patch_of(loaded.model).neurons
+
+
+def _photos(paths: Sequence[Path]) -> list[Image]:
+    """The images in files and in folders."""
+    from testreg.io.decoding import open_image
+    from testreg.io.sources import image_paths
+
+    files = [file for path in paths for file in (image_paths(path) if path.is_dir() else [path])]
+    if len(files) > MAX_SHOWN:
+        raise ValueError(f"{len(files)} images are too many for one picture, at most {MAX_SHOWN}: name fewer")
+    return [open_image(file) for file in files]
+
+
+def _check_picture(path: Path) -> None:
+    """Fail before the work is done rather than after."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if _picture_format(path) not in kinds:
+        raise ValueError(f"cannot write {path}: pictures are {', '.join(sorted(kinds))}")
+    check_writable(path)
+
+
+def _picture_format(path: Path) -> str:
+    return path.suffix[1:].lower() or "png"
+
+
+def _save(picture: Figure, path: Path) -> None:
+    with replacing(path) as temporary:
+        picture.savefig(temporary, format=_picture_format(path), dpi=150)
+    print(f"picture:    {path}")
+
+
 def _found(neurons: RegisterNeurons) -> str:
     """What calibration found, in a few lines."""
+    from testreg.calibration.view import MIN_VERIFYING
+
     facts = neurons.calibration
     skipped = f", {facts['unreadable_images']} unreadable" if facts["unreadable_images"] else ""
     overlap = facts["stability"]["overlap"]
@@ -354,92 +495,7 @@ def _found(neurons: RegisterNeurons) -> str:
         lines.append(f"the head agrees with itself on {agreement:.1%} of the images, with and without registers")
     if not neurons.verified:
         lines.append(
-            "not verified: that takes a target that is met on at least 16 held-out images (more --images, a larger "
-            "--held-out)"
+            f"not verified: that takes a target that is met on at least {MIN_VERIFYING} held-out images "
+            "(more --images, a larger --held-out)"
         )
     return "\n".join(lines)
-
-
-def _apply(args: argparse.Namespace) -> None:
-    from testreg.io.checkpoint import save
-
-    check_writable_folder(args.output)
-    check_writable_folder(args.output.resolve().parent)  # where it is made
-    loaded = _load(args, _device(args), args.image_size)
-    _patch(loaded, args)
-    save(loaded.model, args.output, processor=loaded.processor)
-    print(f"{args.output}: patched checkpoint of {loaded.name}")
-
-
-def _show(args: argparse.Namespace) -> None:
-    import torch
-
-    from testreg.io.images import open_image
-    from testreg.report.figures import compare, figure, table
-
-    _check_picture(args.output)
-    photos = [open_image(path) for path in args.images]
-    loaded = _load(args, _device(args), args.image_size)
-    neurons = _patch(loaded, args)
-    block = neurons.calibration.get("detection_block", -1) if args.block is None else args.block
-    images = torch.stack([loaded.transform(photo) for photo in photos])
-    before, after = compare(loaded.model, images, block)
-    print(table(before, after))
-    _save(figure(images, before, after, f"{loaded.name}, norms after block {block}"), args.output)
-
-
-def _load(args: argparse.Namespace, device: torch.device, image_size: int | None) -> LoadedModel:
-    from testreg.io.models import load_model
-
-    return load_model(args.model, image_size=image_size, device=device, trust_remote_code=args.trust_remote_code)
-
-
-def _device(args: argparse.Namespace) -> torch.device:
-    import torch
-
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return torch.device(args.device or best)
-
-
-def _patch(loaded: LoadedModel, args: argparse.Namespace) -> RegisterNeurons:
-    from testreg.register import is_patched, patch, patch_of
-
-    if is_patched(loaded.model):
-        if args.neurons is not None:
-            raise ValueError(f"{loaded.name} is a patched checkpoint already: leave --neurons out")
-        return patch_of(loaded.model).neurons
-    patch(
-        loaded.model,
-        args.neurons,
-        top_k=args.top_k,
-        num_registers=args.num_registers,
-        max_over=args.max_over,
-        zero=args.zero,
-    )
-    return patch_of(loaded.model).neurons
-
-
-def _check_picture(path: Path) -> None:
-    """Fail before the work is done rather than after."""
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    kinds = FigureCanvasBase.get_supported_filetypes()
-    if _picture_format(path) not in kinds:
-        raise ValueError(f"cannot write {path}: pictures are {', '.join(sorted(kinds))}")
-    check_writable(path)
-
-
-def _picture_format(path: Path) -> str:
-    return path.suffix[1:].lower() or "png"
-
-
-def _save(picture: Figure, path: Path) -> None:
-    with replacing(path) as temporary:
-        picture.savefig(temporary, format=_picture_format(path), dpi=150)
-    print(f"picture:    {path}")
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return f"testreg {version('testreg')}"

@@ -1,17 +1,21 @@
-"""Files that are there whole or not at all, and that are opened only if they are files."""
+"""Files that are there whole or not at all, that are opened only if they are files, and that say what is in them."""
 
 from __future__ import annotations
 
 import glob
 import os
+import reprlib
 import tempfile
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 SUFFIX = ".testreg-part"  # of the temporary files, so that no other file is swept
 STALE = 3600.0  # seconds without a write after which a temporary file is of a run that was killed
+LONGEST = 200  # characters of a file's content that a message repeats
 
 
 def regular_file(path: str | os.PathLike[str]) -> Path:
@@ -132,3 +136,49 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+# What is in a file ----------------------------------------------------------------------------------------------------
+
+
+def check_format(
+    data: object, name: str, version: int, known: Collection[str], *, source: str, expected: str
+) -> dict[str, Any]:
+    """The JSON object `data`, if it says that it is of the format `name`, in any version.
+
+    Warns if its version is newer than `version`, and names the keys that are ignored because they are not `known`.
+
+    Raises:
+        ValueError: it is of no version, or of another format: "`source` is not `expected`".
+    """
+    if not isinstance(data, dict) or data.get("format") != name:
+        raise ValueError(f'{source} is not {expected} ("format": "{name}" is missing)')
+    found: Any = data.get("version")
+    if type(found) is not int or found < 1:
+        raise ValueError(f"{source}: version must be a whole number, got {shown(found)}")
+    if found > version:
+        ignored = plain(", ".join(sorted(data.keys() - known))) or "none"
+        warnings.warn(
+            f"{source} has version {shown(found)}, newer than this testreg reads ({version}); "
+            f"keys that are ignored: {ignored}. Upgrade testreg to use them",
+            stacklevel=4,  # of who called the function that reads the file
+        )
+    return data
+
+
+def shown(value: object) -> str:
+    """A short repr without control characters, for messages about what someone else has written."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python does not print whole numbers of many thousand digits
+        return f"a {type(value).__name__} of enormous size"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 60
+
+
+def plain(text: object, longest: int | None = LONGEST) -> str:
+    """Text of a file for a message: on one line, without control characters, and not longer than a few lines."""
+    line = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in str(text)[:longest])
+    return line if longest is None or len(line) <= longest else line[:longest] + "..."

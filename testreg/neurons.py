@@ -6,8 +6,6 @@ import json
 import math
 import operator
 import os
-import reprlib
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from testreg.families import Tower, checkpoint_names, find_tower, fingerprint
-from testreg.files import read_text, replacing
+from testreg.files import check_format, plain, read_text, replacing, shown
 
 FORMAT = "testreg-neurons"
 VERSION = 2
@@ -27,7 +25,6 @@ _RENAMED = {  # entries of the calibration, since version 1
     "worst_layer": "worst_block",
 }
 _KEYS = {"format", "version", "neurons", "top_k", "model", "calibration", "provenance", "verified"}
-_LONGEST = 200  # characters of a file's content that an error message repeats
 
 Neuron = tuple[int, int, float | None]
 
@@ -177,18 +174,7 @@ class RegisterNeurons:
         Raises:
             ValueError: not this format, or a field that does not fit.
         """
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise ValueError(f'{source} is not a register neuron JSON ("format": "{FORMAT}" is missing)')
-        version: Any = data.get("version")
-        if not _is_index(version) or version < 1:
-            raise ValueError(f"{source}: version must be a whole number, got {shown(version)}")
-        if version > VERSION:
-            unknown = plain(", ".join(sorted(data.keys() - _KEYS))) or "none"
-            warnings.warn(
-                f"{source} has version {version}, newer than this testreg reads ({VERSION}); "
-                f"keys that are ignored: {unknown}. Upgrade testreg to use them",
-                stacklevel=3,
-            )
+        data = check_format(data, FORMAT, VERSION, _KEYS, source=source, expected="a register neuron JSON")
         rows = data.get("neurons")
         if not isinstance(rows, list) or any(not isinstance(row, list) or len(row) != 3 for row in rows):
             raise ValueError(f'{source}: "neurons" must be a list of [layer, unit, score or null]')
@@ -247,24 +233,6 @@ def _with_new_names(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {_RENAMED.get(key, key): _with_new_names(each) for key, each in value.items()}
     return [_with_new_names(each) for each in value] if isinstance(value, list) else value
-
-
-def shown(value: object) -> str:
-    """A short repr without control characters, for messages about what someone else has written."""
-    try:
-        return _SHORT.repr(value)
-    except ValueError:  # Python does not print whole numbers of many thousand digits
-        return f"a {type(value).__name__} of enormous size"
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 60
-
-
-def plain(text: object, longest: int | None = _LONGEST) -> str:
-    """Text of a file for a message: on one line, without control characters, and not longer than a few lines."""
-    line = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in str(text)[:longest])
-    return line if longest is None or len(line) <= longest else line[:longest] + "..."
 
 
 def _is_index(value: object) -> bool:

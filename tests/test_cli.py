@@ -2,19 +2,25 @@
 
 import contextlib
 import dataclasses
+import importlib
+import importlib.metadata
+import itertools
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import timm
 import torch
 from PIL import Image
 from planting import plant
+from ranks import in_processes
 from tiny import IMAGE, TIMM, TIMM_RECORDS, fresh, photograph_crops
 from torchvision.transforms.v2 import functional as tv
 
@@ -177,7 +183,12 @@ def test_list_names_the_models(capsys):
         (["show", "{model}", "{photo}", "--neurons", "{fifo}", "-o", "{png}"], "is not a regular file"),
         (["diagnose", "{model}", "--images", "{fifo}"], "is not a regular file"),
         (["apply", "{model}", "--neurons", "{root}/planted.json", "-o", "{out}"], "is not a register neuron JSON"),
-        (["apply", "{model}", "--neurons", "{neurons}", "-o", "{photos}"], "photos"),
+        (
+            ["apply", "{model}", "-o", "{photos}"],
+            "photos exists and is no checkpoint of testreg",
+        ),
+        (["apply", "{model}", "-o", "{root}/" + 300 * "x"], "File name too long"),
+        (["show", "{model}", "{root}/model", "--neurons", "{neurons}", "-o", "{png}"], "no images (.bmp, "),
     ],
 )
 def test_errors_are_one_line_on_stderr(arguments, message, folder, calibrated, tmp_path, capsys):
@@ -206,42 +217,46 @@ def test_debug_shows_the_traceback():
         main(["apply", "nothing", "-o", "out", "--debug"])
 
 
-def test_module_wrong_usage_and_error_exit_codes(tmp_path):
-    assert run("--version").stdout.startswith("testreg ")
-    assert run("calibrate").returncode == 2
-    failed = run("apply", "nothing", "-o", str(tmp_path / "out"))
-    assert failed.returncode == 1
-    assert failed.stdout == ""
-    assert "Traceback" not in failed.stderr
+def test_the_module_is_the_command_and_its_exit_code():
+    wrong = run("calibrate")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    failed = run("demo", "-o", "picture.txt")
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert failed.stderr.startswith("testreg: error: cannot write picture.txt: pictures are ")
+    assert failed.stderr.count("\n") == 1
 
 
-INTERRUPTED = """
-import signal, sys
-import importlib
-module = importlib.import_module("testreg.{module}")
-signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs inherit that it is ignored
-real, calls = module.{name}, []
-def interrupted(*args, **options):
-    calls.append(args)
-    if len(calls) == {call}:
-        signal.raise_signal(signal.SIGINT)
-    return real(*args, **options)
-module.{name} = interrupted
-from testreg.cli import main
-raise SystemExit(main(sys.argv[1:]))
-"""
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as exited:
+        main(["--version"])
+    assert exited.value.code == 0
+    assert capsys.readouterr().out == f"testreg {importlib.metadata.version('testreg')}\n"
 
 
 @pytest.mark.parametrize(
     ("module", "name", "call", "written", "message"),
     [
-        ("io.images", "open_image", 9, [], "interrupted; nothing was written"),
-        ("report.page", "page", 1, ["neurons.json", "state"], "interrupted; written before: {neurons.json}, {state}; "),
+        ("testreg.io.decoding", "open_image", 9, [], "interrupted; nothing was written"),
+        (
+            "testreg.report.page",
+            "page",
+            1,
+            ["neurons.json", "state"],
+            "interrupted; written before: {neurons.json}, {state}; ",
+        ),
     ],
 )
 def test_an_interrupt_says_what_was_written_and_leaves_no_half_written_file(
-    module, name, call, written, message, folder, tmp_path
+    module, name, call, written, message, folder, tmp_path, monkeypatch, capsys
 ):
+    real, calls = getattr(importlib.import_module(module), name), itertools.count(1)
+
+    def interrupted(*args, **options):
+        if next(calls) == call:
+            signal.raise_signal(signal.SIGINT)  # at a point that no clock decides
+        return real(*args, **options)
+
+    monkeypatch.setattr(f"{module}.{name}", interrupted)
     names = ("neurons.json", "report.html", "figures", "state")
     paths = {name: str(tmp_path / name) for name in names}
     (tmp_path / "neurons.json").write_text("before")
@@ -249,27 +264,31 @@ def test_an_interrupt_says_what_was_written_and_leaves_no_half_written_file(
     arguments = ["calibrate", str(folder / "model"), "--images", str(folder / "photos"), "--device", "cpu"]
     arguments += ["-o", paths["neurons.json"], "--report", paths["report.html"], "--figures", paths["figures"]]
     arguments += ["--resume", paths["state"]]
-    # A real signal, at a point that no clock decides.
-    program = INTERRUPTED.format(module=module, name=name, call=call)
-    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
-    assert done.returncode == 130, done.stderr
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs inherit that it is ignored
+    try:
+        assert main(arguments) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    said = capsys.readouterr().err
     for name, path in paths.items():
         message = message.replace(f"{{{name}}}", path)
-    assert message in done.stderr
-    assert ("the same command goes on from" in done.stderr) == ("state" in written)
-    assert "Traceback" not in done.stderr
+    assert message in said
+    assert ("the same command goes on from" in said) == ("state" in written)
+    assert said.count("\n") == 1
     for name in ("neurons.json", "report.html"):
         assert ((tmp_path / name).read_text() == "before") == (name not in written)
     files = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert files == {"neurons.json", "report.html", *written}
 
 
-def test_an_interrupt_while_the_command_is_imported_is_one_line(tmp_path):
+@pytest.mark.parametrize("command", [["list"], ["calibrate", "m", "--images", "p", "-o", "n.json"], ["demo"]])
+def test_an_interrupt_while_the_command_is_imported_is_one_line(command, tmp_path):
+    """The first import of torch is interrupted, which every command needs and --help does not."""
     (tmp_path / "torch.py").write_text(
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); signal.raise_signal(signal.SIGINT)"
     )
     path = os.pathsep.join([str(tmp_path), os.path.dirname(os.path.dirname(testreg.__file__))])
-    interrupted = run("list", env={**os.environ, "PYTHONPATH": path})
+    interrupted = run(*command, env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path)
     assert (interrupted.returncode, interrupted.stderr) == (130, "interrupted; nothing was written\n")
 
 
@@ -316,12 +335,36 @@ def test_help_lists_the_exit_codes(command, capsys):
     ],
 )
 def test_where_nothing_can_be_written_no_model_is_loaded(arguments, folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("testreg.io.models.load_model", lambda *args, **options: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("testreg.io.loading.load_model", lambda *args, **options: pytest.fail("a model was loaded"))
     monkeypatch.setattr("testreg.demo.run.run_demo", lambda: pytest.fail("the demo was run"))
     names = {"model": folder / "model", "photos": folder / "photos", "photo": folder / "photos" / "00.png"}
     assert main([argument.format(**names, out=tmp_path / "out.json") for argument in arguments]) == 1
     assert "cannot write /proc/" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_onto_a_folder_of_others_no_model_is_saved_nor_loaded(folder, monkeypatch, capsys):
+    monkeypatch.setattr("testreg.io.loading.load_model", lambda *args, **options: pytest.fail("a model was loaded"))
+    assert main(["apply", str(folder / "model"), "-o", str(folder / "photos")]) == 1
+    assert "choose a new or an empty folder" in capsys.readouterr().err
+
+
+def test_show_and_diagnose_take_an_image_or_a_folder(folder, calibrated, tmp_path, capsys, monkeypatch):
+    photos = [folder / "photos" / f"{i:02}.png" for i in range(3)]
+    (tmp_path / "some").mkdir()
+    for photo in photos[1:]:
+        shutil.copy(photo, tmp_path / "some")
+    shown = []
+    monkeypatch.setattr("testreg.report.figures.figure", lambda images, *rest: shown.append(images) or plt.figure())
+    show = ["show", str(folder / "model"), "--neurons", str(calibrated), "-o", str(tmp_path / "picture.png")]
+    assert main([*show, *map(str, photos)]) == main([*show, str(photos[0]), str(tmp_path / "some")]) == 0
+    assert torch.equal(*shown)
+    assert len(shown[0]) == 3
+    monkeypatch.setattr(cli, "MAX_SHOWN", 2)
+    assert main([*show, str(photos[0]), str(tmp_path / "some")]) == 1
+    assert "3 images are too many for one picture, at most 2" in capsys.readouterr().err
+    assert main(["diagnose", str(folder / "model"), "--images", str(photos[0]), "--json", "-"]) in (0, 3)
+    assert json.loads(capsys.readouterr().out)["images"] == 1
 
 
 def test_code_of_a_model_is_trusted_only_if_asked(folder, monkeypatch):
@@ -331,7 +374,7 @@ def test_code_of_a_model_is_trusted_only_if_asked(folder, monkeypatch):
         asked.append(trust_remote_code)
         raise ValueError
 
-    monkeypatch.setattr("testreg.io.models.load_model", load_model)
+    monkeypatch.setattr("testreg.io.loading.load_model", load_model)
     for command in (
         ["diagnose", "m", "--images", str(folder / "photos")],
         ["calibrate", "m", "--images", str(folder / "photos"), "-o", str(folder / "out.json")],
@@ -375,20 +418,17 @@ def test_patching_imports_no_images_plots_or_model_libraries():
 
 
 def test_two_processes_find_what_one_finds(folder, tmp_path):
-    """torchrun shards the images; sums are added in another order, hence 1e-5."""
-    command = [str(folder / "model"), "--images", str(folder / "photos"), "--batch-size", "5", "--device", "cpu"]
-    assert main(["calibrate", *command, "-o", str(tmp_path / "one.json")]) == 0
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "testreg"]
-    options = ["-o", str(tmp_path / "two.json"), "--resume", str(tmp_path / "state.safetensors")]
-    done = subprocess.run(
-        [*launcher, "calibrate", *command, *options],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    """Two processes share the images out; sums are added in another order, hence 1e-5."""
+    command = ["calibrate", str(folder / "model"), "--images", str(folder / "photos"), "--batch-size", "5"]
+    command += ["--device", "cpu"]
+    assert main([*command, "-o", str(tmp_path / "one.json")]) == 0
+    state = ["--resume", str(tmp_path / "state.safetensors")]
+    shared = [*command, "-o", str(tmp_path / "two.json"), *state]
+    ended = in_processes(2, lambda rank: sys.exit(main(shared)), tmp_path)
+    assert [each.code for each in ended] == [0, 0], ended[0].err + ended[1].err
     one, two = (testreg.RegisterNeurons.load(tmp_path / f"{name}.json") for name in ("one", "two"))
-    assert done.stdout.count("register neurons, and the ranking") == 1
+    assert "register neurons, and the ranking" in ended[0].out
+    assert ended[1].out == ""
     assert one.by_block() == two.by_block()
     scores = [{neuron[:2]: neuron[2] for neuron in each.ranking} for each in (one, two)]
     common = scores[0].keys() & scores[1].keys()
@@ -398,11 +438,11 @@ def test_two_processes_find_what_one_finds(folder, tmp_path):
         assert one.calibration[key] == two.calibration[key], key
     assert one.calibration["chosen"] == pytest.approx(two.calibration["chosen"], abs=1e-5)
     again = tmp_path / "again.json"  # the state of two processes, continued by one
-    assert main(["calibrate", *command, "-o", str(again), "--resume", options[-1]]) == 0
+    assert main([*command, "-o", str(again), *state]) == 0
     assert testreg.RegisterNeurons.load(again).ranking == two.ranking
 
 
-def test_of_two_processes_one_says_what_was_diagnosed(folder, tmp_path):
+def test_of_two_processes_of_torchrun_one_says_what_was_diagnosed(folder, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "testreg"]
     arguments = ["diagnose", str(folder / "model"), "--images", str(folder / "photos"), "--device", "cpu"]
     done = subprocess.run(

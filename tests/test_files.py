@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from testreg import files
-from testreg.files import check_writable, check_writable_folder, read_text, regular_file, replacing
+from testreg.files import check_format, check_writable, check_writable_folder, read_text, regular_file, replacing
 
 STEPS = ("write", "chmod", "fsync", "replace")
 
@@ -127,3 +127,20 @@ def test_a_folder_that_takes_no_files_is_known_before():
     for check, path in ((check_writable, "/proc/new"), (check_writable_folder, "/proc/new/folder")):
         with pytest.raises(OSError, match="cannot write /proc/"):
             check(path)
+
+
+def test_the_format_of_a_file_is_checked():
+    def check(data):
+        return check_format(
+            data, "letters", 2, {"format", "version", "a"}, source="f.json", expected="a list of letters"
+        )
+
+    assert check({"format": "letters", "version": 1, "b": 0}) == {"format": "letters", "version": 1, "b": 0}
+    for data in (None, [], {}, {"format": "numbers", "version": 1}):
+        with pytest.raises(ValueError, match=r'^f.json is not a list of letters \("format": "letters" is missing\)$'):
+            check(data)
+    for version in (None, True, 0, -1, 1.0, "1", [10**9] * 10**6):
+        with pytest.raises(ValueError, match=r"^f.json: version must be a whole number, got .{1,100}$"):
+            check({"format": "letters", "version": version})
+    with pytest.warns(UserWarning, match=r"f.json has version 3, newer .* \(2\); keys that are ignored: b\\x1b, c\."):
+        check({"format": "letters", "version": 3, "a": 0, "b\x1b": 0, "c": 0})

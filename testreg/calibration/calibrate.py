@@ -25,7 +25,8 @@ from testreg.calibration.result import Checks, Choice, facts_before_ranking, res
 from testreg.calibration.resume import State
 from testreg.calibration.selection import MAX_MEASUREMENTS, MAX_NEURONS, Selection, select
 from testreg.calibration.view import CHUNK, View, evaluating, mean_scores, stability_of, views_of
-from testreg.io.images import Images, Transform
+from testreg.io.images import Images
+from testreg.io.preprocessing import Transform
 from testreg.io.processes import gathered
 from testreg.io.progress import progress_bar
 from testreg.measure.diagnosis import Diagnosis

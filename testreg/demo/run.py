@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from testreg.calibration.calibrate import calibrate
-from testreg.io.images import image_paths, open_image
-from testreg.io.models import DEMO, demo_model
+from testreg.io.decoding import open_image
+from testreg.io.loading import DEMO, demo_model
+from testreg.io.sources import image_paths
 from testreg.neurons import RegisterNeurons
 from testreg.register import patch
 from testreg.report.figures import Maps, compare, figure

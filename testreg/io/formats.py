@@ -1,15 +1,12 @@
 """The checkpoint format of each library: what it writes, and how it builds the model again from that.
 
-Weights are safetensors throughout; nothing is unpickled, and classes are looked up in their library only. A folder may
-come from a stranger: it is checked before a library sees it, and no library may run code that it names.
+Weights are safetensors throughout; nothing is unpickled, and classes are looked up in their library only.
 """
 
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -20,18 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from testreg.families import Tower, find_tower
+from testreg.io.trust import one_line, without_asking
 
-_READ_BY_LIBRARIES = (".json", ".safetensors", ".txt", ".model", ".jinja")
-_ASKING = threading.RLock()
 LIBRARIES = ("timm", "transformers", "open_clip", "torchvision")
-# open_clip's name for the dtypes in a checkpoint; in the mixtures the norms are float32.
-_OPEN_CLIP_PRECISION = {
-    frozenset({"F32"}): "fp32",
-    frozenset({"BF16"}): "pure_bf16",
-    frozenset({"F16"}): "pure_fp16",
-    frozenset({"F32", "BF16"}): "bf16",
-    frozenset({"F32", "F16"}): "fp16",
-}
 
 
 def library_of(model: nn.Module) -> str | None:
@@ -44,75 +32,6 @@ def library_of(model: nn.Module) -> str | None:
         "torchvision": lambda: str(model.__dict__.get("testreg_source")).startswith("torchvision:"),
     }
     return package if package in rebuilds and rebuilds[package]() else None
-
-
-def one_line(message: object) -> str:
-    """What an error says, fit to be quoted in another: a line of printable characters, not too long."""
-    lines = [line.strip() for line in str(message).splitlines() if line.strip()] or [type(message).__name__]
-    return "".join(char if char.isprintable() else "?" for char in lines[0][:300])
-
-
-def is_file_name(name: str) -> bool:
-    """Whether it is a name alone: what a stranger's file names must not lead out of its folder."""
-    return name not in ("", ".", "..") and not set(name) & set("/\\:") and name.isprintable()
-
-
-def read_json(path: Path) -> Any:
-    """The contents of a JSON file.
-
-    Raises:
-        OSError: it cannot be read. A pipe or a device is refused, since reading it might never end.
-        ValueError: it is not valid JSON.
-    """
-    if path.is_symlink() and not path.exists():
-        raise FileNotFoundError(f"{path} is a broken link: copy the folder again, with the files that it links to")
-    if not path.is_file():
-        raise OSError(f"{path} is not a regular file")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # nested too deeply
-        raise ValueError(f"{path} is damaged, not valid JSON (truncated?): {one_line(error)}") from None
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse a folder whose files would have a library wait for ever, or read files outside of it, or pickles.
-
-    Raises:
-        OSError, ValueError: which file it is.
-    """
-    for path in folder.iterdir():
-        if path.suffix in _READ_BY_LIBRARIES and path.exists() and not (path.is_file() or path.is_dir()):
-            raise OSError(f"{path} is a pipe or a device, not a file")
-    named = {"config.json": lambda data: [data["transformers_weights"]] if data.get("transformers_weights") else []}
-    named |= {path.name: lambda data: data["weight_map"].values() for path in folder.glob("*.safetensors.index.json")}
-    for file, names in named.items():
-        if not (folder / file).is_file():
-            continue
-        data = read_json(folder / file)
-        try:
-            bad = [name for name in names(data) if not (is_file_name(name) and ".safetensors" in name)]
-        except (AttributeError, KeyError, TypeError):
-            raise ValueError(f"{folder / file} is damaged: copy it again") from None
-        if bad:
-            raise ValueError(f"{folder / file} names {one_line(bad[0])}, which is no safetensors file of its folder")
-
-
-@contextmanager
-def without_asking() -> Iterator[None]:
-    """transformers raises an error where it would ask on the terminal whether to run a repository's code.
-
-    `trust_remote_code=False` does not reach the models that a model is made of, nor the text towers of open_clip. One
-    thread at a time: transformers has one setting for all.
-    """
-    from transformers import dynamic_module_utils
-
-    with _ASKING:
-        seconds = dynamic_module_utils.TIME_OUT_REMOTE_CODE
-        dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
-        try:
-            yield
-        finally:
-            dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds
 
 
 def write(
@@ -147,41 +66,15 @@ def write(
 def read(library: str, folder: Path, *, class_name: str, weights: Sequence[str], args: Mapping[str, Any]) -> nn.Module:
     """Build what `write` wrote again, with its weights and their dtypes."""
     if library == "timm":
-        import timm
-
-        return fill(timm.create_model(f"local-dir:{folder}", pretrained=False), tensors(folder, weights), folder)
+        return _read_timm(folder, weights)
     if library == "transformers":
         return _read_transformers(folder, class_name)
     if library == "open_clip":
         return _read_open_clip(folder, weights)
-    return fill(_torchvision_model(args), tensors(folder, weights), folder)
+    return _read_torchvision(folder, weights, args)
 
 
-def tensors(folder: Path, weights: Sequence[str]) -> dict[str, Tensor]:
-    """The tensors of all the safetensors files."""
-    return {key: value for name in weights for key, value in load_file(folder / name).items()}
-
-
-def fill(model: nn.Module, values: Mapping[str, Tensor], folder: Path) -> nn.Module:
-    """Load `values` into `model` and give it their dtypes."""
-    expected = model.state_dict()
-    if difference := _difference(expected, values):
-        raise ValueError(f"the weights in {folder} do not fit this {type(model).__name__} ({difference})")
-    dtypes = {value.dtype for value in values.values() if value.is_floating_point()}
-    if len(dtypes) == 1:
-        model.to(dtypes.pop())  # buffers that are not saved, too
-    for key, value in model.state_dict(keep_vars=True).items():
-        value.data = value.data.to(values[key].dtype)
-    model.load_state_dict(values)
-    return model
-
-
-def transformers_class(name: str) -> Any:
-    """The model class of transformers with that name, or None: nothing outside the package is ever looked up."""
-    import transformers
-
-    found = getattr(transformers, name, None)
-    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
+# timm -----------------------------------------------------------------------------------------------------------------
 
 
 def _write_timm(model: nn.Module, stage: Path, model_args: Mapping[str, Any] | None) -> None:
@@ -196,6 +89,23 @@ def _write_timm(model: nn.Module, stage: Path, model_args: Mapping[str, Any] | N
     _check_twin(twin, model, "pass the arguments of timm.create_model that timm did not record as model_args=")
 
 
+def _read_timm(folder: Path, weights: Sequence[str]) -> nn.Module:
+    import timm
+
+    return fill(timm.create_model(f"local-dir:{folder}", pretrained=False), tensors(folder, weights), folder)
+
+
+# transformers ---------------------------------------------------------------------------------------------------------
+
+
+def transformers_class(name: str) -> Any:
+    """The model class of transformers with that name, or None: nothing outside the package is ever looked up."""
+    import transformers
+
+    found = getattr(transformers, name, None)
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
+
+
 @without_asking()
 def _write_transformers(model: Any, stage: Path) -> None:
     dtypes = {str(value.dtype) for value in model.state_dict().values() if value.is_floating_point()}
@@ -208,6 +118,32 @@ def _write_transformers(model: Any, stage: Path) -> None:
 
 
 @without_asking()
+def _read_transformers(folder: Path, class_name: str) -> nn.Module:
+    model_class = transformers_class(class_name)
+    if model_class is None:
+        raise ValueError(f"it has no class {class_name}")
+    model, info = model_class.from_pretrained(
+        folder, dtype="auto", use_safetensors=True, local_files_only=True, output_loading_info=True
+    )
+    if missing := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
+        raise ValueError(f"the weights do not fit its config: {missing[:3]}")
+    return model
+
+
+# open_clip ------------------------------------------------------------------------------------------------------------
+
+
+# open_clip's name for the dtypes in a checkpoint; in the mixtures the norms are float32.
+_OPEN_CLIP_PRECISION = {
+    frozenset({"F32"}): "fp32",
+    frozenset({"BF16"}): "pure_bf16",
+    frozenset({"F16"}): "pure_fp16",
+    frozenset({"F32", "BF16"}): "bf16",
+    frozenset({"F32", "F16"}): "fp16",
+}
+
+
+@without_asking()
 def _write_open_clip(model: Any, stage: Path, arch: str | Mapping[str, Any] | None) -> None:
     preprocess = {key: value for key, value in getattr(model.visual, "preprocess_cfg", {}).items() if key != "size"}
     config = {"model_cfg": _open_clip_config(model, arch), "preprocess_cfg": preprocess}
@@ -215,48 +151,14 @@ def _write_open_clip(model: Any, stage: Path, arch: str | Mapping[str, Any] | No
     _save_tensors(model, stage / "open_clip_model.safetensors")
 
 
-def _torchvision_args(model: Any) -> dict[str, Any]:
-    name = model.testreg_source.partition(":")[2]
-    args = {"name": name, "image_size": model.image_size, "num_classes": model.num_classes}
-    with torch.device("meta"):
-        _check_twin(_torchvision_model(args), model, "undo what changed its modules, or `del model.testreg_source`")
-    return args
+@without_asking()
+def _read_open_clip(folder: Path, weights: Sequence[str]) -> nn.Module:
+    import open_clip
 
-
-def _torchvision_model(args: Mapping[str, Any]) -> nn.Module:
-    import torchvision
-
-    return torchvision.models.get_model(args["name"], weights=None, **{k: v for k, v in args.items() if k != "name"})
-
-
-def _save_tensors(model: nn.Module, path: Path) -> None:
-    """Write the state_dict. Tied tensors are written once for each key, as strict loading wants them."""
-    tensors: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for key, value in model.state_dict().items():
-        tensor = value.detach().contiguous()
-        tensors[key] = tensor.clone() if tensor.untyped_storage().data_ptr() in storages else tensor
-        storages.add(tensor.untyped_storage().data_ptr())
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-def _check_twin(twin: nn.Module, model: nn.Module, fix: str) -> None:
-    if difference := _difference(twin.state_dict(), model.state_dict()):
-        raise ValueError(f"{type(model).__name__} could not be rebuilt from the written config ({difference}): {fix}")
-
-
-def _difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    """Where two state_dicts disagree in keys, shapes or kinds of numbers, in a few words; "" if nowhere."""
-    both = expected.keys() & found.keys()
-    kinds = {
-        "missing": expected.keys() - found.keys(),
-        "unexpected": found.keys() - expected.keys(),
-        "of another shape": {key for key in both if expected[key].shape != found[key].shape},
-        "floating point or not": {
-            key for key in both if expected[key].is_floating_point() != found[key].is_floating_point()
-        },
-    }
-    return "; ".join(f"{kind}: {one_line(', '.join(sorted(keys)[:3]))}" for kind, keys in kinds.items() if keys)
+    with safe_open(folder / weights[0], framework="pt") as file:
+        dtypes = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+    precision = _OPEN_CLIP_PRECISION[frozenset(dtype for dtype in dtypes if "F" in dtype)]
+    return open_clip.create_model(f"local-dir:{folder}", precision=precision)
 
 
 def _open_clip_config(model: Any, arch: str | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -330,24 +232,74 @@ def _difference_from(config: Mapping[str, Any], model: nn.Module) -> str:
     return _difference(twin.state_dict(), model.state_dict())
 
 
-@without_asking()
-def _read_transformers(folder: Path, class_name: str) -> nn.Module:
-    model_class = transformers_class(class_name)
-    if model_class is None:
-        raise ValueError(f"it has no class {class_name}")
-    model, info = model_class.from_pretrained(
-        folder, dtype="auto", use_safetensors=True, local_files_only=True, output_loading_info=True
-    )
-    if missing := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
-        raise ValueError(f"the weights do not fit its config: {missing[:3]}")
+# torchvision ----------------------------------------------------------------------------------------------------------
+
+
+def _torchvision_args(model: Any) -> dict[str, Any]:
+    name = model.testreg_source.partition(":")[2]
+    args = {"name": name, "image_size": model.image_size, "num_classes": model.num_classes}
+    with torch.device("meta"):
+        _check_twin(_torchvision_model(args), model, "undo what changed its modules, or `del model.testreg_source`")
+    return args
+
+
+def _read_torchvision(folder: Path, weights: Sequence[str], args: Mapping[str, Any]) -> nn.Module:
+    return fill(_torchvision_model(args), tensors(folder, weights), folder)
+
+
+def _torchvision_model(args: Mapping[str, Any]) -> nn.Module:
+    import torchvision
+
+    return torchvision.models.get_model(args["name"], weights=None, **{k: v for k, v in args.items() if k != "name"})
+
+
+# Weights --------------------------------------------------------------------------------------------------------------
+
+
+def tensors(folder: Path, weights: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors of all the safetensors files."""
+    return {key: value for name in weights for key, value in load_file(folder / name).items()}
+
+
+def fill(model: nn.Module, values: Mapping[str, Tensor], folder: Path) -> nn.Module:
+    """Load `values` into `model` and give it their dtypes."""
+    expected = model.state_dict()
+    if difference := _difference(expected, values):
+        raise ValueError(f"the weights in {folder} do not fit this {type(model).__name__} ({difference})")
+    dtypes = {value.dtype for value in values.values() if value.is_floating_point()}
+    if len(dtypes) == 1:
+        model.to(dtypes.pop())  # buffers that are not saved, too
+    for key, value in model.state_dict(keep_vars=True).items():
+        value.data = value.data.to(values[key].dtype)
+    model.load_state_dict(values)
     return model
 
 
-@without_asking()
-def _read_open_clip(folder: Path, weights: Sequence[str]) -> nn.Module:
-    import open_clip
+def _save_tensors(model: nn.Module, path: Path) -> None:
+    """Write the state_dict. Tied tensors are written once for each key, as strict loading wants them."""
+    tensors: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for key, value in model.state_dict().items():
+        tensor = value.detach().contiguous()
+        tensors[key] = tensor.clone() if tensor.untyped_storage().data_ptr() in storages else tensor
+        storages.add(tensor.untyped_storage().data_ptr())
+    save_file(tensors, path, metadata={"format": "pt"})
 
-    with safe_open(folder / weights[0], framework="pt") as file:
-        dtypes = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
-    precision = _OPEN_CLIP_PRECISION[frozenset(dtype for dtype in dtypes if "F" in dtype)]
-    return open_clip.create_model(f"local-dir:{folder}", precision=precision)
+
+def _check_twin(twin: nn.Module, model: nn.Module, fix: str) -> None:
+    if difference := _difference(twin.state_dict(), model.state_dict()):
+        raise ValueError(f"{type(model).__name__} could not be rebuilt from the written config ({difference}): {fix}")
+
+
+def _difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """Where two state_dicts disagree in keys, shapes or kinds of numbers, in a few words; "" if nowhere."""
+    both = expected.keys() & found.keys()
+    kinds = {
+        "missing": expected.keys() - found.keys(),
+        "unexpected": found.keys() - expected.keys(),
+        "of another shape": {key for key in both if expected[key].shape != found[key].shape},
+        "floating point or not": {
+            key for key in both if expected[key].is_floating_point() != found[key].is_floating_point()
+        },
+    }
+    return "; ".join(f"{kind}: {one_line(', '.join(sorted(keys)[:3]))}" for kind, keys in kinds.items() if keys)

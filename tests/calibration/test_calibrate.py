@@ -186,7 +186,7 @@ def test_every_kind_of_images_gives_the_same_ranking(planted, photos, tmp_path):
 
 
 def test_num_images_is_a_seeded_sample_of_a_folder(planted, photos, tmp_path):
-    from testreg.io.images import ImageBatches
+    from testreg.io.images import ImageStream
 
     for i in range(20):
         Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i:02}.png")
@@ -195,7 +195,7 @@ def test_num_images_is_a_seeded_sample_of_a_folder(planted, photos, tmp_path):
         return torch.full((3, 1, 1), float(image.getpixel((0, 0))[0]))
 
     def read(seed):
-        return torch.cat(list(ImageBatches(tmp_path, red, batch_size=3, num_images=8, seed=seed)))[:, 0, 0, 0].tolist()
+        return [int(image[0, 0, 0]) for _, image in ImageStream(tmp_path, red, num_images=8, seed=seed).numbered()]
 
     assert len(set(read(0))) == 8
     assert read(0) == read(0) != read(1)

@@ -9,7 +9,7 @@ from testreg.calibration.view import MIN_VERIFYING, NUM_CHOOSING
 from testreg.demo import run as demo
 from testreg.demo.run import planted_neurons
 from testreg.families import find_tower
-from testreg.io.models import DEMO
+from testreg.io.loading import DEMO
 from testreg.measure.outliers import OutlierRule, token_norms
 
 SIZES = (96, 128)

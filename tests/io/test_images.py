@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import sys
 import tarfile
 import warnings
@@ -18,8 +19,10 @@ import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from testreg.io import images as data
-from testreg.io.images import FORMATS, ImageBatches, ImageStream, batched, check_images, image_paths, open_image
+from testreg.io import decoding
+from testreg.io.decoding import FORMATS, open_image
+from testreg.io.images import ImageStream, batched
+from testreg.io.sources import EXTENSIONS, check_images, image_paths
 
 NUM, BROKEN = 11, 3
 
@@ -225,14 +228,18 @@ def test_reading_leaves_the_global_random_numbers_alone():
 # Batches --------------------------------------------------------------------------------------------------------------
 
 
-def test_batches_count_anew_each_time(tmp_path):
-    batches = ImageBatches(write_folder(tmp_path), red, batch_size=4)
-    for _ in range(2):
-        assert [len(batch) for batch in batches] == [4, 4, 2]
-        assert (batches.num_read, batches.num_skipped, batches.length) == (NUM - 1, 1, NUM)
-    assert batches.source == str(tmp_path)
-    with pytest.raises(ValueError, match="no image could be read from list: all 2 were unreadable"):
-        list(ImageBatches([None, None], red))
+def test_a_stream_may_be_read_again_in_batches(tmp_path):
+    stream = ImageStream(write_folder(tmp_path), red)
+    for times in (1, 2):
+        assert [len(batch) for batch in batched((image for _, image in stream.numbered()), 4)] == [4, 4, 2]
+        assert (stream.num_read, stream.num_skipped, stream.length) == (times * (NUM - 1), times, NUM)
+    assert stream.source == str(tmp_path)
+
+
+def test_why_nothing_was_read():
+    stream = ImageStream([None, None], red)
+    assert read(stream) == []
+    assert str(stream.nothing_read()).startswith("no image could be read from list: all 2 were unreadable")
 
 
 def test_batched():
@@ -284,7 +291,7 @@ def test_rows_without_images_name_their_columns(kind):
     dataset = hf_dataset().remove_columns("image").add_column("text", ["a"] * NUM)
     images = {"dataset": dataset, "stream": dataset.to_iterable_dataset(), "rows": list(dataset)}[kind]
     with pytest.raises(ValueError, match="no column of images among label, text: name one of them 'image'"):
-        list(ImageBatches(images, red))
+        read(ImageStream(images, red))
 
 
 def test_a_transform_of_the_dataset_is_kept():
@@ -318,8 +325,9 @@ def test_samples_of_shards_without_an_image_are_counted(tmp_path):
 
 def test_a_shard_may_be_empty(tmp_path):
     tarfile.open(tmp_path / "empty.tar", "w").close()
-    with pytest.raises(ValueError, match=r"no image could be read from .*empty.tar"):
-        list(ImageBatches(tmp_path / "empty.tar", red))
+    stream = ImageStream(tmp_path / "empty.tar", red)
+    assert read(stream) == []
+    assert str(stream.nothing_read()) == f"no image could be read from {tmp_path / 'empty.tar'}"
 
 
 def test_nothing_in_a_shard_is_unpickled(tmp_path):
@@ -461,8 +469,9 @@ ONE_IMAGE = {
 
 @pytest.mark.parametrize("kind", ONE_IMAGE)
 def test_an_image_in_every_form_is_the_same_image(kind, tmp_path):
-    (batch,) = ImageBatches(ONE_IMAGE[kind](tmp_path), as_input)
-    torch.testing.assert_close(batch, as_input(colourful())[None])
+    ((number, image),) = ImageStream(ONE_IMAGE[kind](tmp_path), as_input).numbered()
+    assert number == 0
+    torch.testing.assert_close(image, as_input(colourful()))
 
 
 @pytest.mark.parametrize(
@@ -526,8 +535,10 @@ def test_what_is_no_picture_is_skipped_and_counted(workers, tmp_path):
         stream = ImageStream(images, red, workers=workers)
         assert len(read(stream)) == 7
         assert stream.num_skipped == 6 + (tmp_path / "none.jpg" in images if isinstance(images, list) else 0)
-    with pytest.raises(ValueError, match=r"all 1 were unreadable \(the first: .*fifo.jpg is not a regular file"):
-        list(ImageBatches([tmp_path / "fifo.jpg"], red, workers=workers))
+    stream = ImageStream([tmp_path / "fifo.jpg"], red, workers=workers)
+    assert read(stream) == []
+    message = str(stream.nothing_read())
+    assert re.search(r"all 1 were unreadable \(the first: .*fifo.jpg is not a regular file", message)
 
 
 @pytest.mark.parametrize("source", ["file", "bytes", "row of a dataset", "path of a dataset", "url of a dataset"])
@@ -619,7 +630,7 @@ def test_an_error_without_a_message_has_its_name(tmp_path, monkeypatch):
 
 def test_every_extension_has_its_format():
     Image.init()
-    assert {Image.EXTENSION[extension] for extension in data.EXTENSIONS} <= {*FORMATS}
+    assert {Image.EXTENSION[extension] for extension in EXTENSIONS} <= {*FORMATS}
 
 
 def test_many_names_cost_no_memory_and_open_no_file(tmp_path, monkeypatch):
@@ -629,7 +640,7 @@ def test_many_names_cost_no_memory_and_open_no_file(tmp_path, monkeypatch):
     opened, alive = [], weakref.WeakSet()
     most = 0
 
-    def noting(file, real=data.open_image):
+    def noting(file, real=decoding.open_image):
         opened.append(file)
         return real(file)
 
@@ -638,7 +649,7 @@ def test_many_names_cost_no_memory_and_open_no_file(tmp_path, monkeypatch):
         alive.add(tensor)
         return tensor
 
-    monkeypatch.setattr(data, "open_image", noting)
+    monkeypatch.setattr(decoding, "open_image", noting)
     stream = ImageStream(tmp_path / "list.txt", transform)
     assert (stream.length, opened) == (50_000, [])
     for number, _ in stream.numbered():

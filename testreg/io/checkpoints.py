@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import reprlib
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,8 +19,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from testreg.families import checkpoint_names, find_tower
+from testreg.files import check_format, shown
 from testreg.io import formats
 from testreg.io.install import PENDING, RECORD, installing, is_interrupted, recover
+from testreg.io.trust import check_folder, is_file_name, one_line, read_json
 from testreg.neurons import RegisterNeurons
 from testreg.patching.state import MAX_REGISTERS
 from testreg.register import is_patched, patch, patch_of
@@ -74,28 +74,19 @@ class Record:
                 f"{folder} is not a patched checkpoint (it has no {RECORD}): load it with its own library, or make a "
                 "patched one of it with `testreg apply`"
             )
-        data = formats.read_json(path)
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise ValueError(f'{path} was not written by testreg ("format": "{FORMAT}" is missing)')
-        version: Any = data.get("version")
-        if type(version) is not int or version < 1:
-            raise ValueError(f"{path}: version must be a whole number, got {reprlib.repr(version)}")
-        if version > VERSION:
-            unknown = ", ".join(sorted(data.keys() - {"format", "version", *_VALID, "neurons"})) or "none"
-            warnings.warn(
-                f"{path} has version {reprlib.repr(version)}, newer than this testreg reads ({VERSION}); "
-                f"keys that are ignored: {formats.one_line(unknown)}. Upgrade testreg to use them",
-                stacklevel=3,
-            )
+        keys = {"format", "version", "neurons", *_VALID}
+        data = check_format(
+            read_json(path), FORMAT, VERSION, keys, source=str(path), expected="a record, or not written by testreg"
+        )
         for key, valid in _VALID.items():
             if key not in data or not valid(data[key]):
-                raise ValueError(f'{path}: "{key}" is not valid: {reprlib.repr(data.get(key))}')
+                raise ValueError(f'{path}: "{key}" is not valid: {shown(data.get(key))}')
         neurons = RegisterNeurons.from_json(data.get("neurons"), source=f'"neurons" of {path}')
         return cls(**{key: data[key] for key in _VALID}, neurons=neurons)
 
 
 def _is_file_name(name: object) -> bool:
-    return _is_name(name) and formats.is_file_name(str(name))
+    return _is_name(name) and is_file_name(str(name))
 
 
 def _is_name(name: object) -> bool:
@@ -171,6 +162,17 @@ def save(
     except (OSError, SafetensorError) as error:
         left = "where the save was interrupted" if is_interrupted(target) else "which is left as it was"
         raise OSError(f"could not write the checkpoint to {folder}, {left}: {error}") from error
+
+
+def check_replaceable(folder: str | os.PathLike[str]) -> None:
+    """Raise at once what `save` into `folder` would raise because of what is there, and change nothing.
+
+    Raises:
+        FileExistsError: `folder` holds something else than a checkpoint of testreg.
+    """
+    target = Path(folder).resolve()
+    if not is_interrupted(target):  # which the next save cleans up
+        _replaceable_files(target)
 
 
 def _replaceable_files(target: Path) -> list[str]:
@@ -250,7 +252,7 @@ def _local_folder(name: str | os.PathLike[str]) -> Path:
 
 
 def _check_files(folder: Path, record: Record) -> None:
-    formats.check_folder(folder)
+    check_folder(folder)
     if not record.weights:
         raise ValueError(
             f"{folder / RECORD} lists no safetensors file, and testreg reads no pickles (.bin, .pt, .pth): "
@@ -264,7 +266,7 @@ def _check_files(folder: Path, record: Record) -> None:
                 pass
         except SafetensorError as error:
             raise ValueError(
-                f"{folder / name} is damaged or truncated ({formats.one_line(error)}): copy or save it again"
+                f"{folder / name} is damaged or truncated ({one_line(error)}): copy or save it again"
             ) from None
 
 
@@ -290,6 +292,6 @@ def _rebuild(folder: Path, record: Record) -> nn.Module:
         )
     except Exception as error:
         raise ValueError(
-            f"{folder} could not be rebuilt by {record.library} ({formats.one_line(error)}): it is damaged, or another "
+            f"{folder} could not be rebuilt by {record.library} ({one_line(error)}): it is damaged, or another "
             "release wrote it"
         ) from error

@@ -25,8 +25,9 @@ from torchvision.transforms._presets import ImageClassification
 
 from testreg import is_patched, patch
 from testreg.families import find_tower
-from testreg.io.checkpoint import load, save
-from testreg.io.models import LoadedModel, load_model, transform_for
+from testreg.io.checkpoints import load, save
+from testreg.io.loading import LoadedModel, load_model
+from testreg.io.preprocessing import transform_for
 
 PHOTO = Image.effect_noise((100, 80), 60).convert("RGB")
 OPEN_CLIP = {

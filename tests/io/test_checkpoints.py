@@ -22,12 +22,12 @@ from safetensors import SafetensorError
 from tiny import BUILDERS, DEPTH, HF, HF_TEXT, IMAGE, NEURONS, PATCH, TIMM, WIDTH, build
 from torch import Tensor, nn
 
-import testreg.io.checkpoint
+import testreg.io.checkpoints
 from testreg import RegisterNeurons, is_patched, patch, unpatch
 from testreg.families import find_tower
-from testreg.io.checkpoint import load, save
+from testreg.io.checkpoints import load, save
 from testreg.io.install import installing, recover
-from testreg.io.models import load_model
+from testreg.io.loading import load_model
 from testreg.register import patch_of
 
 RANKED = RegisterNeurons(((1, 77, 3.0), (2, 64, 2.0), (1, 3, 1.0)), provenance={"by": "hand"})

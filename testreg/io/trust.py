@@ -1,0 +1,120 @@
+"""Folders and repositories of strangers: their files are checked before a library sees them, and their code is not run.
+
+What a library then says of them is made one error, which names the input and the fix.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+CHECK_HUB = "Check the name on huggingface.co, and the network"
+CHECK_FOLDER = "The folder is damaged, or not for this release of the library: copy it, or save it, again"
+_READ_BY_LIBRARIES = (".json", ".safetensors", ".txt", ".model", ".jinja")
+_ASKING = threading.RLock()
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder whose files would have a library wait for ever, or read files outside of it, or pickles.
+
+    Raises:
+        OSError, ValueError: which file it is.
+    """
+    for path in folder.iterdir():
+        if path.suffix in _READ_BY_LIBRARIES and path.exists() and not (path.is_file() or path.is_dir()):
+            raise OSError(f"{path} is a pipe or a device, not a file")
+    named = {"config.json": lambda data: [data["transformers_weights"]] if data.get("transformers_weights") else []}
+    named |= {path.name: lambda data: data["weight_map"].values() for path in folder.glob("*.safetensors.index.json")}
+    for file, names in named.items():
+        if not (folder / file).is_file():
+            continue
+        data = read_json(folder / file)
+        try:
+            bad = [name for name in names(data) if not (is_file_name(name) and ".safetensors" in name)]
+        except (AttributeError, KeyError, TypeError):
+            raise ValueError(f"{folder / file} is damaged: copy it again") from None
+        if bad:
+            raise ValueError(f"{folder / file} names {one_line(bad[0])}, which is no safetensors file of its folder")
+
+
+def require(folder: Path, pattern: str) -> None:
+    """Refuse a folder that lacks such a file, or that holds files which no library should be given."""
+    if folder.is_dir():
+        check_folder(folder)
+    if any(folder.glob(pattern)):
+        return
+    pickles = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth"))
+    if pattern.endswith(".safetensors") and pickles:
+        raise ValueError(
+            f"{folder} has no {pattern}, and testreg reads no pickles ({pickles[0]}) from folders, since they can run "
+            "code: if you trust it, load it with its own library and save it as safetensors"
+        )
+    raise FileNotFoundError(f"{folder} has no {pattern}: name the folder of a complete checkpoint")
+
+
+def read_json(path: Path) -> Any:
+    """The contents of a JSON file.
+
+    Raises:
+        OSError: it cannot be read. A pipe or a device is refused, since reading it might never end.
+        ValueError: it is not valid JSON.
+    """
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(f"{path} is a broken link: copy the folder again, with the files that it links to")
+    if not path.is_file():
+        raise OSError(f"{path} is not a regular file")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # nested too deeply
+        raise ValueError(f"{path} is damaged, not valid JSON (truncated?): {one_line(error)}") from None
+
+
+def is_file_name(name: str) -> bool:
+    """Whether `name` is a file name alone: those that a stranger gives must not lead out of its folder."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\:") and name.isprintable()
+
+
+@contextmanager
+def without_asking() -> Iterator[None]:
+    """Within it, transformers raises an error where it would ask on the terminal whether to run a repository's code.
+
+    `trust_remote_code=False` does not reach the models that a model is made of, nor the text towers of open_clip. One
+    thread at a time: transformers has one setting for all.
+    """
+    from transformers import dynamic_module_utils
+
+    with _ASKING:
+        seconds = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+        try:
+            yield
+        finally:
+            dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds
+
+
+def asking_only_if(trusted: bool) -> AbstractContextManager[None]:
+    """Within it, libraries may run a repository's code, or ask whether to, only if the user trusts it."""
+    return nullcontext() if trusted else without_asking()
+
+
+@contextmanager
+def explained(name: str, fix: str) -> Iterator[None]:
+    """Turn whatever a library raises into one error that names the input and the fix."""
+    try:
+        yield
+    except Exception as error:
+        message = one_line(error).rstrip(".")
+        if "trust_remote_code" in str(error):
+            fix = "If you trust that code, pass trust_remote_code=True (--trust-remote-code)"
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"cannot load {name}: {message}. {fix}") from error
+
+
+def one_line(message: object) -> str:
+    """What an error says, fit to be quoted in another: a line of printable characters, not too long."""
+    lines = [line.strip() for line in str(message).splitlines() if line.strip()] or [type(message).__name__]
+    return "".join(char if char.isprintable() else "?" for char in lines[0][:300])
