@@ -10,7 +10,7 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from testreg.io.images import Transform
+from testreg.io.preprocessing import Transform
 from testreg.measure.outliers import OutlierRule
 from testreg.measure.ranking import Score
 

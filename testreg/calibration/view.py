@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from testreg.calibration.options import Options
 from testreg.families import Tower, find_tower, fingerprint
-from testreg.io.images import Images, ImageStream, Transform, batched
-from testreg.io.models import OwnTransform
+from testreg.io.images import Images, ImageStream, batched
+from testreg.io.preprocessing import OwnTransform, Transform
 from testreg.io.processes import gathered, rank, world_size
 from testreg.io.progress import progress_bar
 from testreg.measure.conclusion import conclude

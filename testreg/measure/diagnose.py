@@ -7,8 +7,8 @@ from collections.abc import Collection
 from torch import nn
 
 from testreg.families import find_tower
-from testreg.io.images import Images, ImageStream, Transform, batched
-from testreg.io.models import OwnTransform
+from testreg.io.images import Images, ImageStream, batched
+from testreg.io.preprocessing import OwnTransform, Transform
 from testreg.io.processes import gathered, rank, world_size
 from testreg.io.progress import progress_bar
 from testreg.measure.conclusion import conclude
