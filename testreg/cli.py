@@ -199,7 +199,7 @@ def _add_patch(parser: argparse.ArgumentParser) -> None:
 
 def _demo(args: argparse.Namespace) -> None:
     from testreg.demo.run import run_demo
-    from testreg.report.figures import table
+    from testreg.report.maps import table
 
     _check_picture(args.output)
     print("A small ViT, trained on CIFAR-10 around a planted outlier mechanism: see testreg/demo/model/README.md.")
@@ -374,7 +374,7 @@ def _show(args: argparse.Namespace) -> None:
     import torch
 
     from testreg.io.images import open_image
-    from testreg.report.figures import compare, figure, table
+    from testreg.report.maps import compare, figure, table
 
     _check_picture(args.output)
     photos = [open_image(path) for path in args.images]

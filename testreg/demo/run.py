@@ -15,7 +15,7 @@ from testreg.io.images import image_paths, open_image
 from testreg.io.models import DEMO, demo_model
 from testreg.neurons import RegisterNeurons
 from testreg.register import patch
-from testreg.report.figures import Maps, compare, figure
+from testreg.report.maps import Maps, compare, figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -146,6 +146,11 @@ class Tower:
         rows, columns = self.patch_size
         return height // rows, width // columns
 
+    def patches(self, images: Tensor) -> slice:
+        """The tokens that are patches, without prefix and registers."""
+        rows, columns = self.grid(images)
+        return slice(self.num_prefix, self.num_prefix + rows * columns)
+
 
 def find_tower(model: nn.Module) -> Tower:
     """The vision tower of `model`: the model itself, or the one inside it (of CLIP, a VLM, a classifier).

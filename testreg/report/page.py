@@ -1,40 +1,29 @@
-"""The report of a calibration: one HTML page that needs no other file, and the same pictures as PNG for papers.
-
-`look` measures a model without and with its registers; the charts and the page are drawn from what it found, and from
-what the neurons' `calibration` says. Any entry of that may be missing: a list may come from elsewhere. All is done by
-the process that asks for it: of several (torch.distributed), the others need not know.
-"""
+"""The report of a calibration: one HTML page that needs no other file, and the same pictures as PNG for papers."""
 
 from __future__ import annotations
 
 import base64
 import io
-import math
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from testreg.calibration.calibrate import MIN_VERIFYING
-from testreg.families import Tower, find_tower
 from testreg.files import replacing
-from testreg.measure.diagnosis import Diagnosis, conclude, named, observe
-from testreg.measure.outliers import OutlierRule, ignored_patches, token_norms
-from testreg.neurons import RegisterNeurons, describe_model
-from testreg.register import disabled, patch, registers, unpatch
-from testreg.report.figures import CSS, Chart, Maps, Panel, charts_of, compare, draw, feature_colours, figure, panels
+from testreg.measure.diagnosis import named
+from testreg.measure.outliers import OutlierRule
+from testreg.neurons import RegisterNeurons
+from testreg.report.charts import Chart, charts_of, draw, svg
+from testreg.report.maps import Panel, feature_colours, figure, panels
+from testreg.report.measure import AGREEMENT, Report, measure_report, numbers_in
 
-NUM_PHOTOGRAPHS = 5
 PHOTOGRAPH_SIDE = 384  # pixels in the page; the maps have one for each patch
 LONG_TABLE = 20  # rows that are shown without being asked for
-AGREEMENT = 0.99  # of the head with itself: what is less is said at the top
 
 MEASURED = {
     "neurons": "neurons",
@@ -45,98 +34,6 @@ MEASURED = {
     "agreement": "head agrees",
 }  # of a point of the trade-off, or of a check at another size
 ELSEWHERE = {"curve", "chosen", "dropped", "ignored", "verified_at", "stability", "versions"}  # these have a place
-
-
-@dataclass(frozen=True)
-class Norms:
-    """Norms of a tower's patches; L blocks, B images."""
-
-    largest: Tensor
-    """(L,), of the image's patches; mean over the images."""
-    median: Tensor
-    """(L,)"""
-    registers: Tensor | None
-    """(L,), mean; None without registers."""
-    ratios: dict[int, Tensor]
-    """(B, N) after some of the blocks: over the median norm of the image's patches."""
-    outliers: Tensor
-    """(B,), how many patches are outliers after the first of these blocks."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """A model without and with its registers."""
-
-    neurons: RegisterNeurons
-    model: Mapping[str, Any]
-    layer: int
-    """The block after which outliers stand out most."""
-    ignored: list[tuple[int, int]]
-    """Rows and columns of patches that do not count as outliers, since they are fixed: calibration left them out."""
-    before: Diagnosis
-    after: Diagnosis
-    norms_before: Norms
-    norms_after: Norms
-    photographs: Tensor
-    """(b, 3, h, w), the images with most outliers."""
-    maps_before: Maps
-    maps_after: Maps
-
-    @property
-    def chosen(self) -> RegisterNeurons:
-        return self.neurons.truncate()
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        return self.neurons.calibration
-
-    @property
-    def outliers(self) -> tuple[float, float]:
-        """Fraction of the patches that are outliers after the block `layer`, before and after."""
-        before, after = (side.blocks[self.layer].after_mlp.outlier_fraction for side in (self.before, self.after))
-        return before, after
-
-    @property
-    def curve(self) -> list[dict[str, float]]:
-        """Points of the trade-off between what is left of the outliers and what else changes."""
-        points = [_numbers_in(point) for point in self.facts.get("curve") or ()]
-        return [point for point in points if "neurons" in point]
-
-    @property
-    def choice(self) -> dict[str, float]:
-        """The point that was chosen; empty if unknown."""
-        return _numbers_in(self.facts.get("chosen") or {})
-
-    @property
-    def checks(self) -> list[dict[str, float]]:
-        """What was measured on images that had no part in the choice, at each image size."""
-        return [_numbers_in(check) for check in self.facts.get("verified_at") or ()]
-
-    @property
-    def limits(self) -> dict[str, float]:
-        """What the choice had to meet: target, max_change; as far as known."""
-        return _numbers_in({key: self.facts.get(key) for key in ("target", "max_change")})
-
-    @property
-    def agreement(self) -> float | None:
-        """The lowest share of images to which the user's head gives the same class as before; None if unknown."""
-        return min((check["agreement"] for check in self.checks if "agreement" in check), default=None)
-
-    @property
-    def headline(self) -> str:
-        """What the registers did, in one line."""
-        before, after = self.outliers
-        count = f"{len(self.chosen.ranking)} register neuron{'s' * (len(self.chosen.ranking) != 1)}"
-        if self.before.kind == "none":
-            return "No outliers: nothing to fix"
-        if after >= before:
-            return f"{count}: the outliers stay"
-        share = math.floor(1000 * (1 - after / before)) / 10  # never rounded up to 100
-        return f"{count}: {'all' if after == 0 else f'{share:g} %'} of the outlier patches are gone"
-
-
-def _numbers_in(entry: Mapping[str, Any]) -> dict[str, float]:
-    return {key: value for key, value in entry.items() if isinstance(value, int | float) and math.isfinite(value)}
 
 
 def write_report(
@@ -165,7 +62,7 @@ def write_report(
         ValueError: the neurons or the images do not fit the model.
         RuntimeError: the model is patched.
     """
-    report = look(model, neurons, images, rule=rule, batch_size=batch_size)
+    report = measure_report(model, neurons, images, rule=rule, batch_size=batch_size)
     if path is not None:
         text = page(report, command)
         with replacing(path) as temporary:
@@ -178,110 +75,11 @@ def write_report(
 def _save_figures(report: Report, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {name: draw(charts, report) for name, charts in charts_of(report).items()}
-    title = f"{report.model['name']}, norms after block {report.layer}"
+    title = f"{report.model['name']}, norms after block {report.block}"
     pictures["maps"] = figure(report.photographs, report.maps_before, report.maps_after, title)
     for name, picture in pictures.items():
         with replacing(folder / f"{name}.png") as temporary:
             picture.savefig(temporary, format="png", dpi=300)
-
-
-# Measuring ------------------------------------------------------------------------------------------------------------
-
-
-def look(
-    model: nn.Module,
-    neurons: RegisterNeurons,
-    images: Tensor | Sequence[Tensor],
-    *,
-    rule: OutlierRule | None = None,
-    batch_size: int = 16,
-) -> Report:
-    """Measure `model`, which is unpatched and left so, without and with the registers of `neurons`."""
-    images = images if isinstance(images, Tensor) else torch.stack(list(images))
-    if images.ndim != 4 or not len(images):
-        raise ValueError(f"expected image tensors (B, 3, h, w), one at least, got {tuple(images.shape)}")
-    rule = rule or OutlierRule()
-    tower, batches = find_tower(model), images.split(batch_size)
-    patch(model, replace(neurons, verified=True))  # what they do is measured here: no warning
-    try:
-        with tower.evaluating():
-            ignored = _ignored(neurons, tower.grid(images))
-            with disabled(model):
-                before = conclude(model, [observe(tower, batches, rule, ignored=ignored)], rule)
-                before = replace(before, patched=False)
-                layer = _most_outlying(before, neurons)
-                norms_before = _norms(model, tower, batches, layer, rule, ignored)
-            after = conclude(model, [observe(tower, batches, rule, ignored=ignored)], rule)
-            norms_after = _norms(model, tower, batches, layer, rule, ignored)
-            most = norms_before.outliers.argsort(descending=True, stable=True)[:NUM_PHOTOGRAPHS]
-            photographs = images[most.sort().values]
-            observable = before.blocks[-1].outlier_attention is not None
-            maps_before, maps_after = compare(model, photographs, layer, attention=observable)
-    finally:
-        unpatch(model)
-    return Report(
-        neurons=neurons,
-        model=describe_model(model, tower),
-        layer=layer,
-        ignored=ignored,
-        before=before,
-        after=after,
-        norms_before=norms_before,
-        norms_after=norms_after,
-        photographs=photographs,
-        maps_before=maps_before,
-        maps_after=maps_after,
-    )
-
-
-def _most_outlying(before: Diagnosis, neurons: RegisterNeurons) -> int:
-    """The block to look at: where the diagnosis finds most, else where calibration did, else the last."""
-    last = len(before.blocks) - 1
-    return before.outliers.block if before.outliers else int(neurons.calibration.get("detection_block", last))
-
-
-def _ignored(neurons: RegisterNeurons, grid: tuple[int, int]) -> list[tuple[int, int]]:
-    """The fixed positions that calibration left out at this size, as far as the list says any."""
-    ignored: list[tuple[int, int]] = []
-    entries = neurons.calibration.get("ignored")
-    for entry in entries if isinstance(entries, list) else ():
-        match entry:
-            case {"grid": [rows, columns], "positions": [*positions]} if (rows, columns) == grid:
-                ignored += [tuple(each) for each in positions if _is_pair(each)]
-    return ignored
-
-
-def _is_pair(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(each, int) and each >= 0 for each in value)
-
-
-def _norms(
-    model: nn.Module,
-    tower: Tower,
-    batches: Sequence[Tensor],
-    layer: int,
-    rule: OutlierRule,
-    ignored: Sequence[tuple[int, int]],
-) -> Norms:
-    """Of batches of images (b, 3, h, w)."""
-    rows, columns = tower.grid(batches[0])
-    largest, median, on_registers, kept = [], [], [], []
-    for batch in batches:
-        with registers(model) as seen:
-            norms = token_norms(tower, batch)[..., tower.num_prefix : tower.num_prefix + rows * columns]  # (L, B, N)
-        largest.append(norms.amax(-1))
-        median.append(norms.median(-1).values)
-        kept.append(norms[[layer, -1]])
-        if seen:
-            on_registers.append(torch.stack([each.float().norm(dim=-1).mean(-1) for each in seen]))  # (L, B)
-    shown = torch.cat(kept, 1).cpu()  # (2, B, N)
-    return Norms(
-        largest=torch.cat(largest, 1).mean(1).cpu(),
-        median=torch.cat(median, 1).mean(1).cpu(),
-        registers=torch.cat(on_registers, 1).mean(1).cpu() if on_registers else None,
-        ratios=dict(zip((layer, tower.depth - 1), shown / shown.median(-1, keepdim=True).values, strict=True)),
-        outliers=((shown[0] > rule.limit(shown[0])) & ~ignored_patches(ignored, (rows, columns))).sum(1),
-    )
 
 
 # The page -------------------------------------------------------------------------------------------------------------
@@ -346,8 +144,8 @@ def _sample(report: Report) -> str:
 
 
 def _cards(report: Report) -> str:
-    where = f"after block {report.layer}"
-    ratios = [f"{side.blocks[report.layer].after_mlp.max_over_median:.1f}" for side in (report.before, report.after)]
+    where = f"after block {report.block}"
+    ratios = [f"{side.blocks[report.block].after_mlp.max_over_median:.1f}" for side in (report.before, report.after)]
     blocks = list(report.chosen.by_block())
     in_blocks = f"in block {blocks[0]}" if len(blocks) == 1 else f"in {len(blocks)} blocks"
     total = report.model["depth"] * report.model["mlp_width"]
@@ -377,7 +175,7 @@ def _panels(report: Report) -> list[list[Panel]]:
 def _map_section(rows: Sequence[Sequence[Panel]], report: Report) -> str:
     which = f"The {len(rows)} images with most outliers" if len(rows) < report.before.images else "All images"
     text = [
-        f"{which}. Norms are those after block {report.layer}, on one logarithmic colour scale for before and after.",
+        f"{which}. Norms are those after block {report.block}, on one logarithmic colour scale for before and after.",
         "Features are the first three principal components after the last block, in the same colours before and after.",
     ]
     if report.maps_before.attention is not None:
@@ -387,11 +185,11 @@ def _map_section(rows: Sequence[Sequence[Panel]], report: Report) -> str:
 
 
 def _panel(panel: Panel, index: int) -> str:
-    name = f"{panel.what} {panel.side}".strip()
+    name = f"{panel.kind} {panel.side}".strip()
     value = "" if panel.largest is None else f"<br>max {panel.largest:.3g}"
     height, width = panel.pixels.shape[:2]
     return (
-        f'<figure class="{panel.what}"><img src="{_data_uri(panel)}" width="{width}" height="{height}" '
+        f'<figure class="{panel.kind}"><img src="{_data_uri(panel)}" width="{width}" height="{height}" '
         f'alt="Image {index}: {name}">'
         f'<figcaption><span class="{panel.side}">{name}</span>{value}</figcaption></figure>'
     )
@@ -402,7 +200,7 @@ def _data_uri(panel: Panel) -> str:
 
     picture = Image.fromarray((panel.pixels * 255).round().byte().numpy())
     target = io.BytesIO()
-    kind = "jpeg" if panel.what == "photograph" else "png"
+    kind = "jpeg" if panel.kind == "photograph" else "png"
     if kind == "jpeg":
         picture.thumbnail((PHOTOGRAPH_SIDE, PHOTOGRAPH_SIDE))
     picture.save(target, kind, quality=88)
@@ -425,20 +223,9 @@ def _svgs(charts: Sequence[Chart], report: Report) -> str:
 
 
 def _svg(chart: Chart, report: Report) -> str:
-    """A chart as a part of the page, with text that is text, in the colours of the page."""
-    from matplotlib import rc_context
-
-    drawn, target = draw([chart], report), io.StringIO()
-    title = drawn.axes[0].get_title(loc="left")
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
-        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        drawn.savefig(target, format="svg", transparent=True, metadata=metadata)
-    text = target.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # figure_1, axes_1: every chart has these
-    for colour, variable in CSS.items():
-        text = text.replace(colour, variable)
-    return f'<figure><svg role="img" aria-label="{escape(title)}"{text.removeprefix("<svg")}</figure>'
+    drawn = svg(chart, report)
+    label = escape(f"{drawn.title}. {drawn.words}")
+    return f'<figure><svg role="img" aria-label="{label}" viewBox="{drawn.view_box}">{drawn.markup}</svg></figure>'
 
 
 def _curve_section(report: Report) -> str:
@@ -466,11 +253,11 @@ def _curve_section(report: Report) -> str:
 
 def _keys(points: Sequence[Mapping[str, Any]]) -> list[str]:
     """What was measured at any of the points: without a head, there is no agreement."""
-    return [key for key in MEASURED if any(key in _numbers_in(point) for point in points)]
+    return [key for key in MEASURED if any(key in numbers_in(point) for point in points)]
 
 
 def _measured(point: Mapping[str, Any], keys: Sequence[str]) -> list[float | None]:
-    known = _numbers_in(point)
+    known = numbers_in(point)
     return [known.get(key) for key in keys]
 
 
@@ -480,7 +267,7 @@ def _neuron_section(report: Report) -> str:
     by_block = ", ".join(f"{len(units)} in block {layer}" for layer, units in report.chosen.by_block().items())
     parts = [f"<p>{by_block}; {len(report.neurons.ranking):,} were ranked.</p>"]
     parts.append(_folded(f"All {len(rows)}", table) if len(rows) > LONG_TABLE else table)
-    stability = _numbers_in(report.facts.get("stability") or {})
+    stability = numbers_in(report.facts.get("stability") or {})
     if stability.keys() >= {"overlap", "neurons"}:
         overlap = f"{_percent(stability['overlap'])} of the best {stability['neurons']:g}"
         parts.append(f"<p>Ranked by either half of the images alone, {overlap} are the same.</p>")

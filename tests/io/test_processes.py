@@ -96,7 +96,7 @@ from tiny import fresh, photograph_crops
 import testreg
 from testreg.io.processes import process_group, rank
 from planting import plant
-from testreg.report.page import look
+from testreg.report.measure import measure_report
 
 model, photos = fresh("timm_clip"), photograph_crops()
 neurons = plant(model, photos, num_neurons=4).neurons
@@ -114,7 +114,7 @@ with process_group("cpu"):
         ranking = testreg.calibrate(model, photos, top_k=4, resume=state, progress=False).ranking
         found.setdefault("rankings", []).append(ranking)
     if rank() == 0:  # asks no other
-        found["report"] = look(model, testreg.RegisterNeurons.from_blocks(neurons), photos).before.images
+        found["report"] = measure_report(model, testreg.RegisterNeurons.from_blocks(neurons), photos).before.images
     with open(f"{sys.argv[1]}/{rank()}.json", "w") as file:
         json.dump({"alone": alone, **found}, file)
 """
