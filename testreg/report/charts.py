@@ -214,11 +214,13 @@ CURVES = ((THIRD, "o"), (FOURTH, "s"))  # colour and marker of the first and the
 def _plot_removal(axis: Axes, report: Report) -> None:
     axis.set(ylabel="left (fraction of before)")
     _plot_curves(axis, report, REMOVAL, "target")
+    axis.legend(loc="upper right")  # the curves fall
 
 
 def _plot_change(axis: Axes, report: Report) -> None:
     axis.set(ylabel="change (1 - cosine similarity)")
     _plot_curves(axis, report, CHANGE, "max_change")
+    axis.legend(loc="upper left")  # the curves rise
 
 
 def _plot_curves(axis: Axes, report: Report, labels: Mapping[str, str], limit: str) -> None:
@@ -236,7 +238,6 @@ def _plot_curves(axis: Axes, report: Report, labels: Mapping[str, str], limit: s
     if min(point["neurons"] for point in report.curve) > 0:
         axis.set_xscale("log")
         _label_plainly(axis.xaxis)
-    axis.legend()
 
 
 def _points(report: Report, key: str) -> list[tuple[float, float]]:
@@ -253,10 +254,9 @@ def _curve_in_words(report: Report, labels: Mapping[str, str]) -> str:
     for key, label in labels.items():
         if points := _points(report, key):
             (fewest, first), (most, last) = points[0], points[-1]
-            said.append(f"{label} {first:.2g} with {fewest:g} neurons, {last:.2g} with {most:g}")
-        if {"neurons", key} <= report.choice.keys():
-            said.append(f"{label} {report.choice[key]:.2g} with the {report.choice['neurons']:g} that were chosen")
-    return f"Over the number of register neurons: {'; '.join(said)}."
+            said.append(f"{label} {first:.2g} at {fewest:g} and {last:.2g} at {most:g}")
+    chosen = f" Chosen: {report.choice['neurons']:g}." if "neurons" in report.choice else ""
+    return f"Over the number of register neurons: {'; '.join(said)}.{chosen}"
 
 
 # Axes -----------------------------------------------------------------------------------------------------------------

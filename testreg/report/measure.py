@@ -128,7 +128,7 @@ class Report:
         if after >= before:
             return "the outliers stay"
         share = math.floor(1000 * (1 - after / before)) / 10  # never rounded up to 100
-        return f"{'all' if after == 0 else f'{share:g} %'} of the outlier patches are gone"
+        return f"{'all' if after == 0 else percent(share)} of the outlier patches are gone"
 
     @property
     def worse(self) -> list[str]:
@@ -143,8 +143,13 @@ class Report:
         if self.change is not None and self.change > self.limits.get("max_change", math.inf):
             found.append(f"the pooled feature changes by {self.change:.2g}")
         if self.agreement is not None and self.disagrees:
-            found.append(f"the head changes its mind on {100 * (1 - self.agreement):.2g} % of the images")
+            found.append(f"the head changes its mind on {percent(100 * (1 - self.agreement))} of the images")
         return found
+
+
+def percent(value: float) -> str:
+    """A percentage, of which a line break does not part the number from its sign."""
+    return f"{value:.{2 if value < 1 else 3}g}\N{NO-BREAK SPACE}%"
 
 
 def numbers_in(entry: Mapping[str, Any]) -> dict[str, float]:

@@ -24,7 +24,7 @@ from testreg.measure.outliers import OutlierRule
 from testreg.neurons import RegisterNeurons
 from testreg.report.charts import charts_of, draw, svg
 from testreg.report.maps import Panel, feature_colours, figure, panels
-from testreg.report.measure import Report, measure_report, numbers_in
+from testreg.report.measure import Report, measure_report, numbers_in, percent
 
 PHOTOGRAPH_SIDE = 384  # pixels in the page; the maps have one for each patch
 LONG_TABLE = 20  # rows that are shown without being asked for
@@ -309,4 +309,4 @@ def _value(value: object) -> str:
 
 
 def _percent(value: float) -> str:
-    return "< 0.01 %" if 0 < value < 1e-4 else f"{100 * value:.3g} %"
+    return f"< {percent(0.01)}" if 0 < value < 1e-4 else percent(100 * value)

@@ -140,6 +140,13 @@ def test_the_page_is_accessible(seen):
     assert len(set(alts)) == len(alts)
     labels = [value for tag, name, value in seen.attributes if (tag, name) == ("svg", "aria-label")]
     assert len(labels) == len(set(labels)) == seen.tags.count("svg") == 6
+    for said in (
+        "Norms after each block. Before, the largest patch norm peaks at ",
+        "Outlier patches after each block. Before, at most ",
+        "After block 2. Histogram of patch norms over the median norm of their image: before from ",
+        "outliers, at the worst block 0.8 at 1 and 0 at 100; excess norm 0.4 at 1 and 0 at 100. Chosen: 4.",
+    ):
+        assert sum(said in label for label in labels) == 1
     assert seen.tags.count("h1") == 1
 
 
@@ -172,6 +179,23 @@ def test_pictures_for_papers(name, written):
         assert picture.info["dpi"] == pytest.approx((300, 300), abs=0.1)
         assert picture.width > 2000
         assert min(low for low, _ in picture.convert("RGB").getextrema()) < 128  # something is drawn
+
+
+def test_the_headline_is_the_heading_and_says_what_got_worse(planted, photos, written):
+    model, neurons = planted
+    headline = "4 register neurons: all of the outlier patches are gone"
+    found = re.search(r"<h1>(.*)</h1>", (written / "report.html").read_text(encoding="utf-8"))
+    assert found[1].replace("\N{NO-BREAK SPACE}", " ") == (
+        f"{headline}, but the head changes its mind on 3 % of the images"
+    )
+    facts = {"max_change": 0.1, "verified_at": [{"change_pooled": 0.05}, {"change_pooled": 0.3}]}
+    report = measure_report(model, replace(neurons, calibration=facts), photos)
+    assert report.headline == f"{headline}, but the pooled feature changes by 0.3"
+    blocks = list(report.after.blocks)
+    blocks[1] = replace(blocks[1], after_mlp=replace(blocks[1].after_mlp, outlier_fraction=0.5))
+    worse = replace(report, after=replace(report.after, blocks=blocks))
+    assert worse.worse == ["there are more outliers after block 1", "the pooled feature changes by 0.3"]
+    assert replace(report, neurons=replace(neurons, calibration={})).headline == headline
 
 
 def test_figures_are_those_of_the_model(planted, photos):
