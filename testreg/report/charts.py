@@ -214,13 +214,11 @@ CURVES = ((THIRD, "o"), (FOURTH, "s"))  # colour and marker of the first and the
 def _plot_removal(axis: Axes, report: Report) -> None:
     axis.set(ylabel="left (fraction of before)")
     _plot_curves(axis, report, REMOVAL, "target")
-    axis.legend(loc="upper right")  # the curves fall
 
 
 def _plot_change(axis: Axes, report: Report) -> None:
     axis.set(ylabel="change (1 - cosine similarity)")
     _plot_curves(axis, report, CHANGE, "max_change")
-    axis.legend(loc="upper left")  # the curves rise
 
 
 def _plot_curves(axis: Axes, report: Report, labels: Mapping[str, str], limit: str) -> None:
@@ -238,6 +236,7 @@ def _plot_curves(axis: Axes, report: Report, labels: Mapping[str, str], limit: s
     if min(point["neurons"] for point in report.curve) > 0:
         axis.set_xscale("log")
         _label_plainly(axis.xaxis)
+    axis.legend()
 
 
 def _points(report: Report, key: str) -> list[tuple[float, float]]:
