@@ -246,7 +246,7 @@ def _demo(args: argparse.Namespace) -> None:
     _check_picture(args.output)  # before all that the demo needs is imported
 
     from testreg.demo.run import run_demo
-    from testreg.report.figures import table
+    from testreg.report.maps import table
 
     print("A small ViT, trained on CIFAR-10 around a planted outlier mechanism: see testreg/demo/model/README.md.")
     demo = run_demo()
@@ -382,7 +382,7 @@ def _apply(args: argparse.Namespace) -> None:
 def _show(args: argparse.Namespace) -> None:
     import torch
 
-    from testreg.report.figures import compare, figure, table
+    from testreg.report.maps import compare, figure, table
 
     _check_picture(args.output)
     photos = _photos(args.images)

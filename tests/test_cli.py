@@ -355,7 +355,7 @@ def test_show_and_diagnose_take_an_image_or_a_folder(folder, calibrated, tmp_pat
     for photo in photos[1:]:
         shutil.copy(photo, tmp_path / "some")
     shown = []
-    monkeypatch.setattr("testreg.report.figures.figure", lambda images, *rest: shown.append(images) or plt.figure())
+    monkeypatch.setattr("testreg.report.maps.figure", lambda images, *rest: shown.append(images) or plt.figure())
     show = ["show", str(folder / "model"), "--neurons", str(calibrated), "-o", str(tmp_path / "picture.png")]
     assert main([*show, *map(str, photos)]) == main([*show, str(photos[0]), str(tmp_path / "some")]) == 0
     assert torch.equal(*shown)

@@ -16,7 +16,7 @@ from testreg.io.loading import DEMO, demo_model
 from testreg.io.sources import image_paths
 from testreg.neurons import RegisterNeurons
 from testreg.register import patch
-from testreg.report.figures import Maps, compare, figure
+from testreg.report.maps import Maps, compare, figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -77,7 +77,7 @@ def test_a_process_that_never_comes_is_not_waited_for(own_rank, one_of_two, monk
 
 
 def test_processes_share_images_and_agree(photos, tmp_path):
-    from testreg.report.page import look
+    from testreg.report.measure import measure_report
 
     model = fresh("timm_clip")
     neurons = plant(model, photos, num_neurons=4).neurons
@@ -95,7 +95,7 @@ def test_processes_share_images_and_agree(photos, tmp_path):
                 ranking = testreg.calibrate(model, photos, top_k=4, resume=state, progress=False).ranking
                 found.setdefault("rankings", []).append(ranking)
             if rank() == 0:  # asks no other
-                assert look(model, testreg.RegisterNeurons.from_blocks(neurons), photos).before.images == 45
+                assert measure_report(model, testreg.RegisterNeurons.from_blocks(neurons), photos).before.images == 45
         torch.save(found, tmp_path / f"{own_rank}.pt")
 
     for ended in in_processes(2, work, tmp_path):

@@ -18,8 +18,9 @@ import testreg
 from testreg.families import find_tower
 from testreg.measure.outliers import OutlierRule, token_norms
 from testreg.neurons import RegisterNeurons
-from testreg.report.figures import compare, feature_colours, figure
-from testreg.report.page import look, page, write_report
+from testreg.report.maps import compare, feature_colours, figure
+from testreg.report.measure import measure_report
+from testreg.report.page import page, write_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chrome-headless-shell")
 HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)> "quoted" $y^{ & \''
@@ -139,6 +140,13 @@ def test_the_page_is_accessible(seen):
     assert len(set(alts)) == len(alts)
     labels = [value for tag, name, value in seen.attributes if (tag, name) == ("svg", "aria-label")]
     assert len(labels) == len(set(labels)) == seen.tags.count("svg") == 6
+    for said in (
+        "Norms after each block. Before, the largest patch norm peaks at ",
+        "Outlier patches after each block. Before, at most ",
+        "After block 2. Histogram of patch norms over the median norm of their image: before from ",
+        "outliers, at the worst block 0.8 at 1 and 0 at 100; excess norm 0.4 at 1 and 0 at 100. Chosen: 4.",
+    ):
+        assert sum(said in label for label in labels) == 1
     assert seen.tags.count("h1") == 1
 
 
@@ -173,16 +181,31 @@ def test_pictures_for_papers(name, written):
         assert min(low for low, _ in picture.convert("RGB").getextrema()) < 128  # something is drawn
 
 
+def test_the_headline_is_the_heading_and_says_what_got_worse(planted, photos, written):
+    model, neurons = planted
+    headline = "4 register neurons: all of the outlier patches are gone"
+    found = re.search(r"<h1>(.*)</h1>", (written / "report.html").read_text(encoding="utf-8"))
+    assert found[1].replace("\N{NO-BREAK SPACE}", " ") == (
+        f"{headline}, but the head changes its mind on 3 % of the images"
+    )
+    facts = {"max_change": 0.1, "verified_at": [{"change_pooled": 0.05}, {"change_pooled": 0.3}]}
+    report = measure_report(model, replace(neurons, calibration=facts), photos)
+    assert report.headline == f"{headline}, but the pooled feature changes by 0.3"
+    blocks = list(report.after.blocks)
+    blocks[1] = replace(blocks[1], after_mlp=replace(blocks[1].after_mlp, outlier_fraction=0.5))
+    worse = replace(report, after=replace(report.after, blocks=blocks))
+    assert worse.worse == ["there are more outliers after block 1", "the pooled feature changes by 0.3"]
+    assert replace(report, neurons=replace(neurons, calibration={})).headline == headline
+
+
 def test_figures_are_those_of_the_model(planted, photos):
     model, neurons = planted
-    report = look(model, neurons, list(photos))
+    report = measure_report(model, neurons, list(photos))
     tower = find_tower(model)
     plain = token_norms(tower, photos)[..., tower.num_prefix :]
-    testreg.patch(model, neurons)
-    with testreg.registers(model) as registers:
+    with testreg.patched(model, replace(neurons, verified=True)), testreg.registers(model) as registers:
         patched = token_norms(tower, photos)[..., tower.num_prefix :]
-    testreg.unpatch(model)
-    assert report.layer == 2
+    assert report.block == 2
     for norms, measured, fraction in zip(
         (plain, patched), (report.norms_before, report.norms_after), report.outliers, strict=True
     ):
@@ -204,13 +227,13 @@ def test_fixed_positions_that_calibration_left_out_do_not_count(photos):
     model = fresh("timm_vit")
     plant(model, photos, num_neurons=4, fixed_position=(2, 3))
     found = testreg.calibrate(model, photos, progress=False)
-    report = look(model, found, photos[1::2])
+    report = measure_report(model, found, photos[1::2])
     assert report.ignored == [(2, 3)]
     assert report.headline == "4 register neurons: all of the outlier patches are gone"
     assert report.before.verdict.endswith("movable")
     assert report.after.kind == "none"
     assert "Artefacts at the fixed positions (2, 3) are not counted here" in Page(page(report)).text
-    counted = look(model, RegisterNeurons(found.ranking, found.top_k), photos[1::2])
+    counted = measure_report(model, RegisterNeurons(found.ranking, found.top_k), photos[1::2])
     assert counted.ignored == []
     assert (report.norms_before.outliers == counted.norms_before.outliers - 1).all()
     assert "gone" not in counted.headline or "all of" not in counted.headline
@@ -221,7 +244,7 @@ def test_fixed_positions_that_calibration_left_out_do_not_count(photos):
 )
 def test_facts_from_elsewhere_ignore_nothing(ignored, planted, photos):
     model, neurons = planted
-    assert look(model, replace(neurons, calibration={"ignored": ignored}), photos[:2]).ignored == []
+    assert measure_report(model, replace(neurons, calibration={"ignored": ignored}), photos[:2]).ignored == []
 
 
 @pytest.mark.parametrize(
@@ -230,7 +253,7 @@ def test_facts_from_elsewhere_ignore_nothing(ignored, planted, photos):
 def test_a_head_that_disagrees_is_shown(agreement, shown, planted, photos):
     model, neurons = planted
     facts = {"verified_at": [{"image_size": [64, 64], "images": 40, "agreement": agreement}]}
-    text = Page(page(look(model, replace(neurons, calibration=facts), photos[:2]))).text
+    text = Page(page(measure_report(model, replace(neurons, calibration=facts), photos[:2]))).text
     assert ("of the held-out images another class" in text) is shown
     assert ("head agrees" in text) is (agreement is not None)
 
@@ -240,21 +263,21 @@ def test_a_list_that_is_not_verified_says_so(verified, planted, photos):
     model, neurons = planted
     facts = {**CALIBRATION, "target_met": True, "verified_on_others": verified}
     given = replace(neurons, calibration=facts, verified=verified)
-    text = Page(page(look(model, given, photos[:2]))).text
+    text = Page(page(measure_report(model, given, photos[:2]))).text
     assert ("Not verified: that takes 16 held-out images" in text) is not verified
     assert ("Verified on other images" in text) is verified
     assert ("was chosen on others still" in text) is verified
 
 
 def test_the_rule_is_the_callers(planted, photos):
-    report = look(*planted, photos, rule=OutlierRule(threshold=1e9))
+    report = measure_report(*planted, photos, rule=OutlierRule(threshold=1e9))
     assert report.headline == "No outliers: nothing to fix"
     assert "norm &gt; 1e+09" in page(report)
 
 
 def test_a_list_that_says_nothing_about_itself(planted, photos):
     model, neurons = planted
-    text = page(look(model, RegisterNeurons.from_blocks(neurons.by_block()), photos[:3]))
+    text = page(measure_report(model, RegisterNeurons.from_blocks(neurons.by_block()), photos[:3]))
     assert {"Trade-off", "synthetic"} & set(Page(text).texts) == set()
     assert "measured on the 3 images that this report was given" in Page(text).text
 
@@ -262,12 +285,14 @@ def test_a_list_that_says_nothing_about_itself(planted, photos):
 def test_a_synthetic_model_is_called_so(planted, photos):
     model, neurons = planted
     made = RegisterNeurons(neurons.ranking, 4, provenance={"synthetic": True})
-    assert "A synthetic model: it shows the mechanism" in page(look(model, made, photos[:3]))
+    assert "A synthetic model: it shows the mechanism" in page(measure_report(model, made, photos[:3]))
 
 
 def test_neurons_that_do_little(planted, photos):
     model, neurons = planted
-    report = look(model, RegisterNeurons.from_blocks({3: [unit for _, unit, _ in neurons.ranking[4:]]}), photos)
+    report = measure_report(
+        model, RegisterNeurons.from_blocks({3: [unit for _, unit, _ in neurons.ranking[4:]]}), photos
+    )
     assert report.headline == "30 register neurons: the outliers stay"
 
 
@@ -281,10 +306,11 @@ def test_the_model_is_left_as_it_was(planted, photos, tmp_path):
     assert model.training
     model.eval()
     assert not testreg.is_patched(model)
-    testreg.patch(model, neurons)
-    with pytest.raises(RuntimeError, match="already patched"):
+    with (
+        testreg.patched(model, replace(neurons, verified=True)),
+        pytest.raises(RuntimeError, match="already patched"),
+    ):
         write_report(tmp_path / "report.html", model, neurons, photos)
-    testreg.unpatch(model)
     assert [path.name for path in tmp_path.iterdir()] == ["figures"]
 
 
@@ -296,11 +322,8 @@ def test_other_families(name, photos, tmp_path):
 
 def test_feature_colours(planted, photos):
     model, neurons = planted
-    testreg.patch(model, neurons)
-    try:
+    with testreg.patched(model, replace(neurons, verified=True)):
         before, after = compare(model, photos, attention=False)
-    finally:
-        testreg.unpatch(model)
     assert before.attention is None
     first, second = feature_colours(before, after)
     assert first.shape == (45, 4, 4, 3)

@@ -1,0 +1,189 @@
+"""Maps of what a model does on images, without and with test-time registers, and pictures of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from testreg.families import Tower, find_tower
+from testreg.measure.attention import attention_to_patches, entropy
+from testreg.measure.hooks import recorded_tokens
+from testreg.measure.outliers import OutlierRule, token_norms
+from testreg.register import disabled
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BEFORE, AFTER = "#d55e00", "#0072b2"  # colours that the colour-blind tell apart (Okabe and Ito)
+
+
+@dataclass(frozen=True)
+class Maps:
+    """What a model does on images (B, 3, h, w) with a grid of rows x columns patches."""
+
+    norms: Tensor
+    """(B, rows, columns), the norms of the patches after one block."""
+    attention: Tensor | None
+    """(B, rows, columns), what CLS gives to the patches in the last block, mean of the heads; None if not observed."""
+    features: Tensor
+    """(B, rows, columns, C), the patches after the last block."""
+    outlier_fraction: float
+    """Share of the patches that are outliers after the block of the norms."""
+    max_over_median: float
+    """Mean over the images of the largest norm over the median norm."""
+    attention_entropy: float | None
+    """Entropy, in nats, of that attention over the patches; mean over heads and images."""
+
+
+def compare(model: nn.Module, images: Tensor, block: int = -1, *, attention: bool = True) -> tuple[Maps, Maps]:
+    """Maps of a patched model without and with its registers.
+
+    Args:
+        images: (B, 3, h, w), preprocessed.
+        block: the block after which norms are taken.
+        attention: False leaves attention out, for towers in which it cannot be observed.
+    """
+    tower = find_tower(model)
+    with disabled(model):
+        before, limit = measure_maps(tower, images, block, attention=attention)
+    after, _ = measure_maps(tower, images, block, limit, attention=attention)
+    return before, after
+
+
+def measure_maps(
+    tower: Tower, images: Tensor, block: int, limit: Tensor | None = None, *, attention: bool = True
+) -> tuple[Maps, Tensor]:
+    """Maps of a tower as it is, and the norm (B, 1) above which a patch counts as an outlier.
+
+    A `limit` from an earlier call is used again, so that what is left of the outliers is counted by the same measure.
+    """
+    with recorded_tokens(tower, -1) as last:
+        norms = token_norms(tower, images)  # (L, B, T)
+    grid, patches = tower.grid(images), tower.patches(images)
+    norms = norms[block, :, patches]  # (B, N)
+    limit = OutlierRule().limit(norms) if limit is None else limit
+    drawn = attention_to_patches(tower, images) if attention else None  # (B, heads, N)
+    maps = Maps(
+        norms=norms.unflatten(1, grid).cpu(),
+        attention=None if drawn is None else drawn.mean(1).unflatten(1, grid).cpu(),
+        features=last[0][:, patches].float().unflatten(1, grid).cpu(),
+        outlier_fraction=float((norms > limit).float().mean()),
+        max_over_median=float((norms.amax(1) / norms.median(1).values).mean()),
+        attention_entropy=None if drawn is None else float(entropy(drawn).mean()),
+    )
+    return maps, limit
+
+
+def table(before: Maps, after: Maps) -> str:
+    """The figures of a comparison, as text."""
+    rows = [
+        ("outlier patches", f"{before.outlier_fraction:.2%}", f"{after.outlier_fraction:.2%}"),
+        ("max / median norm", f"{before.max_over_median:.2f}", f"{after.max_over_median:.2f}"),
+    ]
+    if before.attention_entropy is not None and after.attention_entropy is not None:
+        rows.append(("attention entropy (nats)", f"{before.attention_entropy:.2f}", f"{after.attention_entropy:.2f}"))
+    lines = [f"{'':26}{'before':>10}{'after':>10}"]
+    return "\n".join(lines + [f"{name:26}{first:>10}{second:>10}" for name, first, second in rows])
+
+
+def feature_colours(before: Maps, after: Maps) -> tuple[Tensor, Tensor]:
+    """Features as colours in [0, 1], twice (B, rows, columns, 3): their first three principal components.
+
+    The same feature has the same colour before and after. Components and range are fitted to the patches that are no
+    outliers, since outliers would take all colours for themselves.
+    """
+    sides = [maps.features.flatten(1, 2).double() for maps in (before, after)]  # (B, N, C)
+    norms = [tokens.norm(dim=-1) for tokens in sides]
+    normal = torch.cat([tokens[size <= OutlierRule().limit(size)] for tokens, size in zip(sides, norms, strict=True)])
+    mean = normal.mean(0)
+    _, vectors = torch.linalg.eigh((normal - mean).T @ (normal - mean))  # ascending
+    axes = vectors[:, -3:].flip(1)  # (C, 3)
+    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()  # whose sign is arbitrary
+    range_of = torch.tensor([0.02, 0.98], dtype=torch.float64)
+    low, high = ((normal - mean) @ axes).quantile(range_of, dim=0)
+    first, second = (((tokens - mean) @ axes - low) / (high - low).clamp(min=1e-12) for tokens in sides)
+    grid = before.features.shape[1:3]
+    return first.clamp(0, 1).unflatten(1, grid), second.clamp(0, 1).unflatten(1, grid)
+
+
+def photograph(image: Tensor) -> Tensor:
+    """A preprocessed image (3, h, w), whatever its scale, as a picture (h, w, 3) in [0, 1]."""
+    image = image.float().cpu().permute(1, 2, 0)
+    return (image - image.amin()) / (image.amax() - image.amin()).clamp(min=1e-6)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture of an image: the photograph or one of its maps."""
+
+    kind: str
+    """"photograph", "norms", "attention" or "features"."""
+    side: str
+    """"before" or "after"; "" for the photograph."""
+    pixels: Tensor
+    """(h, w, 3), colours in [0, 1]."""
+    largest: float | None
+    """The largest value of a map; None for a photograph and for features, which have no scale."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {self.side}".strip()
+
+
+def panels(image: Tensor, i: int, before: Maps, after: Maps, colours: Sequence[Tensor]) -> list[Panel]:
+    """The pictures of image i (3, h, w): the photograph, then each map before and after.
+
+    Norms share a logarithmic colour scale, so that before and after compare. Attention maps have a scale each, since a
+    single outlier would leave nothing else to be seen. `colours` are the `feature_colours` of all images.
+    """
+    sides = {"before": before, "after": after}
+    logs = torch.stack([maps.norms[i].log() for maps in sides.values()])  # (2, rows, columns)
+    made = [Panel("photograph", "", photograph(image), None)]
+    for side, values in zip(sides, logs, strict=True):
+        made.append(Panel("norms", side, _coloured(values, "viridis", logs), float(values.amax().exp())))
+    for side, maps in sides.items():
+        if maps.attention is not None:
+            drawn = maps.attention[i]
+            made.append(Panel("attention", side, _coloured(drawn, "inferno", drawn), float(drawn.amax())))
+    for side, rgb in zip(sides, colours, strict=True):
+        made.append(Panel("features", side, rgb[i], None))
+    return made
+
+
+def _coloured(values: Tensor, name: str, scale: Tensor) -> Tensor:
+    """Colours (h, w, 3) of values (h, w), from a colour map that spans the values of `scale`."""
+    from matplotlib import colormaps
+
+    share = (values - scale.amin()) / (scale.amax() - scale.amin()).clamp(min=1e-12)
+    return torch.from_numpy(colormaps[name](share.numpy())[..., :3])
+
+
+def figure(images: Tensor, before: Maps, after: Maps, title: str) -> Figure:
+    """A picture with one row for each image (B, 3, h, w): its photograph and its maps, before and after."""
+    from matplotlib.figure import Figure
+
+    colours = feature_colours(before, after)
+    rows = [panels(image, i, before, after, colours) for i, image in enumerate(images)]
+    page = Figure(figsize=(1.5 * len(rows[0]), 1.68 * len(rows) + 0.6), layout="constrained")
+    axes = page.subplots(len(rows), len(rows[0]), squeeze=False)
+    for axis, panel in zip(axes[0], rows[0], strict=True):
+        axis.set_title(panel.name, fontsize=9)
+    for row, made in zip(axes, rows, strict=True):
+        for axis, panel in zip(row, made, strict=True):
+            _draw(axis, panel)
+    page.suptitle(title, fontsize=10, parse_math=False)
+    return page
+
+
+def _draw(axis: Axes, panel: Panel) -> None:
+    axis.imshow(panel.pixels.numpy(), interpolation="antialiased" if panel.kind == "photograph" else "nearest")
+    axis.set(xticks=[], yticks=[])
+    if panel.largest is not None:
+        axis.set_xlabel(f"max {panel.largest:.3g}", fontsize=8)
+    for spine in axis.spines.values():
+        spine.set_edgecolor({"before": BEFORE, "after": AFTER}.get(panel.side, "none"))
