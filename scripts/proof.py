@@ -26,6 +26,7 @@ import argparse
 import typing
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -306,12 +307,10 @@ def observe(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     def record(module: nn.Module, args: tuple[Tensor, ...], out: Tensor | tuple[Tensor, ...]) -> None:
         tokens.append(tower.batch_first(out[0] if isinstance(out, tuple) else out))
 
-    handles = [block.module.register_forward_hook(record) for block in tower.blocks]
-    try:
+    with ExitStack() as stack:
+        for block in tower.blocks:
+            stack.enter_context(block.module.register_forward_hook(record))
         tower.run(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     columns = IMAGE // PATCH
     kept = [i for i in range(columns**2) if i != FIXED[0] * columns + FIXED[1]]
     patches = [each[:, tower.num_prefix :][:, kept] for each in tokens]

@@ -34,7 +34,6 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 import testreg
@@ -139,15 +138,6 @@ def roughness(images: Tensor) -> Tensor:
 
 
 @contextmanager
-def hooked(*handles: RemovableHandle) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
 def kept(module: nn.Module, *, what: str = "output") -> Iterator[list[Tensor]]:
     """Within the block, the list holds what `module` gives, or gets (`what="input"`)."""
     seen: list[Tensor] = []
@@ -155,7 +145,7 @@ def kept(module: nn.Module, *, what: str = "output") -> Iterator[list[Tensor]]:
         handle = module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     else:
         handle = module.register_forward_hook(lambda module, args, output: seen.append(output))
-    with hooked(handle):
+    with handle:
         yield seen
 
 
@@ -213,7 +203,7 @@ def train(phase: Phase, model: Model, detector: nn.Linear | None, data: Data, se
             lower = [stack.enter_context(kept(block)) for block in model.blocks[: PLANTED + 1]]
             if phase.masked:
                 zeroed = lambda _, args, masking=generator: (masked(args[0], phase.masked, masking),)
-                stack.enter_context(hooked(model.blocks.register_forward_pre_hook(zeroed)))
+                stack.enter_context(model.blocks.register_forward_pre_hook(zeroed))
             stack.enter_context(torch.autocast("cpu", torch.bfloat16))
             logits = model(batch).float()
         losses = F.cross_entropy(logits, labels[chosen], label_smoothing=SMOOTHING, reduction="none")
@@ -354,9 +344,9 @@ def accuracies(model: Model, units: Sequence[int], data: Data) -> dict[str, floa
         result[name] = accuracy(testreg.patch(model, {PLANTED: list(moved)}), data)
         testreg.unpatch(model)
     longer = blocks.register_forward_pre_hook(lambda module, args: (F.pad(args[0], (0, 0, 0, 1)),))
-    with hooked(longer, blocks.register_forward_hook(lambda module, args, output: output[:, :-1])):
+    with longer, blocks.register_forward_hook(lambda module, args, output: output[:, :-1]):
         result["one more token, nothing moved"] = accuracy(model, data)
-    with hooked(fc2.register_forward_pre_hook(silenced)):
+    with fc2.register_forward_pre_hook(silenced):
         result["zeroed"] = accuracy(model, data)
     return result
 

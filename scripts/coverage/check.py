@@ -126,7 +126,7 @@ def _loud_neurons(tower: Tower, run: Callable[[], Any]) -> dict[int, list[int]]:
         for key, (block, index) in enumerate([(0, 0), (0, -1), (1, 0)]):
             mlp = tower.blocks[block].mlps[index]
             hook = lambda module, args, key=key, first=mlp.first: record(key, first, args[0])
-            stack.callback(mlp.fc2.register_forward_pre_hook(hook).remove)
+            stack.enter_context(mlp.fc2.register_forward_pre_hook(hook))
         run()
     if len(tower.blocks[0].mlps) == 1:
         first, second = scores[0].topk(2).indices.tolist()
