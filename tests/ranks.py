@@ -32,8 +32,8 @@ def environment_of(count: int) -> dict[str, str]:
 def in_processes(count: int, work: Callable[[int], object], folder: Path) -> list[Ended]:
     """Call `work(rank)` in each of `count` processes; what they print is kept in `folder` meanwhile.
 
-    The code of a rank is 1 after an error, what `work` gave to `sys.exit` if it called that, and minus the number of a
-    signal that killed it.
+    The exit code of a rank is 1 after an error, minus the number of the signal if one killed it, and what `work` gave
+    to `sys.exit` if it called that.
     """
     shared = environment_of(count)
 
