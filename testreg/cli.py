@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _is_first_process() -> bool:
-    """As `rank() == 0` says, but also outside of the process group."""
+    """Whether this is the first process, also outside of the process group, where `rank()` says it of all."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK") == "0"
 
 
@@ -110,6 +110,7 @@ def _interrupted(args: argparse.Namespace, before: Mapping[Path, tuple[int, int]
 
 
 def _parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each sets the function that runs it as `run`."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
@@ -399,12 +400,14 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _load(args: argparse.Namespace, device: torch.device, image_size: int | None) -> LoadedModel:
+    """The model that the arguments name."""
     from testreg.io.loading import load_model
 
     return load_model(args.model, image_size=image_size, device=device, trust_remote_code=args.trust_remote_code)
 
 
 def _device(args: argparse.Namespace) -> torch.device:
+    """The device that was asked for, or the best there is."""
     import torch
 
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -412,6 +415,7 @@ def _device(args: argparse.Namespace) -> torch.device:
 
 
 def _patch(loaded: LoadedModel, args: argparse.Namespace) -> RegisterNeurons:
+    """Patch the model, unless it is a patched checkpoint already; returns its register neurons."""
     from testreg.register import is_patched, patch, patch_of
 
     if is_patched(loaded.model):
@@ -441,7 +445,7 @@ def _photos(paths: Sequence[Path]) -> list[Image]:
 
 
 def _check_picture(path: Path) -> None:
-    """Fail before the work is done rather than after."""
+    """Raise at once what writing the picture would raise after the work."""
     from matplotlib.backend_bases import FigureCanvasBase
 
     kinds = FigureCanvasBase.get_supported_filetypes()

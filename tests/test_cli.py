@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -100,10 +101,13 @@ def test_calibrate_finds_the_planted_neurons(folder, calibrated):
     assert neurons.calibration["unreadable_images"] == 1
 
 
-def test_the_script_is_the_command(folder, calibrated, tmp_path):
+def test_the_script_is_the_command(folder, calibrated, tmp_path, monkeypatch):
     script = os.path.join(os.path.dirname(__file__), "..", "scripts", "calibrate.py")
     arguments = [str(folder / "model"), "--images", str(folder / "photos"), "-o", str(tmp_path / "n.json")]
-    subprocess.run([sys.executable, script, *arguments, "--top-k", "4"], check=True, capture_output=True)
+    monkeypatch.setattr(sys, "argv", [script, *arguments, "--top-k", "4"])
+    with pytest.raises(SystemExit) as exited:
+        runpy.run_path(script, run_name="__main__")
+    assert exited.value.code == 0
     by_script, by_command = (testreg.RegisterNeurons.load(path) for path in (tmp_path / "n.json", calibrated))
     assert by_script.by_block() == by_command.by_block()
 
@@ -146,7 +150,10 @@ def test_no_outliers_is_exit_code_3_and_no_file(folder, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_demo_finds_what_was_planted_and_says_that_it_was(tmp_path, capsys):
+def test_demo_finds_what_was_planted_and_says_that_it_was(tmp_path, capsys, monkeypatch):
+    # A third of the time of its own sizes, at which tests/demo ranks, patches and diagnoses.
+    for name, value in {"IMAGE_SIZE": 80, "CROP_SIZE": 64, "STRIDE": 21}.items():
+        monkeypatch.setattr(f"testreg.demo.run.{name}", value)
     assert main(["demo", "-o", str(tmp_path / "demo.png")]) == 0
     out = capsys.readouterr().out
     assert "around a planted outlier mechanism" in out

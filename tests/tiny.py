@@ -10,8 +10,11 @@ import torch
 import torchvision
 import transformers
 from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as tv
 
-from testreg.demo.run import crops, photographs
+from testreg.demo.run import PHOTOGRAPHS, crops
+from testreg.io.decoding import open_image
+from testreg.io.sources import image_paths
 
 TIMM_RECORDS = tuple(map(int, timm.__version__.split(".")[:3])) >= (1, 0, 31)  # the arguments that made a model
 TIMM_1_0_26 = timm.__version__ == "1.0.26"
@@ -118,5 +121,10 @@ def build(name: str, seed: int = 0) -> nn.Module:
 
 
 def photograph_crops() -> Tensor:
-    """45 crops (3, 64, 64) of the photographs that come with the package, for planting."""
-    return crops(photographs(192, equalized=True), 64)
+    """45 crops (3, 64, 64) of the photographs that come with the package, for planting.
+
+    Their histograms are equalised, so that one threshold of brightness finds a few patches in each.
+    """
+    images = [tv.equalize(tv.pil_to_tensor(open_image(path))) for path in image_paths(PHOTOGRAPHS)]
+    whole = torch.stack([tv.resize(image, [192, 192], antialias=True) for image in images]).float() / 127.5 - 1
+    return crops(whole, 64, 64)

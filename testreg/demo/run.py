@@ -28,6 +28,8 @@ STRIDE = 32  # of the crops: 80, which is what it takes to choose neurons on som
 
 @dataclass(frozen=True)
 class Demo:
+    """What the demo found and drew."""
+
     planted: dict[int, list[int]]
     """What makes the outliers, as it was planted before the network was trained around it."""
     found: RegisterNeurons
@@ -42,30 +44,6 @@ class Demo:
         return sum(unit in found.get(block, ()) for block, units in self.planted.items() for unit in units)
 
 
-def photographs(size: int, *, equalized: bool = False) -> Tensor:
-    """The public-domain photographs that come with the package: (5, 3, size, size), in [-1, 1].
-
-    With equalised histograms, one threshold of brightness finds a few patches in each: planted models need that.
-    """
-    from torchvision.transforms.v2 import functional as tv
-
-    images = [tv.pil_to_tensor(open_image(path)) for path in image_paths(PHOTOGRAPHS)]
-    images = [tv.equalize(image) for image in images] if equalized else images
-    return torch.stack([tv.resize(image, [size, size], antialias=True) for image in images]).float() / 127.5 - 1
-
-
-def crops(images: Tensor, size: int, stride: int | None = None) -> Tensor:
-    """All crops (n, 3, size, size) at a stride, by default `size`, of images (B, 3, h, w)."""
-    cut = images.unfold(2, size, stride or size).unfold(3, size, stride or size)  # (B, 3, rows, columns, size, size)
-    return cut.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
-
-
-def planted_neurons() -> dict[int, list[int]]:
-    """The register neurons of the demo model, `{block: [units]}`."""
-    planted = json.loads((DEMO / "config.json").read_text(encoding="utf-8"))["testreg"]
-    return {planted["block"]: planted["units"]}
-
-
 def run_demo() -> Demo:
     """Let calibration find the demo model's register neurons without being told, patch them, and compare."""
     model = demo_model(IMAGE_SIZE)
@@ -75,3 +53,23 @@ def run_demo() -> Demo:
     before, after = compare(model, images, block=found.calibration["detection_block"])
     picture = figure(images, before, after, "testreg's demo model: trained on CIFAR-10 around planted outliers")
     return Demo(planted_neurons(), found, before, after, picture)
+
+
+def photographs(size: int) -> Tensor:
+    """The public-domain photographs that come with the package: (5, 3, size, size), in [-1, 1]."""
+    from torchvision.transforms.v2 import functional as tv
+
+    images = [tv.pil_to_tensor(open_image(path)) for path in image_paths(PHOTOGRAPHS)]
+    return torch.stack([tv.resize(image, [size, size], antialias=True) for image in images]).float() / 127.5 - 1
+
+
+def crops(images: Tensor, size: int, stride: int) -> Tensor:
+    """All crops (n, 3, size, size) at a stride of images (B, 3, h, w)."""
+    windows = images.unfold(2, size, stride).unfold(3, size, stride)  # (B, 3, rows, columns, size, size)
+    return windows.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+
+
+def planted_neurons() -> dict[int, list[int]]:
+    """The register neurons of the demo model, `{block: [units]}`."""
+    planted = json.loads((DEMO / "config.json").read_text(encoding="utf-8"))["testreg"]
+    return {planted["block"]: planted["units"]}

@@ -141,6 +141,13 @@ def save(
         ValueError: the model is not patched, or its library could not rebuild it from what it would write.
         FileExistsError: `folder` holds something else than a checkpoint of testreg.
         OSError: the checkpoint could not be written, or another process is saving into `folder`.
+
+    Example:
+        >>> model = testreg.patch(testreg.demo_model(), {3: [47, 55]})
+        >>> testreg.save(model, "patched")
+        >>> import os
+        >>> sorted(os.listdir("patched"))
+        ['config.json', 'model.safetensors', 'testreg.json']
     """
     if not is_patched(model):
         raise ValueError(f"this {type(model).__name__} is not patched: call testreg.patch(model, ...) before saving it")
@@ -212,6 +219,11 @@ def load(
         OSError: no such folder or repository, no testreg.json in it, or a file is missing.
         ValueError: a file is damaged, or weights or neurons do not fit. A given `model` has not been changed then.
         RuntimeError: the given model is patched already.
+
+    Example:
+        >>> testreg.save(testreg.patch(testreg.demo_model(), {3: [47, 55]}), "patched")
+        >>> testreg.is_patched(testreg.load("patched"))
+        True
     """
     folder = _local_folder(name)
     record = Record.load(folder)

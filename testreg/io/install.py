@@ -68,9 +68,9 @@ def recover(target: Path) -> None:
 
 @contextmanager
 def installing(target: Path, replaced: Iterable[str]) -> Iterator[Path]:
-    """An empty folder whose files, when the block ends, take the place of the `replaced` ones in `target`.
+    """Yield an empty folder whose files, when the context ends, replace the `replaced` ones in `target`.
 
-    After an error, in the block or in the moving, `target` is what it was.
+    After an error, within the context or in the moving, `target` is what it was.
 
     Raises:
         OSError: another process is saving into it, or a file could not be moved.
@@ -172,7 +172,7 @@ def _locked(target: Path) -> Iterator[None]:
 
 
 def _flush(path: Path) -> None:
-    """Have the disk hold what was written, before anything relies on it."""
+    """Make sure that the disk holds what was written, before anything relies on it."""
     if fcntl is None:
         return
     handle = os.open(path, os.O_RDONLY)

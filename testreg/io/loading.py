@@ -76,6 +76,12 @@ def load_model(
         ValueError: the name means nothing, or the folder lacks something, or holds its weights as pickles only, or the
             model needs code that is not trusted.
         OSError: a folder or file is missing, or could not be fetched.
+
+    Example:
+        >>> loaded = testreg.load_model("demo", image_size=64)
+        >>> found = testreg.diagnose(loaded.model, "photos", transform=loaded.transform, num_images=8, progress=False)
+        >>> found.images
+        8
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size must be at least 1, got {image_size}")
@@ -106,6 +112,11 @@ def demo_model(image_size: int = 128) -> nn.Module:
 
     A timm VisionTransformer with patches of 4 x 4 that classifies CIFAR-10, and has outliers on its background patches.
     The mechanism was planted and the network trained around it: see `testreg/demo/model/README.md`.
+
+    Example:
+        >>> model = testreg.demo_model(image_size=64)
+        >>> model(torch.zeros(1, 3, 64, 64)).shape
+        torch.Size([1, 10])
     """
     model = _load_timm("demo", f"local-dir:{DEMO}", _Asked(image_size)).model.eval()
     model.__dict__["testreg_source"] = "demo"
@@ -196,7 +207,7 @@ def _load_hub(name: str, rest: str, asked: _Asked) -> LoadedModel:
 
 
 def _hub_trusts(repository: str) -> bool:
-    """As torch.hub decides before a download. Left to itself, it takes whatever lies in its cache for trusted."""
+    """Whether torch.hub would download it unasked. Left to itself, it trusts whatever lies in its cache."""
     owner, repo = repository.partition(":")[0].split("/")
     trusted = Path(torch.hub.get_dir()) / "trusted_list"
     listed = trusted.read_text(encoding="utf-8").splitlines() if trusted.is_file() else []
@@ -221,7 +232,7 @@ def _load_torchvision(name: str, rest: str, asked: _Asked) -> LoadedModel:
 
 
 def _load_folder(name: str, asked: _Asked) -> LoadedModel:
-    """The files in a checkpoint's folder tell which library wrote it."""
+    """Load a checkpoint's folder, whose files tell which library wrote it."""
     folder = Path(name)
     if not folder.is_dir():
         meant = f": did you mean {_library_of_name(name)}:{name}?" if _library_of_name(name) else ""

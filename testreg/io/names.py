@@ -1,4 +1,4 @@
-"""What the names of models and of images may be, in words, for messages and the help. Imports nothing."""
+"""The names that models and images may have, in words, for messages and the help. This file imports nothing."""
 
 NAMES = (
     "timm:NAME, hf:NAME, open_clip:ARCH/PRETRAINED, hub:OWNER/REPO/NAME, torchvision:NAME, a checkpoint folder, or "

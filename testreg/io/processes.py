@@ -20,7 +20,7 @@ ANSWERING = datetime.timedelta(minutes=30)  # a process may read and compute so 
 
 
 def rank() -> int:
-    """Which of the processes this is: 0 if there is one."""
+    """The number of this process among those that share the run: 0 if it is alone."""
     return dist.get_rank() if _is_initialized() else 0
 
 
@@ -34,7 +34,7 @@ def _is_initialized() -> bool:
 
 
 def gathered(value: T) -> list[T]:
-    """What each process has for `value`, by rank; all must call it. Tensors are best on the CPU.
+    """The `value` of each process, by rank; all of them must call this. Tensors are best on the CPU.
 
     Raises:
         RuntimeError: another process has ended, or has not called this for so long that it is given up.
@@ -59,9 +59,9 @@ def add(sums: Sums, more: Mapping[str, Tensor]) -> None:
 
 
 def summed(sums: Sums) -> Sums:
-    """The sums over all processes; keys may be missing in some, which had no image.
+    """The sums over all processes. Those that had no image may lack keys.
 
-    They are gathered and then added in the order of ranks, so that all processes have the same result, bit for bit.
+    The sums are gathered and then added in the order of ranks, so that all processes have the same result, bit for bit.
     """
     total: Sums = {}
     for each in gathered(sums):
@@ -71,7 +71,7 @@ def summed(sums: Sums) -> Sums:
 
 @contextmanager
 def process_group(device: str | torch.device) -> Iterator[torch.device]:
-    """Joins the processes that torchrun started, for as long as the context lasts, and yields this one's device.
+    """Join the processes that torchrun started, for as long as the context lasts, and yield this one's device.
 
     With "cuda", each process gets the GPU of its local rank. A process that was started alone, or that has a group
     already, gets `device` as it is.
