@@ -39,7 +39,7 @@ from testreg.calibration.selection import (
     select,
     worst_of,
 )
-from testreg.families import Tower, find_tower, fingerprint
+from testreg.families import Tower, find_tower
 from testreg.files import replacing
 from testreg.io.images import Images, ImageStream, Transform, batched
 from testreg.io.models import OwnTransform
@@ -48,7 +48,7 @@ from testreg.io.progress import progress_bar
 from testreg.measure.diagnosis import Diagnosis, conclude, named, observe
 from testreg.measure.outliers import Detection, OutlierRule
 from testreg.measure.ranking import Score, Statistics, best, look_at, overlap, scores
-from testreg.neurons import Neuron, RegisterNeurons, describe_model
+from testreg.neurons import Neuron, RegisterNeurons, describe_model, fingerprint
 from testreg.register import is_patched
 
 CHUNK = 64  # images between two looks at whether the ranking is stable, and between two saved states
