@@ -242,13 +242,9 @@ class _Seen:
 
 def _look(tower: Tower, mlps: list[_Mlp], index: int, images: Tensor, sign: int = 1) -> _Seen:
     inputs: list[Tensor] = []
-    handle = mlps[index].module.register_forward_pre_hook(
-        lambda module, args: inputs.append(tower.batch_first(args[0]).float())
-    )
-    try:
+    record = lambda module, args: inputs.append(tower.batch_first(args[0]).float())
+    with mlps[index].module.register_forward_pre_hook(record):
         norms = token_norms(tower, images)[index, :, tower.num_prefix :]
-    finally:
-        handle.remove()
     patches = inputs[0][:, tower.num_prefix :]  # (B, N, C)
     return _Seen(sign * patches[..., 0].flatten(), norms.median(), sign, patches.shape[-1])
 

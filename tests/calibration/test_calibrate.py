@@ -306,8 +306,8 @@ def test_a_patched_model_is_refused(photos):
 def test_planting_refuses_what_it_cannot_do(photos):
     with pytest.raises(ValueError, match="needs a plain MLP"):
         plant(fresh("hf_dinov2_swiglu"), photos)
-    with pytest.raises(ValueError, match="layer must leave a block"):
-        plant(fresh("timm_vit"), photos, layer=3)
+    with pytest.raises(ValueError, match="block must leave one before"):
+        plant(fresh("timm_vit"), photos, block=3)
 
 
 def as_pil(images):

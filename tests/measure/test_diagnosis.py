@@ -54,7 +54,7 @@ def look(model, images, **options):
 @pytest.mark.parametrize("name", ["timm_vit", "timm_clip", "hf_dinov2", "hf_siglip", "open_clip_sequence_first"])
 def test_planted_outliers_are_movable_and_from_their_mlp(name, layer, photos):
     model = fresh(name)
-    plant(model, photos, layer=layer, num_neurons=4, outlier_fraction=0.02)
+    plant(model, photos, block=layer, num_neurons=4, outlier_fraction=0.02)
     found = look(model, photos)
     assert found.kind == "movable"
     assert (found.outliers.onset_block, found.outliers.onset_part) == (layer, "MLP")
