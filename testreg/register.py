@@ -5,7 +5,7 @@ extra token that starts as zeros, the *register*, is put behind the tokens, and 
 activations are moved onto it: the patches stay clean, and attention finds its scratch space on the register.
 
 `shift` moves the neurons; `patch` puts it in front of every MLP's second linear (fc2), and lets the registers ride
-along from block to block.
+along from block to block (`patching.placement` says which method of the model is replaced by what).
 
 Shapes: B batch, T tokens of the unpatched model, P of them prefix tokens, R registers, C width, H hidden, K neurons.
 """

@@ -32,7 +32,7 @@ import testreg
 from testreg import RegisterNeurons, disabled, is_patched, patch, unpatch
 from testreg.register import patch_of, shift
 
-# In rank order, mixed over all blocks, so that dealing them to registers in another order would show.
+# In rank order, mixed over all blocks, so that sharing them out to registers in another order would show.
 RANKING = ((1, 3), (2, 127), (1, 120), (2, 0), (1, 77), (0, 5), (3, 9), (2, 64))
 NEURONS = RegisterNeurons(tuple((layer, unit, None) for layer, unit in RANKING))
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -61,17 +61,9 @@ class RegisterBlock(Override):
         self._check_tokens(tokens)
         self._check_shifts()
         layout = (self.tower.family.layout or padded)(self.tower.module, self.plain, arguments)
-        arguments = {name: self._extended(name, value, layout) for name, value in arguments.items()}
-
-        entered = self._enter(tokens, layout) if self.index == 0 else self._arrive(tokens, layout)
-        out = self._original(entered, arguments, layout)
-        sequence, *rest = out if isinstance(out, tuple) else (out,)
-        if sequence.ndim != entered.ndim:
-            return out  # DINO's blocks can be asked for their attention weights instead of tokens
-        self._check_length(sequence, entered)
-        self._record(sequence, layout)
-        tokens = self._hand_on(sequence, layout)
-        return (tokens, *rest) if isinstance(out, tuple) else tokens
+        sequence = self._enter(tokens, layout) if self.index == 0 else self._arrive(tokens, layout)
+        out = self._original(sequence, self._extended(arguments, layout), layout)
+        return self._hand_on(out, sequence, layout)
 
     def _enter(self, tokens: Tensor, layout: Layout) -> Tensor:
         """The tokens with registers of zeros; in CLIP-like towers these pass the norm before the blocks too."""
@@ -109,13 +101,19 @@ class RegisterBlock(Override):
         with running_with_layout(layout):
             return self.original(sequence, **arguments)
 
-    def _hand_on(self, sequence: Tensor, layout: Layout) -> Tensor:
-        """The tokens alone. Those of all blocks but the last carry the registers along."""
+    def _hand_on(self, out: Any, entered: Tensor, layout: Layout) -> Any:
+        """The block's output with the tokens alone. Those of all blocks but the last carry the registers along."""
+        sequence, *rest = out if isinstance(out, tuple) else (out,)
+        if sequence.ndim != entered.ndim:
+            return out  # DINO's blocks can be asked for their attention weights instead of tokens
+        self._check_length(sequence, entered)
+        self._record(sequence, layout)
         tokens = layout.tokens(sequence)
         if self.last:
-            return tokens.contiguous()
-        carry(tokens, sequence, layout)
-        return tokens
+            tokens = tokens.contiguous()
+        else:
+            carry(tokens, sequence, layout)
+        return (tokens, *rest) if isinstance(out, tuple) else tokens
 
     def _has_registers(self, tokens: Any) -> bool:
         """Whether the forward that this block is part of has registers: block 0 decides, the others are told."""
@@ -145,8 +143,11 @@ class RegisterBlock(Override):
         tracer: Any = tokens.tracer
         return tracer.create_proxy("call_module", tracer.path_of_module(self.module), (tokens,), arguments)
 
-    def _extended(self, name: str, value: Any, layout: Layout) -> Any:
-        """An argument beside the tokens, with rows for the registers."""
+    def _extended(self, arguments: dict[str, Any], layout: Layout) -> dict[str, Any]:
+        """The arguments beside the tokens, with rows for the registers."""
+        return {name: self._extended_argument(name, value, layout) for name, value in arguments.items()}
+
+    def _extended_argument(self, name: str, value: Any, layout: Layout) -> Any:
         if name == "is_causal" and value:
             raise NotImplementedError("causal attention hides the register, the last token, from all others")
         if value is None:

@@ -23,7 +23,7 @@ HIDDEN = -5e3  # masks add less than this to the logit of a token that they hide
 
 @dataclass
 class Layout:
-    """Of the hidden state: (T, B, C) if `sequence_first`, (S, C) or (1, S, C) if packed, otherwise (B, T, C)."""
+    """The layout of a hidden state: (T, B, C) if `sequence_first`, (S, C) or (1, S, C) if packed, else (B, T, C)."""
 
     num_registers: int
     sequence_first: bool = False
@@ -42,7 +42,7 @@ class Layout:
         return tokens.transpose(0, 1) if self.sequence_first else tokens
 
     def extend(self, rows: Tensor, dim: int, value: float | Tensor) -> Tensor:
-        """`rows` of the tokens along `dim`, with R rows of `value` behind those of each image."""
+        """The tokens' `rows` along `dim`, with R rows of `value` behind those of each image."""
         shape = list(rows.shape)
         shape[dim] = self.num_registers
         more = value.expand(shape) if isinstance(value, Tensor) else rows.new_full(shape, value)
@@ -63,19 +63,19 @@ class Layout:
         return torch.cat([part for image, own in images for part in (image, own.expand(*image.shape[:-2], -1, -1))], -2)
 
     def tokens(self, sequence: Tensor) -> Tensor:
-        """The tokens without the registers: of a batch a view."""
+        """The tokens without the registers. Those of a batch are a view."""
         if self.lengths is None:
             return sequence.narrow(self.dim, 0, sequence.shape[self.dim] - self.num_registers)
         return torch.cat([image[..., : -self.num_registers, :] for image in self._packed(sequence)], -2)
 
     def images(self, sequence: Tensor) -> list[Tensor]:
-        """Views: of the batch (B, T+R, C), or of each packed image (1, T+R, C)."""
+        """A view of the batch (B, T+R, C), or one of each packed image (1, T+R, C)."""
         if self.lengths is None:
             return [self.batch_first(sequence)]
         return [image if image.ndim == 3 else image.unsqueeze(0) for image in self._packed(sequence)]
 
     def of_images(self, images: Sequence[Tensor], sequence: Tensor) -> Tensor:
-        """What `images` gave, laid out as `sequence` is."""
+        """The inverse of `images`: these are laid out as `sequence` is."""
         if self.lengths is None:
             return self.batch_first(images[0])
         return torch.cat(list(images), 1).view(sequence.shape)
@@ -145,6 +145,7 @@ class Layout:
 
 
 def _visible(mask: Tensor) -> Tensor:
+    """Where a mask lets tokens be seen."""
     if mask.dtype is torch.bool:
         return mask
     if not mask.is_floating_point():
