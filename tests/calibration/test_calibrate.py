@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import testreg
 from testreg.calibration.calibrate import calibrate
 from testreg.calibration.errors import ImmovableOutliersError, NoOutliersError
-from testreg.calibration.view import held_out_images
+from testreg.calibration.view import NUM_CHOOSING, held_out_images
 from testreg.families import find_tower
 from testreg.measure.diagnosis import Outliers
 from testreg.measure.outliers import Detection, OutlierRule, token_norms
@@ -569,6 +569,16 @@ def test_a_list_is_verified_by_16_images_that_had_no_part_in_the_choice(
     assert found.calibration["target_met"]
     assert found.verified is verified
     assert found.calibration["verified_on_others"] is on_others
+
+
+def test_images_without_an_outlier_verify_nothing(planted, photos):
+    model, _ = planted
+    images = photos.repeat(2, 1, 1, 1)
+    images[2 * NUM_CHOOSING + 1 :: 2] = 0.0  # those that verify: every patch of such an image is alike
+    found = calibrate(model, images, progress=False)
+    assert found.calibration["verified_on_others"]
+    assert found.calibration["verified_at"][0]["outlier_fraction"] == 0
+    assert not found.verified
 
 
 def test_a_list_that_misses_the_target_is_not_verified(planted, photos):

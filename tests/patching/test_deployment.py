@@ -167,12 +167,13 @@ def assert_errs_no_more(actual: Tensor, clean: Tensor, family: str) -> None:
     assert plain_error < 0.2 * clean.norm()
 
 
+@pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
 @pytest.mark.parametrize("family", ["timm_vit", "hf_dinov2", "torchvision_vit"])
-def test_int8_weights_before_and_after_the_patch_are_the_same(family: str) -> None:
+def test_quantised_weights_before_and_after_the_patch_are_the_same(family: str, config: str) -> None:
     quantization = pytest.importorskip("torchao.quantization")
 
     def quantize(model: Any) -> Any:
-        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+        quantization.quantize_(model, getattr(quantization, config)())
         return model
 
     first = quantize(build(family))
