@@ -484,8 +484,9 @@ def _found(neurons: RegisterNeurons) -> str:
             lines.append("  ".join(f"{cell:>{len(column)}}" for cell, column in cells))
     for each in facts.get("verified_at", ()):
         height, width = each["image_size"]
+        on = "others" if facts.get("verified_on_others", True) else "images that also chose,"
         lines.append(
-            f"verified on {each['images']} others at {height} x {width}: {each['remaining']:.1%} of the outliers left "
+            f"verified on {each['images']} {on} at {height} x {width}: {each['remaining']:.1%} of the outliers left "
             f"at worst (block {each['worst_block']}), features changed by {each['change_pooled']:.3f} (pooled) and "
             f"{each['change_patches']:.3f} (patches)"
         )

@@ -1,11 +1,12 @@
 """The method: test-time registers (arXiv 2506.08010, Algorithm 2).
 
-A few MLP neurons, the *register neurons*, write the high norms that turn background patches into outlier tokens. An
-extra token that starts as zeros, the *register*, is put behind the tokens, and in every block the register neurons'
-activations are moved onto it: the patches stay clean, and attention finds its scratch space on the register.
+A few MLP neurons, the *register neurons*, give high norms to background patches, which the model then uses as scratch
+space. An extra token that starts as zeros, the *register*, is put behind the tokens, and the activations of the
+register neurons are moved onto it: the patches stay clean, and the model uses the register instead.
 
-`shift` moves the neurons; `patch` puts it in front of every MLP's second linear (fc2), and lets the registers ride
-along from block to block (`patching.placement` says which method of the model is replaced by what).
+`shift` moves the neurons. `patch` puts it in front of the second MLP linear (fc2) of each block with register neurons,
+and gives every block a `forward` that appends the registers and takes them off again (`patching.block`): between two
+blocks they ride with the tokens (`patching.riding`).
 
 Shapes: B batch, T tokens of the unpatched model, P of them prefix tokens, R registers, C width, H hidden, K neurons.
 """
@@ -44,19 +45,19 @@ def shift(
 ) -> Tensor:
     """Move the activations of register neurons onto the registers (Algorithm 2, the inner loop).
 
-    For each image and neuron, the value of largest magnitude over all tokens, sign kept, is given to the register that
-    owns the neuron; the neuron becomes zero on the patches and on the other registers.
+    For each image and neuron, the value of largest magnitude over all tokens, prefix and registers included, is given
+    to the register that owns the neuron, sign kept; the neuron becomes zero on the patches and on the other registers.
 
     Args:
         hidden: (B, T+R, H) input of an MLP's second linear: P prefix tokens, patches, R registers.
         units: the K register neurons, as channels of `hidden`.
         owners: the register, 0 to R-1, that holds each of the K neurons.
         max_over, zero: as in `patch`.
-        valid: (B, T+R), which tokens are no padding and may give the value; None: all.
-        patches: (1, T+R), which tokens are patches; None: all behind the prefix.
+        valid: (B, T+R) bool, which tokens are no padding and may give the value; None: all.
+        patches: (1, T+R) bool, which tokens are patches; None: all behind the prefix.
 
     Returns:
-        (B, T+R, H). Without gradients `hidden` itself, edited in place, so that no activation is copied.
+        (B, T+R, H). Where gradients are off, `hidden` itself, edited in place.
     """
     index = index_tensor(units, hidden)
     activations = hidden.index_select(-1, index)  # (B, T+R, K)
@@ -70,12 +71,12 @@ def shift(
         peak = activations.flatten(1).gather(1, joint).unsqueeze(-1).expand(-1, 1, len(units))
     if num_registers > 1:
         owned = index_tensor(owners, hidden) == torch.arange(num_registers, device=hidden.device).unsqueeze(-1)
-        peak = peak * owned  # (B, R, K)
+        peak = torch.where(owned, peak, peak.new_zeros(()))  # (B, R, K)
     if patches is not None and zero == "patches":
         moved = activations.masked_fill(patches.unsqueeze(-1), 0)
     else:
         moved = activations.clone()
-        moved[:, num_prefix if zero == "patches" else 0 :].zero_()  # not `= 0`, a constant to strict export
+        moved[:, num_prefix if zero == "patches" else 0 :].zero_()  # strict export fails on `= 0`
     moved[:, -num_registers:] = peak
     return hidden.index_copy(-1, index, moved) if torch.is_grad_enabled() else hidden.index_copy_(-1, index, moved)
 
@@ -98,10 +99,10 @@ def patch(
         model: a vision tower, or any model that contains one (CLIP, a VLM, a classifier).
         neurons: the register neurons: a `RegisterNeurons`, the path of its JSON, `{block: [units]}`, the name of a
             bundled list (`testreg list`), or None for the bundled list of the checkpoint that the model says it is.
-        top_k: use only the best so many; None takes what the list recommends.
+        top_k: use only the best `top_k` of the list; None takes as many as the list recommends.
         num_registers: R, the extra tokens, at most 256. The neurons are shared out among them by rank (paper A.5).
         max_over: "neuron" moves the largest value of each neuron (paper), "layer" one for the block (released code).
-        zero: where they become zero: on the "patches" (released code), or on "all" tokens, CLS included (paper).
+        zero: where the moved neurons are zero: on "patches" (released code), or on "all" tokens, CLS included (paper).
 
     Returns:
         The same object. Its outputs keep their shapes, its state_dict its keys.
@@ -128,7 +129,7 @@ def patch(
 def unpatch(model: M) -> M:
     """Take back what `patch` did; the model is then bit for bit what it was. Returns the same object.
 
-    Raises RuntimeError if the model is not patched, or someone has wrapped a patched `forward` since.
+    Raises RuntimeError if the model is not patched, or someone has replaced a patched `forward` since.
 
     Example:
         >>> testreg.unpatch(testreg.patch(model, planted)) is model
@@ -157,7 +158,7 @@ def patched(model: M, neurons: AnyNeurons = None, **options: Any) -> Iterator[M]
 def disabled(model: M) -> Iterator[M]:
     """Within the `with` block a patched model computes as if it were not patched, in all threads.
 
-    `with` blocks nest and overlap. A forward that runs meanwhile, in another thread, ends as it began.
+    Contexts nest and overlap. A forward that runs meanwhile, in another thread, ends as it began.
 
     Example:
         >>> with testreg.patched(model, planted), testreg.disabled(model):
@@ -171,7 +172,7 @@ def disabled(model: M) -> Iterator[M]:
 def registers(model: nn.Module) -> Iterator[list[Tensor]]:
     """Within the `with` block, the list holds the registers (B, R, C) after each block of this thread's last forward.
 
-    They are what the blocks give, before the tower's final norm. `with` blocks nest, and each has a list of its own.
+    They are what the blocks give, before the tower's final norm. Contexts nest, and each has a list of its own.
 
     Example:
         >>> with testreg.patched(model, planted), testreg.registers(model) as after_block:

@@ -145,6 +145,37 @@ def test_shift_gives_the_literal_result(options: dict[str, Any], expected: list[
     assert not moved[2].equal(moved[0])
 
 
+def test_registers_of_a_forward_are_never_beside_those_of_another() -> None:
+    model = patch(build("timm_vit"), NEURONS)
+    with testreg.registers(model) as seen:
+        model(images())
+        assert len(seen) == 4
+        handle = model.blocks[1].register_forward_pre_hook(lambda module, args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(images())
+        handle.remove()
+        assert len(seen) == 1
+        with disabled(model):
+            model(images())
+        assert seen == []
+
+
+@torch.no_grad()
+def test_parts_that_are_called_outside_of_their_block_are_as_they_were() -> None:
+    model = build("timm_vit")
+    tokens = torch.randn(2, 17, 48)
+    expected = model.blocks[1].mlp(tokens)
+    patch(model, NEURONS)
+    assert model.blocks[1].mlp(tokens).equal(expected)
+
+
+def test_an_infinite_activation_goes_to_its_own_register_alone() -> None:
+    hidden = torch.zeros(1, 5, 2)
+    hidden[0, 1] = torch.inf
+    moved = shift(hidden, [0, 1], [0, 1], num_registers=2, num_prefix=1)
+    assert moved[0].tolist() == [[0, 0], [0, 0], [0, 0], [torch.inf, 0], [0, torch.inf]]
+
+
 def test_shift_copies_with_gradients_and_edits_in_place_without() -> None:
     hidden = torch.tensor([HIDDEN])
     before = hidden.clone()

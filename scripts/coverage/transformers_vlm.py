@@ -235,7 +235,7 @@ def small_config(config_class: type[PretrainedConfig], overrides: Settings) -> P
     default = config_class()
     known = default.to_dict()
     values = {name: size for name, size in SMALL.items() if isinstance(known.get(name), int)} | dict(overrides)
-    for name in config_class.sub_configs:
+    for name in default.sub_configs:
         part, changes = getattr(default, name, None), dict(overrides.get(name) or {})
         if "model_type" in changes:
             values[name] = small_config(CONFIG_MAPPING[changes.pop("model_type")], changes).to_dict()
@@ -288,7 +288,8 @@ def _accepted(tower: nn.Module, **options: Any) -> dict[str, Any]:
 def _by_image(output: Any, row: Row, numbers: Sequence[int]) -> dict[str, Any]:
     """The outputs, so arranged that those of two images are the concatenation of those of each."""
     if not isinstance(output, Mapping):  # transformers 4 gives image features bare, in a list if they differ in number
-        output = {"pooler_output": output[0] if row.shared else output}  # and what is shared behind them
+        pair = row.shared and isinstance(output, tuple)  # with what is shared behind them
+        output = {"pooler_output": output[0] if pair else output}
     outputs = {name: value for name, value in output.items() if name != row.shared}
     if isinstance(features := outputs.get("pooler_output"), (tuple, list)):
         outputs["pooler_output"] = _joined(features)

@@ -34,7 +34,7 @@ from testreg.measure.outliers import Detection, OutlierRule
 from testreg.measure.ranking import Score, Statistics, best
 from testreg.neurons import Neuron, RegisterNeurons
 
-NEGLIGIBLE = 0.01  # of the best score: what less may do, in some image, is chance
+NEGLIGIBLE = 0.01  # neurons that score less than this share of the best are not measured
 MIN_RANKED = 1000  # neurons that the list keeps, so that it can be truncated anew
 
 
@@ -167,18 +167,18 @@ def _timer(budget: float | None) -> Callable[[], bool]:
 
 
 def _detect(views: Sequence[View], options: Options) -> View:
-    """Decide in each view which tokens are the outliers; returns the first view that has any."""
+    """Decide in each view which tokens are the outliers; returns the first view with any that neurons may move."""
     found: list[View] = []
     of_all: list[Diagnosis] = []  # fixed positions included
     for view in views:
-        view.diagnosis = view.diagnose()
-        of_all.append(view.diagnosis)
+        view.diagnosis = with_fixed = view.diagnose()
+        of_all.append(with_fixed)
         # Outliers at the same position in all images say nothing of the neurons that make the others.
         while (outliers := view.diagnosis.outliers) is not None and outliers.fixed_positions:
             view.ignored |= set(outliers.positions)
             view.diagnosis = view.diagnose()
         if outliers is None and options.insists:
-            view.diagnosis, view.ignored = of_all[-1], frozenset()
+            view.diagnosis, view.ignored = with_fixed, frozenset()
             outliers = view.diagnosis.outliers
         if outliers is not None and (outliers.kind == "movable" or options.insists):
             view.detection = Detection(options.outlier_rule, outliers.block, view.ignored)
@@ -255,7 +255,7 @@ def _choose(views: Sequence[View], found: View, options: Options, out_of_time: C
     rankings = {last: best(combined, last, count) for last in lasts}
     if not all(rankings.values()):
         raise ImmovableOutliersError(
-            f"{views[0].diagnosis.verdict}, but no neuron of the blocks up to {lasts[0]} has a positive score"
+            f"{found.diagnosis.verdict}, but no neuron of the blocks up to {lasts[0]} has a positive score"
         )
     if options.top_k is not None:
         ranking = rankings[lasts[0]]

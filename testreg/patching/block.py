@@ -22,7 +22,7 @@ from testreg.patching.riding import (
     has_registers_from_start,
     has_registers_further,
 )
-from testreg.patching.running import running, running_with_layout, running_with_registers
+from testreg.patching.running import forget_recorded, running, running_with_layout, running_with_registers
 from testreg.patching.shift import ShiftBefore
 from testreg.patching.state import Patch
 
@@ -47,10 +47,12 @@ class RegisterBlock(Override):
         self.last = self.index == self.tower.depth - 1
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # one graph for each state: a guard on the count sees to it
+        if torch.compiler.is_compiling():  # one graph for each state: dynamo guards on the count
             enabled = self.patch.disabled_by == 0
             return self._with_registers(*args, **kwargs) if enabled else self.original(*args, **kwargs)
         has_registers = self._has_registers(args[0] if args else kwargs.get(self.parameters[0]))
+        if self.index == 0:
+            forget_recorded(self.patch)
         with running_with_registers(has_registers):
             return self._with_registers(*args, **kwargs) if has_registers else self._without(*args, **kwargs)
 
@@ -96,7 +98,7 @@ class RegisterBlock(Override):
         return layout.join(tokens, registers)
 
     def _original(self, sequence: Tensor, arguments: dict[str, Any], layout: Layout) -> Any:
-        if layout is self.plain and running.layout is running.recomputed is None:
+        if layout is self.plain and running.layout is None and running.recomputed is None:
             return self.original(sequence, **arguments)
         with running_with_layout(layout):
             return self.original(sequence, **arguments)
@@ -175,7 +177,7 @@ class RegisterBlock(Override):
         for shift in self.shifts:
             if shift.is_bypassed():
                 raise RuntimeError(
-                    f"the second MLP linear of block {self.index} was replaced by a {type(shift.holder).__name__} "
+                    f"the second MLP linear of block {self.index} was replaced by a {type(shift.current).__name__} "
                     "after testreg.patch(), so its neurons would stay: call testreg.unpatch(model) and patch it again"
                 )
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from testreg.patching.layout import Layout
+from testreg.patching.running import is_recomputing
 
 _CARRIED = "_testreg_carried"  # attribute of the tokens between two blocks: the whole sequence, or False
 _DECIDED = "_testreg_decided"  # attribute of the tokens that enter block 0: whether that forward has registers
@@ -38,11 +39,12 @@ def carry_nothing(tokens: Tensor) -> None:
 
 def carried_sequence(tokens: Tensor) -> Tensor | None:
     """The sequence, registers included, that the tokens carry; None if they are another tensor than was handed on."""
-    return getattr(tokens, _CARRIED, None)
+    carried = getattr(tokens, _CARRIED, None)
+    return carried if isinstance(carried, Tensor) else None
 
 
 def carried_registers(tokens: Tensor) -> Tensor | bool | None:
-    """The registers (B, R, C) that arrive with another tensor, behind autograd functions of Python; False: without.
+    """The registers (B, R, C) behind a tensor that autograd functions of Python made; False: a forward without any.
 
     FSDP2 and full backward hooks put such functions around a block; they return what they are given.
     """
@@ -59,7 +61,7 @@ def has_registers_from_start(tokens: Tensor, now: bool) -> bool:
 
     Gradient checkpointing that recomputes block 0 gets the answer that was given in the forward.
     """
-    if torch._C._current_graph_task_id() != -1:  # a backward pass recomputes the block
+    if is_recomputing():
         return getattr(tokens, _DECIDED, now)
     if torch.is_grad_enabled():
         setattr(tokens, _DECIDED, now)

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from testreg.patching.layout import Layout
@@ -51,6 +52,19 @@ def running_with_layout(layout: Layout) -> Iterator[None]:
         yield
     finally:
         running.layout = outer
+
+
+def is_recomputing() -> bool:
+    """Whether this thread is in a backward pass: a block that runs there is recomputed by gradient checkpointing."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def forget_recorded(patch: object) -> None:
+    """Empty the lists of a patch when a forward starts, so that none holds registers of two forwards."""
+    if not is_recomputing():
+        for owner, recorded in running.recorders:
+            if owner is patch:
+                recorded.clear()
 
 
 @contextmanager

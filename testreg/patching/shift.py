@@ -37,13 +37,13 @@ class ShiftBefore(Override):
         )
 
     @property
-    def holder(self) -> nn.Module:
+    def current(self) -> nn.Module:
         """What is now where our module was: the module itself, or what has wrapped or replaced it since."""
         return self.parent._modules[self.name]  # type: ignore[return-value]  # getattr gives a copy in torch.export
 
     def is_bypassed(self) -> bool:
         """Whether the module was replaced since, so that nothing calls it any more."""
-        return self.holder is not self.module and self.module not in set(self.holder.modules())
+        return self.current is not self.module and self.module not in set(self.current.modules())
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.patch.enabled:
@@ -67,7 +67,7 @@ class ShiftBefore(Override):
         if not torch.is_grad_enabled():
             return hidden  # was edited in place
         moved = layout.of_images(shifted, hidden)
-        if self.holder is self.module:
+        if self.current is self.module:
             return moved
         hidden.copy_(moved)  # an adapter around the linear (LoRA) reads the same activation
         return hidden

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from testreg.neurons import RegisterNeurons, shown
 from testreg.patching.notices import VerifiedUse
 from testreg.patching.override import REFUSALS, Override
-from testreg.patching.running import running
+from testreg.patching.running import is_recomputing, running
 
 MaxOver = Literal["neuron", "layer"]
 Zero = Literal["patches", "all"]
@@ -88,8 +89,14 @@ class Patch:
 
     @property
     def enabled(self) -> bool:
-        """Whether the forward that this thread is in the middle of has registers, or one that starts now."""
-        return self.disabled_by == 0 if running.has_registers is None else running.has_registers
+        """Whether the block that this thread is in has registers.
+
+        An MLP or attention that is called by itself, outside its block, gets tokens without registers. It is inside
+        although nothing says so where it is compiled, and where a backward pass recomputes the block from within.
+        """
+        if running.has_registers is not None:
+            return running.has_registers
+        return self.disabled_by == 0 and (torch.compiler.is_compiling() or is_recomputing())
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
