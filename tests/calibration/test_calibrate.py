@@ -25,6 +25,8 @@ from testreg.measure.outliers import Detection, OutlierRule, token_norms
 from testreg.measure.ranking import best, scores, statistics_of
 
 DATA = Path(__file__).parents[1] / "data"
+# Most lists here are found on too few images to be verified.
+pytestmark = pytest.mark.filterwarnings("ignore::testreg.UnverifiedNeuronsWarning")
 PLANTABLE = [name for name in BUILDERS if "swiglu" not in name and name not in SPREAD_MLP]
 
 
