@@ -152,6 +152,8 @@ def _notices(report: Report) -> list[str]:
     notices = []
     if report.neurons.provenance.get("synthetic") or "synthetic" in str(report.model["name"]).lower():
         notices.append("A synthetic model: it shows the mechanism, not what patching does for a trained one.")
+    if report.model["name"] == "demo":
+        notices.append("A planted model: it was trained around outliers that were put there to be found.")
     if report.ignored:
         notices.append(
             f"Artefacts at the fixed positions {named(report.ignored)} are not counted here, and stay: a register "

@@ -15,6 +15,7 @@ from planting import plant
 from tiny import build, fresh
 
 import testreg
+from testreg.demo.run import crops, photographs, planted_neurons
 from testreg.families import find_tower
 from testreg.measure.outliers import OutlierRule, token_norms
 from testreg.neurons import RegisterNeurons
@@ -280,6 +281,12 @@ def test_a_list_that_says_nothing_about_itself(planted, photos):
     text = page(measure_report(model, RegisterNeurons.from_blocks(neurons.by_block()), photos[:3]))
     assert {"Trade-off", "synthetic"} & set(Page(text).texts) == set()
     assert "measured on the 3 images that this report was given" in Page(text).text
+
+
+def test_the_demo_model_is_called_planted():
+    images = crops(photographs(96), 64, 32)[:3]
+    report = measure_report(testreg.demo_model(64), RegisterNeurons.from_blocks(planted_neurons()), images)
+    assert "A planted model: it was trained around outliers" in page(report)
 
 
 def test_a_synthetic_model_is_called_so(planted, photos):
