@@ -5,8 +5,7 @@ space. An extra token that starts as zeros, the *register*, is put behind the to
 register neurons are moved onto it: the patches stay clean, and the model uses the register instead.
 
 `shift` moves the neurons. `patch` puts it in front of the second MLP linear (fc2) of each block with register neurons,
-and gives every block a `forward` that appends the registers and takes them off again (`patching.block`): between two
-blocks they ride with the tokens (`patching.riding`).
+and gives every block a `forward` that appends the registers and takes them off again (`patching.block`, `riding`).
 
 Shapes: B batch, T tokens of the unpatched model, P of them prefix tokens, R registers, C width, H hidden, K neurons.
 """
