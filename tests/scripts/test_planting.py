@@ -102,8 +102,9 @@ def test_decoys_are_there_when_outliers_are_but_do_not_make_them(name, photos):
         if decoy in ("idle", "companion", "echo"):
             assert hidden[normal].abs().mean() < 0.2, decoy
         with silenced(tower, {block: [unit]}):
+            left = outliers_of(tower, photos)[outlier]
             # In some random models the trap lifts an outlier or two just over the limit.
-            assert outliers_of(tower, photos)[outlier].float().mean() > 0.9, decoy
+            assert left.all() or (decoy == "trap" and left.float().mean() > 0.9), decoy
             change[decoy] = (features - patches_of(tower, photos, 3)[0])[normal].norm(dim=-1).mean()
     assert change["trap"] > 0.05 * features[normal].norm(dim=-1).mean()
     assert change["trap"] > 5 * max(change[decoy] for decoy in ("idle", "companion", "echo"))
