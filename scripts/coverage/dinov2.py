@@ -37,7 +37,9 @@ class _Transformer(nn.Module):
         if (size := self.patch_embed.dynamic_feat_size(x.shape[-2:])) != self.patch_embed.grid_size:
             square = grid.transpose(1, 2).unflatten(2, self.patch_embed.grid_size)
             grid = F.interpolate(square, size, mode="bicubic").flatten(2).transpose(1, 2)
-        return torch.cat([self.cls_token.expand(len(x), -1, -1), self.patch_embed(x)], 1) + torch.cat([cls, grid], 1)
+        return torch.cat([self.cls_token.expand(x.shape[0], -1, -1), self.patch_embed(x)], 1) + torch.cat(
+            [cls, grid], 1
+        )
 
     def _normed(self, x: Tensor) -> Iterator[Tensor]:
         """The tokens after each block, behind the norm."""
@@ -138,7 +140,7 @@ class DinoVisionTransformer(_Transformer):
 
     def prepare_tokens(self, x: Tensor) -> Tensor:
         x = super().prepare_tokens(x)
-        return torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+        return torch.cat([x[:, :1], self.register_tokens.expand(x.shape[0], -1, -1), x[:, 1:]], dim=1)
 
     def forward_features(self, images: Tensor | list[Tensor]) -> Any:
         x: Any = self.prepare_tokens(images) if isinstance(images, Tensor) else list(map(self.prepare_tokens, images))
