@@ -1,0 +1,237 @@
+"""Mechanisms as real networks have them: register neurons that work only together, spread over blocks.
+
+A *population* is what makes one kind of outlier:
+
+- *triggers*, in an early block, fire at a few patches, and write a small direction: no outlier yet;
+- *amplifiers*, in later blocks, fire at patches that have that direction, and write another one, far longer than a
+  normal token. Where a patch has the second direction already, later amplifiers fire by that. So the triggers cause
+  everything; and if any block of amplifiers is left, there are outliers;
+- *erasers*, in a late block, fire at the outliers and take the second direction away. They are no register neurons.
+
+The mechanisms are:
+
+- `triggers`: two triggers, and six amplifiers in one or two blocks;
+- `spread`: four triggers, and four amplifiers in each of four or more blocks, which make outliers of 50 to 120 times
+  the median norm;
+- `two_populations`: the second lies in later blocks and is smaller. Half of its patches are those of the first, whose
+  outliers hide from its triggers what they read: there it shows only when the first is moved;
+- `weak`: outliers of about three times the median norm;
+- `rare`: outliers in one image of ten;
+- `fading`: outliers that are gone before the last block, by two blocks of erasers.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from planting.site import ACTIVATION, Neuron, Seen, Site, by_block, detector, silenced, threshold, without
+from testreg.families import find_tower
+
+Mechanism = Literal["direct", "triggers", "spread", "two_populations", "weak", "rare", "fading"]
+Role = Literal["trigger", "amplifier", "eraser"]
+Feature = Literal["bright", "dark"]
+
+TRIGGER = 0.5  # what the triggers of a population write, in norms of a normal token
+MARGIN = 1.5  # patches that triggers fire at, for each that amplifiers make an outlier
+RIDGE = 0.05  # added to covariances, as a fraction of their mean eigenvalue
+
+
+@dataclass(frozen=True)
+class Planted:
+    """What was planted."""
+
+    neurons: dict[int, list[int]]
+    """The register neurons, {block: [units]}: all triggers and amplifiers."""
+    named_decoys: dict[str, Neuron] = field(default_factory=dict)
+    """Block and unit of each."""
+    roles: dict[Neuron, Role] = field(default_factory=dict)
+    """Of the register neurons, and of erasers."""
+
+    @property
+    def decoys(self) -> dict[int, list[int]]:
+        return by_block(self.named_decoys.values())
+
+    @contextmanager
+    def silenced(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Within the context the model is what it would be without the mechanism: register neurons and erasers write
+        nothing. Decoys and fixed positions stay."""
+        with silenced(find_tower(model), by_block(self.roles)):
+            yield model
+
+
+@dataclass(frozen=True)
+class Writers:
+    """Neurons of one block that do the same."""
+
+    block: int
+    count: int
+    length: float = TRIGGER
+    """What they write together, in norms of a normal token."""
+
+
+@dataclass(frozen=True)
+class Population:
+    """What makes one kind of outlier."""
+
+    triggers: Writers
+    amplifiers: tuple[Writers, ...] = ()
+    erasers: tuple[Writers, ...] = ()
+    features: tuple[Feature, ...] = ("bright",)
+    """What the triggers fire at; they are shared out among several."""
+    one_image_of: int = 1
+    """Only in one image of so many."""
+    share: float = 1.0
+    """Of the patches that become outliers."""
+    alone: bool = True
+    """Whether its thresholds are set with those before it silent."""
+
+    def pick(self, free: Sequence[Iterator[int]]) -> dict[Neuron, Role]:
+        """As many neurons as it has, of the units of each block that are free."""
+        groups: list[tuple[Role, Writers]] = [("trigger", self.triggers)]
+        groups += [("amplifier", writers) for writers in self.amplifiers]
+        groups += [("eraser", writers) for writers in self.erasers]
+        return {(own.block, next(free[own.block])): role for role, own in groups for _ in range(own.count)}
+
+
+def populations(
+    mechanism: Mechanism, depth: int, generator: torch.Generator, norm_ratio: float | None = None
+) -> tuple[Population, ...]:
+    """The populations of a mechanism in a model of so many blocks; `norm_ratio` None is what the mechanism's is."""
+
+    def below(limit: int) -> int:
+        return int(torch.randint(limit, (), generator=generator))
+
+    if depth < 8:
+        raise ValueError(f"the mechanism {mechanism!r} needs 8 blocks or more, got {depth}")
+    first = 1 + below(depth // 4)
+    match mechanism:
+        case "triggers":
+            ratio = norm_ratio or 20.0
+            start = first + 1 + below(2)
+            blocks = (start, start + 1) if below(2) else (start,)
+            return (Population(Writers(first, 2), _spread(blocks, 6 // len(blocks), ratio)),)
+        case "spread":
+            ratio = norm_ratio or 60.0 + 10.0 * below(6)
+            blocks = range(first + 1, min(first + 1 + depth // 2, depth - 1))
+            return (Population(Writers(first, 4), _spread(blocks, 4, ratio)),)
+        case "two_populations":
+            ratio = norm_ratio or 25.0
+            later = depth // 2
+            early = Population(Writers(1, 2), _spread((3,), 3, ratio), share=0.7)
+            late = Population(
+                Writers(later, 2),
+                _spread((later + 1, later + 2), 3, 0.4 * ratio),
+                features=("dark", "bright"),
+                share=0.6,
+            )
+            return early, late
+        case "weak":
+            return (Population(Writers(first, 2), _spread((first + 1, first + 2), 3, norm_ratio or 3.0)),)
+        case "rare":
+            ratio = norm_ratio or 20.0
+            return (
+                Population(Writers(first, 2), _spread((first + 1, first + 2), 3, ratio), one_image_of=10, share=2.0),
+            )
+        case "fading":
+            ratio = norm_ratio or 10.0
+            amplifiers = (Writers(first + 1, 2, 0.3 * ratio), Writers(first + 2, 4, 0.7 * ratio))
+            erasers = (Writers(depth - 3, 2), Writers(depth - 2, 2))
+            return (Population(Writers(first, 2), amplifiers, erasers),)
+    raise ValueError(f"unknown mechanism {mechanism!r}: one of {', '.join(typing.get_args(Mechanism))}")
+
+
+def _spread(blocks: Sequence[int], count: int, ratio: float) -> tuple[Writers, ...]:
+    return tuple(Writers(block, count, ratio / len(blocks)) for block in blocks)
+
+
+@torch.no_grad()
+def plant_population(
+    site: Site,
+    population: Population,
+    neurons: Mapping[Neuron, Role],
+    read: Callable[[Feature, Tensor], Tensor],
+    directions: tuple[Tensor, Tensor],
+    fraction: float,
+    generator: torch.Generator,
+) -> None:
+    """Set the neurons that were picked for a population, which are silent so far.
+
+    Args:
+        read: a feature and the inputs (B, N, C) of an MLP -> the direction (C,) along which these have it.
+        directions: what triggers and what amplifiers write, unit vectors (C,).
+        fraction: share of the patches that become outliers.
+    """
+    marker, outlier = directions
+    fraction *= population.share
+    one_image_of = population.one_image_of
+    off = site.look(directions)
+
+    def plant(units: Sequence[Neuron], reads: Tensor, bias: Tensor, writes: Tensor) -> None:
+        """Neurons that together add `writes` to the patches at which they fire."""
+        for neuron in units:
+            gain = float(0.75 + 0.5 * torch.rand((), generator=generator))  # so that no two neurons score alike
+            site.set(neuron, gain * reads, gain * bias, writes / (ACTIVATION * len(units)))
+
+    def of(role: Role, block: int) -> list[Neuron]:
+        return [neuron for neuron, own in neurons.items() if own == role and neuron[0] == block]
+
+    block, features = population.triggers.block, population.features
+    length = population.triggers.length * off.norms[block].median()
+    for number, feature in enumerate(features):
+        reads = read(feature, off.inputs[block])
+        if population.alone:
+            reads = without(reads, off.prefix[block])
+        values = off.inputs[block] @ reads
+        margin = MARGIN if population.amplifiers else 1.0
+        fires_above = threshold(values, margin * fraction / len(features), one_image_of)
+        plant(of("trigger", block)[number :: len(features)], *detector(values, reads, fires_above), length * marker)
+    on = site.look(directions)
+    for writers in population.amplifiers:
+        block = writers.block
+        reads, bias, fires = _marked(off, on, block, fraction / one_image_of)
+        if block > population.amplifiers[0].block:  # what the first wrote hides what the triggers wrote
+            full = site.look(directions).inputs[block]
+            short = ACTIVATION - (full @ reads + bias)[fires].mean()
+            reads = reads + short * _filter(off, block, (full - on.inputs[block])[fires].mean(0), full[fires])
+        length = writers.length * off.norms[block].median()
+        plant(of("amplifier", block), reads, bias, length * outlier)
+    for writers in population.erasers:
+        block = writers.block
+        full = site.look(directions)
+        excess = (full.along - off.along)[block, ..., 1]  # (B, N)
+        fires = excess > 0.5 * excess.max()
+        inputs = full.inputs[block]
+        reads = _filter(off, block, (inputs - off.inputs[block])[fires].mean(0), inputs[fires])
+        plant(of("eraser", block), 2 * ACTIVATION * reads, -torch.tensor(ACTIVATION), -excess[fires].mean() * outlier)
+
+
+def _marked(off: Seen, on: Seen, block: int, fraction: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights and bias of a neuron that fires at patches that have what triggers write, and which (B, N) these are.
+
+    Args:
+        off, on: what is seen without the triggers, and with them.
+    """
+    added = on.inputs[block] - off.inputs[block]
+    length = added.norm(dim=-1)
+    reads = _filter(off, block, added[length > threshold(length, fraction)].mean(0))
+    values = on.inputs[block] @ reads
+    fires_above = torch.maximum(threshold(values, fraction), (off.inputs[block] @ reads).max())
+    return *detector(values, reads, fires_above), values > fires_above
+
+
+def _filter(background: Seen, block: int, signal: Tensor, at: Tensor | None = None) -> Tensor:
+    """The direction (C,) along which a signal (C,) stands out most from the inputs of a block's MLP: a matched filter.
+
+    With `at`, tokens (n, C) that have the signal, it is scaled so that they are at 1 on average.
+    """
+    covariance = background.inputs[block].flatten(0, 1).T.cov()
+    ridge = RIDGE * covariance.diagonal().mean() * torch.eye(len(signal))
+    reads = without(torch.linalg.solve(covariance + ridge, signal), background.prefix[block])
+    return reads / reads.norm() if at is None else reads / (at @ reads).mean()
