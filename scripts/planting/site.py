@@ -67,7 +67,7 @@ class Seen:
     inputs: list[Tensor]
     """Of the MLP of each block, (B, N, C)."""
     prefix: list[Tensor]
-    """The same of the prefix tokens, their means over the images (P, C)."""
+    """How the prefix tokens differ there from the patches, in the mean over the images (P, C)."""
     norms: Tensor
     """Behind each block, (L, B, N)."""
     along: Tensor
@@ -145,7 +145,7 @@ class Site:
         tokens = [torch.cat(each) for each in inputs]
         return Seen(
             [each[:, tower.num_prefix :] for each in tokens],
-            [each[:, : tower.num_prefix].mean(0) for each in tokens],
+            [each[:, : tower.num_prefix].mean(0) - each[:, tower.num_prefix :].mean((0, 1)) for each in tokens],
             torch.stack([torch.cat(each) for each in norms]),
             torch.stack([torch.cat(each) for each in along]),
         )
