@@ -116,28 +116,28 @@ def populations(
             ratio = norm_ratio or 20.0
             start = first + 1 + below(2)
             blocks = (start, start + 1) if below(2) else (start,)
-            return (Population(Writers(first, 2), _spread(blocks, 6 // len(blocks), ratio)),)
+            return (Population(Writers(first, 2), written_in(blocks, 6 // len(blocks), ratio)),)
         case "spread":
             ratio = norm_ratio or 60.0 + 10.0 * below(6)
             blocks = range(first + 1, min(first + 1 + depth // 2, depth - 1))
-            return (Population(Writers(first, 4), _spread(blocks, 4, ratio)),)
+            return (Population(Writers(first, 4), written_in(blocks, 4, ratio)),)
         case "two_populations":
             ratio = norm_ratio or 25.0
             later = depth // 2
-            early = Population(Writers(1, 2), _spread((3,), 3, ratio), share=0.7)
+            early = Population(Writers(1, 2), written_in((3,), 3, ratio), share=0.7)
             late = Population(
                 Writers(later, 2),
-                _spread((later + 1, later + 2), 3, 0.4 * ratio),
+                written_in((later + 1, later + 2), 3, 0.4 * ratio),
                 features=("dark", "bright"),
                 share=0.6,
             )
             return early, late
         case "weak":
-            return (Population(Writers(first, 2), _spread((first + 1, first + 2), 3, norm_ratio or 3.0)),)
+            return (Population(Writers(first, 2), written_in((first + 1, first + 2), 3, norm_ratio or 3.0)),)
         case "rare":
             ratio = norm_ratio or 20.0
             return (
-                Population(Writers(first, 2), _spread((first + 1, first + 2), 3, ratio), one_image_of=10, share=2.0),
+                Population(Writers(first, 2), written_in((first + 1, first + 2), 3, ratio), one_image_of=10, share=2.0),
             )
         case "fading":
             ratio = norm_ratio or 10.0
@@ -147,7 +147,7 @@ def populations(
     raise ValueError(f"unknown mechanism {mechanism!r}: one of {', '.join(typing.get_args(Mechanism))}")
 
 
-def _spread(blocks: Sequence[int], count: int, ratio: float) -> tuple[Writers, ...]:
+def written_in(blocks: Sequence[int], count: int, ratio: float) -> tuple[Writers, ...]:
     return tuple(Writers(block, count, ratio / len(blocks)) for block in blocks)
 
 
