@@ -38,8 +38,8 @@ Mechanism = Literal["direct", "triggers", "spread", "two_populations", "weak", "
 Role = Literal["trigger", "amplifier", "eraser"]
 Feature = Literal["bright", "dark"]
 
-TRIGGER = 0.5  # what the triggers of a population write, in norms of a normal token
-MARGIN = 1.5  # patches that triggers fire at, for each that amplifiers make an outlier
+TRIGGER = 0.3  # what the triggers of a population write, in norms of a normal token
+MARGIN = 3.0  # patches that triggers fire at, for each that amplifiers make an outlier
 RIDGE = 0.05  # added to covariances, as a fraction of their mean eigenvalue
 
 
@@ -86,7 +86,7 @@ class Population:
     features: tuple[Feature, ...] = ("bright",)
     """What the triggers fire at; they are shared out among several."""
     one_image_of: int = 1
-    """Only in one image of so many."""
+    """Only one image of so many has its share of them, and others have fewer or none."""
     share: float = 1.0
     """Of the patches that become outliers."""
     alone: bool = True
@@ -110,7 +110,7 @@ def populations(
 
     if depth < 8:
         raise ValueError(f"the mechanism {mechanism!r} needs 8 blocks or more, got {depth}")
-    first = 1 + below(depth // 4)
+    first = 1 + below(2)
     match mechanism:
         case "triggers":
             ratio = norm_ratio or 20.0
@@ -129,7 +129,6 @@ def populations(
                 Writers(later, 2),
                 written_in((later + 1, later + 2), 3, 0.4 * ratio),
                 features=("dark", "bright"),
-                share=0.6,
             )
             return early, late
         case "weak":
@@ -137,11 +136,14 @@ def populations(
         case "rare":
             ratio = norm_ratio or 20.0
             return (
-                Population(Writers(first, 2), written_in((first + 1, first + 2), 3, ratio), one_image_of=10, share=2.0),
+                Population(
+                    Writers(first, 2), written_in((first + 1, first + 2), 3, ratio), one_image_of=20, share=0.75
+                ),
             )
         case "fading":
             ratio = norm_ratio or 10.0
-            amplifiers = (Writers(first + 1, 2, 0.3 * ratio), Writers(first + 2, 4, 0.7 * ratio))
+            lengths = (0.2 * ratio, 0.3 * ratio, 0.5 * ratio)
+            amplifiers = tuple(Writers(first + 1 + i, 2, length) for i, length in enumerate(lengths))
             erasers = (Writers(depth - 3, 2), Writers(depth - 2, 2))
             return (Population(Writers(first, 2), amplifiers, erasers),)
     raise ValueError(f"unknown mechanism {mechanism!r}: one of {', '.join(typing.get_args(Mechanism))}")
@@ -206,7 +208,7 @@ def plant_population(
         block = writers.block
         full = site.look(directions)
         excess = (full.along - off.along)[block, ..., 1]  # (B, N)
-        fires = excess > 0.5 * excess.max()
+        fires = excess > off.norms[block].median()
         inputs = full.inputs[block]
         reads = _filter(off, block, (inputs - off.inputs[block])[fires].mean(0), inputs[fires])
         plant(of("eraser", block), 2 * ACTIVATION * reads, -torch.tensor(ACTIVATION), -excess[fires].mean() * outlier)
@@ -222,7 +224,8 @@ def _marked(off: Seen, on: Seen, block: int, fraction: float) -> tuple[Tensor, T
     length = added.norm(dim=-1)
     reads = _filter(off, block, added[length > threshold(length, fraction)].mean(0))
     values = on.inputs[block] @ reads
-    fires_above = torch.maximum(threshold(values, fraction), (off.inputs[block] @ reads).max())
+    # Between those that are to fire and the background, so that the former all fire well.
+    fires_above = 0.75 * threshold(values, fraction) + 0.25 * (off.inputs[block] @ reads).max()
     return *detector(values, reads, fires_above), values > fires_above
 
 

@@ -31,17 +31,17 @@ PROBE_RIDGE = 0.01  # of the probe, as a fraction of the mean eigenvalue of its 
 PLANS: dict[Mechanism, tuple[Population, ...]] = {
     "direct": (Population(Writers(5, 6, 20.0)),),
     "triggers": (Population(Writers(3, 2), written_in((5, 6), 3, 25.0)),),
-    "spread": (Population(Writers(3, 4), written_in(range(4, 10), 4, 90.0)),),
+    "spread": (Population(Writers(3, 4), written_in(range(4, 10), 4, 180.0)),),
     "two_populations": (
         Population(Writers(2, 2), written_in((4,), 3, 25.0), share=0.7),
-        Population(Writers(6, 2), written_in((8, 9), 3, 10.0), features=("dark", "bright"), share=0.6),
+        Population(Writers(6, 2), written_in((8, 9), 3, 10.0), features=("dark", "bright")),
     ),
     "weak": (Population(Writers(3, 2), written_in((5, 6), 3, 3.0)),),
-    "rare": (Population(Writers(3, 2), written_in((5, 6), 3, 25.0), one_image_of=10, share=2.0),),
+    "rare": (Population(Writers(3, 2), written_in((5, 6), 3, 25.0), one_image_of=20, share=0.75),),
     "fading": (
         Population(
             Writers(3, 2),
-            (Writers(4, 2, 3.0), Writers(5, 4, 7.0)),
+            (Writers(4, 2, 2.0), Writers(5, 2, 3.0), Writers(6, 2, 5.0)),
             (Writers(9, 2), Writers(10, 2)),
         ),
     ),

@@ -102,6 +102,10 @@ def plant(
     written = [(outlier, outlier)] * 2  # by triggers and by amplifiers, of each population
     if mechanism != "direct":
         written = [(directions[6], outlier), (directions[7], directions[8])]
+    for marker, outlier_of_it in written:
+        if marker is not outlier_of_it:  # no texture has what triggers write
+            weight = tower.embedding.weight
+            weight -= torch.einsum("c,d,dxyz->cxyz", marker, marker, weight)
     if fixed_position is not None:
         _raise_position(site, fixed_position, (norm_ratio or NORM_RATIO) * position)
 
