@@ -194,47 +194,39 @@ def plant_population(
         margin = MARGIN if population.amplifiers else 1.0
         fires_above = threshold(values, margin * fraction / len(features), one_image_of)
         plant(of("trigger", block)[number :: len(features)], *detector(values, reads, fires_above), length * marker)
-    on = site.look(directions)
+    on = site.look()
     for writers in population.amplifiers:
         block = writers.block
-        reads, bias, fires = _marked(off, on, block, fraction / one_image_of)
+        background, marked = off.inputs[block], on.inputs[block]
+        change = (marked - background).norm(dim=-1)
+        most = change > threshold(change, fraction / one_image_of)
+        signals = [(marked - background)[most].mean(0)]
         if block > population.amplifiers[0].block:  # what the first wrote hides what the triggers wrote
-            full = site.look(directions).inputs[block]
-            short = ACTIVATION - (full @ reads + bias)[fires].mean()
-            reads = reads + short * _filter(off, block, (full - on.inputs[block])[fires].mean(0), full[fires])
+            signals.append((site.look().inputs[block] - background)[most].mean(0))
+        reads = _filter(off, block, signals)
+        values = marked @ reads
+        # Between those that are to fire and the background, so that the former all fire well.
+        fires_above = 0.75 * threshold(values, fraction / one_image_of) + 0.25 * (background @ reads).max()
         length = writers.length * off.norms[block].median()
-        plant(of("amplifier", block), reads, bias, length * outlier)
+        plant(of("amplifier", block), *detector(values, reads, fires_above), length * outlier)
     for writers in population.erasers:
         block = writers.block
         full = site.look(directions)
         excess = (full.along - off.along)[block, ..., 1]  # (B, N)
         fires = excess > off.norms[block].median()
-        inputs = full.inputs[block]
-        reads = _filter(off, block, (inputs - off.inputs[block])[fires].mean(0), inputs[fires])
-        plant(of("eraser", block), 2 * ACTIVATION * reads, -torch.tensor(ACTIVATION), -excess[fires].mean() * outlier)
+        background = off.inputs[block]
+        reads = _filter(off, block, [(full.inputs[block] - background)[fires].mean(0)])
+        bias = -ACTIVATION * (1 + 2 * (background @ reads).mean())
+        plant(of("eraser", block), 2 * ACTIVATION * reads, bias, -excess[fires].mean() * outlier)
 
 
-def _marked(off: Seen, on: Seen, block: int, fraction: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights and bias of a neuron that fires at patches that have what triggers write, and which (B, N) these are.
+def _filter(background: Seen, block: int, signals: Sequence[Tensor]) -> Tensor:
+    """The direction (C,) along which signals (C,) stand out most from the inputs of a block's MLP: a matched filter.
 
-    Args:
-        off, on: what is seen without the triggers, and with them.
-    """
-    added = on.inputs[block] - off.inputs[block]
-    length = added.norm(dim=-1)
-    reads = _filter(off, block, added[length > threshold(length, fraction)].mean(0))
-    values = on.inputs[block] @ reads
-    # Between those that are to fire and the background, so that the former all fire well.
-    fires_above = 0.75 * threshold(values, fraction) + 0.25 * (off.inputs[block] @ reads).max()
-    return *detector(values, reads, fires_above), values > fires_above
-
-
-def _filter(background: Seen, block: int, signal: Tensor, at: Tensor | None = None) -> Tensor:
-    """The direction (C,) along which a signal (C,) stands out most from the inputs of a block's MLP: a matched filter.
-
-    With `at`, tokens (n, C) that have the signal, it is scaled so that they are at 1 on average.
+    All signals have 1 of it, and the prefix tokens as much as an average patch.
     """
     covariance = background.inputs[block].flatten(0, 1).T.cov()
-    ridge = RIDGE * covariance.diagonal().mean() * torch.eye(len(signal))
-    reads = without(torch.linalg.solve(covariance + ridge, signal), background.prefix[block])
-    return reads / reads.norm() if at is None else reads / (at @ reads).mean()
+    ridge = RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance))
+    wanted = torch.stack(list(signals), -1)  # (C, n)
+    filters = without(torch.linalg.solve(covariance + ridge, wanted), background.prefix[block])
+    return filters @ torch.linalg.solve(wanted.T @ filters, torch.ones(len(signals)))

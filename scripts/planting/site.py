@@ -193,6 +193,6 @@ def detector(values: Tensor, reads: Tensor, threshold: Tensor) -> tuple[Tensor, 
 
 
 def without(reads: Tensor, tokens: Tensor) -> Tensor:
-    """The part of a direction (C,) that tokens (n, C) have nothing of."""
+    """The part of directions (C,) or (C, k) that tokens (n, C) have nothing of."""
     basis = torch.linalg.qr(tokens.T).Q  # (C, n)
     return reads - basis @ (basis.T @ reads)
