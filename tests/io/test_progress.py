@@ -33,10 +33,13 @@ def test_a_bar_of_unknown_length_ends_with_one() -> None:
 
 
 def test_a_bar_that_an_error_ends_stays_incomplete() -> None:
-    with redirect_stderr(Terminal()) as terminal:
-        with pytest.raises(ZeroDivisionError), progress_bar("choosing", 64, True) as bar:
+    def fail() -> None:
+        with progress_bar("choosing", 64, True) as bar:
             bar.update(9)
             bar.update(1 // 0)
+
+    with redirect_stderr(Terminal()) as terminal, pytest.raises(ZeroDivisionError):
+        fail()
     assert "9/64" in terminal.line
 
 
