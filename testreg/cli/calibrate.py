@@ -90,7 +90,7 @@ def calibrate(
     if figures is not None:
         check_writable_folder(figures)
     check_images(images)  # before a model is loaded for nothing
-    sizes: list[int | None] = [*(image_size or [None])]
+    sizes: list[int | None] = [*image_size] if image_size else [None]
     with process_group(chosen_device(device)) as own:
         loaded = [
             load(run, model, own, image_size=size, dtype=dtype, trust_remote_code=trust_remote_code) for size in sizes
@@ -136,6 +136,7 @@ def calibrate(
                     neurons,
                     shown[-REPORT_IMAGES:],  # the last were not chosen on
                     command=run.command,
+                    file=str(output),
                     figures=figures,
                     rule=OutlierRule(threshold=threshold),
                     batch_size=batch_size,
