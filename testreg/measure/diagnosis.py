@@ -150,7 +150,7 @@ class Diagnosis:
         (True, 4)
         >>> found
         Diagnosis: outliers from block 2 (MLP), ... % of patches, movable
-          of VisionTransformer: 4 blocks, 45 images at 64 x 64
+          of timm:vit_base_patch16_clip_224...: 4 blocks, 45 images at 64 x 64
           Outliers stand out most after block ...
         >>> figure = found.plot()
         >>> print(found.notes[0])
@@ -276,10 +276,10 @@ class Diagnosis:
         """The figures as text, a line for each block: those after its MLP, and the outlier fraction after its
         attention."""
         lines = [
-            f"{'':9} {'median':>7} {'norm / median':^17} {'kurt-':>5}  {'outliers, %':^11}  {'cosine':^11}  "
-            f"{'attention, %':^12}",
+            f"{'':9} {'median':>7} {'norm / median':^17} {'kurt-':>5}  {'outliers %':^11}  {'cosine':^11}  "
+            f"{'attention %':^11}",
             f"{'block':>9} {'norm':>7} {'p99':>5} {'max':>5} {'prefx':>5} {'osis':>5}  {'attn':>5} {'MLP':>5}  "
-            f"{'norml':>5} {'outl.':>5}  {'outl.':>6} {'prefx':>5}",
+            f"{'norml':>5} {'outl.':>5}  {'outl.':>5} {'prefx':>5}",
             _row("embedding", None, self.embedding, None, None),
         ]
         for i, block in enumerate(self.blocks):
@@ -314,7 +314,7 @@ def _row(name: str, before: float | None, after: Residual, to_outliers: float | 
         f"{name:>9} {_short(after.median_norm):>7} {_short(after.quantiles[-1])} {_short(after.max_over_median)} "
         f"{_short(max(after.prefix_ratio, default=None))} {_short(after.kurtosis)}  {_short(percent(before))} "
         f"{_short(percent(after.outlier_fraction))}  {_short(after.normal_cosine)} {_short(after.outlier_cosine)}  "
-        f"{_short(percent(to_outliers)):>6} {_short(percent(to_prefix))}"
+        f"{_short(percent(to_outliers))} {_short(percent(to_prefix))}"
     )
 
 

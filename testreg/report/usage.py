@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 
+from testreg.files import plain
+
 
 def python_lines(name: str, neurons: str) -> list[str]:
     """Python from loading the model to patching it.
@@ -42,7 +44,11 @@ def python_lines(name: str, neurons: str) -> list[str]:
                 patch,
             ]
         case _:
-            return ["import testreg", f"# model: the {name} that was calibrated, loaded as you always do", patch]
+            return [
+                "import testreg",
+                f"# model: the {plain(' '.join(name.split()))} that was calibrated, loaded as you always do",
+                patch,
+            ]
 
 
 def shell_line(name: str, neurons: str) -> str:
