@@ -12,10 +12,12 @@ _HOMES = {
     "RegisterNeurons": "neurons",
     "UnverifiedNeuronsWarning": "neurons",
     "add_family": "families",
+    "attention": "measure.maps",
     "calibrate": "calibration.calibrate",
     "demo_model": "io.loading",
     "diagnose": "measure.diagnose",
     "disabled": "register",
+    "features": "measure.maps",
     "is_patched": "register",
     "load": "io.checkpoints",
     "load_model": "io.loading",
@@ -23,6 +25,7 @@ _HOMES = {
     "patched": "register",
     "registers": "register",
     "save": "io.checkpoints",
+    "strip_registers": "measure.maps",
     "unpatch": "register",
 }
 """The module of each public name. It is imported when the name is asked for, and not before."""

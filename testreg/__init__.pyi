@@ -10,6 +10,9 @@ from testreg.io.loading import demo_model as demo_model
 from testreg.io.loading import load_model as load_model
 from testreg.measure.diagnose import diagnose as diagnose
 from testreg.measure.diagnosis import Diagnosis as Diagnosis
+from testreg.measure.maps import attention as attention
+from testreg.measure.maps import features as features
+from testreg.measure.maps import strip_registers as strip_registers
 from testreg.measure.outliers import OutlierRule as OutlierRule
 from testreg.neurons import RegisterNeurons as RegisterNeurons
 from testreg.neurons import UnverifiedNeuronsWarning as UnverifiedNeuronsWarning
