@@ -4,6 +4,7 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "Comparison": "report.comparison",
     "Diagnosis": "measure.diagnosis",
     "Family": "families",
     "ImmovableOutliersError": "calibration.errors",
@@ -14,6 +15,7 @@ _HOMES = {
     "add_family": "families",
     "attention": "measure.maps",
     "calibrate": "calibration.calibrate",
+    "compare": "report.comparison",
     "demo_model": "io.loading",
     "diagnose": "measure.diagnose",
     "disabled": "register",

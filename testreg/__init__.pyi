@@ -22,3 +22,5 @@ from testreg.register import patch as patch
 from testreg.register import patched as patched
 from testreg.register import registers as registers
 from testreg.register import unpatch as unpatch
+from testreg.report.comparison import Comparison as Comparison
+from testreg.report.comparison import compare as compare

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from testreg.families import Tower, find_tower
 from testreg.io.images import Images, ImageStream
 from testreg.io.preprocessing import OwnTransform, Transform
-from testreg.io.sources import image_paths
+from testreg.io.sources import images_in, named_source, single_images, undecoded
 from testreg.measure.attention import Query, attention_to_patches, pooling
 from testreg.measure.hooks import recorded_tokens, recording_outputs
 from testreg.patching.layout import Layout
@@ -194,10 +194,7 @@ def image_batch(model: nn.Module, images: Images, transform: Transform | None = 
         if images.ndim != 4 or not len(images):
             raise ValueError(f"expected images (B, 3, h, w), one at least, got {tuple(images.shape)}")
         return images
-    items: Any = images
-    if isinstance(images, str | os.PathLike) and not os.fspath(images).startswith("hf-dataset:"):
-        items = [os.fspath(path) for path in image_paths(images)] if not os.fspath(images).endswith(".tar") else images
-    stream = ImageStream(items, transform or OwnTransform(model))
+    stream = ImageStream(listed_images(images), transform or OwnTransform(model))
     batch = [image for _, image in stream.numbered()]
     if stream.num_skipped:
         raise ValueError(f"{stream.num_skipped} of the images could not be read: {stream.first_unreadable}")
@@ -207,6 +204,16 @@ def image_batch(model: nn.Module, images: Images, transform: Transform | None = 
         shapes = ", ".join(sorted({str(tuple(image.shape)) for image in batch}))
         raise ValueError(f"the images have different shapes as the model's input ({shapes}): pass them one at a time")
     return torch.stack(batch)
+
+
+def listed_images(images: Images) -> list[Any]:
+    """The images of any source, one by one, as they are; those of a folder in the order of their names.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none.
+    """
+    items = named_source(os.fspath(images)) if isinstance(images, str | os.PathLike) else images_in(images)
+    return list(single_images(undecoded(items)))
 
 
 def _check(tower: Tower, block: int) -> None:
