@@ -13,6 +13,7 @@ _HOMES = {
     "RegisterNeurons": "neurons",
     "UnverifiedNeuronsWarning": "neurons",
     "add_family": "families",
+    "answer_attention": "measure.answers",
     "attention": "measure.maps",
     "calibrate": "calibration.calibrate",
     "compare": "report.comparison",

@@ -8,6 +8,7 @@ from testreg.io.checkpoints import load as load
 from testreg.io.checkpoints import save as save
 from testreg.io.loading import demo_model as demo_model
 from testreg.io.loading import load_model as load_model
+from testreg.measure.answers import answer_attention as answer_attention
 from testreg.measure.diagnose import diagnose as diagnose
 from testreg.measure.diagnosis import Diagnosis as Diagnosis
 from testreg.measure.maps import attention as attention

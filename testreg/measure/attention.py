@@ -14,45 +14,43 @@ from testreg.families.kernels import attention_kernel
 from testreg.measure.hooks import recording_inputs, recording_outputs
 
 Query = Literal["cls", "pool", "mean"]
-UNSEEN = (
-    "flash_attention_2",
-    "flash_attention_3",
-    "flex_attention",
-)  # kernels that do not go through torch.nn.functional
+# Kernels that do not go through torch.nn.functional.
+UNSEEN = ("flash_attention_2", "flash_attention_3", "flex_attention")
 
 
 class Recorder(TorchFunctionMode):
     """Sees every attention that is computed while it is active: fused, in nn.MultiheadAttention, or by a softmax.
 
-    Keeps what the first token gives to each token (B, heads, T), or, if `of_all`, what `queries` give on average.
+    Keeps what the first token (or the one of this number) gives to each token (B, heads, T), or, if `of_all`, what all
+    tokens (or `queries` alone) give on average.
     """
 
-    def __init__(self, of_all: bool, queries: slice = slice(None)) -> None:
+    def __init__(self, of_all: bool, *, queries: slice = slice(None), token: int = 0) -> None:
         super().__init__()
-        self.of_all, self.queries = of_all, queries
+        self.of_all, self.queries, self.token = of_all, queries, token
         self.rows: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            weights = fused_weights(*args, **kwargs, of_all=self.of_all)
+            weights = fused_weights(*args, **kwargs, of_all=self.of_all, token=self.token)
             if weights is not None:
-                self._keep(weights)
+                self._keep(weights, 0)
         elif func is F.multi_head_attention_forward and _attends_to_itself(*args, **kwargs):
             asked = kwargs.get("need_weights", True)
             out, weights = func(*args, **{**kwargs, "need_weights": True, "average_attn_weights": False})
             assert weights is not None
-            self._keep(weights)
+            self._keep(weights, self.token)
             return out, weights.mean(1) if asked else None
         out = func(*args, **kwargs)
         if func in (F.softmax, torch.softmax, Tensor.softmax) and out.ndim == 4 and out.shape[-1] == out.shape[-2]:
-            self._keep(out)
+            self._keep(out, self.token)
         return out
 
-    def _keep(self, attention: Tensor) -> None:
-        """(B, heads, queries, T)"""
+    def _keep(self, attention: Tensor, row: int) -> None:
+        """Of attention (B, heads, queries, T), one row or the mean."""
         precise = attention.to(torch.promote_types(attention.dtype, torch.float32))
-        self.rows.append(precise[:, :, self.queries].mean(2) if self.of_all else precise[:, :, 0])
+        self.rows.append(precise[:, :, self.queries].mean(2) if self.of_all else precise[:, :, row])
 
 
 class PoolRecorder(TorchFunctionMode):
@@ -94,20 +92,23 @@ def fused_weights(
     enable_gqa: bool = False,
     *,
     of_all: bool,
+    token: int = 0,
     to_others: bool = False,
 ) -> Tensor | None:
     """The weights (B, heads, T, T) behind `F.scaled_dot_product_attention`, before dropout; None unless tokens attend
     to themselves, or, if `to_others`, to others.
 
-    Not `of_all`: those of the first token alone, (B, heads, 1, T).
+    Not `of_all`: those of one token alone, (B, heads, 1, T).
     """
     length = key.shape[-2]
     if query.ndim != 4 or (query.shape[-2] == length) == to_others:
         return None
     visible = query.new_ones(length, length, dtype=torch.bool).tril() if is_causal else None
     if not of_all:
-        query, visible = query[:, :, :1], None if visible is None else visible[:1]
-        attn_mask = None if attn_mask is None else attn_mask[..., :1, :]
+        row = slice(token, token + 1 or None)
+        query, visible = query[:, :, row], None if visible is None else visible[row]
+        if attn_mask is not None and attn_mask.shape[-2] > 1:
+            attn_mask = attn_mask[..., row, :]
     if enable_gqa:
         key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
     dtype = torch.promote_types(query.dtype, torch.float32)
