@@ -121,7 +121,7 @@ def forward_of(
     block, or from a forward that a backward pass recomputes. `now`: whether forwards that begin have registers.
     """
     handed = _handed(tokens)
-    if handed is not None and (is_latest(handed.forward) or is_running(handed.forward)):
+    if handed is not None and handed.forward.patch is patch and _goes_on(handed.forward):
         handed.arrived = True
         return handed.forward, False
     copied = handed is None and hasattr(tokens, _HANDED)
@@ -139,6 +139,10 @@ def forward_of(
     return begin(patch, holders, now if carried is None else carried is not False, object()), carried is None
 
 
+def _goes_on(forward: Forward) -> bool:
+    return is_latest(forward) or is_running(forward)
+
+
 def registers_for(tokens: Tensor, forward: Forward, index: int) -> Tensor | None:
     """The registers (B, R, C) of the forward, for tokens that take the place of those that a block has handed on.
 
@@ -148,7 +152,7 @@ def registers_for(tokens: Tensor, forward: Forward, index: int) -> Tensor | None
         RuntimeError: the tokens have another shape than those whose place they take.
     """
     if is_recomputing():
-        for earlier, found in _replacement(tokens).found.items():
+        for earlier, found in list(_replacement(tokens).found.items()):
             if earlier.origin is forward.origin:
                 return found
     if forward.index != index - 1:

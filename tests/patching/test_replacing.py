@@ -138,6 +138,18 @@ def test_an_activation_of_other_images_leaves_the_register_of_these(family: str,
 
 
 @torch.no_grad()
+def test_an_activation_of_another_model_leaves_the_register_of_this() -> None:
+    """Another model whose forward is not over: its tokens carry registers of their own."""
+    model, other = patched(), testreg.patch(build("timm_vit"), {0: [5], 3: [9]})
+    x = other.norm_pre(other._pos_embed(other.patch_embed(images(1))))
+    foreign = other.blocks[1](other.blocks[0](x))
+    with hooked(model.blocks[1], in_place(foreign.clone())):
+        expected = model(images(2))
+    with hooked(model.blocks[1], lambda tokens: foreign):
+        torch.testing.assert_close(model(images(2)), expected)
+
+
+@torch.no_grad()
 def test_a_hook_in_front_of_a_block_may_replace_its_tokens() -> None:
     model = patched()
     with hooked(model.blocks[1], in_place(clean := activation(model, model.blocks[1], images(1)).clone())):
