@@ -11,8 +11,10 @@ device), the forward knows the registers (`forwards`): they are copied, and only
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,7 +55,9 @@ class Handed(_Unsaved):
         assert self.sequence is not None
         return self.layout.registers(self.sequence)
 
-    def __del__(self) -> None:
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if is_finalizing():  # modules are gone by then
+            return
         unclaimed = not self.arrived and self.sequence is not None and self.forward.index == self.index
         if unclaimed and is_running(self.forward):
             self.forward.kept = self.registers().detach()
@@ -140,6 +144,7 @@ def forward_of(
 
 
 def _goes_on(forward: Forward) -> bool:
+    """Whether the forward runs, or is the last that was abandoned, whose tokens someone takes up again."""
     return is_latest(forward) or is_running(forward)
 
 
