@@ -3,7 +3,7 @@ import itertools
 import pytest
 
 from testreg.calibration.evaluation import Effect
-from testreg.calibration.selection import MAX_MEASUREMENTS, MAX_ROUNDS, Candidates, select
+from testreg.calibration.selection import MAX_MEASUREMENTS, Candidates, select
 
 
 def ranking(count):
