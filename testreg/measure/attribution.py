@@ -94,6 +94,8 @@ def _attribution_of(tower: Tower, images: Tensor, detection: Detection) -> Attri
         of_patches = norms[..., patches]  # (L, B, N)
     norms = norms.detach()
     check_finite(norms, images)
+    if cut := [index for index, each in enumerate(tokens) if not each.requires_grad]:
+        raise _not_differentiable(f"block {cut[0]} passes no gradient on")
     share, energy_at_outliers, energy = torch.zeros(3, len(images), tower.depth, tower.mlp_width)
     outlier = detection.outliers(norms, tower.num_prefix, tower.grid(images))[..., patches]
     outlier &= detection.counts(tower.depth).to(outlier.device)[:, None, None]
@@ -134,8 +136,12 @@ def _gradients(norms: Tensor, weight: Tensor, activations: Sequence[Tensor]) -> 
     try:
         found = torch.autograd.grad(norms, activations, weight, allow_unused=True)
     except (RuntimeError, NotImplementedError) as error:
-        raise ValueError(
-            f"the model cannot be differentiated ({str(error).splitlines()[0][:200]}): calibrate it before it is "
-            "quantized or compiled, or with score='contribution'"
-        ) from error
+        raise _not_differentiable(str(error).splitlines()[0][:200]) from error
     return [torch.zeros_like(each) if grad is None else grad for each, grad in zip(activations, found, strict=True)]
+
+
+def _not_differentiable(reason: str) -> ValueError:
+    return ValueError(
+        f"the model cannot be differentiated ({reason}): calibrate it before it is quantized or compiled, or with "
+        "score='contribution'"
+    )
