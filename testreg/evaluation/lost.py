@@ -152,7 +152,7 @@ def evaluate(
 def _found(
     run: Run, column: Column, samples: Sequence[Sample[Objects]], released: list[Choice], sweep: bool, size: int | None
 ) -> tuple[list[Choice], Tensor, Tensor]:
-    """The choices, those of the arguments first, the boxes (n, choices, 4) in pixels of the images, and whether the best patch hits (n,)."""
+    """The choices, those of the arguments first; the boxes (n, choices, 4) in pixels of the images; the hits (n,)."""
     depth, patch = column.tower.depth, column.tower.patch_size
     if not -depth <= released[0].block < depth:
         raise ValueError(f"the model has no block {released[0].block}, but {depth} blocks")
@@ -177,7 +177,7 @@ def _found(
             for i in range(len(images))
         ]
         tokens = behind_norm(tower, last[0]).float()
-        patches, whole = tokens[:, where], global_token(tokens, tower.num_prefix)
+        patches, whole = tokens[:, where], global_token(tokens, tower)
         score = torch.cosine_similarity(patches, whole.unsqueeze(1), dim=-1)
         return {"boxes": torch.stack([torch.stack(each) for each in boxes]), "best": score.argmax(1)}
 

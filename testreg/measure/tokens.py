@@ -45,9 +45,9 @@ def behind_norm(tower: Tower, tokens: Tensor) -> Tensor:
     return tokens if norm is None else norm(tokens)
 
 
-def global_token(tokens: Tensor, num_prefix: int) -> Tensor:
+def global_token(tokens: Tensor, tower: Tower) -> Tensor:
     """What stands for the image (B, C) among tokens (B, T, C): CLS, or the mean of the patches where there is none."""
-    return tokens[:, 0] if num_prefix else tokens.mean(1)
+    return tokens[:, 0] if tower.num_prefix else tokens.mean(1)
 
 
 class _Projections(TorchFunctionMode):

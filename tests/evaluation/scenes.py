@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -90,3 +91,20 @@ def masks(folder: Path, count: int = 4, images: str = "images", maps: str = "mas
         values[10:40, 20:60] = 1
         write_map(folder / maps / f"{i}.png", values)
     return folder
+
+
+def labelled(folder: Path, splits: tuple[str, ...] = ("train", "val"), count: int = 4) -> Path:
+    """An ImageFolder of two classes, which are told apart by colour."""
+    for split in splits:
+        for number, name in enumerate(("red", "green")):
+            for i in range(count):
+                path = folder / split / name / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture(number + 3 * i + 99 * splits.index(split), (64, 64)).save(path)
+    return folder
+
+
+def image_bytes(number: int) -> bytes:
+    file = io.BytesIO()
+    picture(number, (32, 32)).save(file, format="PNG")
+    return file.getvalue()

@@ -136,8 +136,8 @@ def test_imagenet_segmentation_as_it_is_published(tmp_path: Path) -> None:
     assert sample.target.read().shape == (64, 70)
     assert sample.target.read()[3, 15] == 1
     attention_seg.evaluate(tiny_model(), tmp_path, size=64, progress=False)
+    (tmp_path / "gtsegs_ijcv.mat").write_text("MATLAB")
     with pytest.raises(ValueError, match="is not ImageNet-segmentation"):
-        (tmp_path / "gtsegs_ijcv.mat").write_text("MATLAB")
         mapped_images(tmp_path)
 
 
