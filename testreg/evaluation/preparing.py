@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -107,6 +108,22 @@ class Native:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """The image at its own size, or squashed to a square."""
+
+    normalise: Normalisation
+    size: int | None
+
+    @property
+    def key(self) -> str:
+        return repr(self)
+
+    def __call__(self, image: Image) -> Tensor:
+        pixels = pixels_of(image)
+        return self.normalise(pixels if self.size is None else tv.resize(pixels, [self.size] * 2, antialias=True))
+
+
+@dataclass(frozen=True)
 class Square:
     """The image as a square: squashed, or its short side resized and the middle cropped."""
 
@@ -132,6 +149,13 @@ class Square:
 def pixels_of(image: Image) -> Tensor:
     """The pixels (3, h, w) of an RGB image, float32 in [0, 1]."""
     return tv.to_dtype(tv.pil_to_tensor(image), torch.float32, scale=True)
+
+
+def resized_within(shape: Sequence[int], short: int, long: int) -> tuple[int, int]:
+    """Height and width (of a shape ..., h, w) scaled alike, so that no side exceeds its bound, as large as can be."""
+    height, width = shape[-2:]
+    scale = min(short / min(height, width), long / max(height, width))
+    return max(round(height * scale), 1), max(round(width * scale), 1)
 
 
 def hashed(value: object) -> str:

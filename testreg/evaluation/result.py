@@ -72,7 +72,7 @@ class Result:
         """The metrics as a table of rich, a row for each."""
         from rich.table import Table
 
-        table = Table(title=f"{self.task}: {self.model}", caption=self._caption(), caption_justify="left")
+        table = Table(title=self.task)
         table.add_column("metric")
         for name in self.metrics:
             table.add_column(name, justify="right")
@@ -83,10 +83,10 @@ class Result:
         for metric in self.metrics["plain"]:
             values = [f"{column[metric]:.4f}" for column in self.metrics.values()]
             table.add_row(metric, *values, *(_interval(each[metric]) for each in shown.values()))
+        table.add_section()
+        for name, value in self.baselines.items():
+            table.add_row(f"{name} (no model)", f"{value:.4f}")
         return table
-
-    def _caption(self) -> str | None:
-        return ", ".join(f"{name} {value:.4f}" for name, value in self.baselines.items()) or None
 
     def __str__(self) -> str:
         from rich.console import Console

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,11 +79,11 @@ class Column:
     patch: Mapping[str, Any] | None
     """The neurons and options of its registers; None if it has none."""
 
-    @cached_property
+    @functools.cached_property
     def tower(self) -> Tower:
         return find_tower(self.model)
 
-    @cached_property
+    @functools.cached_property
     def weights(self) -> str:
         """A hash of the model's weights, every bit of them: a fingerprint would miss a neuron that was planted."""
         digest = hashlib.sha256(type(self.model).__name__.encode())
@@ -102,8 +102,8 @@ class Run:
         neurons: the register neurons of the patched column, as `testreg.patch` takes them; None or "none" for no such
             column.
         against: another model, e.g. one with trained registers, as it comes.
-        image_size: side of the square images that the task will give; "any" if they are of any size; None for the
-            model's own.
+        image_size: side of the square images that the task will give, up to whole patches; "any" if they are of any
+            size; None for the model's own.
 
     Raises:
         ValueError: neurons are given for a model that is patched already, or they do not fit it.
@@ -136,13 +136,16 @@ class Run:
     def _loaded(self, model: Model, image_size: int | str | None) -> LoadedModel:
         settings = self.settings
         if isinstance(model, str | os.PathLike):
-            return load_model(
-                os.fspath(model),
-                image_size=image_size if isinstance(image_size, int) else None,
-                any_size=image_size == "any",
-                device=settings.device,
-                trust_remote_code=settings.trust_remote_code,
+            load = functools.partial(
+                load_model, os.fspath(model), device=settings.device, trust_remote_code=settings.trust_remote_code
             )
+            if image_size is None:
+                return load()
+            loaded = load(any_size=True)
+            if image_size == "any":
+                return loaded
+            patch = max(find_tower(loaded.model).patch_size)
+            return load(any_size=True, image_size=-(-int(image_size) // patch) * patch)
         loaded = model if isinstance(model, LoadedModel) else LoadedModel(model, OwnTransform(model), _name_of(model))
         if settings.device is not None:
             loaded.model.to(settings.device)
