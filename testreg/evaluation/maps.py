@@ -195,9 +195,9 @@ def _of_mat(file: Path) -> list[Sample[Map]]:
 # What maps say --------------------------------------------------------------------------------------------------------
 
 
-def one_split(found: Mapping[str, list[Any]], data: object, names: Sequence[str] = ("val", "", "train")) -> list[Any]:
-    """The first of the splits that is there, for tasks that need but one."""
-    return next(found[name] for name in names if name in found)
+def one_split(found: Mapping[str, list[Any]]) -> list[Any]:
+    """The split that counts, for tasks that fit nothing: val, or all where there are no splits."""
+    return next(found[name] for name in ("val", "", "train") if name in found)
 
 
 def two_splits(found: Mapping[str, list[Any]], data: object, held_out: float = 0.25) -> tuple[list[Any], list[Any]]:

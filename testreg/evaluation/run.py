@@ -151,6 +151,10 @@ class Run:
             loaded.model.to(settings.device)
         return loaded
 
+    def name_of(self, column: Column) -> str:
+        """The name of the model of a column."""
+        return self.against_name if column.name == "against" and self.against_name else self.model_name
+
     def features(
         self,
         column: Column,

@@ -1,5 +1,6 @@
 """Nearest neighbours and linear probes: votes by hand, layouts of labelled images, and bad data."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ranks import in_processes
 from scenes import RANDOM, image_bytes, labelled, tiny_model
 
 from testreg.evaluation import knn, linear
@@ -16,6 +18,7 @@ from testreg.evaluation.knn import top_1_and_5, vote
 from testreg.evaluation.labels import class_names, labelled_images
 from testreg.evaluation.linear import BLOCKS, RATES, Probes
 from testreg.families import find_tower
+from testreg.io.processes import process_group
 from testreg.measure.tokens import normed_tokens
 
 OPTIONS: dict[str, Any] = {"progress": False, "resamples": 5}
@@ -213,3 +216,20 @@ def test_tokens_behind_the_norm_are_the_librarys(tmp_path: Path) -> None:
 
 def test_means_of_nothing_are_not_defined() -> None:
     assert np.isnan(mean_of([np.nan]).value)
+
+
+def test_processes_fit_the_same_probe(tmp_path: Path) -> None:
+    labelled(tmp_path / "data")
+    options = {"iterations": 3, "fit_batch": 6, **OPTIONS}
+    alone = linear.evaluate(tiny_model(), tmp_path / "data", cache=tmp_path / "alone", **options)
+
+    def work(rank: int) -> None:
+        with process_group("cpu"):
+            result = linear.evaluate(tiny_model(), tmp_path / "data", cache=tmp_path / "shared", **options)
+        result.save(tmp_path / f"{rank}.json")
+
+    assert [each.code for each in in_processes(2, work, tmp_path)] == [0, 0]
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found["plain"] == pytest.approx(alone.to_json()["plain"])
+        assert found["details"] == alone.to_json()["details"]
