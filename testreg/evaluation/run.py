@@ -38,26 +38,30 @@ Model = str | os.PathLike[str] | nn.Module | LoadedModel
 class Settings:
     """What every task takes beside its own arguments.
 
+    Args:
+        num_images: at most so many images, of each split: a seeded sample; None for all.
+        batch_size: images of one size that the model is given at a time.
+        workers: processes that read images.
+        device: cpu, cuda, cuda:1, mps; None leaves a module where it is, and loads named models to the CPU.
+        cache: folder in which features are kept; None for ~/.cache/testreg/evaluation.
+        resamples: times that the images are drawn anew for the 95 % intervals.
+        seed: of the samples, the probes, and the intervals.
+        progress: whether to show bars.
+        trust_remote_code: run the Python code that a model's repository or folder brings along.
+
     Raises:
         ValueError: a value is out of its range.
     """
 
     num_images: int | None = None
-    """At most so many images, of each split: a seeded sample."""
     batch_size: int = 16
-    """Images of one size that the model is given at a time."""
     workers: int = 0
-    """Processes that read images."""
     device: str | None = None
-    """cpu, cuda, cuda:1, mps; None leaves a module where it is, and loads named models to the CPU."""
     cache: str | os.PathLike[str] | None = None
-    """Folder in which features are kept; None for ~/.cache/testreg/evaluation."""
     resamples: int = 1000
-    """Times that the images are drawn anew for the 95 % intervals."""
     seed: int = 0
     progress: bool = True
     trust_remote_code: bool = False
-    """Run the Python code that a model's repository or folder brings along."""
 
     def __post_init__(self) -> None:
         for name in ("num_images", "batch_size", "resamples"):
