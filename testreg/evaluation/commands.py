@@ -12,19 +12,6 @@ from typing import Annotated, Any
 
 from testreg.evaluation.run import Settings
 
-TASKS = {
-    "lost": "object discovery: CorLoc",
-    "knn": "classification by the nearest neighbours",
-    "linear": "linear classification",
-    "zeroshot": "zero-shot classification with a CLIP",
-    "segment": "linear segmentation",
-    "depth": "linear depth",
-    "attention-seg": "segmentation by attention",
-    "tokens": "what single tokens know",
-    "typographic": "typographic attacks on a CLIP",
-}
-"""The commands, each with what it measures."""
-
 _IN_PYTHON = {
     "model",
     "data",
@@ -35,7 +22,6 @@ _IN_PYTHON = {
     "progress",
 }  # or with an option of its own
 _HELP = {
-    "data": "the images and their truth",
     "neurons": "register neurons: JSON, a bundled name, or none",
     "against": "another model to hold against it, e.g. one with trained registers",
     "figures": "write the task's pictures there",
@@ -55,8 +41,9 @@ def signature_of(task: str) -> inspect.Signature:
         shown = Annotated[kind, typer.Option(help=text, show_default=default is not None)]
         return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=shown)
 
+    texts = argument_texts(inspect.getdoc(function_of(task)) or "")
     common = [
-        option("data", str, Parameter.empty, _HELP["data"]),
+        option("data", str, Parameter.empty, texts["data"]),
         option("neurons", str | None, None, _HELP["neurons"]),
         option("against", str | None, None, _HELP["against"]),
         option("figures", Path | None, None, _HELP["figures"]),

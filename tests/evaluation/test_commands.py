@@ -9,7 +9,8 @@ import typer
 from scenes import masks
 from typer.testing import CliRunner
 
-from testreg.evaluation.commands import TASKS, argument_texts, function_of, signature_of
+from testreg.evaluation.commands import argument_texts, function_of, signature_of
+from testreg.evaluation.names import TASKS
 
 
 def test_every_task_has_a_command() -> None:
