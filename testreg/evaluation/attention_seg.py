@@ -55,7 +55,7 @@ def evaluate(
     settings_ = Settings(**settings)
     first, last = _range(foreground)
     samples = drawn(one_split(mapped_images(data)), settings_.num_images, settings_.seed)
-    run = Run("attention_seg", model, data, settings_, neurons=neurons, against=against, image_size=size)
+    run = Run("attention-seg", model, data, settings_, neurons=neurons, against=against, image_size=size)
     fit: Fit = "squash" if align else "crop"
     plain_colours = normalisation_of(run.columns[0].transform)
     truths: list[Array] = []

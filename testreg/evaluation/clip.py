@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from testreg.evaluation.labels import Labelled, class_names
-from testreg.evaluation.run import Column
+from testreg.evaluation.run import Column, Run
 from testreg.io.trust import CHECK_HUB, asking_only_if, explained
 
 Tokenizer = Callable[[list[str]], Any]
@@ -42,12 +42,28 @@ def tokenizer_of(name: str) -> Tokenizer:
     return lambda texts: tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
 
 
-def check_reads_texts(model: nn.Module) -> None:
-    """Raise ValueError unless the model encodes images and texts."""
-    if not any(hasattr(model, each) for each in ("encode_text", "get_text_features")):
-        raise ValueError(
-            f"{type(model).__name__} encodes no texts: zero-shot needs a whole CLIP, of open_clip or of transformers"
-        )
+def texts_of(
+    run: Run, names: Sequence[str], templates: Sequence[Callable[[str], str]], tokenizer: Tokenizer | None
+) -> dict[str, Tensor]:
+    """The embeddings (classes, D) of the classes, by column; each model reads them once.
+
+    Raises:
+        ValueError: a model encodes no texts, or its tokenizer is not known.
+    """
+    for column in run.columns:
+        if not any(hasattr(column.model, each) for each in ("encode_text", "get_text_features")):
+            raise ValueError(
+                f"{type(column.model).__name__} encodes no texts: this needs a whole CLIP, of open_clip or of "
+                "transformers"
+            )
+    made: dict[int, Tensor] = {}
+    for column in run.columns:
+        if id(column.model) not in made:
+            reader = tokenizer or tokenizer_of(run.name_of(column))
+            with column.tower.evaluating():
+                embeddings = class_embeddings(column.model, reader, names, templates, column.tower.device)
+            made[id(column.model)] = embeddings.cpu()
+    return {column.name: made[id(column.model)] for column in run.columns}
 
 
 def encode_images(column: Column, images: Tensor) -> Tensor:

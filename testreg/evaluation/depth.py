@@ -91,12 +91,12 @@ def evaluate(
             torch.manual_seed(settings_.seed)
             head = Head(2 * asked[0]["patches"].shape[1]).to(device)
         best: tuple[float, Head] | None = None
-        for _ in fitted(head, batches, iterations, warm_up, every, patch):
-            error = score(predict(head, asked, scored, patch), scored)["abs_rel"].value
+        for _ in fitted(head, batches, iterations, warm_up, every, size, patch):
+            error = score(predict(head, asked, scored, size, patch), scored)["abs_rel"].value
             if best is None or error < best[0]:
                 best = error, copy.deepcopy(head)
         assert best is not None
-        predicted[column.name] = predict(best[1], asked, scored, patch)
+        predicted[column.name] = predict(best[1], asked, scored, size, patch)
         scores[column.name] = score(predicted[column.name], scored)
 
     def panels(i: int) -> list[Panel]:
@@ -173,8 +173,22 @@ def loss_of(depth: Tensor, truth: Tensor, *, with_variance: bool) -> Tensor:
     return (squared + gap.var() if with_variance else squared).sqrt()
 
 
+def on_image(depth: Tensor, shape: Sequence[int], size: int | None, patch: tuple[int, int]) -> Tensor:
+    """Depth (B, 1, rows, columns) of images that were squashed to `size`, or not, as their pixels (B, h, w)."""
+    height, width = shape[-2:]
+    if size is None:
+        return resized(depth, (height, width), patch)[:, 0]
+    return F.interpolate(resized(depth, (size, size), patch), (height, width), mode="bilinear")[:, 0]
+
+
 def fitted(
-    head: Head, batches: Iterable[Batch], iterations: int, warm_up: int, every: int, patch: tuple[int, int]
+    head: Head,
+    batches: Iterable[Batch],
+    iterations: int,
+    warm_up: int,
+    every: int,
+    size: int | None,
+    patch: tuple[int, int],
 ) -> Iterable[int]:
     """Fit the head, and yield the step after every so many, and after the last."""
     optimizer = torch.optim.AdamW(head.parameters(), lr=5e-3, weight_decay=0.01)
@@ -186,8 +200,7 @@ def fitted(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     for step, (features, truth) in enumerate(batches, start=1):
         optimizer.zero_grad()
-        height, width = truth.shape[-2:]
-        depth = resized(head(features["patches"], features["cls"]), (height, width), patch)[:, 0]
+        depth = on_image(head(features["patches"], features["cls"]), truth.shape, size, patch)
         loss_of(depth, truth, with_variance=step > 100).backward()
         nn.utils.clip_grad_norm_(head.parameters(), 35)
         optimizer.step()
@@ -197,13 +210,14 @@ def fitted(
 
 
 @torch.no_grad()
-def predict(head: Head, asked: Features, truths: Sequence[Tensor], patch: tuple[int, int]) -> list[Tensor]:
+def predict(
+    head: Head, asked: Features, truths: Sequence[Tensor], size: int | None, patch: tuple[int, int]
+) -> list[Tensor]:
     """Depth (h, w) of each image, averaged with that of its flip."""
     device, made = head.convolution.weight.device, []
     for found, truth in zip(asked, truths, strict=True):
         depth = head(found["patches"].float().to(device), found["cls"].float().to(device))  # (2, 1, rows, columns)
-        height, width = truth.shape
-        full = resized(depth, (height, width), patch)[:, 0]
+        full = on_image(depth, truth.shape, size, patch)
         made.append(((full[0] + full[1].flip(-1)) / 2).clamp(NEAREST, FARTHEST).cpu())
     return made
 

@@ -30,6 +30,8 @@ from testreg.register import disabled, is_patched, patch_of, patched
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+FEATURES_VERSION = 1  # goes up where a task computes other features from the same images and arguments
+
 Model = str | os.PathLike[str] | nn.Module | LoadedModel
 """A name or folder (see `testreg.load_model`), a module, or what `testreg.load_model` gave."""
 
@@ -179,6 +181,7 @@ class Run:
         """
         prepare = Own(column.transform) if prepare is None else prepare
         depends_on = {
+            "version": FEATURES_VERSION,
             "task": self.task,
             "weights": column.weights,
             "dtype": str(column.tower.dtype),

@@ -17,14 +17,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from testreg.evaluation.bootstrap import Metric, Scores, mean_of
-from testreg.evaluation.clip import (
-    Tokenizer,
-    check_reads_texts,
-    class_embeddings,
-    encode_images,
-    names_of,
-    tokenizer_of,
-)
+from testreg.evaluation.clip import Tokenizer, encode_images, names_of, texts_of
 from testreg.evaluation.figures import Panel, rows_of
 from testreg.evaluation.labels import labelled_images
 from testreg.evaluation.maps import one_split
@@ -89,8 +82,7 @@ def evaluate(
     samples = drawn(samples, settings_.num_images, settings_.seed)
     written = bool(samples[0].target.text)
     run = Run("typographic", model, data, settings_, neurons=neurons, against=against, image_size=size)
-    for column in run.columns:
-        check_reads_texts(column.model)
+    embeddings = texts_of(run, names, open_clip.OPENAI_IMAGENET_TEMPLATES, tokenizer)
     kinds: tuple[Kind, ...] = ("clean", "attacked", "painted") if written else ("attacked",)
     shown = {kind: [_in_state(each, kind, size) for each in samples] for kind in kinds}
     none = torch.full((len(samples),), torch.nan)
@@ -98,11 +90,7 @@ def evaluate(
     guesses: dict[str, Tensor] = {}
     for column in run.columns:
         normalise = normalisation_of(column.transform)
-        reader = tokenizer or tokenizer_of(run.name_of(column))
-        with column.tower.evaluating():
-            texts = class_embeddings(
-                column.model, reader, names, open_clip.OPENAI_IMAGENET_TEMPLATES, column.tower.device
-            ).cpu()
+        texts = embeddings[column.name]
         seen = {
             str(kind): run.features(column, each, Square(normalise, size), _embedded, {}).stacked("embedding") @ texts.T
             for kind, each in shown.items()

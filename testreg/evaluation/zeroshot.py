@@ -9,14 +9,7 @@ import torch
 from torch import Tensor
 
 from testreg.evaluation.bootstrap import Scores
-from testreg.evaluation.clip import (
-    Tokenizer,
-    check_reads_texts,
-    class_embeddings,
-    encode_images,
-    names_of,
-    tokenizer_of,
-)
+from testreg.evaluation.clip import Tokenizer, encode_images, names_of, texts_of
 from testreg.evaluation.knn import top_1_and_5
 from testreg.evaluation.labels import labelled_images
 from testreg.evaluation.maps import one_split
@@ -60,19 +53,12 @@ def evaluate(
         templates
     ]
     run = Run("zeroshot", model, data, settings_, neurons=neurons, against=against)
-    for column in run.columns:
-        check_reads_texts(column.model)
+    texts = texts_of(run, names, sentences, tokenizer)
     truth = torch.tensor([sample.target for sample in samples])
-    texts: dict[int, Tensor] = {}
     scores: dict[str, Scores] = {}
     for column in run.columns:
-        if id(column.model) not in texts:  # which is the same for plain and patched
-            reader = tokenizer or tokenizer_of(run.name_of(column))
-            with column.tower.evaluating():
-                embeddings = class_embeddings(column.model, reader, names, sentences, column.tower.device)
-            texts[id(column.model)] = embeddings.cpu()
         seen = run.features(column, samples, None, features, {}).stacked("embedding")
-        scores[column.name] = top_1_and_5(seen @ texts[id(column.model)].T, truth)
+        scores[column.name] = top_1_and_5(seen @ texts[column.name].T, truth)
     return run.result(scores, {"images": len(samples), "classes": len(names), "templates": templates})
 
 

@@ -49,7 +49,7 @@ def test_an_object_that_is_attended_to(tmp_path: Path) -> None:
     assert set(result.metrics["plain"]) == {"miou", "pixel_accuracy", "map"}
     assert result.metrics["plain"] != result.metrics["patched"]
     result.save_figures(tmp_path / "figures")
-    assert (tmp_path / "figures" / "attention_seg-attention.png").is_file()
+    assert (tmp_path / "figures" / "attention-seg-attention.png").is_file()
 
 
 def test_alignment_matters_unless_images_are_square(tmp_path: Path) -> None:

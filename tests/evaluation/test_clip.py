@@ -77,7 +77,7 @@ def test_embeddings_are_the_librarys(name: str) -> None:
 
 def test_a_model_without_texts_is_refused(tmp_path: Path) -> None:
     for task in (zeroshot, typographic):
-        with pytest.raises(ValueError, match="encodes no texts: zero-shot needs a whole CLIP"):
+        with pytest.raises(ValueError, match="encodes no texts: this needs a whole CLIP"):
             task.evaluate(tiny_model(), labelled(tmp_path / task.__name__), **OPTIONS)
     with pytest.raises(ValueError, match="its tokenizer is not known: pass tokenizer="):
         tokenizer_of("CLIP")

@@ -56,8 +56,8 @@ def test_a_bright_rectangle_is_segmented(augment: bool, tmp_path: Path) -> None:
     assert result.save_figures(tmp_path)[0].name == "segment-masks.png"
 
 
-@pytest.mark.parametrize("augment", [True, False])
-def test_depth_is_learnt(augment: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("augment", "size"), [(True, None), (False, None), (False, 64), (True, 48)])
+def test_depth_is_learnt(augment: bool, size: int | None, tmp_path: Path) -> None:
     result = depth.evaluate(
         tiny_model(),
         rooms(tmp_path),
@@ -65,6 +65,7 @@ def test_depth_is_learnt(augment: bool, tmp_path: Path) -> None:
         iterations=15 if augment else 30,
         every=10,
         augment=augment,
+        size=size,
         nyu_crop=False,
         **OPTIONS,
     )
@@ -134,6 +135,16 @@ def test_augmentation_keeps_image_and_mask_together(tmp_path: Path) -> None:
     image, truth = depth._Augment(PLAIN, 1000.0, False, None)(mapped_images(rooms(tmp_path / "r"), ["depth"])[""][0])
     assert image.shape[1:] == truth.shape == (64, 64)
     assert ((image.amax(0) > 0.6) == (truth == 1))[truth > 0].float().mean() > 0.93
+
+
+def test_depth_lies_over_the_image_squashed_or_not() -> None:
+    ramp = torch.linspace(0, 1, 9)[None, None, None].expand(1, 1, 5, 9)
+    for size, grid in ((None, ramp), (70, ramp[..., ::2])):  # 5 x 9, or 5 x 5 patches of 14
+        full = depth.on_image(grid, (70, 126), size, (14, 14))
+        assert full.shape == (1, 70, 126)
+        assert float(full[0, 35, 63]) == pytest.approx(0.5, abs=0.02)
+    padded = depth.on_image(torch.eye(3)[None, None], (30, 33), None, (14, 14))[0]
+    assert float(padded[15, 16]) == pytest.approx(1, abs=0.1)  # the middle stays the middle
 
 
 def test_errors_of_depth_by_hand() -> None:
