@@ -16,6 +16,7 @@ from testreg.evaluation.features import Features
 from testreg.evaluation.figures import Panel, rows_of
 from testreg.evaluation.libraries import library
 from testreg.evaluation.maps import mapped_images, one_split
+from testreg.evaluation.overlap import IGNORED, overlap
 from testreg.evaluation.preparing import Fit, Square, normalisation_of
 from testreg.evaluation.result import Result
 from testreg.evaluation.run import Column, Model, Run, Settings
@@ -63,7 +64,7 @@ def evaluate(
         mask = torch.from_numpy(sample.target.read())[None]
         values = Square(plain_colours, size).fitted(mask, nearest=True)[0].numpy()
         truth = ((values >= first) & (values <= last)).astype(np.int8)
-        truths.append(np.where(values == ignore, -1, truth) if ignore is not None else truth)
+        truths.append(np.where(values == ignore, IGNORED, truth) if ignore is not None else truth)
 
     def compute(column: Column, images: Tensor) -> dict[str, Tensor]:
         attention = attention_to_patches(column.tower, images, block).mean(1)  # (B, N)
@@ -117,22 +118,18 @@ def score(attention: list[Tensor], truths: list[Array]) -> Scores:
     Images without foreground, or without background, have no average precision.
     """
     precision = library("sklearn.metrics").average_precision_score
-    intersections, unions, right, pixels, precisions = [], [], [], [], []
+    rows, precisions = [], []
     for each, truth in zip(attention, truths, strict=True):
         full = scaled(each, truth.shape[0]).numpy()
-        counts = truth >= 0
+        counts = truth != IGNORED
         values, true = full[counts], truth[counts] == 1
-        predicted = values > full.mean()
-        both = [(~predicted & ~true).sum(), (predicted & true).sum()]
-        intersections.append(both)
-        unions.append([(~predicted | ~true).sum(), (predicted | true).sum()])
-        right.append(sum(both))
-        pixels.append(counts.sum())
+        rows.append(overlap(full > values.mean(), truth, 2))
         is_mixed = true.any() and not true.all()
         labels, ranked = np.concatenate([~true, true]), np.concatenate([1 - values, values])
         precisions.append(precision(labels, ranked) if is_mixed else np.nan)
+    intersections, unions, pixels = (np.stack(each) for each in zip(*rows, strict=True))
     return {
         "miou": mean_iou_of(intersections, unions),
-        "pixel_accuracy": ratio_of(right, pixels),
+        "pixel_accuracy": ratio_of(intersections.sum(1), pixels),
         "map": mean_of(precisions),
     }

@@ -61,6 +61,8 @@ def _draw(axis: Axes, panel: Panel) -> None:
         height, width = np.shape(panel.pixels)[:2]
         axis.imshow(panel.over, alpha=0.5, extent=(-0.5, width - 0.5, height - 0.5, -0.5), **values)
     for left, top, right, bottom in [] if panel.boxes is None else panel.boxes.tolist():
-        axis.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor="#d55e00", lw=1.5))
+        axis.add_patch(
+            Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor="#d55e00", lw=1.5, clip_on=False)
+        )
     axis.set(xticks=[], yticks=[])
     axis.set_title(panel.title, fontsize=8, parse_math=False)

@@ -49,8 +49,8 @@ def lost(
     degree = positive.sum(0) - positive.diagonal().int()  # a patch is no neighbour of its own
     order = degree.argsort(stable=True)
     seed = int(order[0])
-    growing = [int(each) for each in order[:candidates] if positive[seed, each]]
-    mask = (similarity[growing].sum(0) > 0).unflatten(0, grid).cpu().numpy()
+    loneliest = order[:candidates]
+    mask = (similarity[loneliest[positive[seed, loneliest]]].sum(0) > 0).unflatten(0, grid).cpu().numpy()
     row, column = divmod(seed, grid[1])
     mask[row, column] = True  # with a bias even the seed may be unlike itself
     components, _ = library("scipy.ndimage").label(mask)

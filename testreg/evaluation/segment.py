@@ -18,6 +18,7 @@ from testreg.evaluation.dense import dense_features, resized
 from testreg.evaluation.figures import Panel, rows_of, spread
 from testreg.evaluation.fitting import Batch, augmented_batches, kept_batches
 from testreg.evaluation.maps import Map, mapped_images, two_splits
+from testreg.evaluation.overlap import IGNORED, overlap
 from testreg.evaluation.preparing import Normalisation, Square, normalisation_of, pixels_of, resized_within
 from testreg.evaluation.result import Result
 from testreg.evaluation.run import Column, Model, Run, Settings
@@ -25,7 +26,6 @@ from testreg.evaluation.samples import Sample, drawn
 from testreg.io.progress import progress_bar
 from testreg.neurons import AnyNeurons
 
-IGNORED = -1  # in targets
 STRIDE = 2 / 3  # of a window, from one window to the next
 LONGEST = 4  # the long side of an image over the window, at most
 MOST = 0.75  # of a training crop that one class may take
@@ -97,7 +97,7 @@ def evaluate(
         for i, (found, sample) in enumerate(zip(windows, val, strict=True)):
             truth = as_target(sample.target, numbers).numpy()
             labels = predict(head, found["patches"].to(column.tower.device), truth.shape, size, patch)
-            rows.append(counts(labels, truth, len(values)))
+            rows.append(overlap(labels, truth, len(values)))
             if i in shown:
                 predicted[column.name][i] = labels
         intersections, unions, pixels = (np.stack(each) for each in zip(*rows, strict=True))
@@ -216,14 +216,6 @@ def corners(height: int, width: int, size: int) -> list[tuple[int, int]]:
         return sorted({min(first, max(side - size, 0)) for first in range(0, max(side - size, 0) + step, step)})
 
     return [(top, left) for top in starts(height) for left in starts(width)]
-
-
-def counts(predicted: Array, truth: Array, classes: int) -> tuple[Array, Array, int]:
-    """Of an image, the pixels of each class in both, those in either, and all pixels that count."""
-    counted = truth != IGNORED
-    pairs = np.bincount(truth[counted] * classes + predicted[counted], minlength=classes**2).reshape(classes, classes)
-    both = pairs.diagonal()
-    return both, pairs.sum(0) + pairs.sum(1) - both, int(counted.sum())
 
 
 def _crops(column: Column, images: Tensor) -> dict[str, Tensor]:

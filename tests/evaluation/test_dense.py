@@ -12,6 +12,7 @@ from torch import nn
 from testreg.evaluation import depth, segment
 from testreg.evaluation.dense import dense_features, edges_around, resized
 from testreg.evaluation.maps import MapFile, mapped_images
+from testreg.evaluation.overlap import overlap
 from testreg.evaluation.preparing import Normalisation, resized_within
 from testreg.families import find_tower
 
@@ -76,7 +77,7 @@ def test_depth_is_learnt(augment: bool, size: int | None, tmp_path: Path) -> Non
 
 def test_counts_of_classes_by_hand() -> None:
     truth, predicted = np.array([[0, 1, 1], [2, -1, 0]]), np.array([[0, 0, 1], [1, 2, 0]])
-    both, either, pixels = segment.counts(predicted, truth, 4)
+    both, either, pixels = overlap(predicted, truth, 4)
     assert both.tolist() == [2, 1, 0, 0]
     assert either.tolist() == [3, 3, 1, 0]
     assert pixels == 5
