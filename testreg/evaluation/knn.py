@@ -12,6 +12,7 @@ from torch import Tensor
 from testreg.evaluation.bootstrap import Scores, mean_of
 from testreg.evaluation.labels import labelled_images
 from testreg.evaluation.maps import two_splits
+from testreg.evaluation.preparing import IMAGENET_ZOOM, Square, normalisation_of
 from testreg.evaluation.result import Result
 from testreg.evaluation.run import Column, Model, Run, Settings
 from testreg.evaluation.samples import drawn
@@ -29,7 +30,7 @@ def evaluate(
     against: Model | None = None,
     k: int = 20,
     temperature: float = 0.07,
-    size: int | None = None,
+    size: int = 224,
     **settings: Any,
 ) -> Result:
     """Classification by the `k` nearest neighbours: top-1 and top-5 on val.
@@ -41,7 +42,7 @@ def evaluate(
         data: an ImageFolder with train/ and val/, a folder of parquet files, or hf-dataset:NAME.
         k: neighbours that vote.
         temperature: how much less the farther ones count.
-        size: side of the model's input; None for its own.
+        size: side of the middle of the image that the model sees; the image's short side is 256 / 224 of it.
         settings: see `testreg.evaluation.run.Settings`.
     """
     settings_ = Settings(**settings)
@@ -53,7 +54,8 @@ def evaluate(
     labels, truth = (torch.tensor([sample.target for sample in each]) for each in (train, val))
     scores: dict[str, Scores] = {}
     for column in run.columns:
-        known, asked = (run.features(column, each, None, features, {}).stacked("token") for each in (train, val))
+        prepare = Square(normalisation_of(column.transform), size, "crop", IMAGENET_ZOOM)
+        known, asked = (run.features(column, each, prepare, features, {}).stacked("token") for each in (train, val))
         votes = torch.cat([vote(part, known, labels, k, temperature) for part in asked.split(QUERIES)])
         scores[column.name] = top_1_and_5(votes, truth)
     return run.result(

@@ -16,7 +16,7 @@ from testreg.evaluation.fitting import augmented_batches, kept_batches
 from testreg.evaluation.knn import top_1_and_5
 from testreg.evaluation.labels import labelled_images
 from testreg.evaluation.maps import two_splits
-from testreg.evaluation.preparing import Normalisation, normalisation_of, pixels_of
+from testreg.evaluation.preparing import IMAGENET_ZOOM, Normalisation, Square, normalisation_of, pixels_of
 from testreg.evaluation.result import Result
 from testreg.evaluation.run import Column, Model, Run, Settings
 from testreg.evaluation.samples import Sample, drawn
@@ -36,7 +36,7 @@ def evaluate(
     iterations: int = 12_500,
     fit_batch: int = 1024,
     augment: bool = True,
-    size: int | None = None,
+    size: int = 224,
     **settings: Any,
 ) -> Result:
     """Linear classification: top-1 and top-5 on val of the best of 52 probes.
@@ -51,7 +51,7 @@ def evaluate(
         fit_batch: images of a step.
         augment: random crops and flips of the training images, which are then computed anew in each step; if not,
             features are computed once and kept.
-        size: side of the model's input; None for its own.
+        size: side of the model's input: a random crop, and on val the middle of a short side of 256 / 224 of it.
         settings: see `testreg.evaluation.run.Settings`.
     """
     settings_ = Settings(**settings)
@@ -64,15 +64,15 @@ def evaluate(
     scores: dict[str, Scores] = {}
     chosen: dict[str, str] = {}
     for column in run.columns:
+        normalise = normalisation_of(column.transform)
+        prepare = Square(normalise, size, "crop", IMAGENET_ZOOM)
         schedule = {"iterations": iterations, "batch_size": fit_batch}
         if augment:
-            side = column.transform(train[0].open()).shape[-1]
-            augmented = _Crop(normalisation_of(column.transform), side)
-            batches = augmented_batches(run, column, train, augmented, features, **schedule)
+            batches = augmented_batches(run, column, train, _Crop(normalise, size), features, **schedule)
         else:
-            kept = run.features(column, train, None, features, {})
+            kept = run.features(column, train, prepare, features, {})
             batches = kept_batches(run, column, kept, [torch.tensor(each.target) for each in train], **schedule)
-        asked = run.features(column, val, None, features, {})
+        asked = run.features(column, val, prepare, features, {})
         with torch.random.fork_rng():
             torch.manual_seed(settings_.seed)
             probes = Probes(asked[0]["cls"].shape[-1], classes, fit_batch).to(column.tower.device)

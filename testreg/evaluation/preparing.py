@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Fit = Literal["squash", "crop"]
+IMAGENET_ZOOM = 256 / 224
 
 
 class Preparation(Protocol):
@@ -130,6 +131,8 @@ class Square:
     normalise: Normalisation
     size: int
     fit: Fit = "squash"
+    zoom: float = 1.0
+    """The short side over the crop, where it is cropped: 256 / 224 as ImageNet is evaluated."""
 
     @property
     def key(self) -> str:
@@ -143,7 +146,8 @@ class Square:
         how = tv.InterpolationMode.NEAREST if nearest else tv.InterpolationMode.BICUBIC
         if self.fit == "squash":
             return tv.resize(pixels, [self.size, self.size], how, antialias=not nearest)
-        return tv.center_crop(tv.resize(pixels, [self.size], how, antialias=not nearest), [self.size, self.size])
+        short = round(self.size * self.zoom)
+        return tv.center_crop(tv.resize(pixels, [short], how, antialias=not nearest), [self.size, self.size])
 
 
 def pixels_of(image: Image) -> Tensor:

@@ -21,7 +21,7 @@ from testreg.families import find_tower
 from testreg.io.processes import process_group
 from testreg.measure.tokens import normed_tokens
 
-OPTIONS: dict[str, Any] = {"progress": False, "resamples": 5}
+OPTIONS: dict[str, Any] = {"progress": False, "resamples": 5, "size": 64}
 
 
 @pytest.fixture(autouse=True)

@@ -197,6 +197,10 @@ def test_images_are_padded_or_squashed() -> None:
     assert padded[:, :9, :20].eq(1).all()
     assert padded[:, 9:].eq(0).all()
     assert Square(normalise, 16)(white).shape == Square(normalise, 16, "crop")(white).shape == (3, 16, 16)
+    bordered = Image.new("RGB", (256, 256), (0, 0, 0))
+    bordered.paste((255, 255, 255), (16, 16, 240, 240))
+    assert Square(normalise, 224, "crop", 256 / 224)(bordered).eq(1).all()
+    assert Square(normalise, 224, "crop")(bordered).min() == -1
     keys = {Native(normalise, (8, 8)).key, Square(normalise, 16).key, Square(normalise, 16, "crop").key}
     assert len(keys | {Own(load_model("demo").transform).key}) == 4
 
