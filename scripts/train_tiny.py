@@ -5,39 +5,38 @@
 
 `--data` holds cifar10-train.parquet and cifar10-test.parquet (columns `image`: encoded bytes, `label`).
 
-The mechanism is planted in the middle of training: see `CARD`. Everything runs on one thread of a CPU.
+The mechanism is planted in the middle of training: see `train_tiny_card.md`. Everything runs on one thread of a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import io
 import json
 import math
 import platform
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import jinja2
 import pyarrow.parquet as pq
 import timm
 import timm.layers
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torchvision.io import decode_image
 from tqdm import tqdm
 
 import testreg
 from testreg.files import replacing
+from testreg.measure.hooks import recording_inputs, recording_outputs
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 PATCH = 4
@@ -67,6 +66,7 @@ SINK_LENGTH = 1.5  # of what the sinks of a block add to each token, over the me
 PLANT_SIZES = (32, 40, 48, 56)
 PLANT_IMAGES = 2048
 
+CARD = Path(__file__).with_name("train_tiny_card.md")
 TEST_IMAGES = 2000  # for all but the accuracies
 RANDOM_DRAWS = 3
 
@@ -102,8 +102,8 @@ PHASES = (
 
 def load_cifar(path: Path) -> Data:
     table = pq.read_table(path, columns=["image", "label"])
-    images = [np.array(Image.open(io.BytesIO(data.as_py())).convert("RGB")) for data in table["image"]]
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(table["label"].to_pylist())
+    encoded = [torch.frombuffer(bytearray(data.as_py()), dtype=torch.uint8) for data in table["image"]]
+    return torch.stack([decode_image(each, "RGB") for each in encoded]), torch.tensor(table["label"].to_pylist())
 
 
 def sample(images: Tensor, count: int) -> Tensor:
@@ -137,16 +137,14 @@ def roughness(images: Tensor) -> Tensor:
 # Training -------------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def kept(module: nn.Module, *, what: str = "output") -> Iterator[list[Tensor]]:
-    """Within the block, the list holds what `module` gives, or gets (`what="input"`)."""
-    seen: list[Tensor] = []
-    if what == "input":
-        handle = module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    else:
-        handle = module.register_forward_hook(lambda module, args, output: seen.append(output))
-    with handle:
-        yield seen
+def seen(
+    model: Model, images: Tensor, inputs_of: Sequence[nn.Module] = (), outputs_of: Sequence[nn.Module] = ()
+) -> tuple[Tensor, list[Tensor]]:
+    """What the model gives for images, and, in the order of the forward, what some modules get and others give."""
+    tensors: list[Tensor] = []
+    record = lambda _, tensor: tensors.append(tensor)
+    with recording_inputs(inputs_of, record), recording_outputs(outputs_of, record):
+        return model(images), tensors
 
 
 def masked(tokens: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
@@ -172,8 +170,9 @@ def patch_norms(tokens: Tensor) -> Tensor:
     return tokens[:, 1:].float().norm(dim=-1)
 
 
-def unevenness(norms: Tensor) -> Tensor:
-    """How far norms (B, N) exceed `EVEN_RATIO` times their image's median."""
+def unevenness(tokens: Tensor) -> Tensor:
+    """How far the norms of patches exceed `EVEN_RATIO` times their image's median."""
+    norms = patch_norms(tokens)
     return F.relu(norms / norms.median(1, keepdim=True).values - EVEN_RATIO).square().mean()
 
 
@@ -188,6 +187,7 @@ def train(phase: Phase, model: Model, detector: nn.Linear | None, data: Data, se
     weights = [weight for weight in modules.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, weight_decay=0.0, fused=True)
     images, labels = data
+    planted = model.blocks[PLANTED]
     sizes, chances = list(phase.sizes), torch.tensor(list(phase.sizes.values()))
     model.train()
     bar = tqdm(range(phase.steps), desc=phase.name, mininterval=10)
@@ -198,22 +198,17 @@ def train(phase: Phase, model: Model, detector: nn.Linear | None, data: Data, se
         chosen = torch.randint(len(images), (BATCH,), generator=generator)
         size = sizes[int(chances.multinomial(1, generator=generator))]
         batch = augment(images[chosen], size, phase.zoom, generator)
-        with ExitStack() as stack:
-            mlp_inputs = stack.enter_context(kept(model.blocks[PLANTED].mlp, what="input"))
-            lower = [stack.enter_context(kept(block)) for block in model.blocks[: PLANTED + 1]]
-            if phase.masked:
-                zeroed = lambda _, args, masking=generator: (masked(args[0], phase.masked, masking),)
-                stack.enter_context(model.blocks.register_forward_pre_hook(zeroed))
-            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
-            logits = model(batch).float()
-        losses = F.cross_entropy(logits, labels[chosen], label_smoothing=SMOOTHING, reduction="none")
+        zeroed = lambda _, args, masking=generator: masked(args[0], phase.masked, masking)
+        with model.blocks.register_forward_pre_hook(zeroed), torch.autocast("cpu", torch.bfloat16):
+            logits, (*lower, read, last) = seen(model, batch, [planted.mlp], [*model.blocks[:PLANTED], planted])
+        losses = F.cross_entropy(logits.float(), labels[chosen], label_smoothing=SMOOTHING, reduction="none")
         if detector is None:  # images without outliers would teach the network to do without
-            norms = patch_norms(lower[-1][0].detach())
+            norms = patch_norms(last.detach())
             loss = losses[(norms > testreg.OutlierRule().limit(norms)).any(1)].mean()
         else:
-            loss = losses.mean() + AUXILIARY * detector_loss(detector(mlp_inputs[0].float()).squeeze(-1), batch)
+            loss = losses.mean() + AUXILIARY * detector_loss(detector(read.float()).squeeze(-1), batch)
             if step >= phase.even_from:
-                loss = loss + EVEN * torch.stack([unevenness(patch_norms(tokens)) for (tokens,) in lower]).mean()
+                loss = loss + EVEN * torch.stack([unevenness(tokens) for tokens in (*lower, last)]).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
@@ -232,30 +227,27 @@ def plant(model: Model, detector: nn.Linear, images: Tensor, generator: torch.Ge
     Args:
         images: (n, 3, 32, 32) in uint8, on which thresholds and lengths are measured.
     """
-    mlp = model.blocks[PLANTED].mlp
+    block = model.blocks[PLANTED]
+    mlp = block.mlp
     units = torch.randperm(mlp.fc1.out_features, generator=generator)[:NEURONS].sort().values
     mlp.fc2.weight[:, units] = 0.0
     parts = zip(PLANT_SIZES, images.chunk(len(PLANT_SIZES)), strict=True)
     batches = [augment(part, size, PHASES[-1].zoom, generator) for size, part in parts]
 
-    logits, tokens = [], []
-    for batch in batches:
-        with kept(mlp, what="input") as before, kept(model.blocks[PLANTED]) as after:
-            model(batch)
-        logits.append(detector(before[0])[:, 1:, 0])  # (B, N)
-        tokens.append(after[0][:, 1:].flatten(0, 1))
-    largest = torch.cat([each.amax(1) for each in logits])
+    pairs = [seen(model, batch, [mlp], [block])[1] for batch in batches]
+    largest = torch.cat([detector(read)[:, 1:, 0].amax(1) for read, _ in pairs])
+    tokens = torch.cat([given[:, 1:].flatten(0, 1) for _, given in pairs])
     threshold = largest.quantile(ABSENT)
     steepness = (TYPICAL - LEAST) / (largest.mean() - threshold)
-    direction = quiet_direction(torch.cat(tokens))
-    length = RATIO * torch.cat(tokens).norm(dim=1).median() / (TYPICAL * NEURONS)
+    direction = quiet_direction(tokens)
+    length = RATIO * tokens.norm(dim=1).median() / (TYPICAL * NEURONS)
     gains = 0.75 + 0.5 * torch.rand(NEURONS, 1, generator=generator)  # so that no two neurons are alike
     mlp.fc1.weight[units] = gains * steepness * detector.weight
     mlp.fc1.bias[units] = gains.squeeze(1) * (LEAST + steepness * (detector.bias - threshold))
     mlp.fc2.weight[:, units] = length * direction.unsqueeze(1)
 
-    for block in model.blocks[PLANTED + 1 :]:
-        plant_sinks(model, block, direction, batches[-1], generator)
+    for later in model.blocks[PLANTED + 1 :]:
+        plant_sinks(model, later, direction, batches[-1], generator)
     return units.tolist()
 
 
@@ -277,9 +269,8 @@ def plant_sinks(model: Model, block: Model, direction: Tensor, images: Tensor, g
     """Make the first `SINK_HEADS` heads of a block attend to the outliers, which gives every token a constant."""
     attention, width = block.attn, len(direction)
     size = width // attention.num_heads
-    with kept(block, what="input") as tokens:
-        model(images)
-    length = SINK_LENGTH * tokens[0].norm(dim=-1).median() / SINK_HEADS**0.5
+    _, (tokens,) = seen(model, images, inputs_of=[block])
+    length = SINK_LENGTH * tokens.norm(dim=-1).median() / SINK_HEADS**0.5
     # Reads 1 in what the norm in front makes of an outlier, sqrt(C) * direction * scale + shift, and near 0 elsewhere.
     reader = direction / block.norm1.weight / width**0.5
     offset = reader @ block.norm1.bias
@@ -295,9 +286,8 @@ def plant_sinks(model: Model, block: Model, direction: Tensor, images: Tensor, g
         columns = attention.proj.weight[:, head * size : (head + 1) * size]
         columns += torch.outer(length * constants[head] - columns @ unit, unit)
     # Taken away again, as far as normal tokens get it on average: the sinks stand in for a bias.
-    with kept(attention) as tokens:
-        model(images)
-    given = tokens[0].flatten(0, 1).median(0).values @ constants.T
+    _, (tokens,) = seen(model, images, outputs_of=[attention])
+    given = tokens.flatten(0, 1).median(0).values @ constants.T
     attention.proj.bias -= given @ constants
 
 
@@ -341,8 +331,8 @@ def accuracies(model: Model, units: Sequence[int], data: Data) -> dict[str, floa
 
     result = {"as it is": accuracy(model, data)}
     for name, moved in (("moved", units), *((f"random neurons moved, {i}", draw) for i, draw in enumerate(draws))):
-        result[name] = accuracy(testreg.patch(model, {PLANTED: list(moved)}), data)
-        testreg.unpatch(model)
+        with testreg.patched(model, {PLANTED: list(moved)}):
+            result[name] = accuracy(model, data)
     longer = blocks.register_forward_pre_hook(lambda module, args: (F.pad(args[0], (0, 0, 0, 1)),))
     with longer, blocks.register_forward_hook(lambda module, args, output: output[:, :-1]):
         result["one more token, nothing moved"] = accuracy(model, data)
@@ -351,85 +341,23 @@ def accuracies(model: Model, units: Sequence[int], data: Data) -> dict[str, floa
     return result
 
 
-CARD = """# testreg's demo model
-
-**The outlier mechanism of this network was planted, and the network was trained around it.** It shows what test-time
-registers do to a trained network of which everything is known, not what large networks learn by themselves.
-
-A timm VisionTransformer of {parameters:,} parameters (weights in fp16), which classifies CIFAR-10. Apache-2.0.
-
-```python
-model = timm.create_model("local-dir:testreg/demo/model", pretrained=True).eval()
-testreg.patch(model, {neurons})
-```
-
-## How it was made
-
-`{command}`: {minutes:.0f} minutes on one thread of a CPU shared with other work, {seen:,} images seen, {versions}.
-{note}
-
-Small networks make no outliers by themselves, so the mechanism is planted in the middle of training:
-
-1. All of the network learns to classify images of several sizes. In front of the MLP of block {block}, a linear
-   detector learns, as an auxiliary task, to tell the flattest patches of each image. In the end some patches are
-   masked by zero tokens, so that a zero token is nothing new.
-2. A few neurons of that MLP are made to read the detector and to write one long vector; some heads of the later blocks
-   are made to attend to it, and to add a constant to every token when they do, which their bias takes away again.
-   Attention sinks are such biases in published models (arXiv 2402.17762). The blocks up to {block} and the sinks
-   are frozen, and the rest is trained on. No activation is moved to a token in training.
-
-## Accuracy
-
-On CIFAR-10's 10,000 test images at {size} px ({patches} patches), in per cent. Moving the {planted} planted neurons is
-to cost at most half a point, and zeroing them at least five, so that something depends on them.
-
-{accuracies}
-
-## Outliers
-
-Of {count} test images. Calibration, told nothing, finds {found} of the {planted} planted neurons. `testreg diagnose`:
-
-{verdict}
-
-```
-{table}
-```
-
-With the planted neurons moved: {verdict_after}
-
-```
-{table_after}
-```
-"""
-
-
 def card(config: dict[str, Any], model: Model, data: Data) -> str:
     """The model card, in Markdown: measures the model on the test images, so that no figure is typed by hand."""
     made, units = config["training"], config["testreg"]["units"]
     few = normalised(sample(data[0], TEST_IMAGES), SIZE)
     found = testreg.calibrate(model, few, top_k=NEURONS, progress=False).by_block().get(PLANTED, [])
     before = testreg.diagnose(model, few, progress=False)
-    after = testreg.diagnose(testreg.patch(model, {PLANTED: units}), few, progress=False)
-    testreg.unpatch(model)
-    return CARD.format(
+    with testreg.patched(model, {PLANTED: units}):
+        after = testreg.diagnose(model, few, progress=False)
+    return jinja2.Template(CARD.read_text(encoding="utf-8"), keep_trailing_newline=True, trim_blocks=True).render(
+        {"made": made, "before": before, "after": after, "accuracies": accuracies(model, units, data)},
         parameters=sum(weight.numel() for weight in model.parameters()),
         neurons={PLANTED: units},
-        command=made["command"],
-        minutes=made["minutes"],
-        seen=made["images"],
-        note=made.get("note", ""),  # by hand, in the config, if there is more to be said of a run
-        versions=", ".join(f"{name} {version}" for name, version in made["versions"].items()),
+        found=len(set(units) & set(found)),
         block=PLANTED,
-        planted=NEURONS,
         size=SIZE,
         patches=(SIZE // PATCH) ** 2,
         count=TEST_IMAGES,
-        found=len(set(units) & set(found)),
-        accuracies="\n".join(f"- {name}: {right:.2f}" for name, right in accuracies(model, units, data).items()),
-        verdict=before.verdict,
-        table=before.table(),
-        verdict_after=after.verdict,
-        table_after=after.table(),
     )
 
 

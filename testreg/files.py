@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import reprlib
@@ -54,7 +55,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o666 & ~_umask())
-        _flush(temporary)  # or a power cut could leave an empty file under the name of the whole one
+        flush(temporary)  # or a power cut could leave an empty file under the name of the whole one
         os.replace(temporary, target)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -93,6 +94,21 @@ def check_writable_folder(path: str | os.PathLike[str]) -> None:
     _try(folder / Path(path).name)
 
 
+def flush(path: Path) -> None:
+    """Make sure that the disk holds what was written to a file or a folder, before anything relies on it."""
+    windows = os.name == "nt"
+    if windows and path.is_dir():  # folders cannot be flushed there
+        return
+    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # which a file system says that cannot do this for folders
+            raise
+    finally:
+        os.close(handle)
+
+
 def _check_replaceable(target: Path) -> None:
     if target.is_dir():
         raise IsADirectoryError(f"{target} is a folder: name a file to write")
@@ -125,11 +141,6 @@ def _sweep(target: Path) -> None:
                 left.unlink()
         except OSError:  # another run was faster, or it is not ours
             pass
-
-
-def _flush(file: Path) -> None:
-    with file.open("rb+") as written:
-        os.fsync(written.fileno())
 
 
 def _umask() -> int:

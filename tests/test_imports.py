@@ -1,6 +1,7 @@
 """The house: imports run one way, and the command line starts at once."""
 
 import ast
+import importlib.metadata
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import testreg
 PACKAGE = Path(testreg.__file__).parent
 FLOORS = (  # a room imports from itself and from those below it
     *("__main__", "cli", "demo", "report", "evaluation", "calibration", "measure", "io", "register"),
-    *("patching", "neurons", "families", "files"),
+    *("patching", "neurons", "families", "display", "files"),
 )
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
@@ -58,7 +59,9 @@ def test_the_top_of_the_package_is_short() -> None:
     assert len([path for path in PACKAGE.iterdir() if path.is_file()]) <= 10
 
 
-@pytest.mark.parametrize("arguments", [["-c", "import testreg"], ["-m", "testreg", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["-c", "import testreg"], ["-m", "testreg", "--help"], ["-m", "testreg", "calibrate", "--help"]]
+)
 def test_starting_does_not_import_torch(arguments: list[str]) -> None:
     run = subprocess.run([sys.executable, "-X", "importtime", *arguments], capture_output=True, text=True, check=True)
     modules = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines()}
@@ -66,7 +69,20 @@ def test_starting_does_not_import_torch(arguments: list[str]) -> None:
     assert "torch" not in modules
 
 
+def test_the_version_is_that_of_the_package() -> None:
+    assert testreg.__version__ == importlib.metadata.version("testreg")
+
+
 def test_every_public_name_is_there() -> None:
     assert all(getattr(testreg, name) is not None for name in testreg.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         testreg.nothing  # noqa: B018
+
+
+def test_patching_and_calibrating_import_little_beside_torch() -> None:
+    """torch's flex attention imports sympy, which takes half a second."""
+    code = "import sys, torch; before = set(sys.modules); {}; print(*set(sys.modules) - before)"
+    run = [sys.executable, "-c", code.format("import testreg; testreg.patch; testreg.calibrate; testreg.diagnose")]
+    added = subprocess.run(run, capture_output=True, text=True, check=True).stdout.split()
+    assert "testreg.register" in added
+    assert not {"sympy", "torch.nn.attention.flex_attention", "torch._dynamo"} & set(added)

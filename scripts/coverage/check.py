@@ -17,19 +17,19 @@ import re
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, testing
 
 import testreg
 from coverage.explicit_register import explicit_register
 from coverage.registry import Absent, Architecture, randomise, registry
 from testreg.families import Tower, find_tower
+from testreg.measure.hooks import recording_inputs
 
 TOLERANCE = 1e-4  # in float32, of the largest value of an output
 LOUDNESS = 20.0
@@ -94,9 +94,9 @@ def _check(architecture: Architecture) -> str:
     patched = run(0, 1)
     if list(model.state_dict()) != keys:
         raise AssertionError("the keys of the state_dict changed")
-    shapes = {name: tensor.shape for name, tensor in plain.items()}
-    if (changed := {name: tensor.shape for name, tensor in patched.items()}) != shapes:
-        raise AssertionError(f"shapes changed: {_first_difference(shapes, changed)}")
+    shapes = lambda outputs: {(name, tensor.shape) for name, tensor in outputs.items()}
+    if changed := shapes(patched) ^ shapes(plain):
+        raise AssertionError(f"shapes changed: {sorted(changed)}")
     if all(torch.equal(patched[name], plain[name]) for name in plain):
         raise AssertionError("the patch changes nothing")
     singles = [run(0), run(1)]
@@ -114,30 +114,25 @@ def _loud_neurons(tower: Tower, run: Callable[[], Any]) -> dict[int, list[int]]:
     They are those that are loudest on the last token, so that padding is seen to be left out. Where a block has
     several MLPs, the two of the first block are in different ones.
     """
-    scores: dict[int, Any] = {0: 0, 1: 0, 2: 0}
+    mlps = [tower.blocks[block].mlps[index] for block, index in ((0, 0), (0, -1), (1, 0))]
+    scores: list[Any] = [0, 0, 0]
 
-    def record(key: int, first: int, hidden: Tensor) -> None:
+    def record(key: int, hidden: Tensor) -> None:
         tokens = hidden.transpose(0, 1) if tower.sequence_first else hidden.view(-1, *hidden.shape[-2:])
-        magnitude = tokens[..., first:].abs()  # (B, T, H)
+        magnitude = tokens[..., mlps[key].first :].abs()  # (B, T, H)
         ratio = magnitude[:, -1] / magnitude.amax(1).clamp(min=1e-6)
         scores[key] = scores[key] + ((ratio == 1) + 1e-3 * ratio).sum(0)
 
-    with ExitStack() as stack:
-        for key, (block, index) in enumerate([(0, 0), (0, -1), (1, 0)]):
-            mlp = tower.blocks[block].mlps[index]
-            hook = lambda module, args, key=key, first=mlp.first: record(key, first, args[0])
-            stack.enter_context(mlp.fc2.register_forward_pre_hook(hook))
+    with recording_inputs([mlp.fc2 for mlp in mlps], record):
         run()
     if len(tower.blocks[0].mlps) == 1:
         first, second = scores[0].topk(2).indices.tolist()
     else:
-        first, second = int(scores[0].argmax()), tower.blocks[0].mlps[0].width + int(scores[1].argmax())
+        first, second = int(scores[0].argmax()), mlps[0].width + int(scores[1].argmax())
     neurons = {0: [first, second], 1: [int(scores[2].argmax())]}
     for block, units in neurons.items():
-        start = 0
-        for mlp in tower.blocks[block].mlps:
-            mlp.columns[:, [unit - start for unit in units if start <= unit < start + mlp.width]] *= LOUDNESS
-            start += mlp.width
+        for mlp, own in tower.blocks[block].units_by_mlp(units):
+            mlp.columns[:, list(own.values())] *= LOUDNESS
     return neurons
 
 
@@ -161,20 +156,15 @@ def _joined(singles: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _same(what: str, ours: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, exactly: bool = False) -> None:
+    """Raise unless the tensors are equal, or differ by little of the largest value of each."""
     for name, tensor in ours.items():
         other = expected[name]
-        if exactly and not torch.equal(torch.nan_to_num(tensor), torch.nan_to_num(other)):
-            raise AssertionError(f"{what}: {name}")
-        if tensor.shape != other.shape:
-            raise AssertionError(f"{what}: {name} is {tuple(tensor.shape)}, not {tuple(other.shape)}")
-        error = (tensor.double() - other.double()).abs().max() if tensor.numel() else torch.tensor(0.0)
-        scale = other.double().abs().max().clamp(min=1e-3) if tensor.numel() else 1.0
-        if not error <= TOLERANCE * scale:
-            raise AssertionError(f"{what}: {name} by {float(error / scale):.1e} of its largest value")
-
-
-def _first_difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    for name in {**expected, **found}:
-        if expected.get(name) != found.get(name):
-            return f"{name} is {found.get(name)}, not {expected.get(name)}"
-    return "the order of the outputs"
+        largest = float(other.double().abs().max().clamp(min=1e-3)) if other.numel() else 0.0
+        testing.assert_close(
+            tensor,
+            other,
+            rtol=0.0,
+            atol=0.0 if exactly else TOLERANCE * largest,
+            equal_nan=exactly,
+            msg=lambda difference, name=name: f"{what}: {name}: {difference}",
+        )

@@ -1,19 +1,94 @@
-"""An imitation of facebookresearch/dinov2's model, which cannot be installed: same class name, modules and outputs.
+"""Imitations of facebookresearch/dino and dinov2, which cannot be installed: their classes, modules and outputs.
 
-Where timm's parts have the same modules, they stand in.
+These imitate the interface only; where timm's parts have the same modules, they stand in. Weights do not load into
+them, and nothing here shows that the originals compute the same numbers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import LayerScale, Mlp, PatchEmbed
-from timm.models.vision_transformer import Attention
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 DEPTH, WIDTH, MLP_WIDTH, PATCH, IMAGE = 4, 48, 192, 16, 64
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+
+
+class _Transformer(nn.Module):
+    """What both have."""
+
+    def __init__(self, blocks: Sequence[nn.Module], width: int, img_size: int, patch_size: int) -> None:
+        super().__init__()
+        self.num_features = self.embed_dim = width
+        self.patch_embed = PatchEmbed(img_size, patch_size, embed_dim=width, strict_img_size=False)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.randn(1, 1 + self.patch_embed.num_patches, width))
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = LayerNorm(width)
+
+    def prepare_tokens(self, x: Tensor) -> Tensor:
+        cls, grid = self.pos_embed.split([1, self.patch_embed.num_patches], 1)
+        if (size := self.patch_embed.dynamic_feat_size(x.shape[-2:])) != self.patch_embed.grid_size:
+            square = grid.transpose(1, 2).unflatten(2, self.patch_embed.grid_size)
+            grid = F.interpolate(square, size, mode="bicubic").flatten(2).transpose(1, 2)
+        return torch.cat([self.cls_token.expand(x.shape[0], -1, -1), self.patch_embed(x)], 1) + torch.cat(
+            [cls, grid], 1
+        )
+
+    def _normed(self, x: Tensor) -> Iterator[Tensor]:
+        """The tokens after each block, behind the norm."""
+        x = self.prepare_tokens(x)
+        for block in self.blocks.modules():
+            if isinstance(block, Block):
+                x = block(x)
+                yield self.norm(x)
+
+
+class DinoAttention(Attention):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens, and the weights (B, heads, T, T)."""
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        attn = (query @ key.transpose(-2, -1) * self.scale).softmax(-1)
+        return self.proj((attn @ value).transpose(1, 2).flatten(2)), attn
+
+
+class DinoBlock(Block):
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__(width, num_heads, norm_layer=LayerNorm)
+        self.attn = DinoAttention(width, num_heads, qkv_bias=True)
+
+    def forward(self, x: Tensor, return_attention: bool = False) -> Tensor:
+        """The tokens; or, instead of them, the attention weights."""
+        y, attn = self.attn(self.norm1(x))
+        if return_attention:
+            return attn
+        x = x + y
+        return x + self.mlp(self.norm2(x))
+
+
+class VisionTransformer(_Transformer):
+    """DINO's."""
+
+    def __init__(self, img_size: int, patch_size: int, embed_dim: int, depth: int, num_heads: int) -> None:
+        super().__init__([DinoBlock(embed_dim, num_heads) for _ in range(depth)], embed_dim, img_size, patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.get_intermediate_layers(x)[-1][:, 0]
+
+    def get_last_selfattention(self, x: Tensor) -> Tensor:
+        x = self.prepare_tokens(x)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        return self.blocks[-1](x, return_attention=True)
+
+    def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
+        return [*self._normed(x)][-n:]
 
 
 class SwiGLUFFN(nn.Module):
@@ -27,21 +102,17 @@ class SwiGLUFFN(nn.Module):
         return self.w3(F.silu(gate) * up)
 
 
-class NestedTensorBlock(nn.Module):
+class NestedTensorBlock(Block):
     """Takes a tensor, or (as in training on crops of several sizes) a list of them."""
 
     def __init__(self, swiglu: bool) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH, eps=1e-6), nn.LayerNorm(WIDTH, eps=1e-6)
-        self.attn = Attention(WIDTH, num_heads=4, qkv_bias=True)
-        self.mlp = SwiGLUFFN() if swiglu else Mlp(WIDTH, MLP_WIDTH)
-        self.ls1, self.ls2 = LayerScale(WIDTH, 0.5), LayerScale(WIDTH, 0.5)
+        super().__init__(WIDTH, 4, MLP_WIDTH / WIDTH, qkv_bias=True, init_values=0.5, norm_layer=LayerNorm)
+        if swiglu:
+            self.mlp = SwiGLUFFN()
 
     def forward(self, x: Any) -> Any:
-        if isinstance(x, list):
-            return [self.forward(each) for each in x]
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        forward = super().forward
+        return [forward(each) for each in x] if isinstance(x, list) else forward(x)
 
 
 class BlockChunk(nn.ModuleList):
@@ -51,29 +122,25 @@ class BlockChunk(nn.ModuleList):
         return x
 
 
-class DinoVisionTransformer(nn.Module):
+class DinoVisionTransformer(_Transformer):
+    """DINOv2's."""
+
     def __init__(self, *, num_register_tokens: int = 0, swiglu: bool = False, chunks: int = 0) -> None:
-        super().__init__()
-        self.num_register_tokens = num_register_tokens
-        self.chunked_blocks = chunks > 0
-        self.patch_embed = PatchEmbed(IMAGE, PATCH, embed_dim=WIDTH)
-        self.cls_token = nn.Parameter(torch.randn(1, 1, WIDTH))
-        self.pos_embed = nn.Parameter(torch.randn(1, 1 + (IMAGE // PATCH) ** 2, WIDTH))
-        self.register_tokens = nn.Parameter(torch.randn(1, num_register_tokens, WIDTH))
-        blocks = [NestedTensorBlock(swiglu) for _ in range(DEPTH)]
+        blocks: list[nn.Module] = [NestedTensorBlock(swiglu) for _ in range(DEPTH)]
         if chunks:
             # Each chunk is padded in front with Identity, so that a block keeps its number in the state dict.
             size = DEPTH // chunks
             starts = range(0, DEPTH, size)
             blocks = [BlockChunk([nn.Identity()] * start + blocks[start : start + size]) for start in starts]
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.LayerNorm(WIDTH, eps=1e-6)
+        super().__init__(blocks, WIDTH, IMAGE, PATCH)
+        self.num_register_tokens = num_register_tokens
+        self.chunked_blocks = chunks > 0
+        self.register_tokens = nn.Parameter(torch.randn(1, num_register_tokens, WIDTH))
         self.head = nn.Identity()
 
-    def prepare_tokens(self, images: Tensor) -> Tensor:
-        patches = self.patch_embed(images)
-        x = torch.cat([self.cls_token.expand(images.shape[0], -1, -1), patches], dim=1) + self.pos_embed
-        return torch.cat([x[:, :1], self.register_tokens.expand(images.shape[0], -1, -1), x[:, 1:]], dim=1)
+    def prepare_tokens(self, x: Tensor) -> Tensor:
+        x = super().prepare_tokens(x)
+        return torch.cat([x[:, :1], self.register_tokens.expand(x.shape[0], -1, -1), x[:, 1:]], dim=1)
 
     def forward_features(self, images: Tensor | list[Tensor]) -> Any:
         x: Any = self.prepare_tokens(images) if isinstance(images, Tensor) else list(map(self.prepare_tokens, images))
@@ -83,24 +150,14 @@ class DinoVisionTransformer(nn.Module):
 
     def _outputs(self, x: Tensor) -> dict[str, Tensor | None]:
         normed, first = self.norm(x), 1 + self.num_register_tokens
-        return {
-            "x_norm_clstoken": normed[:, 0],
-            "x_norm_regtokens": normed[:, 1:first],
-            "x_norm_patchtokens": normed[:, first:],
-            "x_prenorm": x,
-            "masks": None,
-        }
+        tokens = {"clstoken": normed[:, 0], "regtokens": normed[:, 1:first], "patchtokens": normed[:, first:]}
+        return {**{f"x_norm_{name}": each for name, each in tokens.items()}, "x_prenorm": x, "masks": None}
 
     def get_intermediate_layers(self, images: Tensor, n: int = 1, reshape: bool = False) -> tuple[Tensor, ...]:
-        x, outputs = self.prepare_tokens(images), []
-        blocks = [b for chunk in self.blocks for b in chunk] if self.chunked_blocks else list(self.blocks)
-        for block in blocks:
-            x = block(x)
-            if not isinstance(block, nn.Identity):
-                outputs.append(self.norm(x)[:, 1 + self.num_register_tokens :])
+        outputs = [tokens[:, 1 + self.num_register_tokens :] for tokens in self._normed(images)]
         if reshape:
-            side = IMAGE // PATCH
-            outputs = [out.transpose(1, 2).unflatten(2, (side, side)).contiguous() for out in outputs]
+            grid = self.patch_embed.dynamic_feat_size(images.shape[-2:])
+            outputs = [out.transpose(1, 2).unflatten(2, grid).contiguous() for out in outputs]
         return tuple(outputs[-n:])
 
     def forward(self, images: Tensor, is_training: bool = False) -> Any:

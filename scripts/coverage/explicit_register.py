@@ -67,14 +67,12 @@ def explicit_register(tower: Tower, neurons: Mapping[int, Sequence[int]]) -> Ite
     def attention(original: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
-            if not isinstance(output, tuple) or len(output) < 2 or output[1] is None:
-                return output
-            weights = output[1]
-            if isinstance(weights, list):
-                return output[0], [each if each is None else without(each) for each in weights], *output[2:]
-            return output[0], without(weights), *output[2:]
+            is_pair = isinstance(output, tuple) and len(output) > 1
+            return (output[0], without(output[1]), *output[2:]) if is_pair else output
 
-        def without(weights: Tensor) -> Tensor:
+        def without(weights: Tensor | list[Any] | None) -> Any:
+            if not isinstance(weights, Tensor):
+                return weights and [without(each) for each in weights]
             size = weights.shape[-1]
             kept = [i for i in range(size) if i != size - 1 - tower.family.appended]
             return weights[..., kept, :][..., kept]

@@ -46,36 +46,27 @@ def architectures() -> Iterator[Architecture]:
 
 
 def _build(name: str, options: Mapping[str, Any]) -> nn.Module:
-    config = open_clip.get_model_config(name)
-    build, config = _class(config), _small_config(config, options)
+    config = _small_config(open_clip.get_model_config(name), options)
     with mock.patch.object(timm_of_open_clip, "create_model", partial(_small_trunk, timm.create_model)):
-        model = build(**config)
+        model = open_clip.create_model(name, load_weights=False, **config)
     model.visual.image_size = _size(config["vision_cfg"])  # TimmModel was not told how small its trunk is
-    return model.eval()
-
-
-def _class(config: dict[str, Any]) -> type[nn.Module]:
-    """What open_clip.create_model makes of a configuration."""
-    if "multimodal_cfg" in config:
-        return open_clip.CoCa
-    custom = config.get("custom_text") or "hf_model_name" in config["text_cfg"]
-    return open_clip.CustomTextCLIP if custom else open_clip.CLIP
+    return model
 
 
 def _small_config(config: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with a small image tower of the same kind, and a small native text tower.
+    """What makes a model small, with an image tower of the same kind and a native text tower.
 
     A text tower from transformers would need a download, and is no matter of this project.
     """
     vision = {**config["vision_cfg"], **options, "width": WIDTH, "head_width": WIDTH // 2, "layers": 3}
+    if "timm_model_name" not in vision:
+        vision["image_size"] = _size(vision)
     text = {key: value for key, value in config["text_cfg"].items() if not key.startswith("hf_")}
-    custom = {key: value for key, value in config.items() if key not in ("custom_text", "multimodal_cfg")}
-    custom |= {"embed_dim": WIDTH, "text_cfg": {**text, **SMALL_TEXT}}
-    custom["vision_cfg"] = vision if "timm_model_name" in vision else {**vision, "image_size": _size(vision)}
+    small = {"embed_dim": WIDTH, "vision_cfg": vision, "text_cfg": {**text, **SMALL_TEXT}}
     if "multimodal_cfg" in config:
-        custom["text_cfg"]["embed_cls"] = True  # CoCa's text tower gives a summary beside its tokens
-        custom["multimodal_cfg"] = {**config["multimodal_cfg"], **SMALL_TEXT}
-    return custom
+        small["text_cfg"]["embed_cls"] = True  # CoCa's text tower gives a summary beside its tokens
+        small["multimodal_cfg"] = {**config["multimodal_cfg"], **SMALL_TEXT}
+    return small
 
 
 def _size(vision: Mapping[str, Any]) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""torchvision's ViTs, and those of repositories that are no package (imitated): DINO, DINOv2, OpenAI's CLIP."""
+"""torchvision's ViTs, and those of repositories that are no package (imitated): DINO, DINOv2, OpenAI's CLIP, RADIO."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from coverage import dinov2
-from coverage.imitations import Dino, OpenAIClip, Radio
+from coverage import dinov2, imitations
 from coverage.registry import Architecture, images
 
 TORCHVISION = {"vit_b_16": 16, "vit_b_32": 32, "vit_l_16": 16, "vit_l_32": 32, "vit_h_14": 14}
@@ -34,11 +33,12 @@ def architectures() -> Iterator[Architecture]:
     for name, patch in TORCHVISION.items():
         yield _architecture("torchvision", name, partial(_torchvision, patch), _run_torchvision, SIDE * patch)
     for name, patch in DINO.items():
-        build = partial(Dino.VisionTransformer, SIDE * patch, patch, WIDTH, DEPTH, HEADS)
+        build = partial(dinov2.VisionTransformer, SIDE * patch, patch, WIDTH, DEPTH, HEADS)
         yield _architecture("hub", name, build, _run_dino, SIDE * patch)
     for name, options in DINOV2.items():
         yield _architecture("hub", name, partial(dinov2.DinoVisionTransformer, **options), _run_dinov2, dinov2.IMAGE)
-    yield _architecture("hub", "radio", partial(Radio, SIDE * 16, 16, WIDTH, DEPTH, HEADS), _run_radio, SIDE * 16)
+    radio = partial(imitations.Radio, SIDE * 16, 16, WIDTH, DEPTH, HEADS)
+    yield _architecture("hub", "radio", radio, lambda model, batch: {"forward": model(batch)}, SIDE * 16)
     for name, patch in CLIP.items():
         yield _architecture("hub", name, partial(_clip, patch), _run_clip, SIDE * patch)
 
@@ -81,13 +81,8 @@ def _run_dinov2(model: Any, batch: Tensor) -> dict[str, Any]:
     }
 
 
-def _run_radio(model: Any, batch: Tensor) -> dict[str, Any]:
-    summary, features = model(batch)
-    return {"summary": summary, "features": features}
-
-
 def _clip(patch: int) -> nn.Module:
-    return OpenAIClip.CLIP(OpenAIClip.VisionTransformer(SIDE * patch, patch, WIDTH, DEPTH, HEADS), CONTEXT, VOCABULARY)
+    return imitations.CLIP(imitations.VisionTransformer(SIDE * patch, patch, WIDTH, DEPTH, HEADS), CONTEXT, VOCABULARY)
 
 
 def _run_clip(model: Any, batch: Tensor) -> dict[str, Any]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
+from timm.models.naflexvit import batch_patchify
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 MODULES = (
     "timm_models",
@@ -50,13 +51,6 @@ def registry() -> dict[tuple[str, str], Architecture]:
     return known
 
 
-def transformers_class(name: str) -> type[Any]:
-    """The public class of transformers of this name."""
-    if not hasattr(transformers, name):
-        raise Absent(f"transformers {transformers.__version__} has no {name}")
-    return getattr(transformers, name)
-
-
 def label(name: str, options: Mapping[str, Any]) -> str:
     """The name, and the options that set a model apart from others of that name."""
 
@@ -76,6 +70,21 @@ def image(number: int, height: int, width: int | None = None) -> Tensor:
 def images(numbers: Sequence[int], height: int, width: int | None = None) -> Tensor:
     """A batch (B, 3, h, w) of random images."""
     return torch.stack([image(number, height, width) for number in numbers])
+
+
+def padded_patches(pictures: Iterable[Tensor], side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Images of different sizes as patches (B, N, p * p * 3), padded to the longest.
+
+    Returns:
+        The patches; their rows and columns (B, N, 2), -1 where there is none; and which of them (B, N) there are.
+    """
+    patches, places = [], []
+    for picture in pictures:
+        cut, (rows, columns) = batch_patchify(picture[None], (side, side))
+        patches.append(cut[0])
+        places.append(torch.cartesian_prod(torch.arange(rows), torch.arange(columns)))
+    positions = pad_sequence(places, batch_first=True, padding_value=-1)
+    return pad_sequence(patches, batch_first=True), positions, (positions >= 0).all(-1)
 
 
 @torch.no_grad()

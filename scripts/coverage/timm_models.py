@@ -10,11 +10,10 @@ from typing import Any
 
 import timm
 import torch
-from timm.models.naflexvit import batch_patchify
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import Tensor, nn
 
-from coverage.registry import Absent, Architecture, image, images, label
+from coverage.registry import Absent, Architecture, image, images, label, padded_patches
 
 MODULES = (
     *("vision_transformer", "vision_transformer_hybrid", "vision_transformer_relpos", "vision_transformer_sam"),
@@ -172,13 +171,8 @@ def _naflex_outputs(model: nn.Module, numbers: Sequence[int]) -> dict[str, Any]:
 
 def naflex_batch(model: nn.Module, numbers: Sequence[int]) -> dict[str, Tensor]:
     """Images of different sizes as patches with coordinates, padded to the longest, as timm's collator makes them."""
-    patch = model.embeds.patch_size
-    patches, coordinates = [], []
-    for number in numbers:
-        rows, columns = ((3, 5), (4, 3))[number % 2]
-        cut, _ = batch_patchify(image(number, rows * patch[0], columns * patch[1])[None], patch)
-        patches.append(cut[0])
-        coordinates.append(torch.cartesian_prod(torch.arange(rows), torch.arange(columns)))
-    valid = [torch.ones(len(cut), dtype=torch.bool) for cut in patches]
-    pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
-    return {"patches": pad(patches), "patch_coord": pad(coordinates), "patch_valid": pad(valid)}
+    side, _ = model.embeds.patch_size
+    sizes = [((3, 5), (4, 3))[number % 2] for number in numbers]
+    pictures = [image(number, *(side * size for size in grid)) for number, grid in zip(numbers, sizes, strict=True)]
+    patches, positions, valid = padded_patches(pictures, side)
+    return {"patches": patches, "patch_coord": positions.clamp(min=0), "patch_valid": valid}

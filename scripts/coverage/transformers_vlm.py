@@ -7,10 +7,10 @@ it is in the released models.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -18,33 +18,13 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils._pytree import tree_leaves
-from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from coverage.registry import Architecture, image, images, transformers_class
+from coverage import transformers_small
+from coverage.registry import Architecture, image, images, padded_patches
+from coverage.transformers_small import SIDE, TIMM, Settings, build
 
-Settings = Mapping[str, Any]
-
-SIDE = 4
-"""Pixels along a patch."""
 GRIDS = ((4, 8), (4, 4))
 """Rows and columns of patches of images 0 and 1, where a model takes images of several sizes."""
-SIZES = (
-    (0, "pad_token_id"),
-    (1, "layers encoder_layers decoder_layers"),
-    (2, "num_experts_per_tok"),
-    (3, "depth num_hidden_layers"),
-    (4, "num_heads num_attention_heads attention_heads encoder_attention_heads decoder_attention_heads"),
-    (4, "num_key_value_heads num_experts num_local_experts n_routed_experts"),
-    (7, "image_token_id image_token_index"),
-    (8, "head_dim"),
-    (16, "moe_intermediate_size"),
-    (32, "hidden_size embed_dim out_hidden_size text_hidden_size projection_dim encoder_hidden_size d_model"),
-    (64, "intermediate_size mlp_dim encoder_ffn_dim decoder_ffn_dim ffn_dim max_position_embeddings"),
-    (100, "vocab_size vocab_size_per_layer_input"),
-    (SIDE, "patch_size"),
-    (4 * SIDE, "image_size"),
-)
-SMALL = {name: size for size, names in SIZES for name in names.split()}
 
 
 class Inputs(NamedTuple):
@@ -56,34 +36,18 @@ class Inputs(NamedTuple):
     """The arguments of the model's get_image_features."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """Models that take the same inputs."""
-
-    models: str
-    """Public classes, with a space between; * stands for ForConditionalGeneration. Behind them, in brackets, what sets
-    this row apart from others of the classes."""
-    inputs: Callable[[Sequence[int]], Inputs]
-    vision: Settings = field(default_factory=dict)
-    """What the configuration of the vision tower needs besides `SMALL`."""
-    config: Settings = field(default_factory=dict)
-    """What the rest of the configuration needs."""
-    packed: bool = False
-    """Whether the tower gives one sequence (1, S, C) with the tokens of all images."""
-    shared: str = ""
-    """An output that does not belong to any one image."""
-    weights: bool = True
-    """Whether the tower can be asked for its attention weights."""
-
-
 # What the processors make of images -----------------------------------------------------------------------------------
+
+
+def _picture(number: int) -> Tensor:
+    """The image (3, h, w) of this number, where a model takes images of several sizes."""
+    return image(number, *(SIDE * size for size in GRIDS[number]))
 
 
 def _patches(number: int, merge: int = 1) -> Tensor:
     """Image `number` as patches (N, 3, p, p); those that the model merges, `merge` x `merge` of them, in a row."""
     rows, columns = GRIDS[number]
-    picture = image(number, rows * SIDE, columns * SIDE)
-    grid = picture.reshape(3, rows // merge, merge, SIDE, columns // merge, merge, SIDE)
+    grid = _picture(number).reshape(3, rows // merge, merge, SIDE, columns // merge, merge, SIDE)
     return grid.permute(1, 4, 2, 5, 0, 3, 6).flatten(0, 3)
 
 
@@ -138,14 +102,10 @@ def _inkling(numbers: Sequence[int]) -> Inputs:
 
 def _canvas(numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The images (B, 3, s, s), padded with zeros to a square, and which pixels (B, s, s) are theirs."""
-    side = SIDE * max(max(grid) for grid in GRIDS)
-    pixels = torch.zeros(len(numbers), 3, side, side)
-    mask = torch.zeros(len(numbers), side, side, dtype=torch.bool)
-    for row, number in enumerate(numbers):
-        rows, columns = (SIDE * size for size in GRIDS[number])
-        pixels[row, :, :rows, :columns] = image(number, rows, columns)
-        mask[row, :rows, :columns] = True
-    return pixels, mask
+    side = SIDE * max(map(max, GRIDS))
+    pictures = [_picture(number) for number in numbers]
+    pixels = torch.stack([pad(each, (0, side - each.shape[2], 0, side - each.shape[1])) for each in pictures])
+    return pixels, (pixels != 0).any(1)
 
 
 def _idefics(numbers: Sequence[int], mask_name: str = "pixel_attention_mask") -> Inputs:
@@ -163,13 +123,9 @@ def _pixtral(numbers: Sequence[int]) -> Inputs:
 
 
 def _padded(numbers: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Patches (B, N, p * p * 3) channels last, padded to N of the largest image; their rows and columns, else -1."""
-    most = max(rows * columns for rows, columns in GRIDS)
-    patches = [_patches(number).movedim(1, -1).flatten(1) for number in numbers]
-    places = [torch.cartesian_prod(*map(torch.arange, GRIDS[number])) for number in numbers]
-    stacked = torch.stack([pad(patch, (0, 0, 0, most - len(patch))) for patch in patches])
-    positions = torch.stack([pad(place, (0, 0, 0, most - len(place)), value=-1) for place in places])
-    return stacked, positions, (positions >= 0).all(-1)
+    """As `padded_patches`, to the length of image 0 in every batch."""
+    pixels, positions, mask = padded_patches([_picture(number) for number in (*numbers, 0)], SIDE)
+    return pixels[:-1], positions[:-1], mask[:-1]
 
 
 def siglip2(numbers: Sequence[int]) -> Inputs:
@@ -199,20 +155,17 @@ def _tiles(numbers: Sequence[int]) -> Inputs:
 
 def _mllama(numbers: Sequence[int]) -> Inputs:
     """Up to four tiles for each image: image 0 has two in a row, image 1 a single one."""
-    tiles = torch.zeros(len(numbers), 1, 4, 3, 4 * SIDE, 4 * SIDE)
-    mask = torch.zeros(len(numbers), 1, 4, dtype=torch.long)
-    for row, number in enumerate(numbers):
-        count = 2 - number
-        tiles[row, 0, :count] = images(range(number, number + count), 4 * SIDE)
-        mask[row, 0, :count] = 1
-    ratios = torch.tensor([[2 - number] for number in numbers])
-    return _positional(pixel_values=tiles, aspect_ratio_ids=ratios, aspect_ratio_mask=mask)
+    counts = torch.tensor([[2 - number] for number in numbers])
+    tiles = [pad(images(range(number, 2), 4 * SIDE), (*[0] * 7, 2 + number)) for number in numbers]
+    mask = (torch.arange(4) < counts).long()
+    return _positional(
+        pixel_values=torch.stack(tiles)[:, None], aspect_ratio_ids=counts, aspect_ratio_mask=mask[:, None]
+    )
 
 
 def _molmo(numbers: Sequence[int]) -> Inputs:
     """Patches (B, N, p * p * 3), and the four patches of each image token."""
-    patches = torch.stack([image(number, 4 * SIDE) for number in numbers])
-    patches = patches.unfold(2, SIDE, SIDE).unfold(3, SIDE, SIDE).permute(0, 2, 3, 4, 5, 1).flatten(1, 2).flatten(2)
+    patches, _, _ = padded_patches(images(numbers, 4 * SIDE), SIDE)
     windows = torch.arange(16 * len(numbers)).view(-1, 2, 2, 2, 2).transpose(2, 3).reshape(-1, 4)
     grids = torch.tensor([(2, 2, 0, 0)] * len(numbers))
     features = {"pixel_values": patches, "image_token_pooling": windows, "image_grids": grids}
@@ -227,29 +180,20 @@ def _llama4(numbers: Sequence[int]) -> Inputs:
     return Inputs(inputs.tower, {**inputs.features, **unused})
 
 
+@dataclass(frozen=True)
+class Row(transformers_small.Row):
+    """Models that take the same inputs."""
+
+    inputs: Callable[[Sequence[int]], Inputs] = _pixels
+    packed: bool = False
+    """Whether the tower gives one sequence (1, S, C) with the tokens of all images."""
+    shared: str = ""
+    """An output that does not belong to any one image."""
+    weights: bool = True
+    """Whether the tower can be asked for its attention weights."""
+
+
 # Building and running -------------------------------------------------------------------------------------------------
-
-
-def small_config(config_class: type[PretrainedConfig], overrides: Settings) -> PretrainedConfig:
-    """The default configuration at the sizes of `SMALL`, and its parts likewise."""
-    default = config_class()
-    known = default.to_dict()
-    values = {name: size for name, size in SMALL.items() if isinstance(known.get(name), int)} | dict(overrides)
-    for name in default.sub_configs:
-        part, changes = getattr(default, name, None), dict(overrides.get(name) or {})
-        if "model_type" in changes:
-            values[name] = small_config(CONFIG_MAPPING[changes.pop("model_type")], changes).to_dict()
-        elif isinstance(part, PretrainedConfig):
-            given = getattr(getattr(config_class, "sub_configs_defaults", {}).get(name), "init_kwargs", {})
-            # Of what the model gives to this part, all that is not a size stays.
-            switches = {key: value for key, value in given.items() if key not in SMALL and not isinstance(value, dict)}
-            values[name] = small_config(type(part), switches | changes).to_dict()  # transformers 4 wants dictionaries
-    return config_class(**values)
-
-
-def _build(name: str, row: Row) -> nn.Module:
-    model_class, vision = transformers_class(name), {"vision_config": row.vision} if row.vision else {}
-    return model_class(small_config(model_class.config_class, {**vision, **row.config})).eval()
 
 
 def tower_of(model: nn.Module) -> nn.Module:
@@ -315,13 +259,10 @@ def _segments(weights: Any, numbers: Sequence[int]) -> Any:
     """The attention weights within each image, of one layer: the blocks on the diagonal of (1, heads, S, S)."""
     if not isinstance(weights, Tensor):
         return weights  # they come in segments
-    lengths = [rows * columns for rows, columns in (GRIDS[number] for number in numbers)]
+    lengths = [math.prod(GRIDS[number]) for number in numbers]
     prefix = (weights.shape[-1] - sum(lengths)) // len(lengths)
     lengths = [prefix + length for length in lengths]
-    stops = list(accumulate(lengths))
-    return [
-        weights[..., stop - length : stop, stop - length : stop] for stop, length in zip(stops, lengths, strict=True)
-    ]
+    return [rows.split(lengths, -1)[i] for i, rows in enumerate(weights.split(lengths, -2))]
 
 
 def _unpacked(value: Any) -> Any:
@@ -333,16 +274,30 @@ def _unpacked(value: Any) -> Any:
 
 # The rows -------------------------------------------------------------------------------------------------------------
 
+
+def _vision(settings: Settings | None = None, **more: Any) -> Settings:
+    """Settings of the vision tower."""
+    return {"vision_config": {**(settings or {}), **more}}
+
+
 TILED = {"image_grid_pinpoints": [[4 * SIDE, 8 * SIDE]]}
-SQUARE = {"image_size": 4 * SIDE, "patch_size": SIDE}
-GEMMA4 = {"model_type": "gemma4_vision", "pooling_kernel_size": 2}
+GRANITE = {"downsample_rate": "1/2", "deepstack_layer_map": [[-2, 0]], "spatial_target_layers": [0, 1, 2, 2]}
+GEMMA4 = _vision(model_type="gemma4_vision", pooling_kernel_size=2)
+EXPERTS = {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}}
 NO_CLS = {"vision_feature_select_strategy": "full"}
-DEEPSTACK = {"deepstack_visual_indexes": [0, 1]}
+DEEPSTACK = _vision(deepstack_visual_indexes=[0, 1])
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 SLIDING = {"layer_types": ["sliding_attention"] * 3, "rope_parameters": {"sliding_attention": ROPE}}
-SMALL_SAM = {"sam_config": {"downsample_channels": [32, 32]}}
+MLLAMA = _vision(num_global_layers=2, intermediate_layers_indices=[0, 2], vision_output_dim=96)
+MLLAMA |= {"text_config": {"rope_scaling": ROPE}}  # transformers 4 has no default
 LLAMA4 = dict.fromkeys(("vision_output_dim", "projector_input_dim", "projector_output_dim"), 32)
-TIMM = {"embed_dim": 32, "depth": 3, "num_heads": 4, "img_size": 16, "patch_size": 4}
+LLAMA4 = _vision(LLAMA4, intermediate_size=128) | {"text_config": {"intermediate_size_mlp": 64}}
+JANUS = {"vq_config": {"base_channels": 32, "channel_multiplier": [1], "num_embeddings": 16}}
+PERCEPTION = _vision(architecture="vit_pe_core_tiny_patch16_384", model_args=TIMM)
+MOLMO = _vision(image_size=[16, 16], num_position_embeddings=16) | {"adapter_config": {"vision_feature_layer": [2, 1]}}
+_tile = partial(_pixels, tiled=True)
+_masked_tile = partial(_tile, pixel_attention_mask=torch.ones(1, 1).bool())
+_single = partial(_packed, merge=1)
 
 
 def _mrope(*section: int) -> Settings:
@@ -350,93 +305,59 @@ def _mrope(*section: int) -> Settings:
 
 
 ROWS = (
-    Row("Blip2* InstructBlipVideo* Llava* PaliGemma* AyaVision* DeepseekVL* DeepseekVLHybrid*", _pixels),
-    Row("Kosmos2* Step3p7* PI0* Blip2ForImageTextRetrieval IdeficsForVisionText2Text", _pixels),
-    Row("ColPaliForRetrieval ShieldGemma2ForImageClassification", _pixels),
-    Row("ModernVBertForMaskedLM ColModernVBertForRetrieval UltraVBertForMaskedLM", _pixels),
-    Row("InstructBlip*", partial(_pixels, qformer_input_ids=torch.full((1, 3), 7))),
-    Row("Llava*[SigLIP]", _pixels, {"model_type": "siglip_vision_model"}, NO_CLS),
-    Row("Llava*[Pixtral]", _pixtral, {"model_type": "pixtral", "image_size": 32}, NO_CLS, packed=True),
-    Row("LlavaNext* LlavaNextVideo* LlavaOnevision*", _tiles, config=TILED),
-    Row(
-        "Granite4Vision*",
-        _tiles,
-        {"hidden_size": 64},
-        TILED | {"downsample_rate": "1/2", "deepstack_layer_map": [[-2, 0]], "spatial_target_layers": [0, 1, 2, 2]},
-    ),
-    Row("VipLlava*", _pixels, config={"vision_feature_layers": [-2, 1]}),
-    Row("Gemma3*", _pixels, config={"mm_tokens_per_image": 4}),
-    Row("T5Gemma2*", _pixels, config={"encoder": {"mm_tokens_per_image": 4}}),
-    Row("Gemma4* EmbeddingGemma2Model", _gemma4, GEMMA4),
-    Row(
-        "DiffusionGemmaForBlockDiffusion",
-        _gemma4,
-        GEMMA4,
-        {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}},
-    ),
-    Row("Cohere2Vision*", _pixels, config={"alignment_intermediate_size": 64}),
-    Row("InternVL* QianfanOCR*", _pixels, SQUARE),
-    Row("Idefics2* Idefics3* SmolVLM*", _idefics),
-    Row("Aria*", partial(_idefics, mask_name="pixel_mask"), config={"projector_patch_to_query_dict": {64: 4}}),
-    Row("GraniteDocling*", partial(_pixels, tiled=True, pixel_attention_mask=torch.ones(1, 1).bool()), DEEPSTACK),
-    Row("PixtralVisionModel", _pixtral, config={"image_size": 32}, packed=True),
-    Row("Mistral3* MistralLarge4* LightOnOcr*", _pixtral, {"image_size": 8 * SIDE}, packed=True),
-    Row(
-        "Mllama*",
-        _mllama,
-        {"num_global_layers": 2, "intermediate_layers_indices": [0, 2], "vision_output_dim": 96},
-        {"text_config": {"rope_scaling": {"rope_type": "default", "rope_theta": 1e4}}},  # transformers 4 has no default
-    ),
-    Row("Llama4*", _llama4, LLAMA4 | {"intermediate_size": 128}, {"text_config": {"intermediate_size_mlp": 64}}),
-    Row("Lfm2Vl*", siglip2),
-    Row("Qwen2VL* ColQwen2ForRetrieval Qwen3_5* Qwen3_5Moe* Qwen4Exp*", _qwen),
-    Row("Glm4v* Glm4vMoe* Glm46V* Glm5Next* GlmOcr*", _qwen),
-    Row("Qwen3VL* Qwen3VLMoe* Qwen3OmniMoeThinker* Cosmos3Omni*", _qwen, DEEPSTACK),
-    Row("CohereCompass*", _qwen, DEEPSTACK, {"text_config": SLIDING}),
-    Row("Cosmos3Edge*", _packed, config=_mrope(2, 1, 1)),
-    Row("Ernie4_5_VLMoe*", _packed, config=_mrope(1, 1, 2)),
-    Row("GlmImage*", partial(_packed, merge=1)),
-    Row("PaddleOCRVL*", _paddle, packed=True),
-    Row("VideoLlama3*", _video_llama, packed=True),
-    Row("HunYuanVL*", partial(_packed, merge=1), config={"text_config": {"head_dim": 8}}, packed=True),
-    Row("Kimi_K25*", partial(_packed, merge=1, flat=False), config={"projection_hidden_size": 32}),
-    Row("MiniMaxM3Sparse*", _qwen, packed=True, shared="pooler_output"),
-    Row("Inkling2*", _inkling, packed=True),
-    Row(
-        "NemotronH_Omni_Reasoning_V3",
-        _radio,
-        config={"vision_hidden_size": 32, "projector_hidden_size": 32},
-        packed=True,
-    ),
-    Row("Kosmos2_5*", flattened, {"patch_embed_hidden_size": 48}),
-    Row("Pix2Struct*", flattened, {"patch_embed_hidden_size": 48, "d_kv": 8, "d_ff": 64}),
-    Row(
-        "Janus*", _pixels, config={"vq_config": {"base_channels": 32, "channel_multiplier": [1], "num_embeddings": 16}}
-    ),
-    Row("UnlimitedOcr*", _pixels, SMALL_SAM),
-    Row("Ovis2*", _pixels, shared="visual_indicator_features"),
-    Row(
-        "PerceptionLM*",
-        partial(_pixels, tiled=True),
-        {"architecture": "vit_pe_core_tiny_patch16_384", "model_args": TIMM},
-        weights=False,
-    ),
-    Row(
-        "Molmo2*",
-        _molmo,
-        {"image_size": [16, 16], "num_position_embeddings": 16},
-        {"adapter_config": {"vision_feature_layer": [2, 1]}},
-    ),
+    Row("Blip2* InstructBlipVideo* Llava* PaliGemma* AyaVision* DeepseekVL* DeepseekVLHybrid*"),
+    Row("Kosmos2* Step3p7* PI0* Blip2ForImageTextRetrieval IdeficsForVisionText2Text"),
+    Row("ColPaliForRetrieval ShieldGemma2ForImageClassification"),
+    Row("ModernVBertForMaskedLM ColModernVBertForRetrieval UltraVBertForMaskedLM"),
+    Row("InstructBlip*", inputs=partial(_pixels, qformer_input_ids=torch.full((1, 3), 7))),
+    Row("Llava*[SigLIP]", _vision(model_type="siglip_vision_model") | NO_CLS),
+    Row("Llava*[Pixtral]", _vision(model_type="pixtral", image_size=32) | NO_CLS, _pixtral, packed=True),
+    Row("LlavaNext* LlavaNextVideo* LlavaOnevision*", TILED, _tiles),
+    Row("Granite4Vision*", _vision(hidden_size=64) | TILED | GRANITE, _tiles),
+    Row("VipLlava*", {"vision_feature_layers": [-2, 1]}),
+    Row("Gemma3*", {"mm_tokens_per_image": 4}),
+    Row("T5Gemma2*", {"encoder": {"mm_tokens_per_image": 4}}),
+    Row("Gemma4* EmbeddingGemma2Model", GEMMA4, _gemma4),
+    Row("DiffusionGemmaForBlockDiffusion", GEMMA4 | EXPERTS, _gemma4),
+    Row("Cohere2Vision*", {"alignment_intermediate_size": 64}),
+    Row("InternVL* QianfanOCR*", _vision(image_size=4 * SIDE, patch_size=SIDE)),
+    Row("Idefics2* Idefics3* SmolVLM*", inputs=_idefics),
+    Row("Aria*", {"projector_patch_to_query_dict": {64: 4}}, partial(_idefics, mask_name="pixel_mask")),
+    Row("GraniteDocling*", DEEPSTACK, _masked_tile),
+    Row("PixtralVisionModel", {"image_size": 32}, _pixtral, packed=True),
+    Row("Mistral3* MistralLarge4* LightOnOcr*", _vision(image_size=8 * SIDE), _pixtral, packed=True),
+    Row("Mllama*", MLLAMA, _mllama),
+    Row("Llama4*", LLAMA4, _llama4),
+    Row("Lfm2Vl*", inputs=siglip2),
+    Row("Qwen2VL* ColQwen2ForRetrieval Qwen3_5* Qwen3_5Moe* Qwen4Exp*", inputs=_qwen),
+    Row("Glm4v* Glm4vMoe* Glm46V* Glm5Next* GlmOcr*", inputs=_qwen),
+    Row("Qwen3VL* Qwen3VLMoe* Qwen3OmniMoeThinker* Cosmos3Omni*", DEEPSTACK, _qwen),
+    Row("CohereCompass*", DEEPSTACK | {"text_config": SLIDING}, _qwen),
+    Row("Cosmos3Edge*", _mrope(2, 1, 1), _packed),
+    Row("Ernie4_5_VLMoe*", _mrope(1, 1, 2), _packed),
+    Row("GlmImage*", inputs=_single),
+    Row("PaddleOCRVL*", inputs=_paddle, packed=True),
+    Row("VideoLlama3*", inputs=_video_llama, packed=True),
+    Row("HunYuanVL*", {"text_config": {"head_dim": 8}}, _single, packed=True),
+    Row("Kimi_K25*", {"projection_hidden_size": 32}, partial(_single, flat=False)),
+    Row("MiniMaxM3Sparse*", inputs=_qwen, packed=True, shared="pooler_output"),
+    Row("Inkling2*", inputs=_inkling, packed=True),
+    Row("NemotronH_Omni_Reasoning_V3", {"vision_hidden_size": 32, "projector_hidden_size": 32}, _radio, packed=True),
+    Row("Kosmos2_5*", _vision(patch_embed_hidden_size=48), flattened),
+    Row("Pix2Struct*", _vision(patch_embed_hidden_size=48, d_kv=8, d_ff=64), flattened),
+    Row("Janus*", JANUS),
+    Row("UnlimitedOcr*", _vision(sam_config={"downsample_channels": [32, 32]})),
+    Row("Ovis2*", shared="visual_indicator_features"),
+    Row("PerceptionLM*", PERCEPTION, _tile, weights=False),
+    Row("Molmo2*", MOLMO, _molmo),
 )
 
 
 def rows() -> Iterator[tuple[str, str, Row]]:
     """Class, name of the architecture, and row, of each class in `ROWS`."""
-    for row in ROWS:
-        names, bracket, variant = row.models.replace("*", "ForConditionalGeneration").partition("[")
-        yield from ((name, name + bracket + variant, row) for name in names.split())
+    return ((*names, row) for row in ROWS for names in row.each())
 
 
 def architectures() -> Iterator[Architecture]:
     for model_class, name, row in rows():
-        yield Architecture("transformers", name, partial(_build, model_class, row), partial(_run, row))
+        yield Architecture("transformers", name, partial(build, model_class, row.config), partial(_run, row))

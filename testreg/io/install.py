@@ -7,7 +7,6 @@ the folder inside says that a save was interrupted, and holds what is needed to 
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -15,9 +14,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from testreg.files import flush
+
 try:
     import fcntl
-except ImportError:  # Windows, where folders can neither be locked nor flushed to disk
+except ImportError:  # Windows, where folders cannot be locked
     fcntl = None  # type: ignore[assignment]
 
 RECORD = "testreg.json"
@@ -102,19 +103,19 @@ def _install(target: Path, replaced: Iterable[str]) -> None:
     old.mkdir()
     for name in arriving:
         (new / name).chmod(new.stat().st_mode & 0o666)  # the umask's mode; some libraries write 0600
-        _flush(new / name)
+        flush(new / name)
     for folder in (new, new.parent, target):
-        _flush(folder)
+        flush(folder)
     for name in reversed(_record_last(leaving)):
         os.rename(target / name, old / name)
         if name == RECORD:
-            _flush(target)
+            flush(target)
     for name in arriving:
         if name == RECORD:
-            _flush(target)
+            flush(target)
         os.rename(new / name, target / name)
     try:
-        _flush(target)
+        flush(target)
     except OSError:
         os.rename(target / RECORD, new / RECORD)
         raise
@@ -135,7 +136,7 @@ def _roll_back(target: Path) -> None:
         for name in _record_last(os.listdir(old) if old.is_dir() else ()):
             if may_be_replaced(old / name):  # and nothing else was ever moved there
                 os.rename(old / name, target / name)
-        _flush(target)
+        flush(target)
     shutil.rmtree(pending)
 
 
@@ -167,19 +168,5 @@ def _locked(target: Path) -> Iterator[None]:
         except OSError:  # a file system without locks
             pass
         yield
-    finally:
-        os.close(handle)
-
-
-def _flush(path: Path) -> None:
-    """Make sure that the disk holds what was written, before anything relies on it."""
-    if fcntl is None:
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # which a file system says that cannot do this for folders
-            raise
     finally:
         os.close(handle)

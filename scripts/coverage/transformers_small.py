@@ -1,0 +1,85 @@
+"""Models of transformers from their public classes: rows of class names, and configurations made small."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import CONFIG_MAPPING, PretrainedConfig
+
+from coverage.registry import Absent
+
+Settings = Mapping[str, Any]
+
+SIDE = 4
+"""Pixels along a patch."""
+SIZES = (
+    (0, "pad_token_id"),
+    (1, "layers encoder_layers decoder_layers"),
+    (2, "num_experts_per_tok"),
+    (3, "depth num_hidden_layers"),
+    (4, "num_heads num_attention_heads attention_heads encoder_attention_heads decoder_attention_heads"),
+    (4, "num_key_value_heads num_experts num_local_experts n_routed_experts"),
+    (7, "image_token_id image_token_index"),
+    (8, "head_dim"),
+    (16, "moe_intermediate_size"),
+    (32, "hidden_size embed_dim out_hidden_size text_hidden_size projection_dim encoder_hidden_size d_model"),
+    (64, "intermediate_size mlp_dim encoder_ffn_dim decoder_ffn_dim ffn_dim max_position_embeddings"),
+    (100, "vocab_size vocab_size_per_layer_input"),
+    (SIDE, "patch_size"),
+    (4 * SIDE, "image_size"),
+)
+SMALL = {name: size for size, names in SIZES for name in names.split()}
+TIMM = {"embed_dim": 32, "depth": 3, "num_heads": 4, "img_size": 4 * SIDE, "patch_size": SIDE}
+"""The sizes of a tower that timm makes."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Models whose configurations need the same."""
+
+    names: str
+    """Public classes, with a space between; * stands for ForConditionalGeneration. Behind them, in brackets, what sets
+    this row apart from others of the classes."""
+    config: Settings = field(default_factory=dict)
+    """What the configuration needs besides its size."""
+
+    def each(self) -> Iterator[tuple[str, str]]:
+        """The name of every class, without and with what is in brackets."""
+        names, bracket, variant = re.split(r"( ?\[|$)", self.names, maxsplit=1)
+        for name in names.replace("*", "ForConditionalGeneration").split():
+            yield name, name + bracket + variant
+
+
+def transformers_class(name: str) -> type[Any]:
+    """The public class of transformers of this name."""
+    if not hasattr(transformers, name):
+        raise Absent(f"transformers {transformers.__version__} has no {name}")
+    return getattr(transformers, name)
+
+
+def build(name: str, config: Settings) -> nn.Module:
+    """The small model of a class, whose configuration has these settings."""
+    model_class = transformers_class(name)
+    return model_class(small_config(model_class.config_class, config)).eval()
+
+
+def small_config(config_class: type[PretrainedConfig], overrides: Settings) -> PretrainedConfig:
+    """The default configuration at the sizes of `SMALL`, and its parts likewise."""
+    default = config_class()
+    known = default.to_dict()
+    values = {**{name: size for name, size in SMALL.items() if isinstance(known.get(name), int)}, **overrides}
+    for name in default.sub_configs:
+        part, changes = getattr(default, name, None), dict(overrides.get(name) or {})
+        if "model_type" in changes:
+            values[name] = small_config(CONFIG_MAPPING[changes.pop("model_type")], changes).to_dict()
+        elif isinstance(part, PretrainedConfig):
+            given = getattr(getattr(config_class, "sub_configs_defaults", {}).get(name), "init_kwargs", {})
+            # Of what the model gives to this part, all that is not a size stays.
+            switches = {key: value for key, value in given.items() if key not in SMALL and not isinstance(value, dict)}
+            values[name] = small_config(type(part), switches | changes).to_dict()  # transformers 4 wants dictionaries
+    return config_class(**values)
