@@ -13,6 +13,7 @@ from testreg.cli.apply import apply
 from testreg.cli.calibrate import calibrate
 from testreg.cli.demo import demo
 from testreg.cli.diagnose import diagnose
+from testreg.cli.evaluate import tasks
 from testreg.cli.exits import Exit, exit_codes
 from testreg.cli.listing import listing
 from testreg.cli.running import add_command
@@ -38,6 +39,7 @@ add_command(
 )
 add_command(app, apply)
 add_command(app, show)
+app.add_typer(tasks, name="evaluate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

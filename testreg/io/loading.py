@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from testreg.io.preprocessing import (
 from testreg.io.trust import CHECK_FOLDER, CHECK_HUB, asking_only_if, explained, read_json, require
 
 DEMO = Path(__file__).parents[1] / "demo" / "model"
+DEMO_SIZE = 128  # side of its images in pixels
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class _Asked:
     image_size: int | None = None
     pretrained: bool = True
     trust_remote_code: bool = False
+    any_size: bool = False
 
 
 def load_model(
@@ -58,6 +60,7 @@ def load_model(
     pretrained: bool = True,
     device: torch.device | str | None = None,
     trust_remote_code: bool = False,
+    any_size: bool = False,
 ) -> LoadedModel:
     """Load a model and its preprocessing.
 
@@ -71,6 +74,8 @@ def load_model(
         trust_remote_code: run code that comes with the model: Python files in a repository of transformers, and
             repositories that torch.hub was not told to trust before. Where a model names further repositories,
             transformers asks about these on the terminal. If False, nothing is asked, and no such code runs.
+        any_size: build models of timm so that they take images of any size, as those of transformers do by themselves,
+            if their class can.
 
     Raises:
         ValueError: the name means nothing, or the folder lacks something, or holds its weights as pickles only, or the
@@ -85,7 +90,7 @@ def load_model(
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size must be at least 1, got {image_size}")
-    asked = _Asked(image_size, pretrained, trust_remote_code)
+    asked = _Asked(image_size, pretrained, trust_remote_code, any_size)
     loaders = {
         "timm": _load_timm,
         "hf": _load_transformers,
@@ -95,7 +100,7 @@ def load_model(
     }
     library, _, rest = name.partition(":")
     if name == "demo":
-        model = demo_model() if image_size is None else demo_model(image_size)
+        model = _load_demo(replace(asked, image_size=image_size or DEMO_SIZE))
         loaded = LoadedModel(model, timm_transform(model), name)
     elif library in loaders and rest:
         loaded = loaders[library](name, rest, asked)
@@ -107,7 +112,7 @@ def load_model(
     return loaded
 
 
-def demo_model(image_size: int = 128) -> nn.Module:
+def demo_model(image_size: int = DEMO_SIZE) -> nn.Module:
     """The small ViT that comes with testreg, in eval mode, for images (B, 3, image_size, image_size) in [-1, 1].
 
     A timm VisionTransformer with patches of 4 x 4 that classifies CIFAR-10, and has outliers on its background patches.
@@ -118,7 +123,11 @@ def demo_model(image_size: int = 128) -> nn.Module:
         >>> model(torch.zeros(1, 3, 64, 64)).shape
         torch.Size([1, 10])
     """
-    model = _load_timm("demo", f"local-dir:{DEMO}", _Asked(image_size)).model.eval()
+    return _load_demo(_Asked(image_size)).eval()
+
+
+def _load_demo(asked: _Asked) -> nn.Module:
+    model = _load_timm("demo", f"local-dir:{DEMO}", asked).model
     model.__dict__["testreg_source"] = "demo"
     return model
 
@@ -132,6 +141,10 @@ def _load_timm(name: str, rest: str, asked: _Asked) -> LoadedModel:
         require(Path(rest.removeprefix("local-dir:")), "model.safetensors")
     with explained(name, fix):
         model = timm.create_model(rest, pretrained=asked.pretrained, img_size=asked.image_size)
+        if asked.any_size and hasattr(model, "dynamic_img_size"):
+            model = timm.create_model(
+                rest, pretrained=asked.pretrained, img_size=asked.image_size, dynamic_img_size=True
+            )
         return LoadedModel(model, timm_transform(model, asked.image_size), name)
 
 

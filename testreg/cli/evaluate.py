@@ -1,0 +1,59 @@
+"""testreg evaluate: a command for each task, made when it is asked for, since its options are the task's arguments."""
+
+from __future__ import annotations
+
+import inspect
+from inspect import Parameter
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from testreg.cli.models import chosen_device
+from testreg.cli.options import Model
+from testreg.cli.running import Run, add_command
+from testreg.evaluation.names import TASKS
+from testreg.files import check_writable_folder
+
+
+class Tasks(TyperGroup):
+    """The tasks as commands: `testreg --help` need not import what they need."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(TASKS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return _command(cmd_name) if cmd_name in TASKS else None
+
+
+def _command(task: str) -> Any:
+    """The command of a task."""
+    from testreg.evaluation.commands import function_of, signature_of
+
+    def evaluate(run: Run, model: str, **options: Any) -> None:
+        from testreg.io.processes import process_group, rank
+
+        figures, device = options.pop("figures"), options.pop("device")
+        if figures is not None:
+            check_writable_folder(figures)
+        with process_group(chosen_device(device)) as own:
+            result = function_of(task)(model, **options, device=str(own), progress=not run.quiet)
+            is_first = rank() == 0
+        if is_first:
+            run.answer(str(result).rstrip())
+            if figures is not None:
+                run.answer("\n".join(map(str, result.save_figures(figures))))
+            run.write(result.to_json())
+
+    leading = [
+        Parameter("run", Parameter.KEYWORD_ONLY, annotation=Run),
+        Parameter("model", Parameter.KEYWORD_ONLY, annotation=Model),
+    ]
+    evaluate.__signature__ = inspect.Signature([*leading, *signature_of(task).parameters.values()])  # type: ignore[attr-defined]
+    evaluate.__doc__ = (inspect.getdoc(function_of(task)) or "").partition("\n\nArgs:")[0]
+    app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["--help", "-h"]})
+    add_command(app, evaluate, name=task)
+    return typer.main.get_command(app)
+
+
+tasks = typer.Typer(cls=Tasks, no_args_is_help=True, help="Measure a model by the tables of the papers.")

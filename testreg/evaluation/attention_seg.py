@@ -1,0 +1,135 @@
+"""Segmentation by attention: is what CLS attends to the object? (ImageNet-segmentation, arXiv 2012.09838)"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.v2 import functional as tv
+
+from testreg.evaluation.bootstrap import Array, Scores, mean_iou_of, mean_of, ratio_of
+from testreg.evaluation.features import Features
+from testreg.evaluation.figures import Panel, rows_of
+from testreg.evaluation.libraries import library
+from testreg.evaluation.maps import mapped_images, one_split
+from testreg.evaluation.overlap import IGNORED, overlap
+from testreg.evaluation.preparing import Fit, Square, normalisation_of
+from testreg.evaluation.result import Result
+from testreg.evaluation.run import Column, Model, Run, Settings
+from testreg.evaluation.samples import drawn
+from testreg.measure.attention import attention_to_patches
+from testreg.neurons import AnyNeurons
+
+
+def evaluate(
+    model: Model,
+    data: str | os.PathLike[str],
+    *,
+    neurons: AnyNeurons = None,
+    against: Model | None = None,
+    block: int = -1,
+    size: int = 224,
+    align: bool = True,
+    foreground: str | None = None,
+    ignore: int | None = None,
+    **settings: Any,
+) -> Result:
+    """Segmentation by attention: mIoU of background and foreground, pixel accuracy, and mean average precision.
+
+    What CLS gives to the patches, mean of the heads, is resized to the mask (bilinear), scaled to [0, 1], and is
+    foreground where it exceeds its own mean.
+
+    Args:
+        data: a folder with images/ and masks/, or ImageNet-segmentation (gtsegs_ijcv.mat).
+        block: the block whose attention is taken, negative from the end.
+        size: side of the square that images and masks are made to.
+        align: squash images and masks alike. If not, images are cropped and masks are squashed, as in the released
+            code: they do not lie over each other then, unless images are square.
+        foreground: the values of masks that are foreground, FIRST-LAST; None for all but 0.
+        ignore: a value of masks whose pixels do not count.
+        settings: see `testreg.evaluation.run.Settings`.
+    """
+    settings_ = Settings(**settings)
+    first, last = _range(foreground)
+    samples = drawn(one_split(mapped_images(data)), settings_.num_images, settings_.seed)
+    run = Run("attention-seg", model, data, settings_, neurons=neurons, against=against, image_size=size)
+    fit: Fit = "squash" if align else "crop"
+    plain_colours = normalisation_of(run.columns[0].transform)
+    truths: list[Array] = []
+    for sample in samples:
+        mask = torch.from_numpy(sample.target.read())[None]
+        values = Square(plain_colours, size).fitted(mask, nearest=True)[0].numpy()
+        truth = ((values >= first) & (values <= last)).astype(np.int8)
+        truths.append(np.where(values == ignore, IGNORED, truth) if ignore is not None else truth)
+
+    def compute(column: Column, images: Tensor) -> dict[str, Tensor]:
+        attention = attention_to_patches(column.tower, images, block).mean(1)  # (B, N)
+        return {"attention": attention.unflatten(1, column.tower.grid(images))}
+
+    found: dict[str, Features] = {}
+    scores: dict[str, Scores] = {}
+    for column in run.columns:
+        prepare = Square(normalisation_of(column.transform), size, fit)
+        found[column.name] = run.features(column, samples, prepare, compute, {"block": block})
+        scores[column.name] = score([each["attention"] for each in found[column.name]], truths)
+
+    def panels(i: int) -> list[Panel]:
+        pixels = Square(plain_colours, size, fit).fitted(tv.pil_to_tensor(samples[i].open())).permute(1, 2, 0).numpy()
+        drawn_maps = {name: scaled(each[i]["attention"], size).numpy() for name, each in found.items()}
+        maps = [Panel(name, values, colours="inferno") for name, values in drawn_maps.items()]
+        return [Panel("image", pixels), Panel("truth", pixels, over=truths[i], limits=(-1, 1)), *maps]
+
+    return run.result(
+        scores,
+        {
+            "images": len(samples),
+            "block": block,
+            "size": size,
+            "align": "squashed alike" if align else "image cropped, mask squashed (as released)",
+            "foreground": foreground or "all but 0",
+            "ignore": ignore,
+        },
+        pictures={"attention": lambda: rows_of(panels, len(samples), "attention of CLS")},
+    )
+
+
+def _range(foreground: str | None) -> tuple[int, int]:
+    if foreground is None:
+        return 1, np.iinfo(np.int32).max
+    first, _, last = foreground.partition("-")
+    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+        raise ValueError(f"foreground must be FIRST-LAST, two values of masks, got {foreground!r}")
+    return int(first), int(last)
+
+
+def scaled(attention: Tensor, size: int) -> Tensor:
+    """Attention (rows, columns) to patches as a map (size, size) in [0, 1]."""
+    full = F.interpolate(attention.float()[None, None], (size, size), mode="bilinear")[0, 0].clamp(min=0)
+    return (full - full.min()) / (full.max() - full.min()).clamp(min=1e-12)
+
+
+def score(attention: list[Tensor], truths: list[Array]) -> Scores:
+    """The metrics of attention maps (rows, columns), one for each truth (h, w): 1 foreground, 0 background, -1 neither.
+
+    Images without foreground, or without background, have no average precision.
+    """
+    precision = library("sklearn.metrics").average_precision_score
+    rows, precisions = [], []
+    for each, truth in zip(attention, truths, strict=True):
+        full = scaled(each, truth.shape[0]).numpy()
+        counts = truth != IGNORED
+        values, true = full[counts], truth[counts] == 1
+        rows.append(overlap(full > values.mean(), truth, 2))
+        is_mixed = true.any() and not true.all()
+        labels, ranked = np.concatenate([~true, true]), np.concatenate([1 - values, values])
+        precisions.append(precision(labels, ranked) if is_mixed else np.nan)
+    intersections, unions, pixels = (np.stack(each) for each in zip(*rows, strict=True))
+    return {
+        "miou": mean_iou_of(intersections, unions),
+        "pixel_accuracy": ratio_of(intersections.sum(1), pixels),
+        "map": mean_of(precisions),
+    }

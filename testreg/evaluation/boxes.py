@@ -1,0 +1,139 @@
+"""Data sets of images with boxes: Pascal VOC and COCO."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import torch
+from torch import Tensor
+
+from testreg.evaluation.samples import Sample, of_file
+from testreg.files import plain, read_text
+
+LAYOUTS = (
+    "VOC (JPEGImages/, Annotations/*.xml) or COCO (annotations/instances_SPLIT.json, images in SPLIT/ or images/SPLIT/)"
+)
+
+
+@dataclass(frozen=True)
+class Objects:
+    """The objects in an image."""
+
+    boxes: Tensor
+    """(n, 4) float64: left, top, right, bottom in pixels."""
+    size: tuple[int, int]
+    """Height and width of the image."""
+
+
+def boxed_images(data: str | os.PathLike[str], names: str | os.PathLike[str] | None = None) -> list[Sample[Objects]]:
+    """The images in a folder that have at least one true box, with all their boxes.
+
+    VOC: difficult and truncated objects count, and boxes start at 0, not 1. COCO: crowds do not count; all
+    annotations/instances_*.json are read.
+
+    Args:
+        names: a list of the images to take, a name a line: its folders do not count, nor need it have a suffix.
+            For COCO20k, the 19,817 names that LOST comes with. None takes ImageSets/Main/trainval.txt of VOC where
+            that is there, and otherwise all.
+
+    Raises:
+        FileNotFoundError: there is no such folder, image, annotation or list.
+        ValueError: the layout is not known, an annotation is not valid, or no image is left.
+    """
+    folder = Path(data)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no data folder at {folder}: boxes are read from {LAYOUTS}")
+    if (folder / "JPEGImages").is_dir():
+        usual = folder / "ImageSets" / "Main" / "trainval.txt"
+        chosen = _listed(Path(names) if names is not None else usual if usual.is_file() else None)
+        samples = _voc(folder, chosen)
+    elif files := sorted((folder / "annotations").glob("instances_*.json")):
+        chosen = _listed(None if names is None else Path(names))
+        samples = [sample for file in files for sample in _coco(folder, file, chosen)]
+        if missing := (chosen or set()) - {sample.image.stem for sample in samples if isinstance(sample.image, Path)}:
+            raise ValueError(f"{names} names {plain(min(missing))}, which has no annotations in {folder}")
+    else:
+        raise ValueError(f"{folder} has no boxes: they are read from {LAYOUTS}")
+    samples = [sample for sample in samples if len(sample.target.boxes)]
+    if not samples:
+        raise ValueError(f"no image in {folder} has a box")
+    return samples
+
+
+def _listed(file: Path | None) -> set[str] | None:
+    """The names in a list, without folder and suffix; further words of a line, as VOC has them, do not count."""
+    if file is None:
+        return None
+    names = {Path(line.split()[0]).stem for line in read_text(file).splitlines() if line.strip()}
+    if not names:
+        raise ValueError(f"{file} names no image: write one a line")
+    return names
+
+
+def _voc(folder: Path, chosen: set[str] | None) -> list[Sample[Objects]]:
+    images = {path.stem: path for path in sorted((folder / "JPEGImages").iterdir()) if path.suffix.lower() == ".jpg"}
+    stems = sorted(images) if chosen is None else sorted(chosen)
+    samples = []
+    for stem in stems:
+        file = folder / "Annotations" / f"{stem}.xml"
+        if stem not in images:
+            raise FileNotFoundError(f"there is no image {folder / 'JPEGImages' / plain(stem)}.jpg")
+        if not file.is_file():
+            raise FileNotFoundError(f"{images[stem]} has no annotations: there is no file {file}")
+        samples.append(of_file(images[stem], _voc_objects(file)))
+    return samples
+
+
+def _voc_objects(file: Path) -> Objects:
+    try:
+        root = ElementTree.fromstring(read_text(file))
+        size = (int(root.findtext("size/height", "")), int(root.findtext("size/width", "")))
+        boxes = [[float(each.findtext(f"bndbox/{edge}", "")) for edge in _EDGES] for each in root.iter("object")]
+    except (ElementTree.ParseError, ValueError) as error:
+        raise ValueError(f"{file} is not an annotation of Pascal VOC: {error}") from None
+    return Objects(_checked(boxes, str(file)) - torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64), size)
+
+
+_EDGES = ("xmin", "ymin", "xmax", "ymax")
+
+
+def _coco(folder: Path, file: Path, chosen: set[str] | None) -> list[Sample[Objects]]:
+    split = file.stem.removeprefix("instances_")
+    try:
+        data = json.loads(read_text(file))
+        images = {each["id"]: each for each in data["images"]}
+        boxes: dict[Any, list[list[float]]] = {number: [] for number in images}
+        for each in data["annotations"]:
+            if each["image_id"] not in images:
+                raise ValueError(f"an annotation is of image {plain(each['image_id'])}, which is not listed")
+            if not each.get("iscrowd"):
+                left, top, width, height = each["bbox"]
+                boxes[each["image_id"]].append([left, top, left + width, top + height])
+        named = [
+            (Path(each["file_name"]).name, (int(each["height"]), int(each["width"])), boxes[number])
+            for number, each in images.items()
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is not a list of instances of COCO: {plain(error)}") from None
+    folders = [folder / split, folder / "images" / split, folder / "images"]
+    root = next((each for each in folders if each.is_dir()), None)
+    if root is None:
+        raise FileNotFoundError(f"no images for {file}: there is no folder {folders[0]} or {folders[1]}")
+    return [
+        of_file(root / name, Objects(_checked(found, f"{file}, {plain(name)}"), size))
+        for name, size, found in named
+        if chosen is None or Path(name).stem in chosen
+    ]
+
+
+def _checked(boxes: Sequence[Sequence[float]], where: str) -> Tensor:
+    made = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4)
+    if not (made.isfinite().all() and (made[:, 2:] > made[:, :2]).all()):
+        raise ValueError(f"{where} has a box that is empty or not finite")
+    return made

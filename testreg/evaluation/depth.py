@@ -1,0 +1,276 @@
+"""Linear depth, with the protocol of Denoising-ViT (arXiv 2401.02957), which Jiang et al. use."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tv
+
+from testreg.evaluation.bootstrap import Scores, mean_of
+from testreg.evaluation.dense import dense_features, resized
+from testreg.evaluation.features import Features
+from testreg.evaluation.figures import Panel, rows_of
+from testreg.evaluation.fitting import Batch, augmented_batches, kept_batches
+from testreg.evaluation.maps import DEPTHS, Map, mapped_images, two_splits
+from testreg.evaluation.preparing import Normalisation, Whole, normalisation_of, pixels_of
+from testreg.evaluation.result import Result
+from testreg.evaluation.run import Column, Model, Run, Settings
+from testreg.evaluation.samples import Sample, drawn
+from testreg.neurons import AnyNeurons
+
+BINS, NEAREST, FARTHEST = 256, 1e-3, 10.0  # metres
+CROP = (416, 544)  # of a training image
+WITHOUT_BORDER = (slice(45, 472), slice(43, 608))  # the white border of NYU's images, for training
+SCORED = (slice(45, 471), slice(41, 601))  # what is scored of NYU's images
+
+
+def evaluate(
+    model: Model,
+    data: str | os.PathLike[str],
+    *,
+    neurons: AnyNeurons = None,
+    against: Model | None = None,
+    size: int | None = None,
+    iterations: int = 38_400,
+    warm_up: int = 12_800,
+    fit_batch: int = 16,
+    every: int = 800,
+    augment: bool = True,
+    nyu_crop: bool = True,
+    unit: float = 1000.0,
+    **settings: Any,
+) -> Result:
+    """Linear depth: RMSE in metres, relative error and delta1 on val of 256 bins on the patches of the last block.
+
+    Each patch, joined with CLS, votes for bins of depth, whose expectation counts. Fitted with AdamW (5e-3, weight
+    decay .01, gradients of norm 35 at most), a linear warm-up and a cosine; the scale-invariant loss on logarithms.
+    Val: the whole image and its flip, averaged. Metrics are of each image, then the mean.
+
+    Args:
+        data: NYUd (lists *_train.txt and *_test.txt), or images/ or rgb/ beside depth/ with PNGs of 16 bits.
+        size: squash images to a square of that side; None leaves them at their own size.
+        iterations, warm_up: steps, and how many of them warm up.
+        fit_batch: images of a step.
+        every: the probe with the best relative error on val, of one every so many steps, counts, as in the protocol.
+        augment: training images rotated, flipped, cropped to 416 x 544, with other colours, and computed anew in each
+            step; if not, they are computed once, whole, and kept.
+        nyu_crop: leave out the border of NYU's images of 480 x 640, as the protocol does.
+        unit: values of the PNGs in a metre; 0 is unknown.
+        settings: see `testreg.evaluation.run.Settings`.
+    """
+    settings_ = Settings(**settings)
+    splits = two_splits(mapped_images(data, DEPTHS), data)
+    train, val = (drawn(samples, settings_.num_images, settings_.seed) for samples in splits)
+    truths = [metres(sample.target, unit) for sample in val]
+    scored = [within(truth, nyu_crop, sample.target.name) for truth, sample in zip(truths, val, strict=True)]
+    run = Run("depth", model, data, settings_, neurons=neurons, against=against, image_size=size or "any")
+    scores: dict[str, Scores] = {}
+    predicted: dict[str, list[Tensor]] = {}
+    for column in run.columns:
+        normalise = normalisation_of(column.transform)
+        patch, device = column.tower.patch_size, column.tower.device
+        whole = Whole(normalise, size)
+        schedule = {"iterations": iterations, "batch_size": fit_batch}
+        if augment:
+            crop = _Augment(normalise, unit, nyu_crop, size)
+            batches = augmented_batches(run, column, train, crop, _dense, **schedule)
+        else:
+            kept = run.features(column, train, whole, _kept, {})
+            targets = [metres(sample.target, unit) for sample in train]
+            batches = kept_batches(run, column, kept, targets, **schedule)
+        asked = run.features(column, val, whole, _kept_with_flip, {})
+        with torch.random.fork_rng():
+            torch.manual_seed(settings_.seed)
+            head = Head(2 * asked[0]["patches"].shape[1]).to(device)
+        best: tuple[float, Head] | None = None
+        for _ in fitted(head, batches, iterations, warm_up, every, size, patch):
+            error = score(predict(head, asked, scored, size, patch), scored)["abs_rel"].value
+            if best is None or error < best[0]:
+                best = error, copy.deepcopy(head)
+        assert best is not None
+        predicted[column.name] = predict(best[1], asked, scored, size, patch)
+        scores[column.name] = score(predicted[column.name], scored)
+
+    def panels(i: int) -> list[Panel]:
+        maps = {"truth": scored[i]} | {name: each[i] for name, each in predicted.items()}
+        limits = (0.0, float(scored[i].max()))
+        drawn_maps = [Panel(name, each.numpy(), colours="magma_r", limits=limits) for name, each in maps.items()]
+        return [Panel("image", np.asarray(val[i].open())), *drawn_maps]
+
+    return run.result(
+        scores,
+        {
+            "train": len(train),
+            "images": len(val),
+            "size": size or "native",
+            "iterations": iterations,
+            "warm_up": warm_up,
+            "fit_batch": fit_batch,
+            "every": every,
+            "augment": augment,
+            "nyu_crop": nyu_crop,
+            "chosen": "the probe of best relative error on val",
+        },
+        pictures={"depth": lambda: rows_of(panels, len(val), "linear depth")},
+    )
+
+
+def metres(depth: Map, unit: float) -> Tensor:
+    """Depth (h, w) in metres; 0 where it is not known, or beyond what bins can say."""
+    values = torch.from_numpy(depth.read()).float() / unit
+    return values.where((values > NEAREST) & (values < FARTHEST), 0.0)
+
+
+def within(truth: Tensor, nyu_crop: bool, name: str) -> Tensor:
+    """The truth (h, w), unknown outside of the part that is scored.
+
+    Raises:
+        ValueError: nothing of it is known, or it is not of NYU's size.
+    """
+    if nyu_crop:
+        if tuple(truth.shape) != (480, 640):
+            raise ValueError(
+                f"{name} has {truth.shape[0]} x {truth.shape[1]} pixels, but what is scored of NYU's images is known "
+                "for 480 x 640: switch that off with nyu_crop=False (--no-nyu-crop)"
+            )
+        cropped = torch.zeros_like(truth)
+        cropped[SCORED] = truth[SCORED]
+        truth = cropped
+    if not truth.any():
+        raise ValueError(f"{name} has no depth between {NEAREST} and {FARTHEST:g} m: is unit (--unit) right?")
+    return truth
+
+
+class Head(nn.Module):
+    """A 1x1 convolution to bins of depth."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(width, BINS, 1)
+        self.register_buffer("centres", torch.linspace(NEAREST, FARTHEST, BINS))
+
+    def forward(self, patches: Tensor, cls: Tensor) -> Tensor:
+        """Depth (B, 1, 4 rows, 4 columns) in metres, of patches (B, C, rows, columns) and CLS (B, C)."""
+        joined = torch.cat([patches, cls[:, :, None, None].expand_as(patches)], dim=1)
+        finer = F.interpolate(joined, scale_factor=4, mode="bilinear", align_corners=False)
+        weights = self.convolution(finer).relu() + 0.1
+        return torch.einsum("bkhw,k->bhw", weights / weights.sum(1, keepdim=True), self.centres).unsqueeze(1)
+
+
+def loss_of(depth: Tensor, truth: Tensor, *, with_variance: bool) -> Tensor:
+    """The scale-invariant loss of depth (B, h, w) where the truth is known (above 0)."""
+    known = truth > 0
+    gap = (depth[known] + 1e-3).log() - (truth[known] + 1e-3).log()
+    squared = 0.15 * gap.mean().square()
+    return (squared + gap.var() if with_variance else squared).sqrt()
+
+
+def on_image(depth: Tensor, shape: Sequence[int], size: int | None, patch: tuple[int, int]) -> Tensor:
+    """Depth (B, 1, rows, columns) of images that were squashed to `size`, or not, as their pixels (B, h, w)."""
+    height, width = shape[-2:]
+    if size is None:
+        return resized(depth, (height, width), patch)[:, 0]
+    return F.interpolate(resized(depth, (size, size), patch), (height, width), mode="bilinear")[:, 0]
+
+
+def fitted(
+    head: Head,
+    batches: Iterable[Batch],
+    iterations: int,
+    warm_up: int,
+    every: int,
+    size: int | None,
+    patch: tuple[int, int],
+) -> Iterable[int]:
+    """Fit the head, and yield the step after every so many, and after the last."""
+    optimizer = torch.optim.AdamW(head.parameters(), lr=5e-3, weight_decay=0.01)
+
+    def rate(step: int) -> float:
+        cosine = (1 + float(np.cos(np.pi * step / iterations))) / 2
+        return min((step + 1) / warm_up if warm_up else 1.0, 1.0) * cosine
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    for step, (features, truth) in enumerate(batches, start=1):
+        optimizer.zero_grad()
+        depth = on_image(head(features["patches"], features["cls"]), truth.shape, size, patch)
+        loss_of(depth, truth, with_variance=step > 100).backward()
+        nn.utils.clip_grad_norm_(head.parameters(), 35)
+        optimizer.step()
+        schedule.step()
+        if step % every == 0 or step == iterations:
+            yield step
+
+
+@torch.no_grad()
+def predict(
+    head: Head, asked: Features, truths: Sequence[Tensor], size: int | None, patch: tuple[int, int]
+) -> list[Tensor]:
+    """Depth (h, w) of each image, averaged with that of its flip."""
+    device, made = head.convolution.weight.device, []
+    for found, truth in zip(asked, truths, strict=True):
+        depth = head(found["patches"].float().to(device), found["cls"].float().to(device))  # (2, 1, rows, columns)
+        full = on_image(depth, truth.shape, size, patch)
+        made.append(((full[0] + full[1].flip(-1)) / 2).clamp(NEAREST, FARTHEST).cpu())
+    return made
+
+
+def score(depths: Sequence[Tensor], truths: Sequence[Tensor]) -> Scores:
+    """The metrics of depths (h, w), of each image where the truth is known, then the mean."""
+    errors: list[list[float]] = []
+    for depth, truth in zip(depths, truths, strict=True):
+        known = truth > 0
+        found, true = depth[known].double(), truth[known].double()
+        ratio = torch.maximum(found / true, true / found)
+        rmse = (found - true).square().mean().sqrt()
+        errors.append([float(rmse), float(((found - true).abs() / true).mean()), float((ratio < 1.25).double().mean())])
+    rmse_, relative, delta = zip(*errors, strict=True)
+    return {"rmse": mean_of(rmse_), "abs_rel": mean_of(relative), "delta1": mean_of(delta)}
+
+
+def _dense(column: Column, images: Tensor) -> Mapping[str, Tensor]:
+    patches, cls = dense_features(column.tower, images)
+    return {"patches": patches, "cls": cls}
+
+
+def _kept(column: Column, images: Tensor) -> Mapping[str, Tensor]:
+    return {name: values.half() for name, values in _dense(column, images).items()}
+
+
+def _kept_with_flip(column: Column, images: Tensor) -> Mapping[str, Tensor]:
+    """The features of images and of their flips: (B, 2, ...)."""
+    both = [_kept(column, each) for each in (images, images.flip(-1))]
+    return {name: torch.stack([each[name] for each in both], dim=1) for name in both[0]}
+
+
+class _Augment:
+    """A training image: rotated a little, flipped and coloured at random, cropped."""
+
+    def __init__(self, normalise: Normalisation, unit: float, nyu_crop: bool, size: int | None) -> None:
+        self.normalise, self.unit, self.nyu_crop, self.size = normalise, unit, nyu_crop, size
+        self.colour = v2.ColorJitter(brightness=0.25, contrast=0.1)
+
+    def __call__(self, sample: Sample[Map]) -> tuple[Tensor, Tensor]:
+        pixels, truth = pixels_of(sample.open()), metres(sample.target, self.unit)[None]
+        if self.nyu_crop:
+            pixels, truth = (each[:, WITHOUT_BORDER[0], WITHOUT_BORDER[1]] for each in (pixels, truth))
+        if torch.rand(()) < 0.5:
+            angle = float(torch.empty(()).uniform_(-2.5, 2.5))
+            pixels = tv.rotate(pixels, angle, tv.InterpolationMode.BILINEAR)
+            truth = tv.rotate(truth, angle, tv.InterpolationMode.NEAREST)
+        if torch.rand(()) < 0.5:
+            pixels, truth = pixels.flip(-1), truth.flip(-1)
+        height, width = (min(side, crop) for side, crop in zip(truth.shape[1:], CROP, strict=True))
+        top, left = (int(torch.randint(s - c + 1, ())) for s, c in zip(truth.shape[1:], (height, width), strict=True))
+        pixels, truth = (each[:, top : top + height, left : left + width] for each in (pixels, truth))
+        if self.size is not None:
+            pixels = tv.resize(pixels, [self.size, self.size], antialias=True)
+            truth = tv.resize(truth, [self.size, self.size], tv.InterpolationMode.NEAREST)
+        return self.normalise(self.colour(pixels)), truth[0]

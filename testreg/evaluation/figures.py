@@ -1,0 +1,68 @@
+"""Pictures of an evaluation: images in rows, each with what the columns make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SHOWN = 8  # images in a picture
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture in a row: an image, and what is drawn over it."""
+
+    title: str
+    pixels: Any
+    """What matplotlib's `imshow` takes: (h, w, 3) colours, or (h, w) values."""
+    boxes: Tensor | None = None
+    """(n, 4), left, top, right, bottom, in pixels."""
+    over: Any = None
+    """(h, w) values that are drawn over the image, half transparent."""
+    colours: str = "viridis"
+    limits: tuple[float, float] | None = None
+    """The values of the first and the last colour; None: the lowest and the highest there are."""
+
+
+def spread(count: int, shown: int = SHOWN) -> list[int]:
+    """The numbers of at most so many images, spread evenly over all."""
+    return sorted({round(i) for i in np.linspace(0, count - 1, min(shown, count))})
+
+
+def rows_of(panels: Callable[[int], Sequence[Panel]], count: int, title: str) -> Figure:
+    """A picture with a row of panels for each of a few of `count` images, spread over all."""
+    from matplotlib.figure import Figure
+
+    rows = [panels(number) for number in spread(count)]
+    page = Figure(figsize=(2.2 * len(rows[0]), 1.9 * len(rows) + 0.5), layout="constrained")
+    axes = page.subplots(len(rows), len(rows[0]), squeeze=False)
+    for row, made in zip(axes, rows, strict=True):
+        for axis, panel in zip(row, made, strict=True):
+            _draw(axis, panel)
+    page.suptitle(title, fontsize=10, parse_math=False)
+    return page
+
+
+def _draw(axis: Axes, panel: Panel) -> None:
+    from matplotlib.patches import Rectangle
+
+    low, high = panel.limits or (None, None)
+    values: dict[str, Any] = {"cmap": panel.colours, "vmin": low, "vmax": high, "interpolation": "nearest"}
+    axis.imshow(panel.pixels, **values)
+    if panel.over is not None:
+        height, width = np.shape(panel.pixels)[:2]
+        axis.imshow(panel.over, alpha=0.5, extent=(-0.5, width - 0.5, height - 0.5, -0.5), **values)
+    for left, top, right, bottom in [] if panel.boxes is None else panel.boxes.tolist():
+        axis.add_patch(
+            Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor="#d55e00", lw=1.5, clip_on=False)
+        )
+    axis.set(xticks=[], yticks=[])
+    axis.set_title(panel.title, fontsize=8, parse_math=False)

@@ -1,0 +1,158 @@
+"""Data sets of labelled images: ImageFolder, parquet, Hugging Face datasets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from testreg.evaluation.libraries import library
+from testreg.evaluation.maps import SPLITS
+from testreg.evaluation.samples import Row, Sample, images_under, of_file
+from testreg.files import plain, read_text, shown
+from testreg.io.sources import COLUMNS
+
+LABELS = ("label", "labels", "fine_label", "cls")
+LAYOUTS = (
+    "a folder of folders, one a class (with train/ and val/ above them for two splits), parquet files (train and test "
+    "in their names) with columns image and label, or hf-dataset:NAME"
+)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Labelled images by split: "train" and "val", or "" alone; and the names of the classes, as far as known."""
+
+    splits: Mapping[str, list[Sample[int]]]
+    classes: list[str] | None
+
+
+def labelled_images(data: str | os.PathLike[str]) -> Labelled:
+    """The labelled images of a folder, of parquet files or of a Hugging Face dataset.
+
+    Raises:
+        FileNotFoundError: there is no such folder or file.
+        ValueError: the layout is not known, a split is empty, or a class of one split is unknown in the other.
+        ImportError: the library that reads it is not installed.
+    """
+    name = os.fspath(data)
+    path = Path(name)
+    if name.startswith("hf-dataset:"):
+        found = _of_datasets(_datasets(name.removeprefix("hf-dataset:")), name)
+    elif path.is_file() and path.suffix == ".parquet":
+        found = _of_parquet({"": [path]})
+    elif not path.is_dir():
+        raise FileNotFoundError(f"no data at {name}: labels are read from {LAYOUTS}")
+    elif files := sorted(path.rglob("*.parquet")):
+        found = _of_parquet(dict(_by_split(files)))
+    else:
+        found = _of_folders(path)
+    if not any(found.splits.values()):
+        raise ValueError(f"{name} has no labelled images: they are read from {LAYOUTS}")
+    for split, samples in found.splits.items():
+        if not samples:
+            raise ValueError(f"the split {split} of {name} is empty")
+    train, val = found.splits.get("train"), found.splits.get("val")
+    if train and val and (unknown := {each.target for each in val} - {each.target for each in train}):
+        label = min(unknown)
+        raise ValueError(f"{name}: class {found.classes[label] if found.classes else label} of val is not in train")
+    return found
+
+
+def class_names(found: Labelled, classes: str | os.PathLike[str] | None) -> list[str]:
+    """The names of the classes: a file with a name a line, or as the data says them.
+
+    Raises:
+        ValueError: nobody says them, or there are more classes than names.
+    """
+    names = found.classes
+    if classes is not None:
+        names = [line.strip() for line in read_text(classes).splitlines() if line.strip()]
+    if names is None:
+        raise ValueError(
+            "the data does not say what its classes are called: name a file with a name a line (--classes)"
+        )
+    largest = max(each.target for samples in found.splits.values() for each in samples)
+    if largest >= len(names):
+        raise ValueError(
+            f"there are {len(names)} names of classes, but an image of class {largest} (they count from 0)"
+        )
+    return names
+
+
+def _of_folders(folder: Path) -> Labelled:
+    roots = {split: root for split, names in SPLITS.items() for name in names if (root := folder / name).is_dir()}
+    by_class = {split: _classes_in(root) for split, root in (roots or {"": folder}).items()}
+    classes = sorted({name for found in by_class.values() for name in found})
+    numbers = {name: i for i, name in enumerate(classes)}
+    return Labelled(
+        {
+            split: [of_file(image, numbers[name]) for name, images in found.items() for image in images]
+            for split, found in by_class.items()
+        },
+        classes,
+    )
+
+
+def _classes_in(root: Path) -> dict[str, list[Path]]:
+    return {each.name: images for each in sorted(root.iterdir()) if each.is_dir() and (images := images_under(each))}
+
+
+def _by_split(files: list[Path]) -> Iterator[tuple[str, list[Path]]]:
+    for split, names in SPLITS.items():
+        if found := [file for file in files if any(name in file.stem for name in names)]:
+            yield split, found
+    if not any(name in file.stem for names in SPLITS.values() for name in names for file in files):
+        yield "", files
+
+
+def _of_parquet(files: Mapping[str, list[Path]]) -> Labelled:
+    datasets = library("datasets")
+    named = {split or "whole": [str(file) for file in each] for split, each in files.items()}
+    try:
+        found = datasets.load_dataset("parquet", data_files=named)
+    except Exception as error:  # of pyarrow and of datasets
+        raise ValueError(f"{next(iter(files.values()))[0]} is not a readable parquet file: {plain(error)}") from error
+    return _of_datasets({"" if split == "whole" else split: rows for split, rows in found.items()}, str(files))
+
+
+def _datasets(name: str) -> Mapping[str, Any]:
+    datasets = library("datasets")
+    folder = Path(name).expanduser()
+    saved = any((folder / file).is_file() for file in ("state.json", "dataset_dict.json"))
+    if name.startswith(("/", ".")) and not folder.is_dir():
+        raise FileNotFoundError(f"no dataset's folder at {name}")
+    found = datasets.load_from_disk(folder) if saved else datasets.load_dataset(name)
+    return found if isinstance(found, Mapping) else {"": found}
+
+
+def _of_datasets(found: Mapping[str, Any], where: str) -> Labelled:
+    known = {name: split for split, names in SPLITS.items() for name in names} | {"": ""}
+    splits: dict[str, list[Sample[int]]] = {}
+    classes = None
+    for name, rows in found.items():
+        if name in known:
+            splits[known[name]], classes = _of_rows(rows, where)
+    return Labelled(splits, classes)
+
+
+def _of_rows(rows: Any, where: str) -> tuple[list[Sample[int]], list[str] | None]:
+    datasets = library("datasets")
+    image = next((name for name in COLUMNS if name in rows.column_names), None)
+    label = next((name for name in LABELS if name in rows.column_names), None)
+    if image is None or label is None:
+        missing = "images" if image is None else "labels"
+        wanted = "image" if image is None else " or ".join(LABELS)
+        raise ValueError(f"{where} has no column of {missing} among {', '.join(rows.column_names)}: name it {wanted}")
+    labels = rows[label]
+    bad = next((each for each in labels if type(each) is not int or each < 0), None)
+    if bad is not None:
+        raise ValueError(f"{where} has a label {shown(bad)}: labels are whole numbers from 0 on")
+    named = getattr(rows.features[label], "names", None)
+    only = rows.select_columns([image])
+    if isinstance(rows.features[image], datasets.Image):
+        only = only.cast_column(image, datasets.Image(decode=False))
+    version = rows._fingerprint
+    return [Sample(f"{version} {i}", Row(only, i, image), each) for i, each in enumerate(labels)], named

@@ -1,0 +1,218 @@
+"""Data sets of images with a value for every pixel: masks of classes, and depth."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from testreg.evaluation.bootstrap import Array
+from testreg.evaluation.libraries import library
+from testreg.evaluation.samples import Sample, images_under, of_file, size_of
+from testreg.files import plain, read_text
+from testreg.io.decoding import FORMATS
+
+MASKS = ("annotations", "masks", "semantic", "labels")
+DEPTHS = ("depth", "depths")
+IMAGES = ("images", "rgb")
+SPLITS = {"train": ("train", "training", "train2017"), "val": ("val", "validation", "val2017", "test")}
+MAT = "gtsegs_ijcv.mat"  # ImageNet-segmentation, as it is published
+
+
+class Map(Protocol):
+    """A value for every pixel of an image."""
+
+    @property
+    def name(self) -> str:
+        """Names it in errors."""
+
+    def read(self) -> Array:
+        """(h, w) whole numbers."""
+
+
+@dataclass(frozen=True)
+class MapFile:
+    """A map that is an image file of one channel."""
+
+    file: Path
+
+    @property
+    def name(self) -> str:
+        return str(self.file)
+
+    def read(self) -> Array:
+        from PIL import Image
+
+        try:
+            with Image.open(self.file, formats=FORMATS) as image:
+                values = np.asarray(image)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise OSError(f"{self.file} is not a readable image: {error}") from error
+        if values.ndim != 2:
+            raise ValueError(f"{self.file} has {values.shape[2]} channels: a map has one, with a value for every pixel")
+        return values.astype(np.int32)
+
+
+def mapped_images(data: str | os.PathLike[str], kinds: Sequence[str] = MASKS) -> dict[str, list[Sample[Map]]]:
+    """The images in a folder that have a map, by split: "train" and "val", or "" alone where there are no splits.
+
+    Layouts: images/ or rgb/ beside annotations/, masks/, semantic/, labels/ or depth/, with the same names and any
+    suffix; splits are folders in both (images/training, annotations/training, as ADE20k has them), or above both
+    (train/rgb, train/depth); the images of a split may also lie in the data folder itself (train2017). NYUd as
+    depth benchmarks have it: lists *_train.txt and *_test.txt, with an image and its depth a line.
+    ImageNet-segmentation: gtsegs_ijcv.mat.
+
+    Args:
+        kinds: the names that the folder of maps may have.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no image for a map.
+        ValueError: the layout is not known, there is no map, or a map has another size than its image.
+    """
+    folder = Path(data)
+    if folder.name == MAT or (folder / MAT).is_file():
+        return {"": _of_mat(folder if folder.name == MAT else folder / MAT)}
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no data folder at {folder}: it holds {_layout(kinds)}")
+    found: dict[str, list[Sample[Map]]] = {}
+    for split, samples in _splits(folder, kinds):
+        if samples:
+            found.setdefault(split, []).extend(samples)
+    if not found:
+        raise ValueError(f"{folder} holds no maps: it must hold {_layout(kinds)}")
+    for samples in found.values():
+        for sample in samples:
+            _check_size(sample)
+    return found
+
+
+def _layout(kinds: Sequence[str]) -> str:
+    return f"{' or '.join(f'{name}/' for name in IMAGES)} and {' or '.join(f'{name}/' for name in kinds)}"
+
+
+def _splits(folder: Path, kinds: Sequence[str]) -> Iterator[tuple[str, list[Sample[Map]]]]:
+    for split, names in SPLITS.items():
+        if lists := [file for name in names for file in sorted(folder.glob(f"*_{name}.txt"))]:
+            yield split, [pair for file in lists for pair in _listed(folder, file)]
+    roots = [root for name in kinds if images_under(root := folder / name)]
+    for root in roots:
+        parts = {split: [root / name for name in names if (root / name).is_dir()] for split, names in SPLITS.items()}
+        for split, folders in parts.items():
+            yield split, [pair for part in folders for pair in _paired(part, _images_of(folder, part.name))]
+        if not any(parts.values()):
+            yield "", _paired(root, _images_of(folder, ""))
+    for split, names in SPLITS.items():
+        above = [(folder / name, folder / name / kind) for name in names for kind in kinds]
+        found = [(part, root) for part, root in above if images_under(root)]
+        yield split, [pair for part, root in found for pair in _paired(root, _images_of(part, ""))]
+
+
+def _images_of(folder: Path, split: str) -> Path:
+    candidates = [folder / name / split for name in IMAGES] + ([folder / split] if split else [])
+    found = next((each for each in candidates if each.is_dir()), None)
+    if found is None:
+        raise FileNotFoundError(f"no images for the maps in {folder}: there is no folder {candidates[0]}")
+    return found
+
+
+def _paired(maps: Path, images: Path) -> list[Sample[Map]]:
+    by_stem = {path.relative_to(images).with_suffix(""): path for path in images_under(images)}
+    samples: list[Sample[Map]] = []
+    for path in images_under(maps):
+        stem = path.relative_to(maps).with_suffix("")
+        if stem not in by_stem:
+            raise FileNotFoundError(f"{path} has no image: there is no {images / stem} of any suffix")
+        samples.append(of_file(by_stem[stem], MapFile(path)))
+    return samples
+
+
+def _listed(folder: Path, file: Path) -> list[Sample[Map]]:
+    samples: list[Sample[Map]] = []
+    for number, line in enumerate(read_text(file).splitlines(), start=1):
+        words = line.split()
+        if not words or words[-1] == "None" or (len(words) > 1 and words[1] == "None"):  # frames without depth
+            continue
+        if len(words) < 2:
+            raise ValueError(f"{file}, line {number}: expected an image and its map, got {plain(line)}")
+        image, made = (folder / word.lstrip("/") for word in words[:2])
+        if not made.is_file():
+            raise FileNotFoundError(f"{file}, line {number}: there is no file {plain(made)}")
+        samples.append(of_file(image, MapFile(made)))
+    return samples
+
+
+def _check_size(sample: Sample[Map]) -> None:
+    if isinstance(sample.target, MapFile) and isinstance(sample.image, Path):
+        image, made = size_of(sample.image), size_of(sample.target.file)
+        if image != made:
+            raise ValueError(
+                f"{sample.target.name} has {made[0]} x {made[1]} pixels, but its image {sample.image} has {image[0]} x "
+                f"{image[1]}"
+            )
+
+
+# ImageNet-segmentation ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _InMat:
+    """An image, or a mask, of ImageNet-segmentation, in its one file of MATLAB 7.3 (HDF5)."""
+
+    file: Path
+    index: int
+    kind: str
+    """"img" or "gt"."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.file}, {self.kind} {self.index}"
+
+    def read(self) -> Array:
+        with library("h5py").File(self.file) as mat:
+            found = mat[mat[f"value/{self.kind}"][self.index, 0]]
+            if self.kind == "gt":
+                found = mat[found[0, 0]]
+            values = np.asarray(found)
+        return values.T.astype(np.int32) if self.kind == "gt" else np.ascontiguousarray(values.transpose(2, 1, 0))
+
+
+def _of_mat(file: Path) -> list[Sample[Map]]:
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}")
+    try:
+        with library("h5py").File(file) as mat:
+            count = len(mat["value/img"])
+    except (KeyError, OSError) as error:
+        raise ValueError(f"{file} is not ImageNet-segmentation: {error}") from None
+    state = f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}"
+    return [Sample(f"{state} {i}", _InMat(file, i, "img"), _InMat(file, i, "gt")) for i in range(count)]
+
+
+# What maps say --------------------------------------------------------------------------------------------------------
+
+
+def one_split(found: Mapping[str, list[Any]]) -> list[Any]:
+    """The split that counts, for tasks that fit nothing: val, or all where there are no splits."""
+    return next(found[name] for name in ("val", "", "train") if name in found)
+
+
+def two_splits(found: Mapping[str, list[Any]], data: object, held_out: float = 0.25) -> tuple[list[Any], list[Any]]:
+    """The samples to fit on and those to report on. Where there are no splits, the last in order are reported.
+
+    Raises:
+        ValueError: one of them is empty.
+    """
+    if "train" in found and "val" in found:
+        return found["train"], found["val"]
+    if "" not in found:
+        missing = "val" if "train" in found else "train"
+        raise ValueError(f"{data} has no split {missing}: name its folder {' or '.join(SPLITS[missing])}")
+    samples = found[""]
+    first = len(samples) - max(1, round(held_out * len(samples)))
+    if first < 1:
+        raise ValueError(f"{data} has {len(samples)} images: too few to split them")
+    return samples[:first], samples[first:]

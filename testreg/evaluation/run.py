@@ -1,0 +1,293 @@
+"""The frame of every task: the columns plain, patched and against, on the same images, and the result."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from testreg.evaluation.bootstrap import Difference, Scores, difference
+from testreg.evaluation.features import Compute, Features, cache_folder, extract
+from testreg.evaluation.preparing import Own, Preparation, hashed
+from testreg.evaluation.result import Result
+from testreg.evaluation.samples import Sample
+from testreg.families import Tower, find_tower
+from testreg.files import check_writable_folder
+from testreg.io.loading import LoadedModel, load_model
+from testreg.io.preprocessing import OwnTransform, Transform
+from testreg.io.progress import progress_bar
+from testreg.neurons import AnyNeurons, resolve
+from testreg.register import disabled, is_patched, patch_of, patched
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FEATURES_VERSION = 1  # goes up where a task computes other features from the same images and arguments
+
+Model = str | os.PathLike[str] | nn.Module | LoadedModel
+"""A name or folder (see `testreg.load_model`), a module, or what `testreg.load_model` gave."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What every task takes beside its own arguments.
+
+    Args:
+        num_images: at most so many images, of each split: a seeded sample; None for all.
+        batch_size: images of one size that the model is given at a time.
+        workers: processes that read images.
+        device: cpu, cuda, cuda:1, mps; None leaves a module where it is, and loads named models to the CPU.
+        cache: folder in which features are kept; None for ~/.cache/testreg/evaluation.
+        resamples: times that the images are drawn anew for the 95 % intervals.
+        seed: of the samples, the probes, and the intervals.
+        progress: whether to show bars.
+        trust_remote_code: run the Python code that a model's repository or folder brings along.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    num_images: int | None = None
+    batch_size: int = 16
+    workers: int = 0
+    device: str | None = None
+    cache: str | os.PathLike[str] | None = None
+    resamples: int = 1000
+    seed: int = 0
+    progress: bool = True
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "batch_size", "resamples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A model in one state: as it is, patched, or another one."""
+
+    name: str
+    """"plain", "patched" or "against"."""
+    model: nn.Module
+    transform: Transform
+    state: Callable[[], AbstractContextManager[object]]
+    """The context in which the model is in that state."""
+    patch: Mapping[str, Any] | None
+    """The neurons and options of its registers; None if it has none."""
+
+    @functools.cached_property
+    def tower(self) -> Tower:
+        return find_tower(self.model)
+
+    @functools.cached_property
+    def weights(self) -> str:
+        """A hash of the model's weights, every bit of them: a fingerprint would miss a neuron that was planted."""
+        digest = hashlib.sha256(type(self.model).__name__.encode())
+        for name, tensor in self.model.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+class Run:
+    """One evaluation: its columns, what they give for images, and the result.
+
+    Args:
+        task: its name, under which features are kept.
+        model: what is evaluated. A checkpoint that is patched already has both columns, without `neurons`.
+        neurons: the register neurons of the patched column, as `testreg.patch` takes them; None or "none" for no such
+            column.
+        against: another model, e.g. one with trained registers, as it comes.
+        image_size: side of the square images that the task will give, up to whole patches; "any" if they are of any
+            size; None for the model's own.
+
+    Raises:
+        ValueError: neurons are given for a model that is patched already, or they do not fit it.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        model: Model,
+        data: str | os.PathLike[str],
+        settings: Settings,
+        *,
+        neurons: AnyNeurons = None,
+        against: Model | None = None,
+        image_size: int | str | None = None,
+    ) -> None:
+        self.task, self.data, self.settings = task, os.fspath(data), settings
+        self.cache = Path(settings.cache or cache_folder())
+        check_writable_folder(self.cache)
+        loaded = self._loaded(model, image_size)
+        self.model_name = loaded.name
+        self.against_name: str | None = None
+        self.columns = _columns(loaded, None if neurons == "none" else neurons)
+        if against is not None:
+            other = self._loaded(against, image_size)
+            patch = _patch_of(other.model) if is_patched(other.model) else None
+            self.columns.append(Column("against", other.model, other.transform, nullcontext, patch))
+            self.against_name = other.name
+
+    def _loaded(self, model: Model, image_size: int | str | None) -> LoadedModel:
+        settings = self.settings
+        if isinstance(model, str | os.PathLike):
+            load = functools.partial(
+                load_model, os.fspath(model), device=settings.device, trust_remote_code=settings.trust_remote_code
+            )
+            if image_size is None:
+                return load()
+            loaded = load(any_size=True)
+            if image_size == "any":
+                return loaded
+            patch = max(find_tower(loaded.model).patch_size)
+            return load(any_size=True, image_size=-(-int(image_size) // patch) * patch)
+        loaded = model if isinstance(model, LoadedModel) else LoadedModel(model, OwnTransform(model), _name_of(model))
+        if settings.device is not None:
+            loaded.model.to(settings.device)
+        return loaded
+
+    def name_of(self, column: Column) -> str:
+        """The name of the model of a column."""
+        return self.against_name if column.name == "against" and self.against_name else self.model_name
+
+    def features(
+        self,
+        column: Column,
+        samples: Sequence[Sample[Any]],
+        prepare: Preparation | None,
+        compute: Callable[[Column, Tensor], Mapping[str, Tensor]],
+        key: Mapping[str, Any],
+    ) -> Features:
+        """What a column gives for each sample, computed once and kept on disk.
+
+        Args:
+            prepare: makes the model's input of an image; None for its own preprocessing.
+            compute: from the column and images (B, 3, h, w) to named tensors (B, ...).
+            key: what the features depend on besides the model, the images and their preparation.
+
+        Raises:
+            OSError, ValueError: an image cannot be read, or the model does not take it.
+        """
+        prepare = Own(column.transform) if prepare is None else prepare
+        depends_on = {
+            "version": FEATURES_VERSION,
+            "task": self.task,
+            "weights": column.weights,
+            "dtype": str(column.tower.dtype),
+            "patch": column.patch,
+            "images": [sample.name for sample in samples],
+            "preparation": prepare.key,
+            **key,
+        }
+        settings = self.settings
+        with (
+            torch.no_grad(),
+            column.state(),
+            column.tower.evaluating(),
+            progress_bar(f"{self.task}, {column.name}", len(samples), settings.progress) as bar,
+        ):
+            return extract(
+                self.cache / hashed(depends_on)[:32],
+                samples,
+                prepare,
+                _explained(compute, column),
+                batch_size=settings.batch_size,
+                workers=settings.workers,
+                on_images=bar.update,
+            )
+
+    def result(
+        self,
+        scores: Mapping[str, Scores],
+        protocol: Mapping[str, Any],
+        *,
+        baselines: Scores | None = None,
+        details: Mapping[str, Any] | None = None,
+        pictures: Mapping[str, Callable[[], Figure]] | None = None,
+    ) -> Result:
+        """The result, from the scores of each column by its name."""
+        patches = {column.name: column.patch for column in self.columns}
+        return Result(
+            task=self.task,
+            model=self.model_name,
+            data=self.data,
+            protocol={
+                **protocol,
+                "neurons": patches.get("patched"),
+                "against": self.against_name,
+                "seed": self.settings.seed,
+            },
+            metrics={name: _values(each) for name, each in scores.items()},
+            difference=self._difference(scores, "patched"),
+            difference_against=self._difference(scores, "against"),
+            baselines=_values(baselines or {}),
+            details=details or {},
+            pictures=pictures or {},
+        )
+
+    def _difference(self, scores: Mapping[str, Scores], name: str) -> dict[str, Difference] | None:
+        if name not in scores:
+            return None
+        resamples, seed = self.settings.resamples, self.settings.seed
+        plain, other = scores["plain"], scores[name]
+        return {metric: difference(plain[metric], other[metric], resamples, seed) for metric in plain}
+
+
+def _values(scores: Scores) -> dict[str, float]:
+    return {name: metric.value for name, metric in scores.items()}
+
+
+def _columns(loaded: LoadedModel, neurons: AnyNeurons) -> list[Column]:
+    model, transform = loaded.model, loaded.transform
+    if is_patched(model):
+        if neurons is not None:
+            raise ValueError(f"{loaded.name} is patched already: leave neurons out, or call testreg.unpatch first")
+        return [
+            Column("plain", model, transform, lambda: disabled(model), None),
+            Column("patched", model, transform, nullcontext, _patch_of(model)),
+        ]
+    columns = [Column("plain", model, transform, nullcontext, None)]
+    if neurons is not None:
+        chosen = resolve(neurons, model)
+        with patched(model, chosen):  # so that neurons which do not fit are known before the work
+            patch = _patch_of(model)
+        columns.append(Column("patched", model, transform, lambda: patched(model, chosen), patch))
+    return columns
+
+
+def _patch_of(model: nn.Module) -> dict[str, Any]:
+    """The neurons and options of a patched model's registers, for JSON."""
+    state = patch_of(model)
+    return {"neurons": state.neurons.by_block(), **state.options}
+
+
+def _explained(compute: Callable[[Column, Tensor], Mapping[str, Tensor]], column: Column) -> Compute:
+    """`compute` for a column, with an error that says so where the model does not take images of their size."""
+
+    def computed(images: Tensor) -> Mapping[str, Tensor]:
+        try:
+            return compute(column, images)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            height, width = images.shape[-2:]
+            raise ValueError(
+                f"{type(column.model).__name__} failed on images of {height} x {width} pixels ({error}): if it takes "
+                "images of one size alone, name that as size (--size)"
+            ) from error
+
+    return computed
+
+
+def _name_of(model: nn.Module) -> str:
+    source = model.__dict__.get("testreg_source")
+    return source if isinstance(source, str) else type(model).__name__

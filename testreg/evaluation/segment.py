@@ -1,0 +1,282 @@
+"""Linear segmentation, with the protocol of Denoising-ViT (arXiv 2401.02957), which Jiang et al. use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tv
+
+from testreg.evaluation.bootstrap import Array, Scores, mean_iou_of, ratio_of
+from testreg.evaluation.dense import dense_features, resized
+from testreg.evaluation.figures import Panel, rows_of, spread
+from testreg.evaluation.fitting import Batch, augmented_batches, kept_batches
+from testreg.evaluation.maps import Map, mapped_images, two_splits
+from testreg.evaluation.overlap import IGNORED, overlap
+from testreg.evaluation.preparing import Normalisation, Square, normalisation_of, pixels_of, resized_within
+from testreg.evaluation.result import Result
+from testreg.evaluation.run import Column, Model, Run, Settings
+from testreg.evaluation.samples import Sample, drawn
+from testreg.io.progress import progress_bar
+from testreg.neurons import AnyNeurons
+
+STRIDE = 2 / 3  # of a window, from one window to the next
+LONGEST = 4  # the long side of an image over the window, at most
+MOST = 0.75  # of a training crop that one class may take
+
+
+def evaluate(
+    model: Model,
+    data: str | os.PathLike[str],
+    *,
+    neurons: AnyNeurons = None,
+    against: Model | None = None,
+    size: int = 512,
+    iterations: int = 40_000,
+    warm_up: int = 1_500,
+    fit_batch: int = 16,
+    augment: bool = True,
+    classes: int | None = None,
+    ignore: int = 0,
+    **settings: Any,
+) -> Result:
+    """Linear segmentation: mIoU and pixel accuracy on val of a 1x1 convolution on the patches of the last block.
+
+    Batch norm and the convolution are fitted by cross entropy with AdamW (1e-3, weight decay 1e-4), a linear warm-up
+    and a linear decay. Val: the short side is resized to `size`, and windows of that side are averaged where they
+    overlap.
+
+    Args:
+        data: ADE20k (images/training, annotations/training, ...), or images and masks in other folders.
+        size: side of training crops and of windows.
+        iterations, warm_up: steps, and how many of them warm up.
+        fit_batch: crops of a step.
+        augment: training crops at random scales and places, flipped, with other colours, which are computed anew in
+            each step; if not, the middle of each image is computed once and kept.
+        classes: how many there are, of values from 0 on (without `ignore`); None for those that masks have.
+        ignore: the value of masks whose pixels do not count: 0 in ADE20k.
+        settings: see `testreg.evaluation.run.Settings`.
+    """
+    settings_ = Settings(**settings)
+    splits = two_splits(mapped_images(data), data)
+    train, val = (drawn(samples, settings_.num_images, settings_.seed) for samples in splits)
+    values = class_values([*train, *val], classes, ignore, settings_.progress)
+    run = Run("segment", model, data, settings_, neurons=neurons, against=against, image_size=size)
+    numbers = {value: i for i, value in enumerate(values)}
+    scores: dict[str, Scores] = {}
+    predicted: dict[str, dict[int, Array]] = {}
+    per_class: dict[str, dict[str, float | None]] = {}
+    for column in run.columns:
+        normalise = normalisation_of(column.transform)
+        schedule = {"iterations": iterations, "batch_size": fit_batch}
+        if augment:
+            crop = _Crop(normalise, size, numbers)
+            batches = augmented_batches(run, column, train, crop, _crops, **schedule)
+        else:
+            square = Square(normalise, size, "crop")
+            kept = run.features(column, train, square, _kept_crops, {})
+            targets = [square.fitted(as_target(each.target, numbers)[None], nearest=True)[0] for each in train]
+            batches = kept_batches(run, column, kept, targets, **schedule)
+        windows = run.features(column, val, _Short(normalise, size), lambda c, x: _kept_windows(c, x, size), {})
+        with torch.random.fork_rng():
+            torch.manual_seed(settings_.seed)
+            head = nn.Sequential(
+                nn.BatchNorm2d(windows[0]["patches"].shape[1]),
+                nn.Conv2d(windows[0]["patches"].shape[1], len(values), 1),
+            ).to(column.tower.device)
+        patch = column.tower.patch_size
+        fit(head, batches, iterations, warm_up, (size, size), patch)
+        rows, shown = [], set(spread(len(val)))
+        predicted[column.name] = {}
+        for i, (found, sample) in enumerate(zip(windows, val, strict=True)):
+            truth = as_target(sample.target, numbers).numpy()
+            labels = predict(head, found["patches"].to(column.tower.device), truth.shape, size, patch)
+            rows.append(overlap(labels, truth, len(values)))
+            if i in shown:
+                predicted[column.name][i] = labels
+        intersections, unions, pixels = (np.stack(each) for each in zip(*rows, strict=True))
+        scores[column.name] = {
+            "miou": mean_iou_of(intersections, unions),
+            "pixel_accuracy": ratio_of(intersections.sum(1), pixels),
+        }
+        sums = zip(values, intersections.sum(0).tolist(), unions.sum(0).tolist(), strict=True)
+        per_class[column.name] = {str(value): both / any_ if any_ else None for value, both, any_ in sums}
+
+    def panels(i: int) -> list[Panel]:
+        image = np.asarray(val[i].open())
+        maps = {"truth": as_target(val[i].target, numbers).numpy()} | {
+            name: each[i] for name, each in predicted.items()
+        }
+        limits = (0.0, float(len(values)))
+        return [
+            Panel("image", image),
+            *(Panel(n, each, colours="nipy_spectral", limits=limits) for n, each in maps.items()),
+        ]
+
+    return run.result(
+        scores,
+        {
+            "train": len(train),
+            "images": len(val),
+            "classes": len(values),
+            "ignore": ignore,
+            "size": size,
+            "iterations": iterations,
+            "warm_up": warm_up,
+            "fit_batch": fit_batch,
+            "augment": augment,
+        },
+        details={"iou_per_class": per_class},
+        pictures={"masks": lambda: rows_of(panels, len(val), "linear segmentation")},
+    )
+
+
+def class_values(samples: Sequence[Sample[Map]], classes: int | None, ignore: int, progress: bool) -> list[int]:
+    """The values of masks that are classes, in order.
+
+    Raises:
+        ValueError: a mask has a value that is no class, or no mask has any.
+    """
+    found: set[int] = set()
+    expected = None if classes is None else {*range(classes + (0 <= ignore <= classes))} - {ignore}
+    with progress_bar("masks", len(samples), progress) as bar:
+        for sample in samples:
+            here = {int(value) for value in np.unique(sample.target.read())} - {ignore}
+            if expected is not None and (unknown := here - expected):
+                raise ValueError(
+                    f"{sample.target.name} has the value {min(unknown)}, which is none of the {classes} classes (nor "
+                    f"{ignore}, which is ignored)"
+                )
+            found |= here
+            bar.update()
+    if not found:
+        raise ValueError(f"no mask has a class: all values are {ignore}, which is ignored")
+    return sorted(found if expected is None else expected)
+
+
+def as_target(mask: Map, numbers: dict[int, int]) -> Tensor:
+    """The classes of a mask (h, w) by their numbers; all else is ignored."""
+    values = mask.read()
+    target = np.full(values.shape, IGNORED, dtype=np.int64)
+    for value, number in numbers.items():
+        target[values == value] = number
+    return torch.from_numpy(target)
+
+
+def fit(
+    head: nn.Module,
+    batches: Iterable[Batch],
+    iterations: int,
+    warm_up: int,
+    size: tuple[int, int],
+    patch: tuple[int, int],
+) -> None:
+    """Fit the head to batches of patches (B, C, rows, columns) and targets (B, height, width)."""
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, weight_decay=1e-4)
+
+    def rate(step: int) -> float:
+        return min((step + 1) / warm_up if warm_up else 1.0, 1 - step / iterations)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    head.train()
+    for features, targets in batches:
+        optimizer.zero_grad()
+        logits = resized(head(features["patches"]), size, patch)
+        F.cross_entropy(logits, targets, ignore_index=IGNORED).nan_to_num().backward()  # a crop may hold no class
+        optimizer.step()
+        schedule.step()
+    head.eval().requires_grad_(False)
+
+
+def predict(head: nn.Module, windows: Tensor, shape: tuple[int, ...], size: int, patch: tuple[int, int]) -> Array:
+    """The classes (h, w) of an image of a shape, from the patches of its windows (windows, C, rows, columns)."""
+    height, width = resized_within(shape, size, LONGEST * size)
+    logits = resized(head(windows.float()), (size, size), patch)
+    total = logits.new_zeros(logits.shape[1], max(height, size), max(width, size))
+    times = logits.new_zeros(total.shape[1:])
+    for window, (top, left) in zip(logits, corners(height, width, size), strict=True):
+        total[:, top : top + size, left : left + size] += window
+        times[top : top + size, left : left + size] += 1
+    averaged = (total / times)[None, :, :height, :width]
+    full = F.interpolate(averaged, (shape[0], shape[1]), mode="bilinear", align_corners=False)
+    return full[0].argmax(0).cpu().numpy()
+
+
+def corners(height: int, width: int, size: int) -> list[tuple[int, int]]:
+    """Top and left of windows that cover an image; the last ones end where it ends."""
+    step = int(size * STRIDE)
+
+    def starts(side: int) -> list[int]:
+        return sorted({min(first, max(side - size, 0)) for first in range(0, max(side - size, 0) + step, step)})
+
+    return [(top, left) for top in starts(height) for left in starts(width)]
+
+
+def _crops(column: Column, images: Tensor) -> dict[str, Tensor]:
+    return {"patches": dense_features(column.tower, images)[0]}
+
+
+def _kept_crops(column: Column, images: Tensor) -> dict[str, Tensor]:
+    return {"patches": dense_features(column.tower, images)[0].half()}
+
+
+def _kept_windows(column: Column, images: Tensor, size: int) -> dict[str, Tensor]:
+    """The patches of all windows of images (B, 3, h, w): (B, windows, C, rows, columns), in half precision."""
+    height, width = images.shape[-2:]
+    padded = F.pad(images, (0, max(size - width, 0), 0, max(size - height, 0)))
+    parts = [padded[..., top : top + size, left : left + size] for top, left in corners(height, width, size)]
+    return {"patches": torch.stack([dense_features(column.tower, part)[0].half() for part in parts], dim=1)}
+
+
+class _Short:
+    """The image with its short side resized."""
+
+    def __init__(self, normalise: Normalisation, size: int) -> None:
+        self.normalise, self.size = normalise, size
+
+    @property
+    def key(self) -> str:
+        return f"short side {self.size}, at most {LONGEST} to 1, {self.normalise}"
+
+    def __call__(self, image: Any) -> Tensor:
+        pixels = pixels_of(image)
+        size = resized_within(pixels.shape[-2:], self.size, LONGEST * self.size)
+        return self.normalise(tv.resize(pixels, list(size), antialias=True))
+
+
+class _Crop:
+    """A training crop: at a random scale and place, flipped half of the time, with other colours."""
+
+    def __init__(self, normalise: Normalisation, size: int, numbers: dict[int, int]) -> None:
+        self.normalise, self.size, self.numbers = normalise, size, numbers
+        self.distort = v2.RandomPhotometricDistort(p=0.5)
+
+    def __call__(self, sample: Sample[Map]) -> tuple[Tensor, Tensor]:
+        pixels, target = pixels_of(sample.open()), as_target(sample.target, self.numbers)
+        scale = float(torch.empty(()).uniform_(0.5, 2.0))
+        size = list(resized_within(target.shape, round(self.size * scale), round(LONGEST * self.size * scale)))
+        pixels = tv.resize(pixels, size, antialias=True)
+        target = tv.resize(target[None], size, tv.InterpolationMode.NEAREST)[0]
+        top, left = self._place(target)
+        pixels, target = (each[..., top : top + self.size, left : left + self.size] for each in (pixels, target))
+        if torch.rand(()) < 0.5:
+            pixels, target = pixels.flip(-1), target.flip(-1)
+        missing = (0, self.size - target.shape[1], 0, self.size - target.shape[0])
+        return F.pad(self.normalise(self.distort(pixels)), missing), F.pad(target, missing, value=IGNORED)
+
+    def _place(self, target: Tensor) -> tuple[int, int]:
+        """Where the crop begins: no class may take most of it, if ten tries find such a place."""
+        height, width = target.shape
+        for _ in range(10):
+            top, left = (int(torch.randint(max(side - self.size, 0) + 1, ())) for side in (height, width))
+            part = target[top : top + self.size, left : left + self.size]
+            counted = part[part != IGNORED].unique(return_counts=True)[1]
+            if len(counted) > 1 and counted.max() / counted.sum() < MOST:
+                break
+        return top, left

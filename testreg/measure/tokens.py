@@ -1,0 +1,111 @@
+"""Tokens as tasks read them: behind the final norm, and the queries, keys and values of attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from testreg.families import Tower
+from testreg.measure.hooks import recording_inputs, recording_outputs
+
+Part = Literal["q", "k", "v"]
+
+
+def final_norm(tower: Tower) -> nn.Module | None:
+    """The norm behind the blocks: the first behind them, in the order of the modules, of those nested least."""
+    inside = [block.module for block in tower.blocks]
+    width = tower.blocks[0].mlps[0].fc2_linear.out_features
+    seen_blocks, found = False, list[tuple[int, nn.Module]]()
+    for name, module in tower.module.named_modules():
+        seen_blocks |= module is inside[0]
+        weight = getattr(module, "weight", None)
+        is_norm = "Norm" in type(module).__name__ and isinstance(weight, Tensor) and tuple(weight.shape) == (width,)
+        if seen_blocks and is_norm and not any(module in block.modules() for block in inside):
+            found.append((name.count("."), module))
+    return min(found, key=lambda each: each[0])[1] if found else None
+
+
+def normed_tokens(tower: Tower, images: Tensor, depth: int = 1) -> list[Tensor]:
+    """The tokens (B, T, C) after each of the last `depth` blocks, behind the final norm, without registers."""
+    kept: list[Tensor] = []
+    blocks = [block.module for block in tower.blocks[-depth:]]
+    with recording_outputs(blocks, lambda index, tokens: kept.append(tower.batch_first(tokens))):
+        tower.run(images)
+    return [behind_norm(tower, tokens) for tokens in kept]
+
+
+def behind_norm(tower: Tower, tokens: Tensor) -> Tensor:
+    """The tokens (B, T, C) of a block, behind the tower's final norm."""
+    norm = final_norm(tower)
+    return tokens if norm is None else norm(tokens)
+
+
+def global_token(tokens: Tensor, tower: Tower) -> Tensor:
+    """What stands for the image (B, C) among tokens (B, T, C): CLS, or the mean of the patches where there is none."""
+    return tokens[:, 0] if tower.num_prefix else tokens.mean(1)
+
+
+class _Projections(TorchFunctionMode):
+    """Keeps the queries, keys and values (B, T, C), heads joined, of every attention of tokens to themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[dict[Part, Tensor]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+            query, key, value = named["query"], named["key"], named["value"]
+            if query.ndim == 4 and query.shape[-2] == key.shape[-2]:
+                self._keep(*(each.transpose(1, 2).flatten(2) for each in (query, key, value)))
+        elif func is F.multi_head_attention_forward:
+            self._of_module(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _of_module(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> None:
+        """What nn.MultiheadAttention projects tokens (T, B, C) to."""
+        if query is not key:
+            return
+        names = ("embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias")
+        named = dict(zip(names, args, strict=False)) | kwargs
+        projected = F.linear(query, named["in_proj_weight"], named["in_proj_bias"]).transpose(0, 1)
+        self._keep(*projected.chunk(3, -1))
+
+    def _keep(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        self.kept.append({"q": query, "k": key, "v": value})
+
+
+@contextmanager
+def recorded_projections(tower: Tower, blocks: Sequence[int]) -> Iterator[dict[int, dict[Part, Tensor]]]:
+    """Within the context, a forward leaves the queries, keys and values (B, T, C) of some blocks, heads joined.
+
+    Tokens are those inside the block: prefix, patches, registers.
+
+    Raises:
+        RuntimeError: a block computes attention in a way that cannot be observed from Python.
+    """
+    found: dict[int, dict[Part, Tensor]] = {}
+    modules = [tower.blocks[block].module for block in blocks]
+    recorder = _Projections()
+
+    def keep(index: int, tokens: Tensor) -> None:
+        if not recorder.kept:
+            raise RuntimeError(
+                f"saw no attention in block {blocks[index]} of {tower.family.name}: its queries, keys and values are "
+                "read from F.scaled_dot_product_attention and nn.MultiheadAttention (transformers: load the model "
+                'with attn_implementation="sdpa"; do not compile it)'
+            )
+        found[blocks[index]] = recorder.kept[-1]
+
+    with (
+        recorder,
+        recording_inputs(modules, lambda index, tokens: recorder.kept.clear()),
+        recording_outputs(modules, keep),
+    ):
+        yield found
