@@ -10,8 +10,8 @@ seen.
 Ways: `testreg` moves what calibration finds by itself. `paper` is the paper's score (mean |activation|), `contribution`
 and `attribution` are those scores, all three told the true number of neurons. `zeroing` silences what `testreg` moves,
 `random` moves as many random neurons of the same blocks, and `planted` moves all that was planted.
-With `--lost`, object discovery (CorLoc by LOST on values, images squashed to 448) is measured as well. All of this is
-of a planted network, and says nothing about how often real ones have such neurons.
+With `--lost`, object discovery (CorLoc by LOST on values, images squashed to 448) is measured of these networks, and of
+`testreg` and `planted`. All of this is of a planted network, and says nothing about how often real ones have such neurons.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def restoration(
     if lost is not None:
         rows[0] |= {"corloc": corloc(model, lost, None), "corloc_untouched": corloc(untouched, lost, None)}
         for row in rows:
-            if row["way"] in moved:
+            if row["way"] in ("testreg", "planted"):
                 row["corloc"] = corloc(model, lost, moved[row["way"]])
     return [{"mechanism": mechanism, "seed": seed, **row} for row in rows]
 
