@@ -11,7 +11,8 @@ Ways: `testreg` moves what calibration finds by itself. `paper` is the paper's s
 and `attribution` are those scores, all three told the true number of neurons. `zeroing` silences what `testreg` moves,
 `random` moves as many random neurons of the same blocks, and `planted` moves all that was planted.
 With `--lost`, object discovery (CorLoc by LOST on values, images squashed to 448) is measured of these networks, and of
-`testreg` and `planted`. All of this is of a planted network, and says nothing about how often real ones have such neurons.
+`testreg` and `planted`. All of this is of a planted network: it says nothing about how often real ones have such
+neurons.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ import testreg
 from testreg.families import find_tower
 from testreg.files import replacing
 from testreg.io.images import ImageStream
+from testreg.io.loading import load_model
 from testreg.io.preprocessing import OwnTransform
 from testreg.measure.hooks import recorded_norms, recorded_tokens, replacing_inputs
 from testreg.measure.outliers import OutlierRule
@@ -48,7 +50,7 @@ Neurons = dict[int, list[int]]
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
-    untouched = testreg.load(args.model).eval()
+    untouched = load_model(args.model).model.eval()
     photographs, unseen = prepared(untouched, args.images), prepared(untouched, args.test)[: args.num_test]
     rows: list[dict[str, Any]] = []
     for mechanism in args.mechanisms:

@@ -61,11 +61,9 @@ def test_patching_removes_them(model: nn.Module, neurons: dict[int, list[int]], 
     assert ((after > limit).sum((1, 2)) <= 0.05 * (before > limit).sum((1, 2))).all()
 
 
-def test_calibration_finds_the_planted_neurons(
-    model: nn.Module, neurons: dict[int, list[int]], photographs: Tensor
-) -> None:
+def test_the_planted_neurons_write_most(model: nn.Module, neurons: dict[int, list[int]], photographs: Tensor) -> None:
     (units,) = neurons.values()
-    found = testreg.calibrate(model, photographs, top_k=len(units), progress=False)
+    found = testreg.calibrate(model, photographs, score="contribution", top_k=len(units), progress=False)
     assert {layer: sorted(units) for layer, units in found.by_block().items()} == neurons
 
 

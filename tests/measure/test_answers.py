@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from coverage.registry import image, randomise, transformers_class
-from coverage.transformers_vlm import DEEPSTACK, SIDE, small_config
+from coverage.registry import image, randomise
+from coverage.transformers_small import small_config, transformers_class
+from coverage.transformers_vlm import DEEPSTACK, SIDE
 from torch import Tensor
 
 import testreg
