@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
+import inspect
 import itertools
 import json
 import logging
@@ -14,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import typing
 import warnings
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from torchvision.transforms.v2 import functional as tv
 import testreg
 from testreg.cli import calibrate, main, show
 from testreg.cli.running import Run
+from testreg.measure.ranking import Score
 from testreg.patching.notices import warn_of_unverified
 
 records = pytest.mark.skipif(not TIMM_RECORDS, reason="this timm cannot rebuild a model of unusual size")
@@ -657,3 +660,10 @@ def test_another_process_says_nothing_of_its_phases(monkeypatch, capsys):
     with Run((), False, False, None, False).phase("measuring"):
         pass
     assert capsys.readouterr().err == ""
+
+
+def test_the_scores_of_the_command_are_those_of_calibration():
+    of_command = inspect.signature(calibrate.calibrate, eval_str=True).parameters["score"]
+    of_python = inspect.signature(testreg.calibrate).parameters["score"]
+    assert typing.get_args(typing.get_args(of_command.annotation)[0]) == typing.get_args(Score)
+    assert of_command.default == of_python.default

@@ -68,8 +68,8 @@ def calibrate(
         int | None, typer.Option(help="how many neurons to recommend (default: chosen by measuring)")
     ] = None,
     score: Annotated[
-        Literal["contribution", "activation"], typer.Option(help="activation: the paper's")
-    ] = "contribution",
+        Literal["attribution", "contribution", "activation"], typer.Option(help="activation: the paper's")
+    ] = "attribution",
     sparsity_filter: Annotated[bool, typer.Option("--sparsity-filter", help="as in the released code")] = False,
     amp: Annotated[Literal["bfloat16", "float16"] | None, typer.Option(help="run under autocast")] = None,
     image_size: ImageSizes = None,
@@ -164,6 +164,13 @@ def found(neurons: RegisterNeurons) -> str:
             values = (f"{point[key]:.3f}" for key in ("remaining", "excess", "change_pooled", "change_patches"))
             cells = zip((str(point["neurons"]), *values), columns, strict=True)
             lines.append("  ".join(f"{cell:>{len(column)}}" for cell, column in cells))
+    if len(rounds := facts.get("rounds") or ()) > 1:
+        for each in rounds:
+            blocks = ", ".join(str(block) for block in sorted({block for block, _, _ in each["added"]}))
+            lines.append(
+                f"round {each['round']}: {len(each['added'])} neurons of blocks {blocks} added, "
+                f"{each['remaining']:.1%} of the outliers left"
+            )
     for each in facts.get("verified_at", ()):
         height, width = each["image_size"]
         on = "others" if facts.get("verified_on_others", True) else "images that also chose,"

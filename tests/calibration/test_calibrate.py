@@ -677,3 +677,24 @@ def test_other_sizes_and_dtypes_than_verified_warn_once(planted, photos):
     testreg.patch(testreg.unpatch(larger).float(), neurons)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match="16 in bfloat16"):
         larger(photos[:1])
+
+
+@pytest.mark.parametrize("mechanism", ["triggers", "spread", "two_populations", "fading"])
+def test_mechanisms_that_are_spread_over_blocks_are_found(mechanism, photos, tmp_path):
+    """By default, told nothing: under 5 % of the outliers are left after every block, and no decoy is moved."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_base_patch16_224", num_classes=0, **TIMM | {"depth": 8}).eval()
+    planted = plant(model, photos, mechanism=mechanism, decoys=True, outlier_fraction=0.03)
+    tower = find_tower(model)
+    before = token_norms(tower, photos)[..., tower.num_prefix :]
+    found = calibrate(model, photos, progress=False)
+    with testreg.patched(model, found):
+        after = token_norms(tower, photos)[..., tower.num_prefix :]
+    rule = OutlierRule()
+    left = after > rule.limit(before).maximum(rule.limit(after))
+    assert left.sum((1, 2)).max() < 0.05 * (before > rule.limit(before)).sum((1, 2)).max()
+    assert not first(found, found.top_k) & as_set(planted.decoys)
+    added = {tuple(neuron[:2]) for each in found.calibration["rounds"] for neuron in each["added"]}
+    assert first(found, found.top_k) & added
+    found.save(tmp_path / "neurons.json")
+    assert testreg.RegisterNeurons.load(tmp_path / "neurons.json") == found
