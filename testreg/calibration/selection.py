@@ -12,6 +12,7 @@ from testreg.neurons import Neuron
 
 TOLERANCE = 0.02  # of the outliers' excess norm: sets that differ by less remove them equally well
 SAME_CHANGE = 0.01  # sets whose changes of features differ by less change the same
+ALIKE = 0.5  # of the weakest chosen neuron's score: what scores so much is taken with it
 MAX_NEURONS = 512  # that one round adds to a set; InternViT-6B needed 300
 MAX_MEASUREMENTS = 64  # of sets of neurons, in one selection
 MAX_ROUNDS = 8
@@ -72,7 +73,9 @@ def select(
        anew, in the next round, as long as that helps.
     2. Neurons that can stay where they are, all together costing less than that, are dropped: first those that are
        busy elsewhere too, and then those of late blocks, which may fire at outliers without causing them.
-    3. Fewer neurons may bring all outliers under the limit, and leave some of what these did to other patches. That
+    3. Which of several neurons that do the same is needed depends on the images. So selective candidates are taken with
+       those that were chosen, if they score at least half of the weakest of these, and nothing is the worse for it.
+    4. Fewer neurons may bring all outliers under the limit, and leave some of what these did to other patches. That
        shows in what changes if all selective candidates of any weight are moved as well. If it is more than
        `SAME_CHANGE`, they are added, and those dropped again without which as much changes.
 
@@ -96,6 +99,7 @@ def select(
             break
     added = search.chosen
     kept, effect = search.without_idle(added, search.rounds[-1].effect, same_change=False)
+    kept, effect = search.with_alike(kept, effect)
     kept, effect = search.completed(kept, effect)
     return Selection(
         neurons=kept,
@@ -129,10 +133,10 @@ class _Search:
     max_change: float | None
     out_of_time: Callable[[], bool]
     rounds: list[Round] = field(default_factory=list)
-    selective: set[Neuron] = field(default_factory=set)
-    """The selective candidates of all rounds."""
+    selective: list[list[Neuron]] = field(default_factory=list)
+    """The selective candidates of each round, best first."""
     weighty: list[Neuron] = field(default_factory=list)
-    """Those of them that score a tenth of the best or more."""
+    """Those of them that score a tenth of the best of their round or more."""
     count: int = 0
     """Measurements made."""
 
@@ -177,8 +181,8 @@ class _Search:
         effect = curve.smallest(best)
         added = tuple(ranking[: effect.neurons - len(moved)])
         self.rounds.append(Round(added, effect, tuple(sorted(curve.effects, key=lambda effect: effect.neurons))))
-        self.selective |= set(candidates.selective)
         selective = [neuron for neuron in ranking if neuron in candidates.selective]
+        self.selective.append(selective)
         self.weighty += [neuron for neuron in selective if _score(neuron) >= MATTERS * _score(ranking[0])]
         return True
 
@@ -190,8 +194,8 @@ class _Search:
         Args:
             same_change: whether features must change as much without them.
         """
-        best = effect
-        kept = sorted(neurons, key=lambda neuron: (neuron not in self.selective, neuron[0]))  # stable: then by score
+        best, selective = effect, {neuron for of_round in self.selective for neuron in of_round}
+        kept = sorted(neurons, key=lambda neuron: (neuron not in selective, neuron[0]))  # stable: then by score
         untried = [kept] if len(kept) > 1 else []
         while untried and not self.is_over():
             chunk = untried.pop()
@@ -203,17 +207,31 @@ class _Search:
                 untried += [chunk[: len(chunk) // 2], chunk[len(chunk) // 2 :]]  # the later half first
         return tuple(neuron for neuron in neurons if neuron in kept), effect
 
+    def with_alike(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[tuple[Neuron, ...], Effect]:
+        """The neurons, which have this effect, with selective ones that score alike, and the effect of them all."""
+        alike: list[Neuron] = []
+        for of_round in self.selective:
+            chosen = [_score(neuron) for neuron in of_round if neuron in neurons]
+            alike += [neuron for neuron in of_round if chosen and _score(neuron) >= ALIKE * min(chosen)]
+        return self._with(alike, neurons, effect)
+
     def completed(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[tuple[Neuron, ...], Effect]:
         """The neurons, which have this effect, with selective ones if these change more, and the effect of them all."""
-        taken = {neuron[:2] for neuron in neurons}
-        others = {neuron[:2]: neuron for neuron in self.weighty if neuron[:2] not in taken}
-        if not others or self.is_over():
+        whole, found = self._with(self.weighty, neurons, effect)
+        if changes_the_same(found, effect):
             return neurons, effect
-        with_others = (*neurons, *others.values())
-        found = self.measured(with_others)
-        if changes_the_same(found, effect) or not self.is_as_good(found, effect):
+        return self.without_idle(whole, found, same_change=True)
+
+    def _with(
+        self, others: Sequence[Neuron], neurons: tuple[Neuron, ...], effect: Effect
+    ) -> tuple[tuple[Neuron, ...], Effect]:
+        """Neurons and others, and the effect of them all; the neurons alone, with theirs, if that is not as good."""
+        taken = {neuron[:2] for neuron in neurons}  # a neuron may be a candidate in several rounds
+        added = {neuron[:2]: neuron for neuron in others if neuron[:2] not in taken}
+        if not added or self.is_over():
             return neurons, effect
-        return self.without_idle(with_others, found, same_change=True)
+        found = self.measured((*neurons, *added.values()))
+        return ((*neurons, *added.values()), found) if self.is_as_good(found, effect) else (neurons, effect)
 
 
 @dataclass

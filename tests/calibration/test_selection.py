@@ -134,7 +134,7 @@ def test_neurons_that_help_only_together_are_found_behind_a_plateau():
 def test_selective_neurons_are_added_as_long_as_they_change_more():
     """The trigger alone takes all outliers away. What the amplifiers do in the register goes with them."""
     model = Populations(({0}, {2, 3}))
-    candidates = ranking(5)
+    candidates = tuple((0, unit, 1.0 if unit == 0 else 0.4) for unit in range(5))
     alone = select(once(candidates), model, target=0.05)
     assert [unit for _, unit, _ in alone.neurons] == [0]
     whole = select(once(candidates, {candidates[unit] for unit in (0, 1, 2, 3)}), model, target=0.05)
@@ -144,7 +144,7 @@ def test_selective_neurons_are_added_as_long_as_they_change_more():
 
 def test_selective_neurons_of_no_weight_are_not_added():
     model = Populations(({0}, {2, 3}))
-    candidates = (*ranking(2), (0, 2, 0.05), (0, 3, 0.05))
+    candidates = ((0, 0, 1.0), (0, 1, 0.3), (0, 2, 0.05), (0, 3, 0.05))
     found = select(once(candidates, set(candidates)), model, target=0.05)
     assert [unit for _, unit, _ in found.neurons] == [0]
 
@@ -154,6 +154,17 @@ def test_of_two_of_which_one_can_stay_the_one_that_is_busy_elsewhere_does():
     model = Populations(({0, 1}, {10}), ({2}, {11}))
     assert select(once(candidates), model, target=0.05).neurons == (busy, needed)
     assert select(once(candidates, {selective, needed}), model, target=0.05).neurons == (selective, needed)
+
+
+def test_selective_neurons_that_score_alike_are_taken_with_those_that_were_chosen():
+    """On these images one trigger does. Which one is needed depends on the images."""
+    model = Populations(({0, 1, 2}, {10, 11}))
+    candidates = ((0, 0, 1.0), (0, 1, 0.9), (0, 2, 0.55), (0, 3, 0.45))
+    found = select(once(candidates, {candidates[0], candidates[2], candidates[3]}), model, target=0.05)
+    assert [unit for _, unit, _ in found.neurons] == [0, 2]
+    harmful = Model([0, 1])
+    harmful.costly = {2}
+    assert len(select(once(candidates, set(candidates)), harmful, target=0.05, max_change=0.05).neurons) == 2
 
 
 def test_there_must_be_candidates():
