@@ -12,6 +12,7 @@ _HOMES = {
     "RegisterNeurons": "neurons",
     "UnverifiedNeuronsWarning": "neurons",
     "add_family": "families",
+    "bundled": "neurons",
     "calibrate": "calibration.calibrate",
     "demo_model": "io.loading",
     "diagnose": "measure.diagnose",
@@ -31,9 +32,12 @@ __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name == "__version__":
+        value = importlib.import_module("importlib.metadata").version(__name__)
+    elif name in _HOMES:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
 

@@ -13,9 +13,12 @@ from testreg.measure.diagnosis import Diagnosis as Diagnosis
 from testreg.measure.outliers import OutlierRule as OutlierRule
 from testreg.neurons import RegisterNeurons as RegisterNeurons
 from testreg.neurons import UnverifiedNeuronsWarning as UnverifiedNeuronsWarning
+from testreg.neurons import bundled as bundled
 from testreg.register import disabled as disabled
 from testreg.register import is_patched as is_patched
 from testreg.register import patch as patch
 from testreg.register import patched as patched
 from testreg.register import registers as registers
 from testreg.register import unpatch as unpatch
+
+__version__: str

@@ -9,12 +9,16 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from testreg.display import html
 from testreg.families import Tower, checkpoint_names, find_tower, fingerprint
 from testreg.files import check_format, plain, read_text, replacing, shown
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FORMAT = "testreg-neurons"
 VERSION = 2
@@ -26,6 +30,8 @@ _RENAMED = {  # entries of the calibration, since version 1
 }
 _KEYS = {"format", "version", "neurons", "top_k", "model", "calibration", "provenance", "verified"}
 
+MAX_NAMED = 8  # blocks, and image sizes, that a summary names
+
 Neuron = tuple[int, int, float | None]
 
 
@@ -33,12 +39,12 @@ class UnverifiedNeuronsWarning(UserWarning):
     """The register neurons in use were not verified on images of the checkpoint."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RegisterNeurons:
     """Register neurons of one checkpoint, best first, each a (block, unit, score).
 
     Blocks count from 0; a unit is an input channel of the second linear (fc2) of the block's MLP. Scores may be None
-    (lists published without any): such a list has no order to cut by.
+    (lists published without any): such a list has no order to cut by. The length is the number of neurons in use.
 
     Example:
         >>> neurons = testreg.RegisterNeurons(((7, 1203, 4.1), (6, 88, 2.9)))
@@ -49,6 +55,11 @@ class RegisterNeurons:
         True
         >>> testreg.RegisterNeurons.from_blocks({7: [1203], 6: [88]}).ranking
         ((7, 1203, None), (6, 88, None))
+        >>> testreg.RegisterNeurons.load("dinov2-vitl14-official-hub")  # a bundled list
+        RegisterNeurons: 45 in blocks 12, 13, 14, 15, 16, 17, of 45 listed
+          for hub:facebookresearch/dinov2/dinov2_vitl14 (24 blocks of 4,096 neurons)
+          not verified; read from dinov2-vitl14-official-hub
+        >>> figure = neurons.plot()
 
     Raises:
         ValueError: empty list, duplicate neuron, negative index, score that is no finite number, not sorted by score.
@@ -138,6 +149,61 @@ class RegisterNeurons:
             blocks.setdefault(block, []).append(unit)
         return dict(sorted(blocks.items()))
 
+    def __len__(self) -> int:
+        return self.top_k or len(self.ranking)
+
+    def __repr__(self) -> str:
+        first, *others = self._summary()
+        return "\n  ".join([f"{type(self).__name__}: {first}", *others])
+
+    def _repr_html_(self) -> str:
+        first, *others = self._summary()
+        rows = [(block, len(units), ", ".join(map(str, units))) for block, units in self.by_block().items()]
+        return html([f"Register neurons: {first}", *others], ("block", "neurons", "units, best first"), rows)
+
+    def _summary(self) -> list[str]:
+        """How many and where, for which model, and whether they are verified: a line each."""
+        blocks = list(self.by_block())
+        where = f"block{'s' * (len(blocks) > 1)} {', '.join(map(str, blocks[:MAX_NAMED]))}"
+        more = f" and {len(blocks) - MAX_NAMED} more" if len(blocks) > MAX_NAMED else ""
+        lines = [f"{len(self)} in {where}{more}, of {len(self.ranking):,} listed"]
+        size = ""
+        if {"depth", "mlp_width"} <= self.model.keys():
+            size = f" ({self.model['depth']} blocks of {self.model['mlp_width']:,} neurons)"
+        lines.append(f"for {plain(self.model.get('name', 'a model that is not named'))}{size}")
+        sizes = [each["image_size"] for each in self.calibration.get("verified_at", ()) if "image_size" in each]
+        at = f" at {', '.join(f'{height} x {width}' for height, width in sizes[:MAX_NAMED])}" if sizes else ""
+        source = "" if self.source is None else f"; read from {plain(self.source)}"
+        lines.append((f"verified{at}" if self.verified else "not verified") + source)
+        return lines
+
+    def plot(self) -> Figure:
+        """The scores by rank, and the neurons of each block: a matplotlib figure.
+
+        Where no neuron has a score, the blocks alone are drawn.
+        """
+        from matplotlib import pyplot as plt
+        from matplotlib.ticker import MaxNLocator
+
+        scores = [score for _, _, score in self.ranking if score is not None]
+        figure, axes = plt.subplots(
+            1, 2 if scores else 1, figsize=(9 if scores else 4.5, 3.2), layout="constrained", squeeze=False
+        )
+        used = {block: len(units) for block, units in self.by_block().items()}
+        axes[0, -1].bar(used.keys(), used.values())
+        axes[0, -1].set(
+            xlabel="block", ylabel="register neurons", xlim=(-0.5, self.model.get("depth", max(used) + 1) - 0.5)
+        )
+        for axis in (axes[0, -1].xaxis, axes[0, -1].yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True))
+        if scores:
+            axes[0, 0].plot(range(1, len(scores) + 1), scores, marker=".", color="0.6", label="listed")
+            axes[0, 0].plot(range(1, len(self) + 1), scores[: len(self)], "o", label="in use")
+            axes[0, 0].set(xlabel="rank", ylabel="score", xscale="log")
+            axes[0, 0].legend()
+        plt.close(figure)  # whoever called this shows it; otherwise a notebook would show it twice
+        return figure
+
     def check_fits(self, depth: int, mlp_width: int) -> None:
         """Raise ValueError unless the list belongs to a tower of `depth` blocks with `mlp_width` neurons each."""
         name = plain(self.model.get("name", "the register neurons"))
@@ -155,7 +221,8 @@ class RegisterNeurons:
                     f"unit {shown(unit)} of layer {block} is out of range: the model's MLPs have {mlp_width} neurons"
                 )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as its JSON holds it."""
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -166,6 +233,8 @@ class RegisterNeurons:
             "top_k": self.top_k,
             "neurons": [list(neuron) for neuron in self.ranking],
         }
+
+    to_json = to_dict  # the counterpart of `from_json`
 
     @classmethod
     def from_json(cls, data: object, *, source: str = "the neuron JSON") -> RegisterNeurons:
@@ -197,7 +266,7 @@ class RegisterNeurons:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON; an existing file is replaced whole or not at all."""
-        text = json.dumps(self.to_json(), indent=1, allow_nan=False)
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
         # One neuron a line: long lists stay readable and diffable.
         head, _, _ = text.partition('\n "neurons": [')
         rows = ",\n".join("  " + json.dumps(list(neuron)) for neuron in self.ranking)
@@ -206,12 +275,21 @@ class RegisterNeurons:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RegisterNeurons:
-        """Read a neuron JSON.
+        """Read a neuron JSON, or a bundled list by its name (`testreg.bundled`).
+
+        What has no folder and no suffix .json, and is no file, is the name of a bundled list.
 
         Raises:
             OSError: no such file, or not a regular one.
-            ValueError: not JSON (a truncated file), or not a valid list.
+            ValueError: not JSON (a truncated file), or not a valid list; no bundled list of that name.
         """
+        file = Path(path)
+        if file.suffix != ".json" and file.parent == Path() and not file.exists():
+            return _load_bundled(os.fspath(path))
+        return cls._read(path)
+
+    @classmethod
+    def _read(cls, path: str | os.PathLike[str]) -> RegisterNeurons:
         source = plain(os.fspath(path), longest=None)
         try:
             data = json.loads(
@@ -346,12 +424,52 @@ def config_folder() -> Path:
     return packaged if packaged.is_dir() else Path(__file__).parent.parent / "configs"
 
 
-def bundled() -> dict[str, RegisterNeurons]:
-    """The lists that come with the package, by name."""
-    return {
-        path.stem: replace(RegisterNeurons.load(path), source=path.stem)
-        for path in sorted(config_folder().glob("*.json"))
-    }
+class BundledLists(dict[str, RegisterNeurons]):
+    """The lists that come with the package, by name; printed, they say which models they are for."""
+
+    def __repr__(self) -> str:
+        lines = []
+        for name, neurons in self.items():
+            checked = "verified" if neurons.verified else "not verified"
+            lines.append(f"{name}  ({len(neurons.ranking)} neurons, {checked})")
+            lines += [f"    {model}" for model in _models_of(neurons)]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (name, len(each), "yes" if each.verified else "no", ", ".join(_models_of(each)))
+            for name, each in self.items()
+        ]
+        return html([f"{len(self)} bundled lists of register neurons"], ("name", "neurons", "verified", "models"), rows)
+
+
+def _models_of(neurons: RegisterNeurons) -> list[str]:
+    """The names of the list's checkpoint, and for which of them `patch` takes it unasked."""
+    default_for = set(neurons.model.get("default_for", ()))
+    return [f"{name}{'  (default)' if name in default_for else ''}" for name in neurons.model.get("names", ())]
+
+
+def bundled() -> BundledLists:
+    """The lists that come with the package, by name, with the models that they are for.
+
+    Example:
+        >>> lists = testreg.bundled()
+        >>> print(lists)
+        demo  (... neurons, verified)
+            demo  (default)
+        ...
+        >>> lists["dinov2-vitl14-official-hub"].model["name"]
+        'hub:facebookresearch/dinov2/dinov2_vitl14'
+    """
+    return BundledLists({path.stem: _load_bundled(path.stem) for path in sorted(config_folder().glob("*.json"))})
+
+
+def _load_bundled(name: str) -> RegisterNeurons:
+    path = config_folder() / f"{name}.json"
+    if not path.is_file():
+        known = ", ".join(sorted(path.stem for path in config_folder().glob("*.json")))
+        raise ValueError(f"no bundled list {shown(name)} (and no such file); bundled: {known}")
+    return replace(RegisterNeurons._read(path), source=name)
 
 
 AnyNeurons = RegisterNeurons | str | os.PathLike[str] | Mapping[int, Sequence[int]] | None
@@ -375,13 +493,7 @@ def resolve(neurons: AnyNeurons, model: nn.Module) -> RegisterNeurons:
             "neurons must be a RegisterNeurons, a path, a bundled name, {layer: [units]} or None, "
             f"got {type(neurons).__name__}"
         )
-    path = Path(neurons)
-    if path.suffix != ".json" and path.parent == Path() and not path.exists():
-        lists = bundled()
-        if str(neurons) not in lists:
-            raise ValueError(f"no bundled list {str(neurons)!r} (and no such file); bundled: {', '.join(lists)}")
-        return lists[str(neurons)]
-    return RegisterNeurons.load(path)
+    return RegisterNeurons.load(neurons)
 
 
 def _of_checkpoint(model: nn.Module) -> RegisterNeurons:

@@ -26,8 +26,7 @@ from tiny import IMAGE, TIMM, TIMM_RECORDS, fresh, photograph_crops
 from torchvision.transforms.v2 import functional as tv
 
 import testreg
-from testreg import cli
-from testreg.cli import main
+from testreg.cli import calibrate, main, show
 
 records = pytest.mark.skipif(not TIMM_RECORDS, reason="this timm cannot rebuild a model of unusual size")
 
@@ -270,7 +269,7 @@ def test_an_interrupt_says_what_was_written_and_leaves_no_half_written_file(
     (tmp_path / "report.html").write_text("before")
     arguments = ["calibrate", str(folder / "model"), "--images", str(folder / "photos"), "--device", "cpu"]
     arguments += ["-o", paths["neurons.json"], "--report", paths["report.html"], "--figures", paths["figures"]]
-    arguments += ["--resume", paths["state"]]
+    arguments += ["--resume", paths["state"], "--quiet"]  # without the lines of its phases
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs inherit that it is ignored
     try:
         assert main(arguments) == 130
@@ -312,7 +311,7 @@ def test_a_list_that_is_not_verified_has_an_exit_code_of_its_own(folder, calibra
 def test_the_agreement_of_a_head_is_shown_if_it_is_low(agreement, said, calibrated):
     neurons = testreg.RegisterNeurons.load(calibrated)
     chosen = {"agreement": agreement}
-    found = cli._found(dataclasses.replace(neurons, calibration={**neurons.calibration, "chosen": chosen}))
+    found = calibrate.found(dataclasses.replace(neurons, calibration={**neurons.calibration, "chosen": chosen}))
     assert ("the head agrees with itself on 90.0% of the images" in found) == said
 
 
@@ -363,12 +362,12 @@ def test_show_and_diagnose_take_an_image_or_a_folder(folder, calibrated, tmp_pat
         shutil.copy(photo, tmp_path / "some")
     shown = []
     monkeypatch.setattr("testreg.report.maps.figure", lambda images, *rest: shown.append(images) or plt.figure())
-    show = ["show", str(folder / "model"), "--neurons", str(calibrated), "-o", str(tmp_path / "picture.png")]
-    assert main([*show, *map(str, photos)]) == main([*show, str(photos[0]), str(tmp_path / "some")]) == 0
+    command = ["show", str(folder / "model"), "--neurons", str(calibrated), "-o", str(tmp_path / "picture.png")]
+    assert main([*command, *map(str, photos)]) == main([*command, str(photos[0]), str(tmp_path / "some")]) == 0
     assert torch.equal(*shown)
     assert len(shown[0]) == 3
-    monkeypatch.setattr(cli, "MAX_SHOWN", 2)
-    assert main([*show, str(photos[0]), str(tmp_path / "some")]) == 1
+    monkeypatch.setattr(show, "MAX_SHOWN", 2)
+    assert main([*command, str(photos[0]), str(tmp_path / "some")]) == 1
     assert "3 images are too many for one picture, at most 2" in capsys.readouterr().err
     assert main(["diagnose", str(folder / "model"), "--images", str(photos[0]), "--json", "-"]) in (0, 3)
     assert json.loads(capsys.readouterr().out)["images"] == 1

@@ -13,7 +13,7 @@ import testreg
 PACKAGE = Path(testreg.__file__).parent
 FLOORS = (  # a room imports from itself and from those below it
     *("__main__", "cli", "demo", "report", "calibration", "measure", "io", "register"),
-    *("patching", "neurons", "families", "files"),
+    *("patching", "neurons", "families", "display", "files"),
 )
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
@@ -70,3 +70,12 @@ def test_every_public_name_is_there() -> None:
     assert all(getattr(testreg, name) is not None for name in testreg.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         testreg.nothing  # noqa: B018
+
+
+def test_patching_and_calibrating_import_little_beside_torch() -> None:
+    """torch's flex attention imports sympy, which takes half a second."""
+    code = "import sys, torch; before = set(sys.modules); {}; print(*set(sys.modules) - before)"
+    run = [sys.executable, "-c", code.format("import testreg; testreg.patch; testreg.calibrate; testreg.diagnose")]
+    added = subprocess.run(run, capture_output=True, text=True, check=True).stdout.split()
+    assert "testreg.register" in added
+    assert not {"sympy", "torch.nn.attention.flex_attention", "torch._dynamo"} & set(added)

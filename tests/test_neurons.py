@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import open_clip
 import pytest
@@ -500,6 +501,62 @@ def test_patch_warns_of_other_weights_of_an_unnamed_model() -> None:
         testreg.patch(tiny.build("open_clip"), found)
 
 
+# ---- how a list shows itself ----------------------------------------------------------------------------------------
+
+
+def test_a_list_in_three_lines() -> None:
+    assert repr(neurons()).splitlines() == [
+        "RegisterNeurons: 3 in blocks 4, 5, of 4 listed",
+        "  for timm:a (12 blocks of 3,072 neurons)",
+        "  not verified",
+    ]
+    assert repr(RegisterNeurons.from_blocks({3: [1]})).splitlines() == [
+        "RegisterNeurons: 1 in block 3, of 1 listed",
+        "  for a model that is not named",
+        "  not verified",
+    ]
+    facts = {"verified_at": [{"image_size": [224, 224]}, {"image_size": [518, 448]}, {}]}
+    many = neurons(ranking=tuple((i, 0, None) for i in range(30)), top_k=None, calibration=facts, verified=True)
+    first, _, last = repr(many).splitlines()
+    assert first == "RegisterNeurons: 30 in blocks 0, 1, 2, 3, 4, 5, 6, 7 and 22 more, of 30 listed"
+    assert last == "  verified at 224 x 224, 518 x 448"
+
+
+def test_a_hostile_list_is_shown_as_text() -> None:
+    shown = neurons(model={"name": "<script>\x1b[31m" + "x" * 10_000 + "\n\n"})
+    assert len(repr(shown).splitlines()) == 3
+    assert len(repr(shown)) < 500
+    assert "\x1b" not in repr(shown)
+    assert "<script>" not in shown._repr_html_()
+    assert "&lt;script&gt;" in shown._repr_html_()
+
+
+def test_a_list_in_a_notebook() -> None:
+    html = neurons()._repr_html_()
+    assert "<strong>Register neurons: 3 in blocks 4, 5, of 4 listed</strong>" in html
+    assert "<tr><td>5</td><td>2</td><td>599, 1869</td></tr>" in html
+
+
+def test_the_length_is_what_is_in_use() -> None:
+    assert (len(neurons()), len(neurons(top_k=None)), len(neurons().truncate(1))) == (3, 4, 1)
+
+
+def test_a_list_as_a_dict_is_its_json(tmp_path: Path) -> None:
+    neurons().save(tmp_path / "n.json")
+    assert RegisterNeurons.from_json(neurons().to_dict()) == neurons()
+    assert json.loads((tmp_path / "n.json").read_text()) == neurons().to_dict()
+
+
+def test_a_list_draws_its_scores_and_blocks() -> None:
+    scores, blocks = neurons().plot().axes
+    assert [(bar.get_x() + bar.get_width() / 2, bar.get_height()) for bar in blocks.patches] == [(4, 1), (5, 2)]
+    listed, used = scores.lines
+    assert listed.get_ydata().tolist() == [7.0, 4.5, 2.25, 1.2]
+    assert used.get_ydata().tolist() == [7.0, 4.5, 2.25]
+    assert len(RegisterNeurons.from_blocks({3: [1]}).plot().axes) == 1
+    assert not plt.get_fignums()
+
+
 # ---- the bundled lists ----------------------------------------------------------------------------------------------
 
 BUNDLED = bundled()
@@ -623,6 +680,34 @@ def test_resolve_by_bundled_name(key: str) -> None:
 def test_unknown_bundled_name_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"no bundled list 'dinov2-vitx'.*dinov2-vitl14-official-hub"):
         testreg.patch(tiny.build("timm_vit"), "dinov2-vitx")
+
+
+def test_bundled_lists_say_which_models_they_are_for() -> None:
+    text, html = repr(testreg.bundled()), testreg.bundled()._repr_html_()
+    for name, each in BUNDLED.items():
+        assert f"{name}  ({len(each.ranking)} neurons, " in text
+        assert f"<td>{name}</td><td>{len(each)}</td>" in html
+        for model in each.model["names"]:
+            assert f"    {model}" in text
+            assert model in html
+    assert "hf:facebook/dinov2-large  (default)" in text
+
+
+@pytest.mark.parametrize("name", ["demo", "dinov2-vitl14-official-hub"])
+def test_load_takes_bundled_names(name: str) -> None:
+    loaded = RegisterNeurons.load(name)
+    assert loaded == BUNDLED[name]
+    assert loaded.source == name
+
+
+def test_a_file_comes_before_a_bundled_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    neurons().save("demo")
+    assert RegisterNeurons.load("demo") == neurons()
+    with pytest.raises(ValueError, match=r"no bundled list 'dem' .*bundled: demo, dinov2"):
+        RegisterNeurons.load("dem")
+    with pytest.raises(FileNotFoundError, match=r"no neuron JSON at dem\.json"):
+        RegisterNeurons.load("dem.json")
 
 
 def test_neurons_of_a_wrong_type() -> None:

@@ -44,10 +44,10 @@ class Demo:
         return sum(unit in found.get(block, ()) for block, units in self.planted.items() for unit in units)
 
 
-def run_demo() -> Demo:
+def run_demo(*, progress: bool = True) -> Demo:
     """Let calibration find the demo model's register neurons without being told, patch them, and compare."""
     model = demo_model(IMAGE_SIZE)
-    found = calibrate(model, crops(photographs(2 * CROP_SIZE), CROP_SIZE, STRIDE))
+    found = calibrate(model, crops(photographs(2 * CROP_SIZE), CROP_SIZE, STRIDE), progress=progress)
     images = photographs(IMAGE_SIZE)
     patch(model, found)
     before, after = compare(model, images, block=found.calibration["detection_block"])

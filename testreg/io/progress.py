@@ -1,7 +1,10 @@
-"""The progress bar: on a terminal, of the first process."""
+"""The progress of a phase, shown by the first process: a bar on a terminal or in a notebook, a line elsewhere."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from testreg.io.processes import rank
@@ -10,8 +13,33 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 
-def progress_bar(what: str, total: int | None, shown: bool, unit: str = "image") -> tqdm:
-    from tqdm import tqdm
+@contextmanager
+def progress_bar(what: str, total: int | None, shown: bool, unit: str = "image") -> Iterator[tqdm]:
+    """Within the context, a bar that counts what its `update` is told.
 
-    # disable=None shows the bar on a terminal only
-    return tqdm(total=total, unit=unit, desc=what, disable=None if shown and rank() == 0 else True)
+    Where no bar can move (a file, a pipe), one line on stderr says instead that the phase has begun.
+
+    Args:
+        total: at most so many steps; a phase that needs fewer ends with a complete bar. None: unknown.
+        shown: False shows nothing.
+    """
+    from tqdm.auto import tqdm
+
+    is_shown = shown and rank() == 0
+    can_move = sys.stderr.isatty() or _in_notebook()
+    if is_shown and not can_move:
+        print(f"testreg: {what}" + (f", up to {total} {unit}s" if total else ""), file=sys.stderr, flush=True)
+    with tqdm(total=total, unit=unit, desc=what, disable=not (is_shown and can_move)) as bar:
+        yield bar
+        if not bar.disable and bar.n != bar.total:
+            done, started = bar.n, bar.start_t
+            bar.reset(total=done)  # a notebook's widget learns its length by this alone
+            bar.start_t = started
+            bar.update(done)
+
+
+def _in_notebook() -> bool:
+    """Whether a Jupyter kernel runs this process: its stderr is no terminal, but shows bars."""
+    if (ipython := sys.modules.get("IPython")) is None or (shell := ipython.get_ipython()) is None:
+        return False
+    return "IPKernelApp" in shell.config

@@ -6,9 +6,13 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from testreg.files import replacing
+from testreg.display import html
+from testreg.files import plain, replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FORMAT = "testreg-diagnosis"
 VERSION = 1
@@ -136,14 +140,19 @@ class PrefixRole:
     """The largest share of attention that it draws in a block; None if not observable."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Diagnosis:
-    """What `diagnose` found.
+    """What `diagnose` found. Its length is the number of blocks.
 
     Example:
         >>> found = testreg.diagnose(model, images, progress=False)
-        >>> isinstance(found, testreg.Diagnosis), found.images, len(found.blocks)
-        (True, 45, 4)
+        >>> isinstance(found, testreg.Diagnosis), len(found)
+        (True, 4)
+        >>> found
+        Diagnosis: outliers from block 2 (MLP), ... % of patches, movable
+          of timm:vit_base_patch16_clip_224...: 4 blocks, 45 images at 64 x 64
+          Outliers stand out most after block ...
+        >>> figure = found.plot()
         >>> print(found.notes[0])
         Outliers stand out most after block ...
         >>> found.save("diagnosis.json")
@@ -161,6 +170,57 @@ class Diagnosis:
     outliers: Outliers | None
     """None if they are fewer than `MIN_FRACTION` of the patches after every block."""
     prefix_roles: list[PrefixRole]
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __repr__(self) -> str:
+        return "\n  ".join([f"{type(self).__name__}: {self.verdict}", *self._summary()])
+
+    def _repr_html_(self) -> str:
+        heads = ("block", "median norm", "max / median", "outliers, % of patches", "attention to outliers, %")
+        rows = [
+            (
+                i,
+                block.after_mlp.median_norm,
+                block.after_mlp.max_over_median,
+                100 * block.after_mlp.outlier_fraction,
+                None if block.outlier_attention is None else 100 * block.outlier_attention,
+            )
+            for i, block in enumerate(self.blocks)
+        ]
+        return html([f"Diagnosis: {self.verdict}", *self._summary()], heads, rows)
+
+    def _summary(self) -> list[str]:
+        """What was measured, and the first of the notes: a line each."""
+        height, width = self.image_size
+        patched = ", patched" if self.patched else ""
+        return [
+            f"of {plain(self.model['name'])}{patched}: {len(self)} blocks, {self.images} images at {height} x {width}",
+            self.notes[0] if self.notes else f"outliers: {self.rule}",
+        ]
+
+    def plot(self) -> Figure:
+        """The norms and the outliers after each block: a matplotlib figure."""
+        from matplotlib import pyplot as plt
+        from matplotlib.ticker import MaxNLocator
+
+        after = [block.after_mlp for block in self.blocks]
+        figure, (norms, outliers) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+        norms.plot([each.median_norm * each.max_over_median for each in after], marker=".", label="largest patch")
+        norms.plot([each.median_norm for each in after], linestyle="--", label="median patch")
+        norms.set(xlabel="block", ylabel="token norm", yscale="log")
+        outliers.plot([100 * each.outlier_fraction for each in after], marker=".", label="of the patches")
+        if all(block.outlier_attention is not None for block in self.blocks):
+            drawn = [100 * (block.outlier_attention or 0.0) for block in self.blocks]
+            outliers.plot(drawn, marker=".", linestyle=":", label="of the attention")
+        outliers.set(xlabel="block", ylabel="outliers (%)")
+        outliers.set_ylim(bottom=0)
+        for axis in (norms, outliers):
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.legend()
+        plt.close(figure)  # whoever called this shows it; otherwise a notebook would show it twice
+        return figure
 
     @property
     def kind(self) -> Kind:
@@ -189,6 +249,9 @@ class Diagnosis:
             notes.append(f"Outliers stand out most after block {found.block}, and {fade}.")
             if found.mlp_share is not None and found.kind != "fixed":
                 notes.append(f"MLPs add {found.mlp_share:.0%} of their excess norm.")
+            if channels := self.blocks[found.block].after_mlp.massive_channels:
+                named_channels = ", ".join(f"{channel} ({share:.0%})" for channel, share in channels)
+                notes.append(f"Of their squared norm, most is in few channels: {named_channels}.")
             if found.fixed_share is None:
                 notes.append(f"Fixed positions are not looked for in fewer than {MIN_IMAGES} images of one size.")
             for each in found.fixed_positions[:NUM_POSITIONS]:
@@ -213,10 +276,10 @@ class Diagnosis:
         """The figures as text, a line for each block: those after its MLP, and the outlier fraction after its
         attention."""
         lines = [
-            f"{'':>9} {'median':>8} {'--- norm / median ---':>24} {'kurt-':>7} {'- outliers, % -':>15} "
-            f"{'--- cosine ---':>15} {'- attention, % -':>16}  {'prefix':>6}",
-            f"{'block':>9} {'norm':>8} {'p1':>7} {'p99':>7} {'mean max':>8} {'osis':>7} {'attention':>9} {'MLP':>5} "
-            f"{'normal':>7} {'outlier':>7} {'outliers':>9} {'prefix':>6}  {'norm':>6}  massive channels",
+            f"{'':9} {'median':>7} {'norm / median':^17} {'kurt-':>5}  {'outliers %':^11}  {'cosine':^11}  "
+            f"{'attention %':^11}",
+            f"{'block':>9} {'norm':>7} {'p99':>5} {'max':>5} {'prefx':>5} {'osis':>5}  {'attn':>5} {'MLP':>5}  "
+            f"{'norml':>5} {'outl.':>5}  {'outl.':>5} {'prefx':>5}",
             _row("embedding", None, self.embedding, None, None),
         ]
         for i, block in enumerate(self.blocks):
@@ -225,14 +288,16 @@ class Diagnosis:
             lines.append(_row(str(i), before, block.after_mlp, block.outlier_attention, drawn))
         return "\n".join(lines)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """All figures, and the verdict, as JSON holds them."""
         return {"format": FORMAT, "version": VERSION, "verdict": self.verdict, "kind": self.kind, **asdict(self)}
+
+    to_json = to_dict  # as the neurons have it
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON; an existing file is replaced whole or not at all."""
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def named(positions: Sequence[tuple[int, int]]) -> str:
@@ -242,25 +307,21 @@ def named(positions: Sequence[tuple[int, int]]) -> str:
 
 
 def _row(name: str, before: float | None, after: Residual, to_outliers: float | None, to_prefix: float | None) -> str:
-    def cell(value: float | None, width: int, form: str, factor: float = 1.0) -> str:
-        return f"{'-' if value is None else format(factor * value, form):>{width}}"
+    def percent(share: float | None) -> float | None:
+        return None if share is None else 100 * share
 
-    cells = [
-        f"{name:>9}",
-        cell(after.median_norm, 8, ".4g"),
-        cell(after.quantiles[0], 7, ".2f"),
-        cell(after.quantiles[-1], 7, ".2f"),
-        cell(after.max_over_median, 8, ".2f"),
-        cell(after.kurtosis, 7, ".1f"),
-        cell(before, 9, ".1f", 100),
-        cell(after.outlier_fraction, 5, ".1f", 100),
-        cell(after.normal_cosine, 7, ".2f"),
-        cell(after.outlier_cosine, 7, ".2f"),
-        cell(to_outliers, 9, ".1f", 100),
-        cell(to_prefix, 6, ".1f", 100),
-        "",
-        cell(max(after.prefix_ratio, default=None), 5, ".1f"),
-        "",
-        ", ".join(f"{channel} ({share:.0%})" for channel, share in after.massive_channels),
-    ]
-    return " ".join(cells).rstrip()
+    return (
+        f"{name:>9} {_short(after.median_norm):>7} {_short(after.quantiles[-1])} {_short(after.max_over_median)} "
+        f"{_short(max(after.prefix_ratio, default=None))} {_short(after.kurtosis)}  {_short(percent(before))} "
+        f"{_short(percent(after.outlier_fraction))}  {_short(after.normal_cosine)} {_short(after.outlier_cosine)}  "
+        f"{_short(percent(to_outliers))} {_short(percent(to_prefix))}"
+    )
+
+
+def _short(value: float | None) -> str:
+    """A number in five characters."""
+    if value is None:
+        return f"{'-':>5}"
+    size = abs(value)
+    form = ".2f" if size < 9.995 else ".1f" if size < 99.95 else ".0f" if size < 99999.5 else ".0e"
+    return f"{value:>5{form}}"

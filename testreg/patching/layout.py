@@ -12,11 +12,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask  # which imports sympy: half a second
 
 HIDDEN = -5e3  # masks add less than this to the logit of a token that they hide: -inf, -1e9, -1e4; biases do not
 
@@ -110,7 +112,7 @@ class Layout:
         Everyone sees the registers, and they see every token that is no padding, whatever the tokens hide from each
         other. In a packed sequence they see, and are seen, as the last token of their image.
         """
-        if isinstance(mask, BlockMask):
+        if not isinstance(mask, Tensor):
             return self._extend_block_mask(mask)
         if self.lengths is not None:
             index = torch.arange(sum(self.lengths), device=mask.device)
@@ -129,6 +131,8 @@ class Layout:
         return self.extend(mask, -1, float(mask.dtype is torch.bool))
 
     def _extend_block_mask(self, mask: BlockMask) -> BlockMask:
+        from torch.nn.attention.flex_attention import create_block_mask
+
         if self.lengths is not None:
             raise NotImplementedError("flex attention over packed images: use the sdpa or eager attention instead")
         seen, num_tokens, inner = _seen(mask), mask.shape[-1], mask.mask_mod
@@ -155,7 +159,9 @@ def _visible(mask: Tensor) -> Tensor:
 
 def _seen(mask: Tensor | BlockMask) -> Tensor:
     """Which tokens (B or 1, T) a mask shows to at least one token in one head."""
-    if isinstance(mask, BlockMask):
+    if not isinstance(mask, Tensor):
+        from torch.nn.attention.flex_attention import create_mask
+
         batch, heads, queries, keys = mask.shape
         mask = create_mask(mask.mask_mod, batch, heads, queries, keys, device=mask.kv_num_blocks.device)
     if mask.ndim not in (2, 4):

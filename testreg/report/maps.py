@@ -79,6 +79,11 @@ def measure_maps(
     return maps, limit
 
 
+def figures_of(maps: Maps) -> dict[str, float | None]:
+    """The figures among the maps, by name."""
+    return {name: getattr(maps, name) for name in ("outlier_fraction", "max_over_median", "attention_entropy")}
+
+
 def table(before: Maps, after: Maps) -> str:
     """The figures of a comparison, as text."""
     rows = [

@@ -18,6 +18,7 @@ from testreg.measure.outliers import MIN_FRACTION, OutlierRule, ignored_patches,
 from testreg.neurons import RegisterNeurons, describe_model
 from testreg.register import disabled, patched, registers
 from testreg.report.maps import Maps, compare
+from testreg.report.values import numbers_in, percent
 
 NUM_PHOTOGRAPHS = 5
 AGREEMENT = 0.99  # of a head with itself: less than that counts as a change for the worse
@@ -85,6 +86,12 @@ class Report:
         return [point for point in points if "neurons" in point]
 
     @property
+    def rounds(self) -> list[Mapping[str, Any]]:
+        """The rounds of the calibration, if it had any: what each added to the neurons, and what was left then."""
+        rounds = self.facts.get("rounds")
+        return [each for each in rounds if isinstance(each, Mapping)] if isinstance(rounds, list | tuple) else []
+
+    @property
     def choice(self) -> dict[str, float]:
         """The point of the curve that was chosen; empty if unknown."""
         return numbers_in(self.facts.get("chosen") or {})
@@ -149,16 +156,6 @@ class Report:
         return found
 
 
-def percent(value: float) -> str:
-    """A percentage, of which a line break does not part the number from its sign."""
-    return f"{value:.{2 if value < 1 else 3}g}\N{NO-BREAK SPACE}%"
-
-
-def numbers_in(entry: Mapping[str, Any]) -> dict[str, float]:
-    """The entries that are finite numbers."""
-    return {key: value for key, value in entry.items() if isinstance(value, int | float) and math.isfinite(value)}
-
-
 def measure_report(
     model: nn.Module,
     neurons: RegisterNeurons,
@@ -185,8 +182,7 @@ def measure_report(
             norms_before = _norms(model, tower, batches, block, rule, ignored)
         after = conclude(model, [observe(tower, batches, rule, ignored=ignored)], rule)
         norms_after = _norms(model, tower, batches, block, rule, ignored)
-        most = norms_before.outliers.argsort(descending=True, stable=True)[:NUM_PHOTOGRAPHS]
-        photographs = images[most.sort().values]
+        photographs = images[images_with_most(norms_before.outliers, NUM_PHOTOGRAPHS)]
         observable = before.blocks[-1].outlier_attention is not None
         maps_before, maps_after = compare(model, photographs, block, attention=observable)
     return Report(
@@ -202,6 +198,11 @@ def measure_report(
         maps_before=maps_before,
         maps_after=maps_after,
     )
+
+
+def images_with_most(outliers: Tensor, count: int) -> Tensor:
+    """The numbers of the images with most outliers, of which (B,) says how many each has; in ascending order."""
+    return outliers.argsort(descending=True, stable=True)[:count].sort().values
 
 
 def _most_outlying(before: Diagnosis, neurons: RegisterNeurons) -> int:

@@ -1,20 +1,15 @@
 """The report of a calibration: one HTML page that needs no other file, and the same pictures as PNG for papers.
 
-All HTML is in template.html, which escapes what it is given; here is what it is given: plain data, most of it text.
+All HTML is in calibration.html and base.html, which escape what they are given; here is what that is: plain data.
 """
 
 from __future__ import annotations
 
-import base64
-import functools
-import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from torch import Tensor, nn
 
 from testreg.calibration.view import MIN_VERIFYING
@@ -22,11 +17,15 @@ from testreg.files import replacing
 from testreg.measure.diagnosis import named
 from testreg.measure.outliers import OutlierRule
 from testreg.neurons import RegisterNeurons
-from testreg.report.charts import charts_of, draw, svg
-from testreg.report.maps import Panel, feature_colours, figure, panels
-from testreg.report.measure import Report, measure_report, numbers_in, percent
+from testreg.report.calibration_charts import charts_of, tables_of
+from testreg.report.charts import draw, svg
+from testreg.report.maps import feature_colours, figure, panels
+from testreg.report.measure import Report, measure_report
+from testreg.report.rendering import Card, render, rows_of, write_page
+from testreg.report.usage import python_lines, shell_line
+from testreg.report.values import Table, numbers_in, share, table_of, value_of, words_of
 
-PHOTOGRAPH_SIDE = 384  # pixels in the page; the maps have one for each patch
+MAX_ADDED = 8  # neurons of a round that are named
 LONG_TABLE = 20  # rows that are shown without being asked for
 
 MEASURED = {
@@ -37,7 +36,16 @@ MEASURED = {
     "change_patches": "change, patches",
     "agreement": "head agrees",
 }  # of a point of the trade-off, or of a check at another size
-ELSEWHERE = {"curve", "chosen", "dropped", "ignored", "verified_at", "stability", "versions"}  # these have a place
+ELSEWHERE = {
+    "curve",
+    "rounds",
+    "chosen",
+    "dropped",
+    "ignored",
+    "verified_at",
+    "stability",
+    "versions",
+}  # these have a place
 
 
 def write_report(
@@ -47,6 +55,7 @@ def write_report(
     images: Tensor | Sequence[Tensor],
     *,
     command: str | None = None,
+    file: str | None = None,
     figures: str | os.PathLike[str] | None = None,
     rule: OutlierRule | None = None,
     batch_size: int = 16,
@@ -58,6 +67,7 @@ def write_report(
         model: unpatched, and left so.
         images: (B, 3, h, w), or tensors (3, h, w) of one size, preprocessed. All are measured, a few of them shown.
         command: the command line that made the neurons.
+        file: where the neurons were saved, for the lines that use them; None for where they were read from.
         figures: a folder for norms.png, histograms.png, maps.png, and curve.png if the calibration has a curve.
         rule: which patches are outliers.
         batch_size: images that are run at once.
@@ -68,17 +78,14 @@ def write_report(
     """
     report = measure_report(model, neurons, images, rule=rule, batch_size=batch_size)
     if path is not None:
-        text = page(report, command)
-        with replacing(path) as temporary:
-            # Names of folders may be no text, and hold bytes that UTF-8 does not have.
-            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        write_page(path, page(report, command, file))
     if figures is not None:
         _save_figures(report, Path(figures))
 
 
 def _save_figures(report: Report, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = {name: draw(charts, report) for name, charts in charts_of(report).items()}
+    pictures = {name: draw(charts) for name, charts in charts_of(report).items()}
     title = f"{report.model['name']}, norms after block {report.block}"
     pictures["maps"] = figure(report.photographs, report.maps_before, report.maps_after, title)
     for name, picture in pictures.items():
@@ -86,43 +93,13 @@ def _save_figures(report: Report, folder: Path) -> None:
             picture.savefig(temporary, format="png", dpi=300)
 
 
-@dataclass(frozen=True)
-class Card:
-    """A figure that matters, in large print; with `after`, it is a change from `value` to that."""
-
-    title: str
-    value: str
-    note: str
-    after: str | None = None
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A photograph or a map."""
-
-    kind: str
-    side: str
-    """"before" or "after"; "" for the photograph."""
-    name: str
-    largest: str
-    """The largest value of a map; "" if it has no scale."""
-    alt: str
-    uri: str
-    width: int
-    height: int
-
-
-@dataclass(frozen=True)
-class Table:
-    heads: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
-def page(report: Report, command: str | None = None) -> str:
-    """The report as HTML. Whatever comes from outside is escaped."""
-    charts = {name: [svg(chart, report) for chart in group] for name, group in charts_of(report).items()}
-    return _template().render(
-        name=str(report.model["name"]),
+def page(report: Report, command: str | None = None, file: str | None = None) -> str:
+    """The report as HTML."""
+    name = str(report.model["name"])
+    neurons = file or report.neurons.source or "neurons.json"
+    return render(
+        "calibration.html",
+        name=name,
         headline=report.headline,
         verdict_before=report.before.verdict,
         verdict_after=report.after.verdict,
@@ -133,18 +110,16 @@ def page(report: Report, command: str | None = None) -> str:
         maps=_maps(report),
         notes=report.before.notes,
         rule=report.before.rule,
-        charts=charts,
+        charts={name: [svg(chart) for chart in group] for name, group in charts_of(report).items()},
+        tables=tables_of(report),
+        python=python_lines(name, neurons),
+        shell=shell_line(name, neurons),
         trade_off=_trade_off(report),
+        rounds=_rounds(report),
         neurons=_neurons(report),
         command=command,
         facts=_facts(report),
     )
-
-
-@functools.cache
-def _template() -> Template:
-    loader = FileSystemLoader(Path(__file__).parent)
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("template.html")
 
 
 def _notices(report: Report) -> list[str]:
@@ -164,13 +139,13 @@ def _notices(report: Report) -> list[str]:
     elif report.facts.get("target_met") and not report.neurons.verified:
         notices.append(f"Not verified: that takes {MIN_VERIFYING} held-out images that had no part in the choice.")
     if report.agreement is not None and report.disagrees:
-        notices.append(f"The head gives {_percent(1 - report.agreement)} of the held-out images another class.")
+        notices.append(f"The head gives {share(1 - report.agreement)} of the held-out images another class.")
     return notices
 
 
 def _cards(report: Report) -> list[Card]:
     where = f"after block {report.block}"
-    outliers, outliers_after = map(_percent, report.outliers)
+    outliers, outliers_after = map(share, report.outliers)
     ratio, ratio_after = (
         f"{side.blocks[report.block].after_mlp.max_over_median:.1f}" for side in (report.before, report.after)
     )
@@ -200,34 +175,11 @@ def _sample(report: Report) -> str:
 
 
 def _maps(report: Report) -> dict[str, Any]:
-    """One row of pictures for each photograph."""
     before, after = report.maps_before, report.maps_after
     colours = feature_colours(before, after)
-    rows = [
-        [_picture(panel, i) for panel in panels(image, i, before, after, colours)]
-        for i, image in enumerate(report.photographs)
-    ]
+    rows = rows_of([panels(image, i, before, after, colours) for i, image in enumerate(report.photographs)])
     which = f"The {len(rows)} images with most outliers" if len(rows) < report.before.images else "All images"
-    return {"which": which, "with_attention": before.attention is not None, "rows": rows, "columns": len(rows[0])}
-
-
-def _picture(panel: Panel, index: int) -> Picture:
-    height, width = panel.pixels.shape[:2]
-    largest = "" if panel.largest is None else f"{panel.largest:.3g}"
-    alt = f"Image {index + 1}: {panel.name}" + (f", at most {largest}" if largest else "")
-    return Picture(panel.kind, panel.side, panel.name, largest, alt, _data_uri(panel), width, height)
-
-
-def _data_uri(panel: Panel) -> str:
-    from PIL import Image
-
-    picture = Image.fromarray((panel.pixels * 255).round().byte().numpy())
-    target = io.BytesIO()
-    file_format = "jpeg" if panel.kind == "photograph" else "png"
-    if file_format == "jpeg":
-        picture.thumbnail((PHOTOGRAPH_SIDE, PHOTOGRAPH_SIDE))
-    picture.save(target, file_format, quality=88)
-    return f"data:image/{file_format};base64,{base64.b64encode(target.getvalue()).decode()}"
+    return {"which": which, "with_attention": before.attention is not None, "rows": rows}
 
 
 def _trade_off(report: Report) -> dict[str, Any]:
@@ -238,13 +190,13 @@ def _trade_off(report: Report) -> dict[str, Any]:
         if report.choice:
             points.append(("chosen", report.facts["chosen"]))
         keys = _measured_keys(point for _, point in points)
-        curve = _table(
+        curve = table_of(
             ["", *(MEASURED[key] for key in keys)], [[note, *_measured(point, keys)] for note, point in points]
         )
     if verified := report.facts.get("verified_at"):
         made_with, keys = ("image_size", "dtype", "images"), _measured_keys(verified)
-        checks = _table(
-            [*map(_words, made_with), *(MEASURED[key] for key in keys)],
+        checks = table_of(
+            [*map(words_of, made_with), *(MEASURED[key] for key in keys)],
             [[*(point.get(key) for key in made_with), *_measured(point, keys)] for point in verified],
         )
     return {"curve": curve, "checks": checks, "on_others": report.facts.get("verified_on_others", True)}
@@ -261,54 +213,50 @@ def _measured(point: Mapping[str, Any], keys: Sequence[str]) -> list[float | Non
     return [known.get(key) for key in keys]
 
 
+def _rounds(report: Report) -> Table | None:
+    """What each round of the calibration added, and what was left then; None if there were no rounds."""
+    keys = ("round", "block", "neurons", "added", "remaining", "excess")
+    heads = ("round", "block", "neurons", "added (block, unit)", "outliers left", "excess norm left")
+    rows = [
+        [_pairs(value) if key == "added" else value for key, value in _picked(each, keys)] for each in report.rounds
+    ]
+    return table_of(heads, rows) if rows else None
+
+
+def _picked(entry: Mapping[str, Any], keys: Sequence[str]) -> list[tuple[str, Any]]:
+    return [(key, entry.get(key)) for key in keys]
+
+
+def _pairs(value: object) -> object:
+    """Neurons as (block, unit), the first few of many."""
+    if not isinstance(value, list | tuple):
+        return value
+    more = f" and {len(value) - MAX_ADDED} more" if len(value) > MAX_ADDED else ""
+    return " ".join(f"({value_of(each).replace(' x ', ', ')})" for each in value[:MAX_ADDED]) + more
+
+
 def _neurons(report: Report) -> dict[str, Any]:
     by_block = ", ".join(f"{len(units)} in block {block}" for block, units in report.chosen.by_block().items())
     stability = numbers_in(report.facts.get("stability") or {})
     overlap = None
     if stability.keys() >= {"overlap", "neurons"}:
-        overlap = f"{_percent(stability['overlap'])} of the best {stability['neurons']:g}"
+        overlap = f"{share(stability['overlap'])} of the best {stability['neurons']:g}"
     ranking = [[i, *neuron] for i, neuron in enumerate(report.chosen.ranking, 1)]
     return {
         "by_block": by_block,
         "ranked": f"{len(report.neurons.ranking):,}",
-        "ranking": _table(["rank", "block", "unit", "score"], ranking),
+        "ranking": table_of(["rank", "block", "unit", "score"], ranking),
         "is_long": len(ranking) > LONG_TABLE,
         "overlap": overlap,
-        "dropped": _table(["block", "unit", "score"], report.facts.get("dropped") or ()),
+        "dropped": table_of(["block", "unit", "score"], report.facts.get("dropped") or ()),
     }
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:
     """How to get there again."""
-    facts = {_words(key): value for key, value in report.facts.items() if key not in ELSEWHERE and value is not None}
+    facts = {words_of(key): value for key, value in report.facts.items() if key not in ELSEWHERE and value is not None}
     facts["fingerprint of the weights"] = report.model["fingerprint"]
     facts |= {f"provenance: {key}": value for key, value in report.neurons.provenance.items()}
     if versions := report.facts.get("versions"):
         facts["versions"] = [f"{package} {version}" for package, version in versions.items()]
-    return [(key, _value(value)) for key, value in facts.items()]
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
-    return Table(heads, [list(map(_value, row)) for row in rows])
-
-
-def _words(key: str) -> str:
-    return key.replace("_", " ")
-
-
-def _value(value: object) -> str:
-    """Anything that JSON holds, as a person writes it."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list | tuple):
-        is_size = len(value) == 2 and all(isinstance(each, int) for each in value)
-        return (" x " if is_size else ", ").join(map(_value, value))
-    return str(value)
-
-
-def _percent(value: float) -> str:
-    return f"< {percent(0.01)}" if 0 < value < 1e-4 else percent(100 * value)
+    return [(key, value_of(value)) for key, value in facts.items()]

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -330,6 +331,61 @@ def test_json(planted, photos, tmp_path):
 def test_the_table_has_a_line_for_each_block(planted, photos):
     lines = look(planted, photos).table().splitlines()
     assert [line.split()[0] for line in lines[2:]] == ["embedding", "0", "1", "2", "3"]
+
+
+def test_the_table_fits_a_terminal(planted, photos):
+    found = look(planted, photos)
+    assert max(map(len, found.table().splitlines())) <= 80
+    enormous = dataclasses.replace(
+        found.embedding,
+        median_norm=1234567.0,
+        quantiles=[0.5, 0.9, 1.1, 123456.0],
+        max_over_median=1e7,
+        kurtosis=98765.4,
+        outlier_fraction=1.0,
+        outlier_cosine=-0.5,
+        normal_cosine=-0.25,
+        prefix_ratio=[54321.0],
+    )
+    block = testreg.measure.diagnosis.BlockDiagnosis(enormous, enormous, 1.0, [0.5, 0.5])
+    table = dataclasses.replace(found, embedding=enormous, blocks=[block] * 100).table().splitlines()
+    assert max(map(len, table)) <= 80
+    assert table[-1].split() == (["99", "1e+06", "1e+05", "1e+07", "54321", "98765", "100.0", "100.0", "-0.25", "-0.50", "100.0", "100.0"])
+
+
+def test_a_diagnosis_in_three_lines(planted, photos):
+    found = look(planted, photos)
+    first, second, third = repr(found).splitlines()
+    assert first == f"Diagnosis: {found.verdict}"
+    assert second.endswith(": 4 blocks, 45 images at 64 x 64")
+    assert third == f"  {found.notes[0]}"
+    named = dataclasses.replace(found, model={**found.model, "name": "<b>\n\x1b[31m"}, patched=True)
+    assert len(repr(named).splitlines()) == 3
+    assert ", patched: 4 blocks" in repr(named)
+    assert "<b>" not in named._repr_html_()
+    assert f"<td>{found.blocks[3].after_mlp.median_norm:.4g}</td>" in found._repr_html_()
+    assert len(found) == 4
+    assert found.to_dict()["verdict"] == found.verdict
+
+
+def test_a_diagnosis_draws_norms_and_outliers(planted, photos):
+    found = look(planted, photos)
+    norms, outliers = found.plot().axes
+    assert list(norms.lines[1].get_ydata()) == [block.after_mlp.median_norm for block in found.blocks]
+    assert list(outliers.lines[0].get_ydata()) == [100 * block.after_mlp.outlier_fraction for block in found.blocks]
+    assert len(outliers.lines) == 2
+    unseen = dataclasses.replace(found, blocks=[dataclasses.replace(found.blocks[0], outlier_attention=None)] * 4)
+    assert len(unseen.plot().axes[1].lines) == 1
+
+
+def test_massive_channels_are_in_the_notes(planted, photos):
+    found = look(planted, photos)
+    channels = found.blocks[found.outliers.block].after_mlp.massive_channels
+    assert (len(channels) > 0) == any("squared norm" in note for note in found.notes)
+    after = dataclasses.replace(found.blocks[3].after_mlp, massive_channels=[(7, 0.9), (1, 0.05)])
+    blocks = [*found.blocks[:3], dataclasses.replace(found.blocks[3], after_mlp=after)]
+    notes = dataclasses.replace(found, blocks=blocks, outliers=dataclasses.replace(found.outliers, block=3)).notes
+    assert "Of their squared norm, most is in few channels: 7 (90%), 1 (5%)." in notes
 
 
 @pytest.mark.parametrize("patched", [False, True])

@@ -1,5 +1,6 @@
 """The report: what it measures, and the page as a browser sees it."""
 
+import ast
 import html
 import json
 import re
@@ -19,9 +20,11 @@ from testreg.demo.run import crops, photographs, planted_neurons
 from testreg.families import find_tower
 from testreg.measure.outliers import OutlierRule, token_norms
 from testreg.neurons import RegisterNeurons
+from testreg.report.calibration_charts import curves_of_rounds, tables_of
 from testreg.report.maps import compare, feature_colours, figure
 from testreg.report.measure import measure_report
 from testreg.report.page import page, write_report
+from testreg.report.usage import python_lines
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chrome-headless-shell")
 HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)> "quoted" $y^{ & \''
@@ -84,7 +87,7 @@ def written(planted, photos, tmp_path_factory):
 class Page(HTMLParser):
     """Checks that tags are balanced, and keeps what is in the page."""
 
-    VOID = frozenset({"meta", "img", "br"})
+    VOID = frozenset({"meta", "img", "br", "input"})
 
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
@@ -132,15 +135,24 @@ def test_the_page_needs_nothing_else_and_runs_nothing(seen, written):
     assert len(text) < 3e6
 
 
-def test_the_page_is_accessible(seen):
+def test_the_page_is_accessible(seen, written):
     ids = [value for _, name, value in seen.attributes if name == "id"]
     assert len(ids) == len(set(ids))
     assert ("html", "lang", "en") in seen.attributes
     alts = [value for tag, name, value in seen.attributes if (tag, name) == ("img", "alt")]
-    assert len(alts) == seen.tags.count("img") == 5 * 7
-    assert len(set(alts)) == len(alts)
-    labels = [value for tag, name, value in seen.attributes if (tag, name) == ("svg", "aria-label")]
-    assert len(labels) == len(set(labels)) == seen.tags.count("svg") == 6
+    assert len(alts) == seen.tags.count("img") == 5 * 6
+    alts += [value for tag, name, value in seen.attributes if (tag, name) == ("svg", "aria-label")]  # photographs
+    assert len(set(alts)) == len(alts) == 5 * 7
+    text = (written / "report.html").read_text(encoding="utf-8")
+    charts = re.findall(r'<svg role="img" aria-labelledby="(\S+) (\S+)" ', text)
+    assert len(charts) == 6
+    labels = []
+    for title, words in charts:
+        found = re.search(rf'<title id="{title}">(.*?)</title><desc id="{words}">(.*?)</desc>', text)
+        labels.append(f"{found[1]}. {found[2]}")
+    assert len(labels) == len(set(labels))
+    assert seen.attributes.count(("svg", "role", "img")) == 6 + 5
+    assert seen.attributes.count(("svg", "aria-hidden", "true")) == 5 * 6
     for said in (
         "Norms after each block. Before, the largest patch norm peaks at ",
         "Outlier patches after each block. Before, at most ",
@@ -149,6 +161,90 @@ def test_the_page_is_accessible(seen):
     ):
         assert sum(said in label for label in labels) == 1
     assert seen.tags.count("h1") == 1
+    assert {value for tag, name, value in seen.attributes if (tag, name) == ("th", "scope")} == {"col"}
+
+
+def test_maps_lie_over_their_photographs_and_open_enlarged(seen):
+    ids = {value for _, name, value in seen.attributes if name == "id"}
+    links = [(tag, value) for tag, name, value in seen.attributes if name == "href" and value.startswith("#image-")]
+    assert {value[1:] for _, value in links} <= ids
+    below = [value for tag, value in links if tag == "use"]
+    assert below == [f"#image-{i}-photograph-pixels" for i in range(1, 6) for _ in range(6)]
+    opened = [value for tag, value in links if tag == "a"]
+    for kind in ("norms", "attention", "features"):
+        for side in ("before", "after"):
+            assert opened.count(f"#image-2-{kind}-{side}") == 2  # from itself, and from the other side
+    assert opened.count("#image-2") == 7  # which closes it
+
+
+def test_charts_have_tables(seen, planted, photos):
+    report = measure_report(*planted, photos)
+    tables = tables_of(report)
+    assert [row[0] for row in tables["norms"].rows] == ["0", "1", "2", "3"]
+    row = tables["norms"].rows[2]
+    assert row[1] == f"{report.norms_before.largest[2]:.4g}"
+    assert row[5] == f"{100 * report.before.blocks[2].after_mlp.outlier_fraction:.4g}"
+    largest = tables["histograms"].rows[0]
+    assert largest[:2] == ["2", "before"]
+    assert largest[-1] == f"{report.norms_before.ratios[2].max():.4g}"
+    for cell in (*row, *largest):
+        assert cell in seen.texts
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("timm:vit_a", "model = timm.create_model('vit_a', pretrained=True).eval()"),
+        ("hf:org/name", "model = transformers.AutoModel.from_pretrained('org/name').eval()"),
+        ("open_clip:ViT-B-16/openai", "model = open_clip.create_model('ViT-B-16', pretrained='openai').eval()"),
+        ("hub:a/b/c", "model = torch.hub.load('a/b', 'c').eval()"),
+        ("torchvision:vit_b_16", "model = torchvision.models.get_model('vit_b_16', weights='DEFAULT').eval()"),
+        ("demo", "model = testreg.demo_model()"),
+        ("VisionTransformer", "# model: the VisionTransformer that was calibrated, loaded as you always do"),
+        ("hf:a'); import os; ('", """model = transformers.AutoModel.from_pretrained("a'); import os; ('").eval()"""),
+        ("a\nimport os", "# model: the a import os that was calibrated, loaded as you always do"),
+    ],
+)
+def test_the_lines_that_use_it_are_those_of_the_models_library(name, line):
+    lines = python_lines(name, "neurons.json")
+    assert lines[1] == line
+    assert lines[2] == "testreg.patch(model, 'neurons.json')"
+    assert len(ast.parse("\n".join(lines)).body) == 2 if line.startswith("#") else 3
+
+
+def test_the_page_says_how_to_use_it(planted, photos, seen):
+    assert "testreg.patch(model, 'neurons.json')" in seen.text
+    assert "--neurons neurons.json -o patched" in seen.text
+    text = Page(page(measure_report(*planted, photos[:3]), file="elsewhere/n.json")).text
+    assert "testreg.patch(model, 'elsewhere/n.json')" in text
+
+
+ROUNDS = [
+    {"round": 1, "block": 2, "neurons": 3, "added": [[2, 17], [2, 5], [1, 9]], "remaining": 0.41, "excess": 0.3},
+    {"round": 2, "block": 3, "neurons": 4, "added": [[3, i] for i in range(20)], "remaining": 0.02, "excess": 0.01},
+]
+
+
+def test_rounds_of_calibration(planted, photos):
+    model, neurons = planted
+    curve = [{"neurons": n, "remaining": 1 / n, "excess": 0.5 / n, "change": n / 100} for n in (1, 2, 4)]
+    rounds = [{**ROUNDS[0], "curve": curve}, ROUNDS[1]]
+    report = measure_report(model, replace(neurons, calibration={"rounds": rounds}), photos[:2])
+    assert curves_of_rounds(report) == {"round 1": curve}
+    text = Page(page(report)).text
+    for said in ("Rounds", "(2, 17) (2, 5) (1, 9)", "0.41", "(3, 7) and 12 more", "Excess norm that each round left"):
+        assert said in text
+    assert "Round 1, 1 at 1 and 0.25 at 4 neurons." in text
+    assert "Rounds" not in Page(page(measure_report(model, neurons, photos[:2]))).text
+
+
+@pytest.mark.parametrize(
+    "rounds",
+    [None, 3, HOSTILE, [], [HOSTILE], [{}], [{"added": HOSTILE, "curve": [HOSTILE, {}]}], [{"added": [1], "curve": 2}]],
+)
+def test_rounds_from_elsewhere_do_no_harm(rounds, planted, photos):
+    model, neurons = planted
+    assert Page(page(measure_report(model, replace(neurons, calibration={"rounds": rounds}), photos[:2])))
 
 
 def test_the_page_says_what_was_found(seen, planted):
@@ -169,7 +265,7 @@ def test_the_page_says_what_was_found(seen, planted):
         assert re.sub(r"\s+", " ", text) in seen.text
     for _, unit, _ in planted[1].ranking[:4]:
         assert str(unit) in seen.texts
-    headings = ("Maps", "Token norms", "Trade-off", "The neurons", "How it was made")
+    headings = ("Use it", "Maps", "Token norms", "Trade-off", "The neurons", "How it was made")
     assert [text for text in seen.texts if text in headings] == list(headings)
     assert "synthetic" not in seen.text
 
@@ -324,7 +420,7 @@ def test_the_model_is_left_as_it_was(planted, photos, tmp_path):
 @pytest.mark.parametrize("name", ["hf_siglip", "open_clip_sequence_first", "hf_dinov2_registers"])
 def test_other_families(name, photos, tmp_path):
     write_report(tmp_path / "report.html", build(name), RegisterNeurons.from_blocks({1: [3]}), photos[:2])
-    assert Page((tmp_path / "report.html").read_text(encoding="utf-8")).tags.count("img") == 2 * 7
+    assert Page((tmp_path / "report.html").read_text(encoding="utf-8")).tags.count("img") == 2 * 6
 
 
 def test_feature_colours(planted, photos):
@@ -349,11 +445,20 @@ INSPECT = """
 onload = () => {
   const found = [...document.querySelectorAll("iframe")].map(frame => {
     const page = frame.contentDocument;
+    const map = page.querySelector(".map");
+    page.getElementById("overlay").click();
+    const opacity = getComputedStyle(map).opacity;
+    const before = map.getBoundingClientRect().width;
+    frame.contentWindow.location.hash = map.closest("figure").id;
+    const enlarged = map.getBoundingClientRect().width;
+    frame.contentWindow.location.hash = "";
     return {
+      opacity: opacity,
+      enlarged: enlarged / before,
       width: frame.contentWindow.innerWidth,
       needed: page.documentElement.scrollWidth,
       loaded: [...page.images].filter(image => image.complete && image.naturalWidth > 0).length,
-      charts: [...page.querySelectorAll("svg")].filter(svg => svg.getBoundingClientRect().height > 150).length,
+      charts: [...page.querySelectorAll(".charts svg")].filter(svg => svg.getBoundingClientRect().height > 150).length,
       scripts: page.scripts.length,
       title: page.title,
     };
@@ -393,7 +498,9 @@ def test_in_chromium(browser, written, tmp_path):
     assert [frame["width"] for frame in frames] == [390, 1200]
     for frame in frames:
         assert frame["needed"] <= frame["width"]
-        assert (frame["loaded"], frame["charts"], frame["scripts"]) == (35, 6, 0)
+        assert (frame["loaded"], frame["charts"], frame["scripts"]) == (30, 6, 0)
+        assert frame["opacity"] == "0.6"
+        assert frame["enlarged"] > 1.8
         assert frame["title"] == f"testreg: {HOSTILE}"
 
 
@@ -404,4 +511,4 @@ def test_chromium_would_notice(browser, written, tmp_path):
     frames, console = opened(browser, broken.replace("max-width: 46rem;", ""), tmp_path)
     assert "Content Security Policy" in "".join(console)
     assert frames[0]["needed"] > 390
-    assert frames[0]["loaded"] == 35
+    assert frames[0]["loaded"] == 30

@@ -1,0 +1,75 @@
+"""The program: its commands, in the order of the help."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from testreg.cli.apply import apply
+from testreg.cli.calibrate import calibrate
+from testreg.cli.demo import demo
+from testreg.cli.diagnose import diagnose
+from testreg.cli.exits import Exit, exit_codes
+from testreg.cli.listing import listing
+from testreg.cli.running import add_command
+from testreg.cli.show import show
+
+app = typer.Typer(
+    name="testreg",
+    help="Take the artefacts out of pretrained Vision Transformers, without training.",
+    epilog=f"{exit_codes()} Others are listed by `testreg COMMAND --help`.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+add_command(app, demo)
+add_command(app, listing, name="list")
+add_command(app, diagnose, Exit.NOTHING_TO_FIX, Exit.NOT_FIXABLE, done="outliers that registers move")
+add_command(
+    app,
+    calibrate,
+    Exit.NOTHING_TO_FIX,
+    Exit.NOT_FIXABLE,
+    Exit.NOT_VERIFIED,
+    done="neurons were written, and are verified",
+)
+add_command(app, apply)
+add_command(app, show)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code of the command, one of `Exit`.
+
+    Raises:
+        SystemExit: it was asked for help or for the version, or used wrongly.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are no text
+    try:
+        typer.main.get_command(app).main(arguments, prog_name="testreg", obj=arguments)
+    except SystemExit as ended:
+        if isinstance(ended.code, Exit):
+            return ended.code
+        raise
+    return Exit.DONE
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        from importlib.metadata import version
+
+        print(f"testreg {version('testreg')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="show the version, and exit")
+    ] = False,
+) -> None:
+    """Take the artefacts out of pretrained Vision Transformers, without training."""

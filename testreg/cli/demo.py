@@ -1,0 +1,47 @@
+"""testreg demo"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from testreg.cli.outputs import check_picture, save_picture
+from testreg.cli.running import Run
+
+
+def demo(
+    run: Run,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="PNG", help="picture to write")] = Path(
+        "testreg-demo.png"
+    ),
+) -> None:
+    """The whole job on a small model, offline."""
+    check_picture(output)  # before all that the demo needs is imported
+
+    from testreg.demo.run import run_demo
+    from testreg.report.maps import figures_of, table
+
+    run.say("A small ViT, trained on CIFAR-10 around a planted outlier mechanism: see testreg/demo/model/README.md.")
+    done = run_demo(progress=not run.quiet)
+    planted = sum(map(len, done.planted.values()))
+    verdict = done.found.calibration["verdict"]
+    run.say(f"diagnosed:  {verdict}")
+    run.say(
+        f"calibrated: {done.found.top_k} register neurons, {done.recovered} of the {planted} planted ones among them"
+    )
+    run.say(f"patched:    one register\n\n{table(done.before, done.after)}\n")
+    save_picture(done.picture, output)
+    run.answer(f"picture:    {output}")
+    run.write(
+        {
+            "picture": str(output),
+            "verdict": verdict,
+            "neurons": done.found.by_block(),
+            "planted": done.planted,
+            "recovered": done.recovered,
+            "before": figures_of(done.before),
+            "after": figures_of(done.after),
+        }
+    )

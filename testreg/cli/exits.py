@@ -1,0 +1,35 @@
+"""The exit codes."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """The exit codes, each with what it means."""
+
+    meaning: str
+
+    def __new__(cls, code: int, meaning: str) -> Exit:
+        member = int.__new__(cls, code)
+        member._value_ = code
+        member.meaning = meaning
+        return member
+
+    DONE = 0, "done"
+    ERROR = 1, "error"
+    USAGE = 2, "wrong usage"  # which typer exits with
+    NOTHING_TO_FIX = 3, "no outliers: nothing to fix"
+    NOT_FIXABLE = 4, "outliers that registers do not fix: at fixed positions, or not made by MLPs"
+    NOT_VERIFIED = (
+        5,
+        ("neurons were written, but are not verified: the target was not met, or on too few held-out images"),
+    )
+    INTERRUPTED = 130, "interrupted"
+
+
+def exit_codes(*others: Exit, done: str = Exit.DONE.meaning) -> str:
+    """The exit codes that every command has, and `others`, for the help."""
+    codes = sorted({Exit.DONE, Exit.ERROR, Exit.USAGE, Exit.INTERRUPTED, *others})
+    meanings = (f"{code.value} {done if code is Exit.DONE else code.meaning}" for code in codes)
+    return f"Exit codes: {'; '.join(meanings)}."

@@ -1,0 +1,264 @@
+"""The charts of a calibration's report."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+
+from testreg.report.charts import FOURTH, INK, THIRD, Chart, label_plainly, label_whole_numbers
+from testreg.report.maps import AFTER, BEFORE
+from testreg.report.measure import Norms, Report
+from testreg.report.values import Table, numbers_in, table_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def charts_of(report: Report) -> dict[str, list[Chart]]:
+    """The charts of a report, by the name of the picture in which they stand side by side."""
+    charts = {
+        "norms": [
+            Chart("Norms after each block", _norms_in_words(report), partial(_plot_norms, report=report)),
+            Chart(
+                "Outlier patches after each block", _outliers_in_words(report), partial(_plot_outliers, report=report)
+            ),
+        ],
+        "histograms": [
+            Chart(
+                f"After block {block}",
+                _histogram_in_words(report, block),
+                partial(_plot_histogram, report=report, block=block),
+            )
+            for block in report.norms_before.ratios
+        ],
+    }
+    if report.curve:
+        charts["curve"] = [
+            Chart(
+                "What is left of the outliers", _curve_in_words(report, REMOVAL), partial(_plot_removal, report=report)
+            ),
+            Chart("What it changes", _curve_in_words(report, CHANGE), partial(_plot_change, report=report)),
+        ]
+    if curves := curves_of_rounds(report):
+        charts["rounds"] = [
+            Chart(title, _rounds_in_words(curves, key), partial(_plot_rounds, curves=curves, key=key))
+            for key, title in ROUNDS.items()
+        ]
+    return charts
+
+
+def tables_of(report: Report) -> dict[str, Table]:
+    """What the charts of norms and histograms show, in figures."""
+    (_, _, before), (_, _, after) = _sides(report)
+    outliers = _outlier_percentages(report)
+    columns: dict[str, Sequence[float]] = {
+        "largest norm, before": before.largest.tolist(),
+        "after": after.largest.tolist(),
+        "median norm, before": before.median.tolist(),
+        "after ": after.median.tolist(),
+        "outliers in %, before": outliers["before"],
+        "after  ": outliers["after"],
+    }
+    if after.registers is not None:
+        columns["register's norm"] = after.registers.tolist()
+    rows = [(i, *row) for i, row in enumerate(zip(*columns.values(), strict=True))]
+    levels = torch.tensor([0.0, 0.01, 0.5, 0.99, 1.0])
+    ratios = [
+        (block, side, *norms.ratios[block].flatten().quantile(levels).tolist())
+        for block in before.ratios
+        for side, _, norms in _sides(report)
+    ]
+    return {
+        "norms": table_of(["block", *columns], rows),
+        "histograms": table_of(["block", "", "smallest ratio", "1 %", "median", "99 %", "largest"], ratios),
+    }
+
+
+# Norms and outliers of each block -------------------------------------------------------------------------------------
+
+
+def _sides(report: Report) -> list[tuple[str, str, Norms]]:
+    return [("before", BEFORE, report.norms_before), ("after", AFTER, report.norms_after)]
+
+
+def _plot_norms(axis: Axes, report: Report) -> None:
+    for side, colour, norms in _sides(report):
+        axis.plot(norms.largest, color=colour, marker="o", markersize=4, label=f"largest patch, {side}")
+        axis.plot(norms.median, color=colour, linestyle="--", linewidth=1.2, label=f"median patch, {side}")
+    if report.norms_after.registers is not None:
+        axis.plot(report.norms_after.registers, color=THIRD, marker="s", markersize=4, linestyle=":", label="register")
+    axis.set(yscale="log", xlabel="block", ylabel="token norm (mean over images)")
+    label_plainly(axis.yaxis)
+    label_whole_numbers(axis.xaxis)
+    axis.legend()
+
+
+def _norms_in_words(report: Report) -> str:
+    said = [
+        f"{side.capitalize()}, the largest patch norm peaks at {_peak(norms.largest.tolist())}, where the median is "
+        f"{norms.median[norms.largest.argmax()]:.3g}."
+        for side, _, norms in _sides(report)
+    ]
+    if report.norms_after.registers is not None:
+        said.append(f"The register's norm peaks at {_peak(report.norms_after.registers.tolist())}.")
+    return " ".join(said)
+
+
+def _peak(values: Sequence[float], unit: str = "") -> str:
+    highest = max(values)
+    return f"{highest:.3g}{unit} after block {values.index(highest)}"
+
+
+def _outlier_percentages(report: Report) -> dict[str, list[float]]:
+    """Outliers in percent of the patches, after each block."""
+    sides = {"before": report.before, "after": report.after}
+    return {
+        side: [100 * block.after_mlp.outlier_fraction for block in diagnosis.blocks]
+        for side, diagnosis in sides.items()
+    }
+
+
+def _plot_outliers(axis: Axes, report: Report) -> None:
+    for (side, values), colour in zip(_outlier_percentages(report).items(), (BEFORE, AFTER), strict=True):
+        axis.plot(values, color=colour, marker="o", markersize=4, label=side)
+    axis.set(xlabel="block", ylabel="outliers (% of patches)")
+    axis.set_ylim(bottom=0)
+    label_whole_numbers(axis.xaxis)
+    axis.legend()
+
+
+def _outliers_in_words(report: Report) -> str:
+    return " ".join(
+        f"{side.capitalize()}, at most {_peak(values, ' % of the patches')}."
+        if any(values)
+        else f"{side.capitalize()}, none after any block."
+        for side, values in _outlier_percentages(report).items()
+    )
+
+
+def _plot_histogram(axis: Axes, report: Report, *, block: int) -> None:
+    ratios = torch.stack([norms.ratios[block].flatten() for _, _, norms in _sides(report)])
+    low, high = float(ratios.amin().clamp(min=1e-3)), float(ratios.amax())
+    bins = torch.logspace(math.log10(low / 1.01), math.log10(high * 1.01), 61).tolist()
+    for values, (side, colour, _) in zip(ratios, _sides(report), strict=True):
+        axis.hist(values.numpy(), bins=bins, color=colour, alpha=0.25)
+        axis.hist(values.numpy(), bins=bins, color=colour, histtype="step", linewidth=1.5, label=side)
+    axis.set(xscale="log", yscale="log", ylabel="patches")
+    axis.set_xlabel("norm / median norm of the image's patches")
+    label_plainly(axis.xaxis)
+    label_plainly(axis.yaxis)
+    axis.legend()
+
+
+def _histogram_in_words(report: Report, block: int) -> str:
+    said = [
+        f"{side} from {float(norms.ratios[block].amin()):.2g} to {float(norms.ratios[block].amax()):.3g}"
+        for side, _, norms in _sides(report)
+    ]
+    return f"Histogram of patch norms over the median norm of their image: {', '.join(said)}."
+
+
+# The trade-off over the number of neurons -----------------------------------------------------------------------------
+
+REMOVAL = {"remaining": "outliers, at the worst block", "excess": "excess norm"}
+CHANGE = {"change_pooled": "pooled feature", "change_patches": "patch features"}
+CURVES = ((THIRD, "o"), (FOURTH, "s"))  # colour and marker of the first and the second curve of a chart
+
+
+def _plot_removal(axis: Axes, report: Report) -> None:
+    axis.set(ylabel="left (fraction of before)")
+    _plot_curves(axis, report, REMOVAL, "target")
+
+
+def _plot_change(axis: Axes, report: Report) -> None:
+    axis.set(ylabel="change (1 - cosine similarity)")
+    _plot_curves(axis, report, CHANGE, "max_change")
+
+
+def _plot_curves(axis: Axes, report: Report, labels: Mapping[str, str], limit: str) -> None:
+    """Figures over the number of neurons, the chosen number ringed, and the line that was not to be crossed."""
+    for (key, label), (colour, marker) in zip(labels.items(), CURVES, strict=True):
+        if points := _points(report, key):
+            axis.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4, label=label)
+        if {"neurons", key} <= report.choice.keys():
+            _ring(axis, [report.choice["neurons"]], [report.choice[key]])
+    if limit in report.limits:
+        axis.axhline(report.limits[limit], color=INK, linestyle=":", linewidth=1.2, label=limit.replace("_", " "))
+    if "neurons" in report.choice:
+        _ring(axis, [], [], "chosen")
+    axis.set_xlabel("register neurons")
+    if min(point["neurons"] for point in report.curve) > 0:
+        axis.set_xscale("log")
+        label_plainly(axis.xaxis)
+    axis.legend()
+
+
+def _points(report: Report, key: str) -> list[tuple[float, float]]:
+    """One figure over the number of neurons."""
+    return sorted((point["neurons"], point[key]) for point in report.curve if key in point)
+
+
+def _ring(axis: Axes, x: Sequence[float], y: Sequence[float], label: str | None = None) -> None:
+    axis.scatter(x, y, s=100, marker="o", facecolors="none", edgecolors=INK, linewidths=1.5, zorder=3, label=label)
+
+
+def _curve_in_words(report: Report, labels: Mapping[str, str]) -> str:
+    said = []
+    for key, label in labels.items():
+        if points := _points(report, key):
+            (fewest, first), (most, last) = points[0], points[-1]
+            said.append(f"{label} {first:.2g} at {fewest:g} and {last:.2g} at {most:g}")
+    chosen = f" Chosen: {report.choice['neurons']:g}." if "neurons" in report.choice else ""
+    return f"Over the number of register neurons: {'; '.join(said)}.{chosen}"
+
+
+# Rounds ---------------------------------------------------------------------------------------------------------------
+
+ROUNDS = {
+    "remaining": "Outliers that each round left",
+    "excess": "Excess norm that each round left",
+    "change": "What each round changes",
+}
+MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
+def curves_of_rounds(report: Report) -> dict[str, list[dict[str, float]]]:
+    """The points that each round measured, by the round's name; rounds that say nothing of them are left out."""
+    curves = {}
+    for i, each in enumerate(report.rounds, 1):
+        listed = each.get("curve")
+        points = [numbers_in(point) for point in listed if isinstance(point, Mapping)] if _is_list(listed) else []
+        if points := [point for point in points if {"neurons", *ROUNDS} <= point.keys()]:
+            curves[f"round {i}"] = sorted(points, key=lambda point: point["neurons"])
+    return curves
+
+
+def _is_list(value: object) -> TypeGuard[list[Any]]:
+    return isinstance(value, list | tuple)
+
+
+def _plot_rounds(axis: Axes, *, curves: Mapping[str, Sequence[Mapping[str, float]]], key: str) -> None:
+    colours = itertools.cycle((BEFORE, AFTER, THIRD, FOURTH))
+    for (name, points), colour, marker in zip(curves.items(), colours, itertools.cycle(MARKERS), strict=False):
+        neurons, values = [point["neurons"] for point in points], [point[key] for point in points]
+        axis.plot(neurons, values, color=colour, marker=marker, markersize=4, label=name)
+    axis.set(xlabel="neurons of the round", ylabel="1 - cosine similarity" if key == "change" else "fraction of before")
+    axis.set_ylim(bottom=0)
+    if min(points[0]["neurons"] for points in curves.values()) > 0:
+        axis.set_xscale("log")
+        label_plainly(axis.xaxis)
+    axis.legend()
+
+
+def _rounds_in_words(curves: Mapping[str, Sequence[Mapping[str, float]]], key: str) -> str:
+    said = [
+        f"{name}, {points[0][key]:.2g} at {points[0]['neurons']:g} and {points[-1][key]:.2g} at "
+        f"{points[-1]['neurons']:g} neurons"
+        for name, points in curves.items()
+    ]
+    return f"{'; '.join(said).capitalize()}."

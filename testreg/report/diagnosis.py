@@ -1,0 +1,220 @@
+"""The page of a diagnosis: where the outliers are, what they look like, and what to do about them."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from testreg.families import find_tower
+from testreg.measure.diagnosis import Diagnosis
+from testreg.measure.outliers import OutlierRule, token_norms
+from testreg.report.charts import FOURTH, THIRD, Chart, label_plainly, label_whole_numbers, svg
+from testreg.report.maps import BEFORE, Maps, feature_colours, measure_maps, panels
+from testreg.report.measure import NUM_PHOTOGRAPHS, images_with_most
+from testreg.report.rendering import Card, Row, render, rows_of, write_page
+from testreg.report.values import Table, share, table_of, value_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+NEXT = {
+    "none": "There is nothing to fix: registers would change this model and make nothing better. Artefacts that you "
+    "still see are not outlier tokens.",
+    "movable": "Test-time registers move these outliers. Find the register neurons, and see what they do:",
+    "fixed": "These artefacts stay at the same positions whatever the image, and no MLP neuron that the image makes "
+    "fire writes them: a register does not fix them. Crop or interpolate these positions.",
+    "immovable": "MLP neurons do not make these outliers, so that no register moves them.",
+}  # by the kind of the outliers
+
+
+def write_diagnosis_report(
+    path: str | os.PathLike[str],
+    found: Diagnosis,
+    model: nn.Module,
+    images: Tensor | Sequence[Tensor],
+    *,
+    command: str | None = None,
+    rule: OutlierRule | None = None,
+    batch_size: int = 16,
+) -> None:
+    """Write the diagnosis of `model` as a page.
+
+    Args:
+        images: (B, 3, h, w), or tensors (3, h, w), preprocessed, of those that were diagnosed. Those of the first one's
+            size with most outliers are shown.
+        command: the command line that made the diagnosis.
+        rule: which patches are outliers.
+        batch_size: images that are run at once.
+
+    Raises:
+        ValueError: there is no image.
+    """
+    if not len(images):
+        raise ValueError("the page of a diagnosis shows images: give one at least")
+    same = [image for image in images if image.shape == images[0].shape]
+    block = found.outliers.block if found.outliers else len(found.blocks) - 1
+    shown, maps = _measured(found, model, torch.stack(same), block, rule or OutlierRule(), batch_size)
+    write_page(path, page(found, shown, maps, block, command))
+
+
+def _measured(
+    found: Diagnosis, model: nn.Module, images: Tensor, block: int, rule: OutlierRule, batch_size: int
+) -> tuple[Tensor, Maps]:
+    """The images with most outliers after `block`, and their maps."""
+    tower = find_tower(model)
+    with tower.evaluating():
+        norms = torch.cat(
+            [token_norms(tower, batch)[block, :, tower.patches(batch)] for batch in images.split(batch_size)]
+        )
+        photographs = images[images_with_most((norms > rule.limit(norms)).sum(1).cpu(), NUM_PHOTOGRAPHS)]
+        observable = found.blocks[-1].outlier_attention is not None
+        maps, _ = measure_maps(tower, photographs, block, attention=observable)
+    return photographs, maps
+
+
+def page(found: Diagnosis, photographs: Tensor, maps: Maps, block: int, command: str | None = None) -> str:
+    """The diagnosis as HTML."""
+    return render(
+        "diagnosis.html",
+        name=str(found.model["name"]),
+        headline=_headline(found),
+        sample=f"Measured on {found.images} image{'s' * (found.images != 1)} at {value_of(found.image_size)}"
+        + (", the model being patched." if found.patched else "."),
+        next=NEXT[found.kind],
+        calibrate=shlex.join(
+            ["testreg", "calibrate", str(found.model["name"]), "--images", "IMAGES", "-o", "neurons.json"]
+        )
+        if found.kind == "movable"
+        else None,
+        cards=_cards(found, block),
+        block=block,
+        with_attention=maps.attention is not None,
+        rows=_rows(photographs, maps),
+        notes=found.notes,
+        rule=found.rule,
+        charts=[svg(chart) for chart in charts_of(found)],
+        table=_table(found),
+        command=command,
+        facts=_facts(found),
+    )
+
+
+def _headline(found: Diagnosis) -> str:
+    """The verdict, of which no line break parts a number from its sign."""
+    return (found.verdict[:1].upper() + found.verdict[1:]).replace(" %", "\N{NO-BREAK SPACE}%")
+
+
+def _cards(found: Diagnosis, block: int) -> list[Card]:
+    after, where = found.blocks[block].after_mlp, f"after block {block}"
+    cards = [
+        Card("Outlier patches", share(after.outlier_fraction), where),
+        Card("Largest norm / median norm", f"{after.max_over_median:.1f}", f"{where}, mean over the images"),
+    ]
+    drawn = [each.outlier_attention for each in found.blocks if each.outlier_attention is not None]
+    if drawn:
+        cards.append(Card("Attention to outliers", share(max(drawn)), f"at most, in block {_at_most(found)}"))
+    return cards
+
+
+def _at_most(found: Diagnosis) -> int:
+    return max(range(len(found.blocks)), key=lambda i: found.blocks[i].outlier_attention or 0.0)
+
+
+def _rows(photographs: Tensor, maps: Maps) -> list[Row]:
+    """The maps, of which there is one side only."""
+    colours = feature_colours(maps, maps)
+    made = [panels(image, i, maps, maps, colours) for i, image in enumerate(photographs)]
+    return rows_of([[panel for panel in row if panel.side != "after"] for row in made], with_sides=False)
+
+
+def _facts(found: Diagnosis) -> list[tuple[str, str]]:
+    facts: dict[str, Any] = {
+        "images": found.images,
+        "unreadable images": found.unreadable_images,
+        "image size": found.image_size,
+        "rule": found.rule,
+        **{key.replace("_", " "): found.model.get(key) for key in ("depth", "mlp_width", "fingerprint")},
+    }
+    return [(key, value_of(value)) for key, value in facts.items() if value is not None]
+
+
+# Charts ---------------------------------------------------------------------------------------------------------------
+
+
+def charts_of(found: Diagnosis) -> list[Chart]:
+    return [
+        Chart("Norms after each block", _norms_in_words(found), partial(_plot_norms, found=found)),
+        Chart("Outliers after each block", _outliers_in_words(found), partial(_plot_outliers, found=found)),
+    ]
+
+
+def _norms(found: Diagnosis) -> tuple[list[float], list[float]]:
+    """The largest and the median norm after each block."""
+    after = [block.after_mlp for block in found.blocks]
+    return [each.max_over_median * each.median_norm for each in after], [each.median_norm for each in after]
+
+
+def _plot_norms(axis: Axes, *, found: Diagnosis) -> None:
+    largest, median = _norms(found)
+    axis.plot(largest, color=BEFORE, marker="o", markersize=4, label="largest patch")
+    axis.plot(median, color=BEFORE, linestyle="--", linewidth=1.2, label="median patch")
+    for token in range(len(found.blocks[0].after_mlp.prefix_ratio)):
+        prefix = [block.after_mlp.prefix_ratio[token] * block.after_mlp.median_norm for block in found.blocks]
+        axis.plot(prefix, color=THIRD, linewidth=1.2, linestyle=":", label="prefix tokens" if token == 0 else None)
+    axis.set(yscale="log", xlabel="block", ylabel="token norm (mean over images)")
+    label_plainly(axis.yaxis)
+    label_whole_numbers(axis.xaxis)
+    axis.legend()
+
+
+def _norms_in_words(found: Diagnosis) -> str:
+    largest, median = _norms(found)
+    block = largest.index(max(largest))
+    peak = f"The largest patch norm peaks at {largest[block]:.3g} after block {block}"
+    return f"{peak}, where the median is {median[block]:.3g}."
+
+
+def _plot_outliers(axis: Axes, *, found: Diagnosis) -> None:
+    fractions = [100 * block.after_mlp.outlier_fraction for block in found.blocks]
+    axis.plot(fractions, color=BEFORE, marker="o", markersize=4, label="share of the patches")
+    drawn = [block.outlier_attention for block in found.blocks]
+    if any(each is not None for each in drawn):
+        shares = [float("nan") if each is None else 100 * each for each in drawn]
+        axis.plot(shares, color=FOURTH, marker="s", markersize=4, linestyle=":", label="attention that they draw")
+    axis.set(xlabel="block", ylabel="%")
+    axis.set_ylim(bottom=0)
+    label_whole_numbers(axis.xaxis)
+    axis.legend()
+
+
+def _outliers_in_words(found: Diagnosis) -> str:
+    fractions = [block.after_mlp.outlier_fraction for block in found.blocks]
+    if not any(fractions):
+        return "There are none after any block."
+    return f"At most {share(max(fractions))} of the patches, after block {fractions.index(max(fractions))}."
+
+
+def _table(found: Diagnosis) -> Table:
+    """What the charts show, and more, in figures: a line for each block."""
+    heads = (
+        *("block", "median norm", "99 % / median", "max / median", "outliers after attention, %"),
+        *("outliers after MLP, %", "cosine of normal patches", "of outliers", "attention to outliers, %"),
+    )
+    rows = []
+    for i, block in enumerate(found.blocks):
+        after, before = block.after_mlp, block.after_attention
+        rows.append(
+            (
+                *(i, after.median_norm, after.quantiles[-1], after.max_over_median),
+                None if before is None else 100 * before.outlier_fraction,
+                *(100 * after.outlier_fraction, after.normal_cosine, after.outlier_cosine),
+                None if block.outlier_attention is None else 100 * block.outlier_attention,
+            )
+        )
+    return table_of(heads, rows)
