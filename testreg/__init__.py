@@ -4,6 +4,7 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "Comparison": "report.comparison",
     "Diagnosis": "measure.diagnosis",
     "Family": "families",
     "ImmovableOutliersError": "calibration.errors",
@@ -12,11 +13,15 @@ _HOMES = {
     "RegisterNeurons": "neurons",
     "UnverifiedNeuronsWarning": "neurons",
     "add_family": "families",
+    "answer_attention": "measure.answers",
+    "attention": "measure.maps",
     "bundled": "neurons",
     "calibrate": "calibration.calibrate",
+    "compare": "report.comparison",
     "demo_model": "io.loading",
     "diagnose": "measure.diagnose",
     "disabled": "register",
+    "features": "measure.maps",
     "is_patched": "register",
     "load": "io.checkpoints",
     "load_model": "io.loading",
@@ -24,6 +29,7 @@ _HOMES = {
     "patched": "register",
     "registers": "register",
     "save": "io.checkpoints",
+    "strip_registers": "measure.maps",
     "unpatch": "register",
 }
 """The module of each public name. It is imported when the name is asked for, and not before."""

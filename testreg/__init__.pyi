@@ -8,8 +8,12 @@ from testreg.io.checkpoints import load as load
 from testreg.io.checkpoints import save as save
 from testreg.io.loading import demo_model as demo_model
 from testreg.io.loading import load_model as load_model
+from testreg.measure.answers import answer_attention as answer_attention
 from testreg.measure.diagnose import diagnose as diagnose
 from testreg.measure.diagnosis import Diagnosis as Diagnosis
+from testreg.measure.maps import attention as attention
+from testreg.measure.maps import features as features
+from testreg.measure.maps import strip_registers as strip_registers
 from testreg.measure.outliers import OutlierRule as OutlierRule
 from testreg.neurons import RegisterNeurons as RegisterNeurons
 from testreg.neurons import UnverifiedNeuronsWarning as UnverifiedNeuronsWarning
@@ -20,5 +24,7 @@ from testreg.register import patch as patch
 from testreg.register import patched as patched
 from testreg.register import registers as registers
 from testreg.register import unpatch as unpatch
+from testreg.report.comparison import Comparison as Comparison
+from testreg.report.comparison import compare as compare
 
 __version__: str

@@ -49,8 +49,7 @@ def shift(
 
     Args:
         hidden: (B, T+R, H) input of an MLP's second linear: P prefix tokens, patches, R registers.
-        units: the K register neurons, as channels of `hidden`.
-        owners: the register, 0 to R-1, that holds each of the K neurons.
+        units, owners: the K register neurons, as channels of `hidden`, and the register, 0 to R-1, that holds each.
         max_over, zero: as in `patch`.
         valid: (B, T+R) bool, which tokens are no padding and may give the value; None: all.
         patches: (1, T+R) bool, which tokens are patches; None: all behind the prefix.
@@ -104,7 +103,8 @@ def patch(
         zero: where the moved neurons are zero: on "patches" (released code), or on "all" tokens, CLS included (paper).
 
     Returns:
-        The same object. Its outputs keep their shapes, its state_dict its keys.
+        The same object. Its outputs keep their shapes, its state_dict its keys. Hooks inside of a block see T+R tokens:
+            `testreg.strip_registers` takes registers off; `testreg.attention` and `testreg.features` have none.
 
     Raises:
         TypeError, ValueError: the model or an argument does not fit. Nothing has been changed then.

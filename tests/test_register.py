@@ -913,10 +913,13 @@ def test_unpatch_gives_back_an_instance_forward_that_was_there_before() -> None:
     assert block.__dict__["forward"] is spy
 
 
-def test_a_hidden_state_replaced_between_blocks_is_refused() -> None:
+def test_a_hidden_state_of_another_shape_between_blocks_is_refused() -> None:
     model = patch(build("timm_vit"), NEURONS)
-    model.blocks[1].register_forward_hook(lambda module, args, output: output * 1)
-    with pytest.raises(RuntimeError, match=r"the register did not arrive at block 2.*before testreg.patch\(\)"):
+    expected = outputs(model)
+    with model.blocks[1].register_forward_hook(lambda module, args, output: output * 1):
+        torch.testing.assert_close(outputs(model), expected)
+    model.blocks[1].register_forward_hook(lambda module, args, output: output[:, 1:])
+    with pytest.raises(RuntimeError, match=r"did not arrive at block 2: .*\(2, 17, 48\), and \(2, 16, 48\)"):
         outputs(model)
     with disabled(model):
         outputs(model)

@@ -98,12 +98,23 @@ class Tower:
         Raises:
             ValueError: it does not take a batch of images.
         """
+        self.check_runs()
+        assert self.family.run is not None
+        return self.family.run(self.module, images.to(self.device, self.dtype))
+
+    def check_runs(self) -> None:
+        """Raise ValueError unless the tower takes a batch of images."""
         if self.family.run is None:
             raise ValueError(
                 f"{type(self.module).__name__} ({self.family.name}) takes no batch of images (B, 3, h, w), so testreg "
                 "cannot run it by itself: neither calibrate nor draw it. It can be patched with given neurons"
             )
-        return self.family.run(self.module, images.to(self.device, self.dtype))
+
+    def run_with_head(self, images: Tensor) -> Any:
+        """The same, and the head that follows the blocks, which `run` may leave out."""
+        if self.family.run is None or not hasattr(self.module, "forward_head"):
+            return self.run(images)
+        return self.module(images.to(self.device, self.dtype))
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

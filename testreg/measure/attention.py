@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,41 +10,75 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from testreg.families import Tower
+from testreg.families.kernels import attention_kernel
 from testreg.measure.hooks import recording_inputs, recording_outputs
+
+Query = Literal["cls", "pool", "mean"]
+# Kernels that do not go through torch.nn.functional.
+UNSEEN = ("flash_attention_2", "flash_attention_3", "flex_attention")
 
 
 class Recorder(TorchFunctionMode):
     """Sees every attention that is computed while it is active: fused, in nn.MultiheadAttention, or by a softmax.
 
-    Keeps what the first token gives to each token (B, heads, T), or, if `of_all`, what all tokens give on average.
+    Keeps what the first token (or the one of this number) gives to each token (B, heads, T), or, if `of_all`, what all
+    tokens (or `queries` alone) give on average.
     """
 
-    def __init__(self, of_all: bool) -> None:
+    def __init__(self, of_all: bool, *, queries: slice = slice(None), token: int = 0) -> None:
         super().__init__()
-        self.of_all = of_all
+        self.of_all, self.queries, self.token = of_all, queries, token
         self.rows: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            weights = fused_weights(*args, **kwargs, of_all=self.of_all)
+            weights = fused_weights(*args, **kwargs, of_all=self.of_all, token=self.token)
             if weights is not None:
-                self._keep(weights)
+                self._keep(weights, 0)
         elif func is F.multi_head_attention_forward and _attends_to_itself(*args, **kwargs):
             asked = kwargs.get("need_weights", True)
             out, weights = func(*args, **{**kwargs, "need_weights": True, "average_attn_weights": False})
             assert weights is not None
-            self._keep(weights)
+            self._keep(weights, self.token)
             return out, weights.mean(1) if asked else None
         out = func(*args, **kwargs)
         if func in (F.softmax, torch.softmax, Tensor.softmax) and out.ndim == 4 and out.shape[-1] == out.shape[-2]:
-            self._keep(out)
+            self._keep(out, self.token)
         return out
 
-    def _keep(self, attention: Tensor) -> None:
-        """(B, heads, queries, T)"""
+    def _keep(self, attention: Tensor, row: int) -> None:
+        """Of attention (B, heads, queries, T), one row or the mean."""
         precise = attention.to(torch.promote_types(attention.dtype, torch.float32))
-        self.rows.append(precise.mean(2) if self.of_all else precise[:, :, 0])
+        self.rows.append(precise[:, :, self.queries].mean(2) if self.of_all else precise[:, :, row])
+
+
+class PoolRecorder(TorchFunctionMode):
+    """Sees attention of other queries to tokens while it is active: that of a head which pools by attention.
+
+    Keeps what these queries give, on average, to each token (B, heads, T).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            weights = fused_weights(*args, **kwargs, of_all=True, to_others=True)
+            if weights is not None:
+                self.rows.append(weights.mean(2))
+        elif func is F.multi_head_attention_forward and not _attends_to_itself(*args, **kwargs):
+            asked = kwargs.get("need_weights", True)
+            out, weights = func(*args, **{**kwargs, "need_weights": True, "average_attn_weights": False})
+            assert weights is not None
+            self.rows.append(weights.mean(2))
+            return out, weights.mean(1) if asked else None
+        out = func(*args, **kwargs)
+        if func in (F.softmax, torch.softmax, Tensor.softmax) and out.ndim == 4 and out.shape[-1] != out.shape[-2]:
+            self.rows.append(out.mean(2))
+        return out
 
 
 def fused_weights(
@@ -58,19 +92,23 @@ def fused_weights(
     enable_gqa: bool = False,
     *,
     of_all: bool,
+    token: int = 0,
+    to_others: bool = False,
 ) -> Tensor | None:
     """The weights (B, heads, T, T) behind `F.scaled_dot_product_attention`, before dropout; None unless tokens attend
-    to themselves.
+    to themselves, or, if `to_others`, to others.
 
-    Not `of_all`: those of the first token alone, (B, heads, 1, T).
+    Not `of_all`: those of one token alone, (B, heads, 1, T).
     """
     length = key.shape[-2]
-    if query.ndim != 4 or query.shape[-2] != length:
+    if query.ndim != 4 or (query.shape[-2] == length) == to_others:
         return None
     visible = query.new_ones(length, length, dtype=torch.bool).tril() if is_causal else None
     if not of_all:
-        query, visible = query[:, :, :1], None if visible is None else visible[:1]
-        attn_mask = None if attn_mask is None else attn_mask[..., :1, :]
+        row = slice(token, token + 1 or None)
+        query, visible = query[:, :, row], None if visible is None else visible[row]
+        if attn_mask is not None and attn_mask.shape[-2] > 1:
+            attn_mask = attn_mask[..., row, :]
     if enable_gqa:
         key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -91,29 +129,52 @@ def _attends_to_itself(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) ->
 
 
 @torch.no_grad()
-def attention_to_patches(tower: Tower, images: Tensor, block: int = -1) -> Tensor:
-    """What the CLS token gives to each patch in a block: (B, heads, N), for images (B, 3, h, w).
+def attention_to_patches(tower: Tower, images: Tensor, block: int = -1, query: Query | None = None) -> Tensor:
+    """What a query gives to each patch in a block: (B, heads, N), for images (B, 3, h, w).
 
-    In towers without prefix tokens it is what the patches give on average. Rows do not sum to one: the rest goes to
-    prefix tokens and registers.
+    Queries are those of `testreg.attention`; None: CLS, or in towers without prefix tokens the mean of the patches.
+    Rows do not sum to one: the rest goes to prefix tokens and registers.
 
     Raises:
         RuntimeError: the model computes attention in a way that cannot be observed from Python.
     """
+    query = query or ("cls" if tower.num_prefix else "mean")
+    patches = tower.patches(images)
+    with attention_kernel(tower.module, "sdpa", instead_of=UNSEEN):
+        if query == "pool":
+            kept = pooling(tower, images)
+        else:
+            kept = _attending(tower, images, block, Recorder(of_all=query == "mean", queries=patches))
+    if not kept:
+        where = "by which it pools" if query == "pool" else f"in block {block}"
+        raise RuntimeError(
+            f"saw no attention {where} of {tower.family.name}: compiled or custom attention kernels cannot be observed"
+        )
+    if any(len(each) != len(images) for each in kept):  # images that are packed in one sequence
+        return torch.cat([attention_to_patches(tower, image, block, query) for image in images.split(1)])
+    attention = torch.cat(kept, 1)  # a block may attend several times, side by side
+    return attention[..., patches]
+
+
+def _attending(tower: Tower, images: Tensor, block: int, recorder: Recorder) -> list[Tensor]:
+    """What is recorded in a block, for images (B, 3, h, w)."""
     module, kept = tower.blocks[block].module, list[Tensor]()
     with (
-        Recorder(of_all=tower.num_prefix == 0) as recorder,
+        recorder,
         recording_inputs([module], lambda index, tokens: recorder.rows.clear()),
         recording_outputs([module], lambda index, tokens: kept.extend(recorder.rows)),
     ):
         tower.run(images)
-    if not kept:
-        raise RuntimeError(
-            f"saw no attention in block {block} of {tower.family.name}: compiled or custom attention kernels cannot be "
-            "observed"
-        )
-    attention = torch.cat(kept, 1)  # a block may attend several times, side by side
-    return attention[..., tower.patches(images)]
+    return kept
+
+
+@torch.no_grad()
+def pooling(tower: Tower, images: Tensor) -> list[Tensor]:
+    """What the query that pools the last block's tokens by attention gives to each; empty if there is no such head."""
+    last = tower.blocks[-1].module
+    with PoolRecorder() as recorder, recording_outputs([last], lambda index, tokens: recorder.rows.clear()):
+        tower.run_with_head(images)
+    return [rows for rows in recorder.rows if rows.shape[-1] == tower.patches(images).stop][:1]
 
 
 def entropy(attention: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -12,17 +13,20 @@ from torch import Tensor, nn
 from testreg.families import Tower
 from testreg.families.extend import MASKS, padded
 from testreg.patching.attention import carry_layout
+from testreg.patching.forwards import begin, end
 from testreg.patching.layout import Layout
 from testreg.patching.override import Override
 from testreg.patching.riding import (
-    carried_registers,
     carried_sequence,
     carry,
     carry_nothing,
+    check_shape,
+    forward_of,
     has_registers_from_start,
-    has_registers_further,
+    keep_forward,
+    registers_for,
 )
-from testreg.patching.running import forget_recorded, running, running_with_layout, running_with_registers
+from testreg.patching.running import Forward, record, running, running_block_of, running_with_layout
 from testreg.patching.shift import ShiftBefore
 from testreg.patching.state import Patch
 
@@ -40,6 +44,8 @@ class RegisterBlock(Override):
     tower: Tower
     index: int
     shifts: tuple[ShiftBefore, ...]
+    holders: frozenset[type[nn.Module]]
+    """Classes of the modules that hold all blocks of the tower."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,21 +55,25 @@ class RegisterBlock(Override):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # one graph for each state: dynamo guards on the count
             enabled = self.patch.disabled_by == 0
-            return self._with_registers(*args, **kwargs) if enabled else self.original(*args, **kwargs)
-        has_registers = self._has_registers(args[0] if args else kwargs.get(self.parameters[0]))
-        if self.index == 0:
-            forget_recorded(self.patch)
-        with running_with_registers(has_registers):
-            return self._with_registers(*args, **kwargs) if has_registers else self._without(*args, **kwargs)
+            return self._with_registers(args, kwargs) if enabled else self.original(*args, **kwargs)
+        forward, replaced = self._forward_of(args[0] if args else kwargs.get(self.parameters[0]))
+        with running_block_of(forward):
+            if forward.has_registers:
+                out = self._with_registers(args, kwargs, replaced)
+            else:
+                out = self._without(forward, *args, **kwargs)
+        if self.last:
+            end(forward)
+        return out
 
-    def _with_registers(self, *args: Any, **kwargs: Any) -> Any:
+    def _with_registers(self, args: tuple[Any, ...], kwargs: dict[str, Any], replaced: bool = False) -> Any:
         tokens, arguments = self._by_name(args, kwargs)
         if isinstance(tokens, torch.fx.Proxy):
             return self._as_one_node(tokens, arguments)
         self._check_tokens(tokens)
         self._check_shifts()
         layout = (self.tower.family.layout or padded)(self.tower.module, self.plain, arguments)
-        sequence = self._enter(tokens, layout) if self.index == 0 else self._arrive(tokens, layout)
+        sequence = self._enter(tokens, layout) if self.index == 0 else self._arrive(tokens, layout, replaced)
         out = self._original(sequence, self._extended(arguments, layout), layout)
         return self._hand_on(out, sequence, layout)
 
@@ -77,25 +87,38 @@ class RegisterBlock(Override):
             register = self.tower.entry_norm.forward(register).to(tokens.dtype)
         return layout.extend(tokens, layout.dim, register.flatten())
 
-    def _arrive(self, tokens: Tensor, layout: Layout) -> Tensor:
+    def _arrive(self, tokens: Tensor, layout: Layout, replaced: bool) -> Tensor:
         """The tokens with the registers that the block before has left."""
-        sequence = carried_sequence(tokens)
-        if sequence is not None and not tokens.requires_grad:
+        sequence = None if replaced else carried_sequence(tokens)
+        if sequence is None:
+            return layout.join(tokens, self._registers_for(tokens))
+        if not tokens.requires_grad:
             return sequence
-        registers = layout.registers(sequence) if sequence is not None else carried_registers(tokens)
-        if not isinstance(registers, Tensor):
-            raise RuntimeError(
-                f"the register did not arrive at block {self.index}: something between the blocks replaced the hidden "
-                "state (an adapter, an offloading wrapper, a hook that returns a new tensor). Install it before "
-                "testreg.patch(), or edit the tokens in place"
-            )
-        if tokens.requires_grad and not registers.requires_grad:
+        registers = layout.registers(sequence)
+        if not registers.requires_grad:
             raise RuntimeError(
                 f"the gradient did not arrive at block {self.index} with the register: re-entrant gradient "
                 "checkpointing drops it. Use use_reentrant=False"
             )
         # Whoever waits for the gradient of the tokens (FSDP, Grad-CAM, autograd.grad) must see it come by.
         return layout.join(tokens, registers)
+
+    def _registers_for(self, tokens: Tensor) -> Tensor:
+        """The registers that the block before has left, for tokens that replace its own."""
+        registers = None
+        if running.forward is not None:
+            registers = registers_for(tokens, running.forward, self.index)
+        elif (traced := self.patch.traced) is not None and traced[0] == self.index - 1:
+            check_shape(tokens, traced[1].shape, self.index)
+            registers = traced[2].to(tokens.device, tokens.dtype)
+        if registers is None:
+            raise RuntimeError(
+                f"the register did not arrive at block {self.index}: its tokens are not those that block "
+                f"{self.index - 1} has just handed on in the same forward, nor in their place. Blocks that are called "
+                "by hand are called in their order, one forward after the other. In a compiled model only hooks of "
+                "the blocks may replace tokens: call the model uncompiled, or edit the tokens in place"
+            )
+        return registers
 
     def _original(self, sequence: Tensor, arguments: dict[str, Any], layout: Layout) -> Any:
         if layout is self.plain and running.layout is None and running.recomputed is None:
@@ -109,27 +132,40 @@ class RegisterBlock(Override):
         if sequence.ndim != entered.ndim:
             return out  # DINO's blocks can be asked for their attention weights instead of tokens
         self._check_length(sequence, entered)
-        self._record(sequence, layout)
+        record(self.patch, functools.partial(layout.registers, sequence), self.index)
         tokens = layout.tokens(sequence)
         if self.last:
             tokens = tokens.contiguous()
+            if running.forward is not None:
+                keep_forward(tokens, running.forward, self.index)
         else:
-            carry(tokens, sequence, layout)
+            carry(tokens, sequence, layout, running.forward, self.index)
+        if running.forward is None:
+            hooked = bool(self.module._forward_hooks) and not self.last
+            traced = (self.index, tokens, layout.registers(sequence)) if hooked else None
+            if traced is not self.patch.traced:
+                self.patch.traced = traced
         return (tokens, *rest) if isinstance(out, tuple) else tokens
 
-    def _has_registers(self, tokens: Any) -> bool:
-        """Whether the forward that this block is part of has registers: block 0 decides, the others are told."""
+    def _forward_of(self, tokens: Any) -> tuple[Forward, bool]:
+        """The forward that this block is part of, and whether someone has replaced the tokens."""
         now = self.patch.disabled_by == 0
+        if self.index == 0:
+            has_registers = has_registers_from_start(tokens, now) if isinstance(tokens, Tensor) else now
+            return begin(self.patch, self.holders, has_registers), False
         if not isinstance(tokens, Tensor):
-            return now
-        return has_registers_from_start(tokens, now) if self.index == 0 else has_registers_further(tokens, now)
+            return begin(self.patch, self.holders, now, object()), False
+        return forward_of(tokens, self.patch, self.holders, self.index, now)
 
-    def _without(self, *args: Any, **kwargs: Any) -> Any:
+    def _without(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         """The block as it was, which tells the next one that there are no registers."""
         out = self.original(*args, **kwargs)
         tokens = out[0] if isinstance(out, tuple) else out
-        if not self.last and isinstance(tokens, Tensor):
-            carry_nothing(tokens)
+        if isinstance(tokens, Tensor):
+            if self.last:
+                keep_forward(tokens, forward, self.index)
+            else:
+                carry_nothing(tokens, self.plain, forward, self.index)
         return out
 
     def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -187,12 +223,6 @@ class RegisterBlock(Override):
                 f"block {self.index} made {tuple(sequence.shape)} of {tuple(entered.shape)}: where tokens are merged "
                 "or pruned, the register cannot be told from them"
             )
-
-    def _record(self, sequence: Tensor, layout: Layout) -> None:
-        """Give the registers to the `testreg.registers` blocks that are open in this thread."""
-        for patch, recorded in running.recorders:
-            if patch is self.patch:
-                recorded[self.index : self.index + 1] = [layout.registers(sequence)]
 
 
 def _parameters(module: nn.Module) -> tuple[str, ...]:

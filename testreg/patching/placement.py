@@ -19,10 +19,12 @@ def overrides(tower: Tower, patch: Patch, shift: Callable[..., Tensor]) -> Itera
     """`shift` in front of every fc2 with register neurons, and what lets registers ride through each block."""
     layout = Layout(patch.num_registers, tower.sequence_first)
     units = patch.neurons.by_block()
+    blocks = {block.module for block in tower.blocks}
+    holders = frozenset(type(each) for each in tower.module.modules() if blocks <= set(each.modules()))
     for i, block in enumerate(tower.blocks):
         shifts = tuple(_shifts(block, i, units.get(i, []), patch, layout, shift))
         yield from shifts
-        yield RegisterBlock(block.module, patch, layout, tower, i, shifts)
+        yield RegisterBlock(block.module, patch, layout, tower, i, shifts, holders)
         if block.attention is not None:
             yield AttentionWeights(block.attention, patch, layout, tower.family.appended)
         if block.bias is not None:

@@ -3,26 +3,70 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import CodeType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from testreg.patching.layout import Layout
 
+Home = tuple[int, CodeType]
+"""A function call that runs: its frame by identity alone, since a reference would keep all of its variables alive."""
+
+
+@dataclass(eq=False)
+class Forward:
+    """One pass of a thread through the blocks of a patched tower."""
+
+    patch: object
+    has_registers: bool
+    """It ends as it began, whether `testreg.disabled` begins or ends meanwhile."""
+    home: Home
+    """The function call that calls the blocks."""
+    origin: object = field(default_factory=object)
+    """The same in all parts of a forward that goes on elsewhere: in another thread, or recomputed by checkpointing."""
+    backward: int = field(default_factory=lambda: torch._C._current_graph_task_id())
+    """The backward pass in which it is recomputed; -1: none."""
+    index: int = -1
+    """The last of its blocks that has handed on its tokens."""
+    handed: Callable[[], Any] | None = None
+    """A weak reference to what that block handed on (`riding.Handed`)."""
+    kept: Tensor | None = None
+    """Its registers (B, R, C), detached, if someone within the forward dropped its tokens, to put others there."""
+    shape: tuple[int, ...] = ()
+    """The shape of its tokens."""
+
+
+@dataclass(eq=False)
+class Recorder:
+    """The list that `testreg.registers` fills: registers of one patch, of one forward of a thread."""
+
+    patch: object
+    recorded: list[Tensor] = field(default_factory=list)
+    origin: object = None
+    """Tells the forward."""
+
+    def restart(self, origin: object) -> None:
+        self.recorded.clear()
+        self.origin = origin
+
 
 class Running(threading.local):
-    """The state of one thread. Outside patched blocks all of it is empty, save the recorders."""
+    """The state of one thread."""
 
-    has_registers: bool | None = None
-    """Whether the block that runs has its registers; None outside blocks, and while they are compiled."""
+    forwards: tuple[Forward, ...] = ()
+    """Those that have begun, the latest last. An abandoned one stays, without activations, until the next begins."""
+    forward: Forward | None = None
+    """That of the block that runs; None outside blocks, and while they are compiled."""
     layout: Layout | None = None
     """The layout of the block that runs, if it is padded or packed."""
     recomputed: Layout | None = None
     """The layout of the padded or packed block that gradient checkpointing recomputes from within."""
-    recorders: tuple[tuple[object, list[Tensor]], ...] = ()
-    """The lists that `testreg.registers` fills in this thread, each with the patch that it belongs to."""
+    recorders: tuple[Recorder, ...] = ()
 
 
 running = Running()
@@ -34,13 +78,13 @@ def layout_now(plain: Layout) -> Layout:
 
 
 @contextmanager
-def running_with_registers(has_registers: bool) -> Iterator[None]:
-    """Within the `with` block this thread is in a block that has registers, or has none."""
-    outer, running.has_registers = running.has_registers, has_registers
+def running_block_of(forward: Forward) -> Iterator[None]:
+    """Within the `with` block this thread is in a block of that forward."""
+    outer, running.forward = running.forward, forward
     try:
         yield
     finally:
-        running.has_registers = outer
+        running.forward = outer
 
 
 @contextmanager
@@ -59,20 +103,19 @@ def is_recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def forget_recorded(patch: object) -> None:
-    """Empty the lists of a patch when a forward starts, so that none holds registers of two forwards."""
-    if not is_recomputing():
-        for owner, recorded in running.recorders:
-            if owner is patch:
-                recorded.clear()
+def record(patch: object, registers: Callable[[], Tensor], index: int) -> None:
+    """Give the registers that a block leaves to the recorders of this thread that hold those of its forward."""
+    for recorder in running.recorders:
+        if recorder.patch is patch and (running.forward is None or recorder.origin is running.forward.origin):
+            recorder.recorded[index : index + 1] = [registers()]
 
 
 @contextmanager
 def recording(patch: object) -> Iterator[list[Tensor]]:
     """Within the `with` block the list gets the registers that each block of the patch leaves behind."""
-    recorder = patch, list[Tensor]()
+    recorder = Recorder(patch)
     running.recorders = (*running.recorders, recorder)
     try:
-        yield recorder[1]
+        yield recorder.recorded
     finally:
         running.recorders = tuple(each for each in running.recorders if each is not recorder)

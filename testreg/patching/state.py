@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from testreg.neurons import RegisterNeurons, shown
 from testreg.patching.notices import VerifiedUse
@@ -55,6 +55,8 @@ class Patch:
     num_prefix: int
     disabled_by: int = 0
     """How many `disabled` blocks are open, in all threads."""
+    traced: tuple[int, Tensor, Tensor] | None = None
+    """While a forward is compiled: a block whose tokens a hook may replace, these, and their registers (B, R, C)."""
 
     def __post_init__(self) -> None:
         self.overrides: list[Override] = []
@@ -94,8 +96,8 @@ class Patch:
         An MLP or attention that is called by itself, outside its block, gets tokens without registers. It is inside
         although nothing says so where it is compiled, and where a backward pass recomputes the block from within.
         """
-        if running.has_registers is not None:
-            return running.has_registers
+        if running.forward is not None:
+            return running.forward.has_registers
         return self.disabled_by == 0 and (torch.compiler.is_compiling() or is_recomputing())
 
     @contextmanager
@@ -111,4 +113,4 @@ class Patch:
 
     def __getstate__(self) -> dict[str, Any]:
         # The `disabled` block in which a copy is made does not end for the copy.
-        return {**self.__dict__, "disabled_by": 0}
+        return {**self.__dict__, "disabled_by": 0, "traced": None}

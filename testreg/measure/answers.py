@@ -1,0 +1,71 @@
+"""What a vision-language model looks at when it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from testreg.families.kernels import attention_kernel
+from testreg.families.language import decoder_blocks, image_tokens
+from testreg.measure.attention import UNSEEN, Recorder
+from testreg.measure.hooks import recording_inputs, recording_outputs
+
+
+@torch.no_grad()
+def answer_attention(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    blocks: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+) -> Tensor:
+    """What the answer's first token takes from the image: attention (B, h, w) to the h x w tokens of each image.
+
+    It is that of the prompt's last token, from which the first token of the answer is predicted, in the blocks of the
+    language model, as one forward of the prompt gives it. The rest of the attention goes to the text.
+
+    Example:
+        >>> from transformers import LlavaForConditionalGeneration
+        >>> def llava_map(name, inputs):  # of transformers.AutoProcessor: processor(image, prompt, return_tensors="pt")
+        ...     model = testreg.patch(LlavaForConditionalGeneration.from_pretrained(name))
+        ...     return testreg.answer_attention(model, inputs)[0]  # (24, 24) for LLaVA-1.5
+
+    Args:
+        model: a vision-language model of transformers, patched or not, in eval mode: Llava, LlavaNext and
+            LlavaOnevision (the map of the whole image, without the tiles), PaliGemma, Qwen-VL and others that place
+            their images as these do.
+        inputs: what its processor makes of prompts with one image each; padded on the left.
+        blocks: 0-based blocks of the language model, of which the mean is taken; None: all.
+        heads: heads, likewise.
+
+    Raises:
+        ValueError: the model is no vision-language model, it is not known how its image tokens form a grid, or an
+            argument does not fit.
+        RuntimeError: attention cannot be observed from Python (compiled or custom kernels).
+    """
+    layers = decoder_blocks(model)
+    chosen = range(len(layers)) if blocks is None else blocks
+    if not chosen or any(not -len(layers) <= block < len(layers) for block in chosen):
+        raise ValueError(f"blocks={list(chosen)} do not fit: the language model has {len(layers)} blocks")
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.ndim == 2 and not mask[:, -1].all():
+        raise ValueError("the prompts are padded on the right, where the answer goes: use padding_side='left'")
+    positions, grid = image_tokens(model, inputs)
+    modules, rows = [layers[block] for block in chosen], list[Tensor]()
+    with (
+        attention_kernel(model, "sdpa", instead_of=UNSEEN),
+        Recorder(of_all=False, token=-1) as recorder,
+        recording_inputs(modules, lambda index, tokens: recorder.rows.clear()),
+        recording_outputs(modules, lambda index, tokens: rows.extend(recorder.rows)),
+    ):
+        model(**inputs)
+    if len(rows) != len(modules):
+        raise RuntimeError(f"saw no attention in the blocks of {type(model).__name__}: use its sdpa or eager attention")
+    attention = torch.stack(rows, 1)  # (B, blocks, heads, T)
+    if heads is not None:
+        if not heads or any(not -attention.shape[2] <= head < attention.shape[2] for head in heads):
+            raise ValueError(f"heads={list(heads)} do not fit: the language model has {attention.shape[2]} heads")
+        attention = attention[:, :, list(heads)]
+    return attention.mean((1, 2)).gather(1, positions.to(attention.device)).unflatten(1, grid)
