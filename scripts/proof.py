@@ -1,20 +1,28 @@
 """Does calibration find the neurons that make outliers, and nothing else? Measured where the answer is known.
 
-    python scripts/proof.py                                  # everything: under half an hour on one core
-    python scripts/proof.py --seeds 2 --families "timm ViT"
+    python scripts/proof.py --mechanisms direct              # under half an hour on one core
+    python scripts/proof.py                                  # everything: hours
+    python scripts/proof.py --seeds 2 --families "timm ViT" --mechanisms spread fading
 
-Models are small, random and *planted* (`planting.py`): their register neurons were set by hand, among decoys. The
-seeds differ in the block and the number of the planted neurons, in whether these lie in two blocks, and in whether one
-position is an artefact besides, which no neuron makes (where the family has position embeddings that can do it).
-Clean models have nothing planted but decoys, in every other seed; those with an artefact at a fixed position, likewise.
+Models are small, random and *planted* (`planting`): their register neurons were set by hand, among decoys. With the
+mechanism `direct` the seeds differ in the block and the number of the planted neurons, in whether these lie in two
+blocks, and in whether one position is an artefact besides, which no neuron makes (where the family has position
+embeddings that can do it). Clean models have nothing planted but decoys, in every other seed; those with an artefact at
+a fixed position, likewise. The other mechanisms are those of `planting/mechanisms.py`, in models of 8 to 10 blocks.
 
-The rows of the table:
+The report has seeds of its own, on which nothing is to be tuned: `--development` is for that.
+
+The rows of the tables:
 
 - `testreg`: `testreg.calibrate(model, images)` with its defaults. It is told nothing.
 - `paper`: the recipe of arXiv 2506.08010 with the released code's sparsity filter: mean |activation| at the patches
   whose norm behind the last block exceeds mean + 3 sigma. Two numbers it leaves to whoever uses it, how many neurons
   and up to which block: it is told the true ones.
+- `contribution` and further scores: as many of the best neurons by that score of `testreg.calibrate` as were planted.
 - `planted`: the planted neurons themselves, as a bound.
+- `untouched`: none are moved.
+
+The truth is the same model in which the planted neurons are silent.
 
 Outliers and changes are measured on crops of parts of the photographs that calibration does not see, by the few lines
 in `measure`.
@@ -25,8 +33,8 @@ from __future__ import annotations
 import argparse
 import typing
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +43,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import transformers
-from planting import Planted, plant
+from planting import Mechanism, Planted, plant
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as tv
 from tqdm import tqdm
@@ -49,16 +57,19 @@ from testreg.measure.outliers import token_norms
 from testreg.measure.ranking import Score
 
 DEPTH, WIDTH, HEADS, PATCH, IMAGE = 6, 64, 4, 8, 112  # 14 x 14 patches
+DEPTHS = 8, 9, 10  # of models with the other mechanisms than `direct`
+REPORT, DEVELOPMENT = 0, 1000  # the first seed of each
+SEEDS = {"direct": 10}  # models of each family, unless told otherwise; of the other mechanisms:
+OTHER_SEEDS = 3
 STRENGTH = 0.7  # of the random weights of blocks, in units of 1 / sqrt(inputs): blocks matter, and make no outliers
 FIXED = (3, 9)  # row and column of the position that may be an artefact
 SPLIT = 224  # of 384 columns of a photograph, those in front are for calibration
 CALIBRATION_CROPS, TEST_CROPS = 12, 8  # of each of the five photographs
 PAPER_CHOICE = 10, DEPTH // 2  # neurons and last block where there are no true ones: as published for ViT-B/16
 
-TIMM = {"img_size": IMAGE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS}
+TIMM = {"img_size": IMAGE, "patch_size": PATCH, "embed_dim": WIDTH, "num_heads": HEADS}
 HF = {
     "hidden_size": WIDTH,
-    "num_hidden_layers": DEPTH,
     "num_attention_heads": HEADS,
     "image_size": IMAGE,
     "patch_size": PATCH,
@@ -68,28 +79,37 @@ OPEN_CLIP_VISION = {
     "image_size": IMAGE,
     "patch_size": PATCH,
     "width": WIDTH,
-    "layers": DEPTH,
     "head_width": WIDTH // HEADS,
 }
 OPEN_CLIP_TEXT = {"context_length": 16, "vocab_size": 99, "width": 32, "heads": 4, "layers": 1}
 
-FAMILIES: dict[str, Callable[[], nn.Module]] = {
-    "timm ViT": lambda: timm.create_model("vit_base_patch16_224", num_classes=0, **TIMM),
-    "timm Eva": lambda: timm.create_model(
-        "vit_small_patch16_rope_ape_224", num_classes=0, mlp_ratio=4, init_values=1.0, **TIMM
+FAMILIES: dict[str, Callable[[int], nn.Module]] = {
+    "timm ViT": lambda depth: timm.create_model("vit_base_patch16_224", num_classes=0, depth=depth, **TIMM),
+    "timm Eva": lambda depth: timm.create_model(
+        "vit_small_patch16_rope_ape_224", num_classes=0, mlp_ratio=4, init_values=1.0, depth=depth, **TIMM
     ),
-    "CLIP": lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**HF_MLP)),
-    "DINOv2": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**HF)),
-    "SigLIP": lambda: transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**HF_MLP)),
-    "DINOv3": lambda: transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**HF_MLP, num_register_tokens=4)),
-    "open_clip": lambda: (
-        open_clip.model.CLIP(embed_dim=32, vision_cfg=OPEN_CLIP_VISION, text_cfg=OPEN_CLIP_TEXT).visual
+    "CLIP": lambda depth: transformers.CLIPVisionModel(
+        transformers.CLIPVisionConfig(num_hidden_layers=depth, **HF_MLP)
+    ),
+    "DINOv2": lambda depth: transformers.Dinov2Model(transformers.Dinov2Config(num_hidden_layers=depth, **HF)),
+    "SigLIP": lambda depth: transformers.SiglipVisionModel(
+        transformers.SiglipVisionConfig(num_hidden_layers=depth, **HF_MLP)
+    ),
+    "DINOv3": lambda depth: transformers.DINOv3ViTModel(
+        transformers.DINOv3ViTConfig(num_hidden_layers=depth, num_register_tokens=4, **HF_MLP)
+    ),
+    "open_clip": lambda depth: (
+        open_clip.model.CLIP(
+            embed_dim=32, vision_cfg={"layers": depth, **OPEN_CLIP_VISION}, text_cfg=OPEN_CLIP_TEXT
+        ).visual
     ),
 }
 WITH_POSITIONS = ("timm ViT", "timm Eva", "DINOv2", "SigLIP")  # learned, and no norm behind them
 
 ALL_IMAGES: dict[str, Any] = {"held_out": 0, "stability": None}  # rank by them: nothing has to be chosen
+SCORES: tuple[Score, ...] = typing.get_args(Score)
 WAYS = ("testreg", "paper", "planted")
+MECHANISM_WAYS = ("testreg", "paper", *(score for score in SCORES if score != "activation"), "planted", "untouched")
 Neuron = tuple[int, int]
 
 
@@ -124,6 +144,24 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Fidelity:
+    """How close one way brought a model to what it would be without the mechanism that was planted."""
+
+    mechanism: Mechanism
+    family: str
+    seed: int
+    way: str
+    num_chosen: int
+    decoys_chosen: list[str]
+    outliers_left: float
+    """After the block with the most, as a fraction of those after the block that had the most before."""
+    cosine_of_patches: float
+    """Mean over all patches behind the last block."""
+    cosine_of_pooled: float
+    """Of CLS, or of the mean of the patches where there is none."""
+
+
+@dataclass(frozen=True)
 class Verdict:
     """Whether one way left a model alone that has nothing to move."""
 
@@ -138,11 +176,24 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
     images, unseen = crops(0, SPLIT, CALIBRATION_CROPS), crops(SPLIT, 384, TEST_CROPS)
+    for mechanism in args.mechanisms:
+        first = DEVELOPMENT if args.development else REPORT
+        count = args.seeds or SEEDS.get(mechanism, OTHER_SEEDS)
+        models = [(family, seed) for family in args.families for seed in range(first, first + count)]
+        progress = tqdm(models, desc=mechanism, unit="model", disable=None)
+        print(f"\n## {mechanism}, seeds {first} to {first + count - 1}\n", flush=True)
+        if mechanism == "direct":
+            prove_direct(progress, images, unseen)
+        else:
+            print_fidelities([each for model in progress for each in fidelities(mechanism, *model, images, unseen)])
+
+
+def prove_direct(models: Iterable[tuple[str, int]], images: Tensor, unseen: Tensor) -> None:
+    """Find neurons that make the outliers by themselves, and measure precision and recall; leave clean models alone."""
     outcomes: list[Outcome] = []
     verdicts: list[Verdict] = []
-    recalls: dict[Score, list[float]] = {score: [] for score in typing.get_args(Score)}
-    models = [(family, seed) for family in args.families for seed in range(args.seeds)]
-    for family, seed in tqdm(models, unit="model", disable=None):
+    recalls: dict[Score, list[float]] = {score: [] for score in SCORES}
+    for family, seed in models:
         model, planted = planted_model(family, seed, images)
         neurons = as_set(planted.neurons)
         chosen = {
@@ -163,11 +214,51 @@ def main() -> None:
     print_shortfalls([each for each in outcomes if each.way == "testreg"])
 
 
+def fidelities(mechanism: Mechanism, family: str, seed: int, images: Tensor, unseen: Tensor) -> list[Fidelity]:
+    """What each way makes of one model with a mechanism."""
+    model = random_model(family, seed, DEPTHS[seed % len(DEPTHS)])
+    fixed_position = FIXED if family in WITH_POSITIONS and seed % 4 >= 2 else None
+    planted = plant(model, images, mechanism=mechanism, decoys=True, fixed_position=fixed_position, seed=seed)
+    neurons = as_set(planted.neurons)
+    chosen: dict[str, set[Neuron]] = {"planted": neurons, "untouched": set()}
+    chosen["testreg"] = calibrated(model, images)
+    chosen["paper"] = by_paper(model, images, len(neurons), max(planted.neurons))
+    for score in SCORES:
+        if score in MECHANISM_WAYS:
+            chosen[score] = calibrated(model, images, score=score, top_k=len(neurons), **ALL_IMAGES)
+    with planted.silenced(model):
+        _, *truth = observe(model, unseen)
+    outlier, *_ = observe(model, unseen)
+    most = outlier.sum((1, 2)).max().clamp(min=1)
+    found = []
+    for way in MECHANISM_WAYS:
+        with moved(model, chosen[way]):
+            outlier, *tokens = observe(model, unseen)
+        (prefix, patches), (true_prefix, true_patches) = tokens, truth
+        if prefix.shape[1]:
+            pooled, true_pooled = prefix[:, 0], true_prefix[:, 0]
+        else:
+            pooled, true_pooled = patches.mean(1), true_patches.mean(1)
+        decoys = sorted(name for name, neuron in planted.named_decoys.items() if neuron in chosen[way])
+        figures = (
+            float(outlier.sum((1, 2)).max() / most),
+            1 - float(distance(patches, true_patches).mean()),
+            1 - float(distance(pooled, true_pooled).mean()),
+        )
+        found.append(Fidelity(mechanism, family, seed, way, len(chosen[way]), decoys, *figures))
+    return found
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--seeds", type=int, default=10, help="models of each family (default: 10)")
+    mechanisms = typing.get_args(Mechanism)
+    parser.add_argument("--mechanisms", nargs="+", choices=mechanisms, default=mechanisms, metavar="MECHANISM")
+    parser.add_argument(
+        "--seeds", type=int, help=f"models of each family (default: {SEEDS['direct']} of direct, {OTHER_SEEDS} else)"
+    )
+    parser.add_argument("--development", action="store_true", help="seeds that the report does not use")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), metavar="FAMILY")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
@@ -221,9 +312,9 @@ def plain_model(name: str, seed: int, images: Tensor, *, fixed: bool) -> nn.Modu
 
 
 @torch.no_grad()
-def random_model(name: str, seed: int) -> nn.Module:
+def random_model(name: str, seed: int, depth: int = DEPTH) -> nn.Module:
     torch.manual_seed(seed)
-    model = FAMILIES[name]().eval()
+    model = FAMILIES[name](depth).eval()
     for block in find_tower(model).blocks:
         for parameter in block.module.parameters():
             if parameter.ndim == 2:
@@ -274,11 +365,9 @@ def as_set(neurons: dict[int, list[int]]) -> set[Neuron]:
 def measure(
     family: str, seed: int, way: str, model: nn.Module, planted: Planted, chosen: set[Neuron], images: Tensor
 ) -> Outcome:
-    before = after = observe(model, images)
-    if chosen:
-        testreg.patch(model, {block: [unit for i, unit in chosen if i == block] for block, _ in chosen})
+    before = observe(model, images)
+    with moved(model, chosen):
         after = observe(model, images)
-        testreg.unpatch(model)
     (outlier, prefix, patches), (outlier_after, prefix_after, patches_after) = before, after
     made = slice(min(planted.neurons), None)  # blocks
     left = outlier_after[made].sum((1, 2)) / outlier[made].sum((1, 2)).clamp(min=1)
@@ -292,6 +381,12 @@ def measure(
     decoys = {neuron: name for name, neuron in planted.named_decoys.items()}
     figures = (float(left.max()), float(change), float(change_of_pooled))
     return Outcome(family, seed, way, chosen, as_set(planted.neurons), decoys, *figures)
+
+
+def moved(model: nn.Module, chosen: set[Neuron]) -> AbstractContextManager[object]:
+    """Within the context these neurons, if any, are moved onto a register."""
+    neurons = {block: [unit for i, unit in chosen if i == block] for block, _ in chosen}
+    return testreg.patched(model, neurons) if chosen else nullcontext()
 
 
 @torch.no_grad()
@@ -350,6 +445,37 @@ def print_outcomes(outcomes: list[Outcome], verdicts: list[Verdict]) -> None:
             ]
             print(f"| {' | '.join(cells)} |")
     print("\nMean over the seeds (worst).")
+
+
+def print_fidelities(found: list[Fidelity]) -> None:
+    print(
+        "| way | neurons | outliers left | models under 5 % | decoys chosen | cosine of patches | to that of planted "
+        "| cosine of CLS or mean | to that of planted |\n|---|---|---|---|---|---|---|---|---|"
+    )
+    bounds = {(each.family, each.seed): each for each in found if each.way == "planted"}
+    for way in MECHANISM_WAYS:
+        rows = [each for each in found if each.way == way]
+        best = [bounds[each.family, each.seed] for each in rows]
+        patches, pooled = [each.cosine_of_patches for each in rows], [each.cosine_of_pooled for each in rows]
+        cells = [
+            way,
+            f"{sum(each.num_chosen for each in rows) / len(rows):.1f}",
+            mean_and_worst([each.outliers_left for each in rows], max, ".1%"),
+            fraction([each.outliers_left < 0.05 for each in rows]),
+            str(sum(len(each.decoys_chosen) for each in rows)),
+            mean_and_worst(patches, min, ".3f"),
+            mean_and_worst([a / b.cosine_of_patches for a, b in zip(patches, best, strict=True)], min, ".3f"),
+            mean_and_worst(pooled, min, ".3f"),
+            mean_and_worst([a / b.cosine_of_pooled for a, b in zip(pooled, best, strict=True)], min, ".3f"),
+        ]
+        print(f"| {' | '.join(cells)} |")
+    print("\nMean over the models (worst). Where testreg fell short:")
+    for each in found:
+        if each.way == "testreg" and (each.outliers_left >= 0.05 or each.decoys_chosen):
+            print(
+                f"- {each.family}, seed {each.seed}: {each.num_chosen} neurons, decoys {each.decoys_chosen}, "
+                f"{each.outliers_left:.1%} of the outliers left"
+            )
 
 
 def print_decoys(outcomes: list[Outcome]) -> None:

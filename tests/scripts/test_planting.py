@@ -1,13 +1,15 @@
-"""Planted models are what `scripts/planting.py` says of them."""
+"""Planted models are what `scripts/planting` says of them."""
 
 from contextlib import contextmanager
 
 import pytest
 import timm
 import torch
-from planting import plant
-from tiny import TIMM, fresh
+import transformers
+from planting import plant, plant_into
+from tiny import HF, TIMM, fresh
 
+import testreg
 from testreg.families import find_tower
 from testreg.measure.outliers import OutlierRule, token_norms
 
@@ -169,3 +171,125 @@ def test_a_family_without_a_row_is_refused(photos):
     model = timm.create_model("beit_base_patch16_224", num_classes=0, **TIMM).eval()
     with pytest.raises(ValueError, match="does not know timm Beit"):
         plant(model, photos)
+
+
+def deep_model(name, depth=8):
+    torch.manual_seed(0)
+    if name == "timm_vit":
+        return timm.create_model("vit_base_patch16_224", num_classes=0, **TIMM | {"depth": depth}).eval()
+    config = transformers.SiglipVisionConfig(**HF | {"num_hidden_layers": depth})
+    return transformers.SiglipVisionModel(config).eval()
+
+
+def features_of(tower, images):
+    return patches_of(tower, images, tower.depth - 1)[0]
+
+
+MECHANISMS = {
+    "triggers": (2, 6, (7, 40)),
+    "spread": (4, 16, (40, 130)),
+    "two_populations": (4, 9, (6, 45)),
+    "weak": (2, 6, (2, 6)),
+    "rare": (2, 6, (3, 40)),
+    "fading": (2, 6, (4, 16)),
+}
+"""Triggers, amplifiers, and the norm of an outlier over the median."""
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+@pytest.mark.parametrize("name", ["timm_vit", "hf_siglip"])
+def test_a_mechanism_makes_outliers_that_moving_its_neurons_takes_away(name, mechanism, photos):
+    model = deep_model(name)
+    planted = plant(model, photos, mechanism=mechanism, decoys=True, outlier_fraction=0.03)
+    tower = find_tower(model)
+    roles = list(planted.roles.values())
+    num_triggers, num_amplifiers, (low, high) = MECHANISMS[mechanism]
+    assert (roles.count("trigger"), roles.count("amplifier")) == (num_triggers, num_amplifiers)
+    assert {(block, unit) for block, units in planted.neurons.items() for unit in units} == {
+        neuron for neuron, role in planted.roles.items() if role != "eraser"
+    }
+    assert not planted.named_decoys.keys() & planted.roles.keys()
+
+    norms = token_norms(tower, photos)[..., tower.num_prefix :]
+    outlier = norms > OutlierRule().limit(norms)
+    count = outlier.sum((1, 2))
+    first = min(block for (block, _), role in planted.roles.items() if role == "trigger")
+    assert count[: first + 1].max() <= 0.1 * count.max()  # triggers make none
+    most = int(count.argmax())
+    assert low < (norms / norms.median(-1, keepdim=True).values)[most][outlier[most]].median() < high
+    with planted.silenced(model):
+        assert not outliers_of(tower, photos).any()
+        truth = features_of(tower, photos)
+    with testreg.patched(model, planted.neurons):
+        assert outliers_of(tower, photos).sum((1, 2)).max() < 0.05 * count.max()
+        after = torch.cosine_similarity(features_of(tower, photos), truth, dim=-1).mean()
+    assert after > 0.95
+
+
+@pytest.mark.parametrize("name", ["timm_vit", "hf_siglip"])
+def test_the_triggers_cause_what_amplifiers_do(name, photos):
+    model = deep_model(name)
+    planted = plant(model, photos, mechanism="spread", outlier_fraction=0.03)
+    tower = find_tower(model)
+    count = outliers_of(tower, photos).sum((1, 2)).max()
+    block = min(planted.neurons)
+    with silenced(tower, {block: planted.neurons[block]}):
+        assert not outliers_of(tower, photos).any()
+    *amplifiers, _ = (each for each in planted.neurons if each > block)
+    with silenced(tower, {each: planted.neurons[each] for each in amplifiers}):  # one block of them is left
+        assert outliers_of(tower, photos).sum((1, 2)).max() > 0.6 * count
+
+
+def test_the_second_population_shows_when_the_first_is_silent(photos):
+    model = deep_model("timm_vit")
+    planted = plant(model, photos, mechanism="two_populations", outlier_fraction=0.03)
+    tower = find_tower(model)
+    together = outliers_of(tower, photos)[-1]
+    with silenced(tower, {block: planted.neurons[block] for block in (1, 3)}):
+        second = outliers_of(tower, photos)
+    with silenced(tower, {block: units for block, units in planted.neurons.items() if block > 3}):
+        first = outliers_of(tower, photos)
+    assert first[3].any()
+    assert not second[:4].any()
+    assert second[-1].any()
+    assert (second[-1] & first[-1]).any()  # some hidden
+    assert (together & ~first[-1]).any()  # some not
+
+
+def test_rare_and_fading_outliers(photos):
+    model = deep_model("timm_vit")
+    plant(model, photos, mechanism="rare", outlier_fraction=0.03)
+    assert 0 < outliers_of(find_tower(model), photos)[-1].any(-1).float().mean() < 0.35
+    model = deep_model("timm_vit")
+    plant(model, photos, mechanism="fading", outlier_fraction=0.03)
+    count = outliers_of(find_tower(model), photos).sum((1, 2))
+    assert count[-1] < 0.35 * count.max()
+
+
+def test_planting_into_a_network_keeps_the_rest(photos):
+    model = deep_model("timm_vit", depth=12)
+    plant(model, photos, num_neurons=0)  # a network without outliers
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    planted = plant_into(model, photos, mechanism="spread", outlier_fraction=0.03)
+    assert {block: len(units) for block, units in planted.neurons.items()} == dict.fromkeys(range(3, 10), 4)
+    for name, value in model.state_dict().items():
+        changed = (value != before[name]).nonzero()
+        if len(changed):
+            _, block, *_, kind = name.removesuffix(".weight").removesuffix(".bias").split(".")
+            units = changed[:, 1] if name.endswith("fc2.weight") else changed[:, 0]
+            assert kind in ("fc1", "fc2")
+            assert set(units.tolist()) == set(planted.neurons[int(block)])
+    tower = find_tower(model)
+    outlier = outliers_of(tower, photos)
+    assert outlier[9].float().mean() > 0.01
+    with planted.silenced(model):
+        assert outliers_of(tower, photos).sum((1, 2)).max() < 0.05 * outlier.sum((1, 2)).max()
+    with testreg.patched(model, planted.neurons):
+        assert outliers_of(tower, photos).sum((1, 2)).max() < 0.05 * outlier.sum((1, 2)).max()
+
+
+def test_mechanisms_need_blocks(photos):
+    with pytest.raises(ValueError, match="needs 8 blocks"):
+        plant(fresh("timm_vit"), photos, mechanism="spread")
+    with pytest.raises(ValueError, match="12 blocks"):
+        plant_into(fresh("timm_vit"), photos)

@@ -1,0 +1,198 @@
+"""Where neurons are set: the MLPs of a model, what they see, and how a neuron is given weights by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from testreg.families import Mlp, Tower, find_part, find_tower
+from testreg.measure.hooks import recording_inputs, recording_outputs
+
+ACTIVATION = 4.0  # of a neuron of gain 1 at the outliers, on average
+SILENT = -10.0  # a bias with which a neuron never fires
+BATCH = 64  # images of a forward
+
+Neuron = tuple[int, int]
+
+
+class Parts(NamedTuple):
+    """Where a family's blocks keep what planting writes to, as dotted names: the first that exists, where several."""
+
+    fc1: tuple[str, ...]
+    query_key: tuple[str, ...]
+    """One packed weight (3C, C), or the weights of query and key."""
+    num_heads: tuple[str, ...]
+
+
+_TIMM = Parts(("mlp.fc1",), ("attn.qkv.weight",), ("attn.num_heads",))
+_CLIP = Parts(("mlp.fc1",), ("self_attn.q_proj.weight", "self_attn.k_proj.weight"), ("self_attn.num_heads",))
+_VIT = Parts(
+    ("mlp.fc1", "intermediate.dense"),  # the latter, here and below, in transformers 4
+    (
+        *("attention.q_proj.weight", "attention.k_proj.weight"),
+        *("attention.attention.query.weight", "attention.attention.key.weight"),
+    ),
+    (
+        *("attention.num_attention_heads", "attention.num_heads"),
+        "attention.attention.num_attention_heads",
+    ),
+)
+PARTS = {
+    "timm VisionTransformer": _TIMM,
+    "timm Eva": _TIMM,
+    "transformers ViT": _VIT,
+    "transformers DeiT": _VIT,
+    "transformers Dinov2": _VIT,
+    "transformers Dinov2WithRegisters": _VIT,
+    "transformers DINOv3ViT": _VIT._replace(fc1=("mlp.up_proj",)),
+    "transformers CLIP": _CLIP,
+    "transformers SigLIP": _CLIP,
+    "open_clip VisionTransformer": Parts(("mlp.c_fc",), ("attn.in_proj_weight",), ("attn.num_heads",)),
+    "torchvision VisionTransformer": Parts(
+        ("mlp.0",), ("self_attention.in_proj_weight",), ("self_attention.num_heads",)
+    ),
+}
+"""By the name of the family."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one forward of the images showed, of their patches. L blocks, K directions."""
+
+    inputs: list[Tensor]
+    """Of the MLP of each block, (B, N, C)."""
+    prefix: list[Tensor]
+    """How the prefix tokens differ there from the patches, in the mean over the images (P, C)."""
+    norms: Tensor
+    """Behind each block, (L, B, N)."""
+    along: Tensor
+    """What a patch behind each block has of each direction, (L, B, N, K)."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A model that neurons are planted into, and the images that set their thresholds."""
+
+    tower: Tower
+    parts: Parts
+    mlps: list[Mlp]
+    fc1: list[nn.Linear]
+    images: Tensor
+
+    @classmethod
+    def of(cls, model: nn.Module, images: Tensor) -> Site:
+        """Raises ValueError for a family that `PARTS` does not list, and an MLP without a first linear of the hidden
+        width (SwiGLU)."""
+        tower = find_tower(model)
+        if tower.family.name not in PARTS:
+            raise ValueError(f"planting does not know {tower.family.name}: it needs a row in PARTS")
+        parts = PARTS[tower.family.name]
+        linears = [find_part(block.module, parts.fc1) for block in tower.blocks]
+        mlps = [block.mlps[0] for block in tower.blocks]
+        for block, fc1, mlp in zip(tower.blocks, linears, mlps, strict=True):
+            if fc1 is None or fc1.out_features != tower.mlp_width or mlp.module is None:
+                raise ValueError(f"planting needs a plain MLP, which {type(block.module).__name__} has not")
+        return cls(tower, parts, mlps, linears, images)
+
+    @property
+    def width(self) -> int:
+        """C, of the residual stream."""
+        return len(self.mlps[0].columns)
+
+    def set(
+        self,
+        neuron: tuple[int, int],
+        reads: Tensor | float = 0.0,
+        bias: Tensor | float = SILENT,
+        writes: Tensor | float = 0.0,
+    ) -> None:
+        """Make a neuron the activation of reads @ input + bias, that adds so many times `writes` to the stream."""
+        block, unit = neuron
+        self.fc1[block].weight[unit] = reads
+        self.fc1[block].bias[unit] = bias
+        scale = self.mlps[block].scale
+        self.mlps[block].columns[:, unit] = writes if scale is None else writes / scale
+
+    @torch.no_grad()
+    def look(self, directions: Sequence[Tensor] = ()) -> Seen:
+        """Run the images, with the neurons that are planted so far."""
+        tower = self.tower
+        basis = torch.stack(list(directions), -1) if directions else torch.zeros(self.width, 0)  # (C, K)
+        inputs: list[list[Tensor]] = [[] for _ in self.mlps]
+        norms: list[list[Tensor]] = [[] for _ in self.mlps]
+        along: list[list[Tensor]] = [[] for _ in self.mlps]
+
+        def record_input(index: int, tokens: Tensor) -> None:
+            inputs[index].append(tower.batch_first(tokens).float())
+
+        def record_output(index: int, tokens: Tensor) -> None:
+            patches = tower.batch_first(tokens)[:, tower.num_prefix :].float()
+            norms[index].append(patches.norm(dim=-1))
+            along[index].append(patches @ basis)
+
+        modules = [mlp.module for mlp in self.mlps if mlp.module is not None]
+        with (
+            recording_inputs(modules, record_input),
+            recording_outputs([block.module for block in tower.blocks], record_output),
+        ):
+            for batch in self.images.split(BATCH):
+                tower.run(batch)
+        tokens = [torch.cat(each) for each in inputs]
+        return Seen(
+            [each[:, tower.num_prefix :] for each in tokens],
+            [each[:, : tower.num_prefix].mean(0) - each[:, tower.num_prefix :].mean((0, 1)) for each in tokens],
+            torch.stack([torch.cat(each) for each in norms]),
+            torch.stack([torch.cat(each) for each in along]),
+        )
+
+
+@contextmanager
+def silenced(tower: Tower, neurons: Mapping[int, Sequence[int]]) -> Iterator[None]:
+    """Within the context, neurons {block: [units]} write nothing."""
+    with torch.no_grad():
+        kept = [(tower.blocks[block].mlps[0].columns, list(units)) for block, units in neurons.items()]
+        values = [columns[:, units].clone() for columns, units in kept]
+        for columns, units in kept:
+            columns[:, units] = 0.0
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for (columns, units), value in zip(kept, values, strict=True):
+                columns[:, units] = value
+
+
+def by_block(neurons: Iterable[Neuron]) -> dict[int, list[int]]:
+    """Neurons as {block: [units]}."""
+    units: dict[int, list[int]] = {}
+    for block, unit in neurons:
+        units.setdefault(block, []).append(unit)
+    return units
+
+
+def threshold(values: Tensor, fraction: float, one_image_of: int = 1) -> Tensor:
+    """Of values (B, N), what a fraction of the patches exceeds; or as many patches, in one image of so many."""
+    if one_image_of == 1:
+        return values.flatten().quantile(1 - fraction)
+    largest = values.topk(max(1, round(fraction * values.shape[1])), dim=1).values[:, -1]
+    return largest.quantile(1 - 1 / one_image_of)
+
+
+def detector(values: Tensor, reads: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights and bias of a neuron that fires where the values, which `reads` reads, exceed a threshold.
+
+    There its activation is ACTIVATION on average.
+    """
+    steepness = ACTIVATION / (values[values > threshold].mean() - threshold)
+    return steepness * reads, -steepness * threshold
+
+
+def without(reads: Tensor, tokens: Tensor) -> Tensor:
+    """The part of directions (C,) or (C, k) that tokens (n, C) have nothing of."""
+    basis = torch.linalg.qr(tokens.T).Q  # (C, n)
+    return reads - basis @ (basis.T @ reads)
