@@ -281,7 +281,7 @@ class RegisterNeurons:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RegisterNeurons:
-        """Read a neuron JSON, a bundled list by its name (`testreg.bundled`), or one of the Hub: "hf:ORGANISATION/NAME".
+        """Read a neuron JSON, a bundled list by its name (`testreg.bundled`), or a list of the Hub: "hf:ORG/NAME".
 
         What has no folder and no suffix .json, and is no file, is the name of a bundled list.
 
@@ -533,7 +533,7 @@ def resolve(neurons: AnyNeurons, model: nn.Module) -> RegisterNeurons:
         return _of_checkpoint(model)
     if not isinstance(neurons, str | os.PathLike):
         raise TypeError(
-            "neurons must be a RegisterNeurons, a path, a bundled name, hf:ORGANISATION/NAME, {layer: [units]} or None, "
+            "neurons must be a RegisterNeurons, a path, a bundled name, hf:ORG/NAME, {layer: [units]} or None, "
             f"got {type(neurons).__name__}"
         )
     return RegisterNeurons.load(neurons)

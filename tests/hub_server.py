@@ -108,9 +108,7 @@ def serving() -> Iterator[Hub]:
                 name = f"{asked['organization']}/{asked['name']}"
                 is_new = name not in hub.files
                 hub.files.setdefault(name, {})
-                is_private = (
-                    asked.get("private") or asked.get("visibility") == "private"
-                )  # older releases say the former
+                is_private = asked.get("private") or asked.get("visibility") == "private"  # older, newer
                 hub.private |= {name} if is_private else set()
                 self.answer({"url": f"{hub.address}/{name}"}, 200 if is_new else 409)
             elif (repository := self.repository()) is None:

@@ -45,7 +45,7 @@ def fetch_file(name: str, file: str, revision: str | None = None) -> Path:
 
 
 def fetch_checkpoint(name: str) -> Path:
-    """The folder, in huggingface_hub's cache, with the files of a checkpoint that are no code; raises as `fetch_file`."""
+    """The folder in huggingface_hub's cache with those files of a checkpoint that are no code; raises as `fetch_file`."""
     from huggingface_hub import snapshot_download
 
     check_name(name)
@@ -115,8 +115,8 @@ def _explained(what: str) -> Iterator[None]:
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"{what}: there is no such repository on the Hugging Face Hub, or it is private. Check the name, and log in "
-            "(`hf auth login`, or HF_TOKEN) if it is yours"
+            f"{what}: there is no such repository on the Hugging Face Hub, or it is private. Check the name, and log "
+            "in (`hf auth login`, or HF_TOKEN) if it is yours"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(f"{what}: it has no such revision. Check the branch, tag or commit") from error

@@ -138,8 +138,9 @@ def save(
             (`load_model` notes it) and not exactly one of open_clip's configs fits.
         model_args: for timm, arguments of `timm.create_model` that it did not record (before 1.0.31 it recorded none).
         processor: for transformers, the image processor: written too, so that `load_model` can load the folder.
-        push_to_hub: ORGANISATION/NAME of a repository on the Hugging Face Hub. The files are put there too, with a model
-            card, so that `load` takes its name; it is made if there is none. You must be logged in (`hf auth login`).
+        push_to_hub: ORGANISATION/NAME of a repository on the Hugging Face Hub. The files are put there too, with a
+            model card, so that `load` takes its name; it is made if there is none. You must be logged in
+            (`hf auth login`).
 
     Raises:
         ValueError: the model is not patched, or its library could not rebuild it from what it would write.
