@@ -45,7 +45,7 @@ def fetch_file(name: str, file: str, revision: str | None = None) -> Path:
 
 
 def fetch_checkpoint(name: str) -> Path:
-    """The folder in huggingface_hub's cache with those files of a checkpoint that are no code; raises as `fetch_file`."""
+    """The folder in the cache with those files of a checkpoint that are no code; raises as `fetch_file`."""
     from huggingface_hub import snapshot_download
 
     check_name(name)
