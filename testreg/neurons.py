@@ -6,7 +6,7 @@ import json
 import math
 import operator
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,7 +103,7 @@ class RegisterNeurons:
                     raise ValueError(
                         f"the score of layer {shown(block)}, unit {shown(unit)} is {shown(score)}, not a finite number"
                     )
-                if score > last:
+                if score > last and not self.calibration.get("rounds"):  # each round ranks anew
                     raise ValueError(
                         f"the ranking is not sorted: layer {shown(block)}, unit {shown(unit)} scores {score:g}, "
                         f"the one before it {last:g}"
@@ -347,6 +347,11 @@ class RegisterNeurons:
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
         return replace(cls.from_json(data, source=source), source=source)
+
+
+def unscored(neurons: Iterable[Neuron]) -> RegisterNeurons:
+    """A list of all these neurons, in any order."""
+    return RegisterNeurons(tuple((block, unit, None) for block, unit, _ in neurons))
 
 
 def _with_new_names(value: Any) -> Any:

@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import itertools
 import json
+import logging
 import os
 import re
 import runpy
@@ -13,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -27,6 +29,8 @@ from torchvision.transforms.v2 import functional as tv
 
 import testreg
 from testreg.cli import calibrate, main, show
+from testreg.cli.running import Run
+from testreg.patching.notices import warn_of_unverified
 
 records = pytest.mark.skipif(not TIMM_RECORDS, reason="this timm cannot rebuild a model of unusual size")
 
@@ -501,3 +505,155 @@ def test_the_demo_model_is_a_model_like_others(folder, tmp_path, capsys):
     assert main(["show", "demo", photo, "-o", str(tmp_path / "picture.png")]) == 0
     assert main(["apply", "demo", "-o", str(tmp_path / "patched")]) == 0
     assert testreg.is_patched(testreg.load(tmp_path / "patched"))
+
+
+# What all commands have in common -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def commands(folder, calibrated, tmp_path):
+    """Each command, on the small models, with what is left of its output with -q."""
+    model, photos, photo = (str(folder / name) for name in ("model", "photos", "photos/00.png"))
+    neurons, picture, patched = (str(tmp_path / name) for name in ("n.json", "p.png", "patched"))
+    calibrating = ["calibrate", model, "--images", photos, "-o", neurons, "--top-k", "4", "--num-images", "60"]
+    return {
+        "list": (["list"], "\n".join(testreg.bundled())),
+        "diagnose": (["diagnose", model, "--images", photos, "--num-images", "20"], "outliers from block 2 (MLP), "),
+        "calibrate": (calibrating, f"{neurons}: 4 register neurons, and the ranking they are from"),
+        "apply": (["apply", model, "--neurons", str(calibrated), "-o", patched], f"{patched}: patched checkpoint of"),
+        "show": (["show", model, photo, "--neurons", str(calibrated), "-o", picture], f"picture:    {picture}"),
+    }
+
+
+COMMANDS = ("list", "diagnose", "calibrate", pytest.param("apply", marks=records), "show")
+RESULTS = {
+    "list": lambda found: {each["name"] for each in found} == set(testreg.bundled()),
+    "diagnose": lambda found: found["kind"] == "movable",
+    "calibrate": lambda found: list(found["neurons"]) == ["2"] and found["calibration"]["seed"] == 0,
+    "apply": lambda found: list(found["neurons"]) == ["2"] and Path(found["output"]).is_dir(),
+    "show": lambda found: (
+        found["block"] in (2, 3) and found["after"].keys() == found["before"].keys() > {"max_over_median"}
+    ),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_quiet_shows_the_result_alone(command, commands, capsys):
+    arguments, result = commands[command]
+    assert main([*arguments, "-q"]) in (0, 5)
+    said = capsys.readouterr()
+    assert said.out.startswith(result)
+    assert said.out.count("\n") == result.count("\n") + 1
+    assert said.err == ""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_result_is_json_if_asked(command, commands, tmp_path, capsys):
+    arguments, _ = commands[command]
+    file = tmp_path / "result.json"
+    to_output = command in ("list", "show")
+    assert main([*arguments, "--json", "-" if to_output else str(file)]) in (0, 5)
+    out = capsys.readouterr().out
+    assert RESULTS[command](json.loads(out if to_output else file.read_text()))
+    assert to_output or "{" not in out
+
+
+def test_without_a_terminal_a_line_says_what_is_under_way(commands, tmp_path, capsys):
+    arguments, _ = commands["calibrate"]
+    report = tmp_path / "r.html"
+    assert main([*arguments, "--report", str(report)]) in (0, 5)
+    lines = capsys.readouterr().err.splitlines()
+    phases = ["testreg: diagnosing", "testreg: ranking", "testreg: measuring for the report"]
+    assert [line.partition(",")[0] for line in lines] == phases
+    assert "testreg.patch(model, " in report.read_text()
+
+
+def test_the_dtype_is_that_of_the_model(commands, monkeypatch, capsys):
+    seen = []
+    real = importlib.import_module("testreg.measure.diagnose").diagnose
+    monkeypatch.setattr(
+        sys.modules["testreg.measure.diagnose"],
+        "diagnose",
+        lambda model, *args, **options: seen.append(next(model.parameters()).dtype) or real(model, *args, **options),
+    )
+    arguments, _ = commands["diagnose"]
+    assert main([*arguments, "--dtype", "bfloat16", "-q"]) == 0
+    assert seen == [torch.bfloat16]
+
+
+def test_diagnose_writes_a_page(commands, tmp_path, capsys):
+    arguments, _ = commands["diagnose"]
+    report = tmp_path / "d.html"
+    assert main([*arguments, "--report", str(report)]) == 0
+    assert "<h1>Outliers from block 2 (MLP)" in report.read_text()
+    assert f"testreg {' '.join(arguments)}" in report.read_text()
+    said = capsys.readouterr()
+    assert said.out.endswith(f"{report}\n")
+    assert said.err == "testreg: diagnosing, up to 20 images\ntestreg: measuring for the report\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["calibrate", "m", "--images", "{photos}", "-o", "{tmp}/n.txt"], "name a .json file"),
+        (["calibrate", "m", "--images", "{photos}", "-o", "{tmp}/n.json", "--report", "{tmp}/r.pdf"], ".html or .htm"),
+        (["diagnose", "m", "--images", "{photos}", "--report", "{tmp}/r.txt"], "name a .html or .htm file"),
+        (["show", "m", "{photos}", "-o", "{tmp}/p.jpeg2"], "pictures are"),
+        (["list", "--json", "{tmp}/none/list.json"], "there is no folder"),
+        (["apply", "m", "-o", "{tmp}/a", "--json", "{photos}"], "is a folder: name a file"),
+    ],
+)
+def test_outputs_are_checked_before_the_work(arguments, message, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("testreg.io.loading.load_model", lambda *args, **options: pytest.fail("a model was loaded"))
+    assert main([argument.format(photos=folder / "photos", tmp=tmp_path) for argument in arguments]) == 1
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bare_name_of_the_hub_is_understood(folder, capsys):
+    assert main(["diagnose", "facebook/dinov2-small", "--images", str(folder / "photos")]) == 1
+    assert "did you mean hf:facebook/dinov2-small?" in capsys.readouterr().err
+
+
+def test_libraries_are_heard_only_with_verbose(monkeypatch, capsys):
+    """The first command that anything is done by: what a library does, and what testreg itself warns of."""
+
+    def bundled():
+        warnings.warn("of a library", stacklevel=1)
+        logging.getLogger("timm").warning("logged by a library")
+        logging.getLogger("testreg").info("logged by testreg")
+        with pytest.warns(testreg.UnverifiedNeuronsWarning) if "-v" in given else contextlib.nullcontext():
+            warn_of_unverified(testreg.RegisterNeurons(((1, 2, None),), source="here"))
+        print("bars", os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"))
+        return {}
+
+    monkeypatch.setattr("testreg.neurons.bundled", bundled)
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    given = ["list"]
+    assert main(given) == 0
+    said = capsys.readouterr()
+    assert said.err.startswith("testreg: warning: the register neurons of here are not verified")
+    assert said.err.count("\n") == 1
+    assert said.out.startswith("bars 1\n")
+    given = ["list", "-v"]
+    with pytest.warns(UserWarning, match="of a library"):
+        assert main(given) == 0
+    said = capsys.readouterr()
+    assert "testreg: logged by testreg" in said.err
+    assert said.out.startswith("bars None\n")
+    assert "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ
+
+
+@pytest.mark.parametrize(("typed", "completed"), [("cal", "calibrate"), ("diagnose --dt", "--dtype")])
+def test_shells_complete_commands_and_options(typed, completed):
+    words = f"testreg {typed}"
+    environment = {"_TESTREG_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    assert run(env={**os.environ, **environment}).stdout.split() == [completed]
+
+
+def test_another_process_says_nothing_of_its_phases(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with Run((), False, False, None, False).phase("measuring"):
+        pass
+    assert capsys.readouterr().err == ""

@@ -1,6 +1,7 @@
 """The house: imports run one way, and the command line starts at once."""
 
 import ast
+import importlib.metadata
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -58,12 +59,18 @@ def test_the_top_of_the_package_is_short() -> None:
     assert len([path for path in PACKAGE.iterdir() if path.is_file()]) <= 10
 
 
-@pytest.mark.parametrize("arguments", [["-c", "import testreg"], ["-m", "testreg", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["-c", "import testreg"], ["-m", "testreg", "--help"], ["-m", "testreg", "calibrate", "--help"]]
+)
 def test_starting_does_not_import_torch(arguments: list[str]) -> None:
     run = subprocess.run([sys.executable, "-X", "importtime", *arguments], capture_output=True, text=True, check=True)
     modules = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines()}
     assert any(module.startswith("testreg") for module in modules)
     assert not {"torch", "huggingface_hub"} & modules
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert testreg.__version__ == importlib.metadata.version("testreg")
 
 
 def test_every_public_name_is_there() -> None:

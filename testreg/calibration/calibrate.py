@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
@@ -23,7 +22,7 @@ from testreg.calibration.evaluation import Effect, Evaluator, worst_of
 from testreg.calibration.options import Head, Options
 from testreg.calibration.result import Checks, Choice, facts_before_ranking, result
 from testreg.calibration.resume import State
-from testreg.calibration.selection import MAX_MEASUREMENTS, MAX_NEURONS, Selection, select
+from testreg.calibration.selection import MAX_MEASUREMENTS, MAX_NEURONS, Candidates, select
 from testreg.calibration.view import CHUNK, View, evaluating, mean_scores, stability_of, views_of
 from testreg.io.images import Images
 from testreg.io.preprocessing import Transform
@@ -31,7 +30,7 @@ from testreg.io.processes import gathered
 from testreg.io.progress import progress_bar
 from testreg.measure.diagnosis import Diagnosis
 from testreg.measure.outliers import Detection, OutlierRule
-from testreg.measure.ranking import Score, Statistics, best
+from testreg.measure.ranking import SELECTIVE, Score, best, selectivity
 from testreg.neurons import Neuron, RegisterNeurons
 
 NEGLIGIBLE = 0.01  # neurons that score less than this share of the best are not measured
@@ -47,7 +46,7 @@ def calibrate(
     threshold: float | None = None,
     rule: OutlierRule | None = None,
     max_block: int | None = None,
-    score: Score = "contribution",
+    score: Score = "attribution",
     sparsity_filter: bool = False,
     top_k: int | None = None,
     target: float = 0.05,
@@ -97,9 +96,10 @@ def calibrate(
         head: model, images (B, 3, h, w) -> scores (B, classes), such as `lambda model, images: model(images)`: how
             often it agrees with itself without registers is measured. The images are on the model's device and in its
             dtype.
-        held_out: at most so many images, and at most every other one, are put aside: the first `NUM_CHOOSING` for
-            choosing, the others for verifying. If these are fewer than `MIN_VERIFYING`, all are for both, and the list
-            does not count as verified. With 0 nothing is measured, and `top_k` must be given.
+        held_out: at most so many images, and at most every other one, are put aside: `NUM_CHOOSING` for choosing, the
+            others for verifying, with a like share of the outliers each. If the latter would be fewer than
+            `MIN_VERIFYING`, all are for both, and the list does not count as verified. With 0 nothing is measured, and
+            `top_k` must be given.
         stability: ranking ends when the rankings by two halves of the images have this share of the best neurons in
             common; None reads all images.
         resume: a safetensors file for the state of the ranking, which goes on from there if the file exists. With
@@ -148,8 +148,9 @@ def calibrate(
             view.split()
         found = _detect(views, options)
         _rank(views, found, options, out_of_time)
-        choice = _choose(views, found, options, out_of_time)
-        checks = _verify(views, choice, options)
+        evaluators = [view.evaluators() for view in views] if options.held_out else []
+        choice = _choose(views, found, [choosing for choosing, _ in evaluators], options, out_of_time)
+        checks = _verify(views, choice, [verifying for _, verifying in evaluators], options)
     return result(views, found, choice, checks, options)
 
 
@@ -181,8 +182,9 @@ def _detect(views: Sequence[View], options: Options) -> View:
             view.diagnosis, view.ignored = with_fixed, frozenset()
             outliers = view.diagnosis.outliers
         if outliers is not None and (outliers.kind == "movable" or options.insists):
-            view.detection = Detection(options.outlier_rule, outliers.block, view.ignored)
             view.onset = outliers.onset_block
+            onset = view.onset if options.block is None else None
+            view.detection = Detection(options.outlier_rule, outliers.block, view.ignored, onset)
             found.append(view)
     if not found:
         raise _nothing_to_move(of_all, options)
@@ -222,7 +224,7 @@ def _rank(views: Sequence[View], found: View, options: Options, out_of_time: Cal
         return all(gathered(all(view.next is None for view in views)))
 
     def is_stable() -> bool:
-        if options.stability is None or done <= views[0].end_of_first:
+        if options.stability is None:
             return False
         return stability_of(views, options.score, _last_blocks(found, options)[0])[0] >= options.stability
 
@@ -238,74 +240,63 @@ def _rank(views: Sequence[View], found: View, options: Options, out_of_time: Cal
 
 
 def _last_blocks(found: View, options: Options) -> list[int]:
-    """The blocks up to which neurons are ranked: each is tried if those before it do not lead to the target."""
+    """The block up to which neurons are ranked in the first round, and in all others."""
     if options.max_block is not None:
-        return [options.max_block]
-    return sorted({found.onset, found.detection.block})
+        return [options.max_block] * 2
+    if options.score == "attribution":  # it tells causes from what fires at outliers because of them
+        return [max(found.detection.block, *found.blocks_with_outliers)] * 2
+    return [found.onset, found.detection.block]
 
 
 # Choose ---------------------------------------------------------------------------------------------------------------
 
 
-def _choose(views: Sequence[View], found: View, options: Options, out_of_time: Callable[[], bool]) -> Choice:
+def _choose(
+    views: Sequence[View],
+    found: View,
+    evaluators: Sequence[Evaluator],
+    options: Options,
+    out_of_time: Callable[[], bool],
+) -> Choice:
     """As many of the best neurons as the user says, or the fewest with which the target is met, or nearly so."""
-    combined = mean_scores(views, options.score, Statistics.total)
-    lasts = _last_blocks(found, options)
-    count = max(MIN_RANKED, 10 * (options.top_k or 0))
-    rankings = {last: best(combined, last, count) for last in lasts}
-    if not all(rankings.values()):
+    first_last, later_last = _last_blocks(found, options)
+    combined = mean_scores(views, options.score, [view.statistics.total() for view in views])
+    ranking = best(combined, first_last, max(MIN_RANKED, 10 * (options.top_k or 0)))
+    if not ranking:
         raise ImmovableOutliersError(
-            f"{found.diagnosis.verdict}, but no neuron of the blocks up to {lasts[0]} has a positive score"
+            f"{found.diagnosis.verdict}, but no neuron of the blocks up to {first_last} has a positive score"
         )
     if options.top_k is not None:
-        ranking = rankings[lasts[0]]
-        return Choice(ranking[: options.top_k], ranking, lasts[0], None)
-    selections: dict[int, Selection] = {}
-    evaluators = _evaluators(views, "choosing", options)
+        return Choice(ranking[: options.top_k], ranking, first_last, None)
     with progress_bar("choosing", MAX_MEASUREMENTS, options.progress, unit="set") as bar:
 
         def measure(neurons: Sequence[Neuron]) -> Effect:
             bar.update()
             return worst_of([each.effect(neurons) for each in evaluators])
 
-        for last in lasts:
-            candidates = best(combined, last, MAX_NEURONS, at_least=NEGLIGIBLE)
-            selections[last] = select(
-                candidates, measure, target=options.target, max_change=options.max_change, out_of_time=out_of_time
-            )
-            if selections[last].effect.remaining <= options.target:
-                break
-    last = min(selections, key=lambda each: max(selections[each].effect.remaining, options.target))
-    return Choice(selections[last].neurons, rankings[last], last, selections[last])
+        def rank(moved: Sequence[Neuron]) -> Candidates:
+            found = [view.statistics_with(moved) if moved else view.statistics.total() for view in views]
+            scores = mean_scores(views, options.score, found)
+            last = later_last if moved else first_last
+            candidates = best(scores, last, MAX_NEURONS, at_least=NEGLIGIBLE, without=moved)
+            is_selective = torch.stack([selectivity(each) for each in found]).amin(0) >= SELECTIVE
+            return Candidates(candidates, {neuron for neuron in candidates if is_selective[neuron[:2]]})
 
-
-def _evaluators(views: Sequence[View], purpose: Literal["choosing", "verifying"], options: Options) -> list[Evaluator]:
-    return [
-        Evaluator(
-            view.model,
-            view.tower,
-            view.held_out_for(purpose),
-            view.detection,
-            view.onset,
-            batch_size=options.batch_size,
-            head=options.head,
-            seed=options.seed,
-        )
-        for view in views
-    ]
+        selection = select(rank, measure, target=options.target, max_change=options.max_change, out_of_time=out_of_time)
+    last = max(first_last, *(block for block, _, _ in selection.neurons))
+    return Choice(selection.neurons, ranking, last, selection)
 
 
 # Verify ---------------------------------------------------------------------------------------------------------------
 
 
-def _verify(views: Sequence[View], choice: Choice, options: Options) -> Checks | None:
+def _verify(views: Sequence[View], choice: Choice, evaluators: Sequence[Evaluator], options: Options) -> Checks | None:
     """Measure the chosen neurons at each image size; None if no images are held out."""
-    if not options.held_out:
+    if not evaluators:
         return None
-    evaluators = _evaluators(views, "verifying", options)
     effects = [each.effect(choice.neurons) for each in evaluators]
     return Checks(
-        evaluators,
+        list(evaluators),
         effects,
         target_met=worst_of(effects).remaining <= options.target,
         on_others=choice.selection is None or all(view.is_split for view in views),

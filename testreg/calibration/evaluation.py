@@ -6,7 +6,8 @@ gone, after every block, and whether everything else stays as it was.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 from testreg.calibration.options import Head
 from testreg.families import Tower
 from testreg.io.images import batched
-from testreg.io.processes import Sums, add, gathered, summed
+from testreg.io.processes import Sums, add, gathered, rank, summed
 from testreg.measure.hooks import recorded_norms, recorded_tokens
 from testreg.measure.outliers import MIN_FRACTION, Detection, check_finite, ignored_patches
-from testreg.neurons import Neuron, RegisterNeurons
+from testreg.neurons import Neuron, unscored
 from testreg.register import patched
 
 NORMAL_PATCHES = 64  # of an image, whose change is measured
@@ -36,9 +37,9 @@ class Effect:
     worst_block: int
     """The block, from the onset on, after which most outliers are left."""
     excess: float
-    """Excess norm that the plain model's outliers keep after the detection block, as a fraction of what they had. The
-    excess of a patch is how far its norm is above the normal one of its image (median + 5 robust sigma), over the
-    latter. Unlike a count, it tells whether neurons were left out that matter."""
+    """Excess norm that the plain model's outliers keep, as a fraction of what they had, after the block from the onset
+    on where that is most. The excess of a patch is how far its norm is above the normal one of its image (median + 5
+    robust sigma), over the latter. Unlike a count, it tells whether neurons were left out that matter."""
     change_pooled: float
     """1 - cosine between the last block's CLS tokens without and with registers, or between the means of the normal
     patches where there is no CLS. What all images have in common is subtracted first: it would hide any change."""
@@ -72,10 +73,24 @@ class Baseline:
     images: Tensor  # (B, 3, h, w)
     limit: Tensor  # (L, B, 1), norm above which a patch is an outlier
     counted: Tensor  # (N,), patches that may be outliers
-    outlier: Tensor  # (B, N), after the detection block
+    outlier: Tensor  # (L, B, N)
+    excess: Tensor  # (L, B), summed over the outliers
     sampled: Tensor  # (B, K), indices of normal patches
     features: Tensor  # (B, 1 + K, C), of the pooled token and of these, after the last block
     classes: Tensor | None  # (B,), by the user's head
+
+    def take(self, images: list[int]) -> Baseline:
+        """The same of some of the images."""
+        return Baseline(
+            images=self.images[images],
+            limit=self.limit[:, images],
+            counted=self.counted,
+            outlier=self.outlier[:, images],
+            excess=self.excess[:, images],
+            sampled=self.sampled[images],
+            features=self.features[images],
+            classes=None if self.classes is None else self.classes[images],
+        )
 
 
 class Evaluator:
@@ -110,11 +125,56 @@ class Evaluator:
         seed: int = 0,
     ) -> None:
         self.model, self.tower, self.detection, self.onset, self.head = model, tower, detection, onset, head
-        sums: Sums = {}
-        self.baselines = [self._baseline(batch, sums, seed) for batch in batched(images, batch_size)]
-        self.before = summed(sums)
         self.grid = next(grid for grid in gathered(tower.grid(images[0][None]) if images else None) if grid)
+        self._compare_with([self._baseline(batch, seed) for batch in batched(images, batch_size)])
+
+    def _compare_with(self, baselines: Sequence[Baseline]) -> None:
+        self.baselines = baselines
+        sums: Sums = {}
+        for plain in baselines:
+            pooled, patches = plain.features[:, 0], plain.features[:, 1:].flatten(0, 1)
+            add(
+                sums,
+                {
+                    "outliers": plain.outlier.sum((1, 2)),
+                    "patches": torch.tensor(plain.outlier[0].numel()),
+                    "excess": plain.excess.sum(1),
+                    "features": torch.stack([pooled.sum(0), patches.sum(0)]),
+                    "count": torch.tensor([len(pooled), len(patches)]),
+                },
+            )
+        self.before = summed(sums)
         self.centre = self.before["features"] / self.before["count"].unsqueeze(-1)  # (2, C), of pooled and patches
+
+    def split(self, number: int) -> tuple[Evaluator, Evaluator]:
+        """Two evaluators, of `number` of the images and of the others, which have a like share of the outliers.
+
+        Images take turns by how many outliers they have, those after each block from the onset on weighing alike.
+        """
+        of_all = self.before["outliers"][self.onset :].clamp(min=1)  # (L',)
+        shares = [(plain.outlier.sum(-1)[self.onset :].T.cpu() / of_all).sum(-1) for plain in self.baselines]
+        mine = torch.cat(shares).tolist() if shares else []
+        ranked = sorted(
+            (-share, image, process)
+            for process, of_process in enumerate(gathered(mine))
+            for image, share in enumerate(of_process)
+        )
+        every = len(ranked) / number
+        first = {ranked[int(turn * every)][1:] for turn in range(number)}
+        parts = []
+        for is_first in (True, False):
+            part = copy.copy(self)
+            part._compare_with(list(self._of_images([((i, rank()) in first) == is_first for i in range(len(mine))])))
+            parts.append(part)
+        return parts[0], parts[1]
+
+    def _of_images(self, wanted: Sequence[bool]) -> Iterator[Baseline]:
+        start = 0
+        for plain in self.baselines:
+            end = start + len(plain.images)
+            if images := [i for i, keep in enumerate(wanted[start:end]) if keep]:
+                yield plain.take(images)
+            start = end
 
     @property
     def num_images(self) -> int:
@@ -128,18 +188,19 @@ class Evaluator:
     def effect(self, neurons: Sequence[Neuron]) -> Effect:
         """What moving these neurons to a register does."""
         sums: Sums = {}
-        with patched(self.model, RegisterNeurons(tuple(neurons))):
+        with patched(self.model, unscored(neurons)):
             for baseline in self.baselines:
                 self._compare(baseline, sums)
         after, before = summed(sums), self.before
-        remaining = after["outliers"] / before["outliers"].clamp(min=MIN_FRACTION * float(before["patches"]))
-        remaining = remaining[self.onset :]
+        least = MIN_FRACTION * float(before["patches"])  # what is as good as none, divided by, means nothing
+        remaining = (after["outliers"] / before["outliers"].clamp(min=least))[self.onset :]
+        excess = (after["excess"] / before["excess"].clamp(min=least))[self.onset :]
         cosine = after["cosine"] / before["count"]
         return Effect(
             neurons=len(neurons),
             remaining=float(remaining.max()),
             worst_block=self.onset + int(remaining.argmax()),
-            excess=float(after["excess"] / before["excess"].clamp(min=1e-12)),
+            excess=float(excess.max()),
             change_pooled=1 - float(cosine[0]),
             change_patches=1 - float(cosine[1]),
             agreement=float(after["agreed"] / before["count"][0]) if "agreed" in after else None,
@@ -162,37 +223,26 @@ class Evaluator:
         classes = None if self.head is None else _classes(scores, len(images))
         return norms[..., patches], last[0][:, : patches.stop].float(), classes
 
-    def _baseline(self, images: Tensor, sums: Sums, seed: int) -> Baseline:
-        """What the plain model makes of images (B, 3, h, w); its figures are added to the sums."""
+    def _baseline(self, images: Tensor, seed: int) -> Baseline:
+        """What the plain model makes of images (B, 3, h, w)."""
         norms, tokens, classes = self._run(images)
-        block, grid = self.detection.block, self.tower.grid(images)
         limit = self.detection.rule.limit(norms)
         outlier = norms > limit  # (L, B, N)
-        counted = ~ignored_patches(self.detection.ignored, grid).to(norms.device)
+        counted = ~ignored_patches(self.detection.ignored, self.tower.grid(images)).to(norms.device)
         number = min(NORMAL_PATCHES, max(1, norms.shape[-1] // 2))
         order = torch.rand(norms.shape[-1], generator=torch.Generator().manual_seed(seed)).to(norms.device)
         sampled = order.expand(len(images), -1).masked_fill(outlier.any(0), -1).topk(number).indices
-        plain = Baseline(
+        outlier = outlier & counted
+        return Baseline(
             images=images,
             limit=limit,
             counted=counted,
-            outlier=outlier[block] & counted,
+            outlier=outlier,
+            excess=self._excess(norms, outlier),
             sampled=sampled,
             features=self._features(tokens, sampled),
             classes=classes,
         )
-        pooled, patches = plain.features[:, 0], plain.features[:, 1:].flatten(0, 1)
-        add(
-            sums,
-            {
-                "outliers": (outlier & counted).sum((1, 2)),
-                "patches": torch.tensor(norms[0].numel()),
-                "excess": self._excess(norms, plain),
-                "features": torch.stack([pooled.sum(0), patches.sum(0)]),
-                "count": torch.tensor([len(pooled), len(patches)]),
-            },
-        )
-        return plain
 
     def _features(self, tokens: Tensor, sampled: Tensor) -> Tensor:
         """The pooled token and the sampled patches (B, K), as (B, 1 + K, C)."""
@@ -201,10 +251,9 @@ class Evaluator:
         pooled = tokens[:, :1] if num_prefix else patches.mean(1, keepdim=True)
         return torch.cat([pooled, patches], 1)
 
-    def _excess(self, norms: Tensor, plain: Baseline) -> Tensor:
-        """The excess (see `Effect`) in norms (L, B, N), summed over the patches that are the plain model's outliers."""
-        norms = norms[self.detection.block]
-        return (norms / self.detection.rule.normal(norms) - 1).clamp(min=0)[plain.outlier].sum()
+    def _excess(self, norms: Tensor, outlier: Tensor) -> Tensor:
+        """The excess (L, B) of norms (L, B, N), summed over the plain model's outliers (see `Effect`)."""
+        return ((norms / self.detection.rule.normal(norms) - 1).clamp(min=0) * outlier).sum(-1)
 
     def _compare(self, plain: Baseline, sums: Sums) -> None:
         """Add to the sums how the patched model differs from the plain one on a batch."""
@@ -218,7 +267,7 @@ class Evaluator:
         cosine = F.cosine_similarity(before, after, dim=-1)  # (B, 1 + K)
         added = {
             "outliers": (outlier & plain.counted).sum((1, 2)),
-            "excess": self._excess(norms, plain),
+            "excess": self._excess(norms, plain.outlier).sum(1),
             "cosine": torch.stack([cosine[:, 0].sum(), cosine[:, 1:].sum()]),
         }
         if plain.classes is not None and classes is not None:

@@ -114,7 +114,19 @@ def facts_before_ranking(found: View, options: Options) -> dict[str, Any]:
 
 
 def _facts_of_choice(selection: Selection) -> dict[str, Any]:
-    return {"curve": [asdict(effect) for effect in selection.curve], "chosen": asdict(selection.effect)}
+    return {
+        "curve": [asdict(effect) for effect in selection.curve],
+        "chosen": asdict(selection.effect),
+        "rounds": [
+            {
+                "round": number,
+                "added": [list(neuron) for neuron in each.added],
+                "curve": [asdict(effect) for effect in each.curve],
+                **asdict(each.effect),
+            }
+            for number, each in enumerate(selection.rounds, start=1)
+        ],
+    }
 
 
 def _facts_of_checks(views: Sequence[View], choice: Choice, checks: Checks, options: Options) -> dict[str, Any]:

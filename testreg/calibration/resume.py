@@ -19,7 +19,7 @@ from testreg.io.processes import gathered, rank
 from testreg.measure.ranking import Statistics
 
 FORMAT = "testreg-calibration"
-VERSION = 2  # of the sums that are saved
+VERSION = 3  # of the sums that are saved
 
 
 class State:

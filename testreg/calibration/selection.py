@@ -1,16 +1,42 @@
-"""Choose the fewest register neurons of a ranking that remove the outliers, by measuring the patched model."""
+"""Choose the register neurons by measuring the patched model: add what removes the outliers, in rounds, drop what can
+stay where it is, and complete the set with what belongs to it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from testreg.calibration.evaluation import Effect
+from testreg.measure.ranking import MATTERS
 from testreg.neurons import Neuron
 
 TOLERANCE = 0.02  # of the outliers' excess norm: sets that differ by less remove them equally well
-MAX_NEURONS = 512  # in a set that is measured; InternViT-6B needed 300
+SAME_CHANGE = 0.01  # sets whose changes of features differ by less change the same
+MAX_NEURONS = 512  # that one round adds to a set; InternViT-6B needed 300
 MAX_MEASUREMENTS = 64  # of sets of neurons, in one selection
+MAX_ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Neurons that may be added to a set, best first."""
+
+    ranking: Sequence[Neuron]
+    selective: Collection[Neuron] = ()
+    """Those that are active at outliers and hardly anywhere else. What moving them changes at other patches is then not
+    their own doing, but that of the outliers, which others look at."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """What was added to the set in one round, and what was measured to decide it."""
+
+    added: tuple[Neuron, ...]
+    effect: Effect
+    """Of all neurons that were moved by the end of the round."""
+    curve: tuple[Effect, ...]
+    """Effects of the best 1, 2, 4, ... of the round's ranking, and of the sizes between which the choice was made, each
+    with the neurons of the rounds before."""
 
 
 @dataclass(frozen=True)
@@ -19,66 +45,108 @@ class Selection:
 
     neurons: tuple[Neuron, ...]
     effect: Effect
-    curve: tuple[Effect, ...]
-    """Effects of the best 1, 2, 4, ... of the ranking, and of the sizes between which the choice was made."""
+    rounds: tuple[Round, ...]
     dropped: tuple[Neuron, ...]
-    """Neurons among the best of the ranking that have no effect on outliers."""
+    """Neurons that were added in a round, and then found to have no effect on outliers."""
+
+    @property
+    def curve(self) -> tuple[Effect, ...]:
+        """The effects that were measured while neurons were added, in all rounds, by their number."""
+        curve = (effect for each in self.rounds for effect in each.curve)
+        return tuple(sorted(curve, key=lambda effect: effect.neurons))
 
 
 def select(
-    ranking: Sequence[Neuron],
+    rank: Callable[[Sequence[Neuron]], Candidates],
     measure: Callable[[Sequence[Neuron]], Effect],
     *,
     target: float,
     max_change: float | None = None,
     out_of_time: Callable[[], bool] = lambda: False,
 ) -> Selection:
-    """The fewest neurons that remove the outliers.
+    """The fewest neurons that remove the outliers and what these do to other patches.
 
-    The best 1, 2, 4, ... of the ranking are measured until outliers are down to `target` and twice as many neurons
-    take less than `TOLERANCE` more of their excess norm; then the smallest such number is found by bisection. Last,
-    neurons that can stay where they are, all together costing less than that, are dropped: those that fire at outliers
-    without causing them.
+    1. In each round, the best 1, 2, 4, ... of a ranking are added and measured, until outliers are down to `target` and
+       twice as many take less than `TOLERANCE` more of their excess norm; then the smallest such number is found by
+       bisection. If outliers are left, what makes them was hidden by those that are gone: the patched model is ranked
+       anew, in the next round, as long as that helps.
+    2. Neurons that can stay where they are, all together costing less than that, are dropped: first those that are
+       busy elsewhere too, and then those of late blocks, which may fire at outliers without causing them.
+    3. Fewer neurons may bring all outliers under the limit, and leave some of what these did to other patches. That
+       shows in what changes if all selective candidates of any weight are moved as well. If it is more than
+       `SAME_CHANGE`, they are added, and those dropped again without which as much changes.
 
     Args:
+        rank: the neurons that are moved -> others, ranked on the model that is patched with them.
+        measure: neurons -> the effect of moving them.
         target: outliers that may be left after any block, as a fraction of those before. If no set reaches it, the one
             that comes closest is chosen.
         max_change: sets that change pooled or patch features more (1 - cosine) are not chosen.
         out_of_time: asked before each measurement but the first; the search ends when it says so, with the best so far.
 
     Raises:
-        ValueError: even the first neuron changes more than `max_change`.
+        ValueError: even the first neuron changes more than `max_change`; there are no candidates at all.
     """
-    search = _Search(ranking, measure, target, max_change, out_of_time)
-    search.grow()
-    best = search.best()
-    smallest = search.smallest(best)
-    kept, effect = search.without_idle(smallest, best)
+    search = _Search(measure, target, max_change, out_of_time)
+    while not search.rounds or search.needs_more():
+        candidates = rank(search.chosen)
+        if not candidates.ranking and not search.rounds:
+            raise ValueError("there are no candidates")
+        if not candidates.ranking or not search.add_from(candidates):
+            break
+    added = search.chosen
+    kept, effect = search.without_idle(added, search.rounds[-1].effect, same_change=False)
+    kept, effect = search.completed(kept, effect)
     return Selection(
-        neurons=tuple(kept),
+        neurons=kept,
         effect=effect,
-        curve=tuple(sorted(search.curve, key=lambda effect: effect.neurons)),
-        dropped=tuple(neuron for neuron in ranking[: smallest.neurons] if neuron not in kept),
+        rounds=tuple(search.rounds),
+        dropped=tuple(neuron for neuron in added if neuron not in kept),
     )
+
+
+def changes_the_same(one: Effect, other: Effect) -> bool:
+    """Whether two sets of neurons change features by the same amount, but for the tolerance."""
+    return (
+        abs(one.change_pooled - other.change_pooled) <= SAME_CHANGE
+        and abs(one.change_patches - other.change_patches) <= SAME_CHANGE
+    )
+
+
+def _score(neuron: Neuron) -> float:
+    """The score of a candidate, which has one."""
+    score = neuron[2]
+    assert score is not None
+    return score
 
 
 @dataclass
 class _Search:
-    """A search along a ranking: what was measured so far, and what is good enough."""
+    """A search in rounds: what was added and measured so far, and what is good enough."""
 
-    ranking: Sequence[Neuron]
     measure: Callable[[Sequence[Neuron]], Effect]
     target: float
     max_change: float | None
     out_of_time: Callable[[], bool]
-    curve: list[Effect] = field(default_factory=list)
-    """Effects of several numbers of the best neurons, in the order in which they were measured."""
+    rounds: list[Round] = field(default_factory=list)
+    selective: set[Neuron] = field(default_factory=set)
+    """The selective candidates of all rounds."""
+    weighty: list[Neuron] = field(default_factory=list)
+    """Those of them that score a tenth of the best or more."""
     count: int = 0
     """Measurements made."""
+
+    @property
+    def chosen(self) -> tuple[Neuron, ...]:
+        return tuple(neuron for each in self.rounds for neuron in each.added)
 
     def is_over(self) -> bool:
         """Whether nothing more may be measured."""
         return self.count >= MAX_MEASUREMENTS or self.out_of_time()
+
+    def needs_more(self) -> bool:
+        """Whether outliers are left that another round may remove."""
+        return self.rounds[-1].effect.remaining > self.target and len(self.rounds) < MAX_ROUNDS and not self.is_over()
 
     def is_allowed(self, effect: Effect) -> bool:
         """Whether features change as little as they must."""
@@ -93,56 +161,113 @@ class _Search:
         self.count += 1
         return self.measure(neurons)
 
-    def add(self, size: int) -> Effect:
-        """Measure the best `size` neurons of the ranking."""
-        self.curve.append(self.measured(self.ranking[:size]))
-        return self.curve[-1]
+    def add_from(self, candidates: Candidates) -> bool:
+        """Add the fewest of a ranking that remove the most; returns whether that helped, else nothing is added."""
+        moved, ranking = self.chosen, candidates.ranking
+        curve = _Curve(self, moved, ranking)
+        curve.grow()
+        best = curve.best()
+        if best is None:
+            return False
+        if self.rounds:
+            before = self.rounds[-1].effect
+            fewer = max(before.remaining, self.target) - max(best.remaining, self.target)
+            if fewer <= TOLERANCE and before.excess - best.excess <= TOLERANCE:
+                return False
+        effect = curve.smallest(best)
+        added = tuple(ranking[: effect.neurons - len(moved)])
+        self.rounds.append(Round(added, effect, tuple(sorted(curve.effects, key=lambda effect: effect.neurons))))
+        self.selective |= set(candidates.selective)
+        selective = [neuron for neuron in ranking if neuron in candidates.selective]
+        self.weighty += [neuron for neuron in selective if _score(neuron) >= MATTERS * _score(ranking[0])]
+        return True
+
+    def without_idle(
+        self, neurons: tuple[Neuron, ...], effect: Effect, *, same_change: bool
+    ) -> tuple[tuple[Neuron, ...], Effect]:
+        """Neurons that have this effect, less those that can stay where they are, and the effect of moving the rest.
+
+        Args:
+            same_change: whether features must change as much without them.
+        """
+        best = effect
+        kept = sorted(neurons, key=lambda neuron: (neuron not in self.selective, neuron[0]))  # stable: then by score
+        untried = [kept] if len(kept) > 1 else []
+        while untried and not self.is_over():
+            chunk = untried.pop()
+            without = [neuron for neuron in kept if neuron not in chunk]
+            found = self.measured(without) if without else None
+            if found and self.is_as_good(found, best) and (not same_change or changes_the_same(found, best)):
+                kept, effect = without, found
+            elif len(chunk) > 1:
+                untried += [chunk[: len(chunk) // 2], chunk[len(chunk) // 2 :]]  # the later half first
+        return tuple(neuron for neuron in neurons if neuron in kept), effect
+
+    def completed(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[tuple[Neuron, ...], Effect]:
+        """The neurons, which have this effect, with selective ones if these change more, and the effect of them all."""
+        taken = {neuron[:2] for neuron in neurons}
+        others = {neuron[:2]: neuron for neuron in self.weighty if neuron[:2] not in taken}
+        if not others or self.is_over():
+            return neurons, effect
+        with_others = (*neurons, *others.values())
+        found = self.measured(with_others)
+        if changes_the_same(found, effect) or not self.is_as_good(found, effect):
+            return neurons, effect
+        return self.without_idle(with_others, found, same_change=True)
+
+
+@dataclass
+class _Curve:
+    """The effects of several numbers of the best neurons of a ranking, on top of those that are moved already."""
+
+    search: _Search
+    moved: tuple[Neuron, ...]
+    ranking: Sequence[Neuron]
+    effects: list[Effect] = field(default_factory=list)
+    """In the order in which they were measured."""
+
+    def add(self, number: int) -> Effect:
+        """Measure the best `number` neurons of the ranking."""
+        self.effects.append(self.search.measured((*self.moved, *self.ranking[:number])))
+        return self.effects[-1]
 
     def bisect(self, low: int, high: int, is_enough: Callable[[Effect], bool]) -> None:
-        """Measure sizes between two, towards the first that is enough: `low` is not, `high` is."""
-        while high - low > 1 and not self.is_over():
+        """Measure numbers between two, towards the first that is enough: `low` is not, `high` is."""
+        while high - low > 1 and not self.search.is_over():
             middle = (low + high) // 2
             low, high = (low, middle) if is_enough(self.add(middle)) else (middle, high)
 
     def grow(self) -> None:
         """Measure 1, 2, 4, ... neurons, until more of them take no more away, or change too much."""
-        last = self.add(1)
-        if not self.is_allowed(last):
-            raise ValueError(
-                f"the first neuron alone changes features by {last.change:.2g}: more than max_change="
-                f"{self.max_change:g}"
-            )
-        while last.neurons < len(self.ranking) and not self.is_over():
-            before, last = last, self.add(2 * last.neurons)
-            if not self.is_allowed(last):
-                self.bisect(before.neurons, last.neurons, lambda effect: not self.is_allowed(effect))
+        number, last = 1, self.add(1)
+        if not self.search.is_allowed(last):
+            if not self.moved:
+                raise ValueError(
+                    f"the first neuron alone changes features by {last.change:.2g}: more than max_change="
+                    f"{self.search.max_change:g}"
+                )
+            return
+        while number < len(self.ranking) and not self.search.is_over():
+            low, number = number, min(2 * number, len(self.ranking))
+            before, last = last, self.add(number)
+            if not self.search.is_allowed(last):
+                self.bisect(low, number, lambda effect: not self.search.is_allowed(effect))
                 return
-            if before.remaining <= self.target and before.excess - last.excess < TOLERANCE:
+            if before.remaining <= self.search.target and before.excess - last.excess < TOLERANCE:
                 return
 
-    def best(self) -> Effect:
-        """The effect, of those measured, that comes closest to the target and leaves the least excess."""
-        allowed = filter(self.is_allowed, self.curve)
-        return min(allowed, key=lambda effect: (max(effect.remaining, self.target), effect.excess))
+    def best(self) -> Effect | None:
+        """The effect that comes closest to the target and leaves the least excess; None if none is allowed."""
+        allowed = filter(self.search.is_allowed, self.effects)
+        return min(allowed, key=lambda effect: (max(effect.remaining, self.search.target), effect.excess), default=None)
 
     def smallest(self, best: Effect) -> Effect:
-        """The effect of the fewest neurons of the ranking that are as good as the best, found by bisection."""
-        high = min(effect.neurons for effect in self.curve if self.is_as_good(effect, best))
-        low = max((effect.neurons for effect in self.curve if effect.neurons < high), default=0)
-        self.bisect(low, high, lambda effect: self.is_as_good(effect, best))
+        """The effect of the fewest neurons that are as good as the best, found by bisection."""
+        moved = len(self.moved)
+        high = min(effect.neurons for effect in self.effects if self.search.is_as_good(effect, best))
+        low = max((effect.neurons for effect in self.effects if effect.neurons < high), default=moved)
+        self.bisect(low - moved, high - moved, lambda effect: self.search.is_as_good(effect, best))
         return min(
-            (effect for effect in self.curve if self.is_as_good(effect, best)), key=lambda effect: effect.neurons
+            (effect for effect in self.effects if self.search.is_as_good(effect, best)),
+            key=lambda effect: effect.neurons,
         )
-
-    def without_idle(self, effect: Effect, best: Effect) -> tuple[list[Neuron], Effect]:
-        """The neurons with this effect, less those that can stay where they are, and the effect of moving the rest."""
-        kept = list(self.ranking[: effect.neurons])
-        untried = [kept] if len(kept) > 1 else []
-        while untried and not self.is_over():
-            chunk = untried.pop()
-            without = [neuron for neuron in kept if neuron not in chunk]
-            if without and self.is_as_good(found := self.measured(without), best):
-                kept, effect = without, found
-            elif len(chunk) > 1:
-                untried += [chunk[: len(chunk) // 2], chunk[len(chunk) // 2 :]]  # the worse half first
-        return kept, effect

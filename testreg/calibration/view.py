@@ -8,11 +8,11 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from testreg.calibration.evaluation import Evaluator
 from testreg.calibration.options import Options
 from testreg.families import Tower, find_tower, fingerprint
 from testreg.io.images import Images, ImageStream, batched
@@ -22,12 +22,14 @@ from testreg.io.progress import progress_bar
 from testreg.measure.conclusion import conclude
 from testreg.measure.diagnosis import Diagnosis
 from testreg.measure.observation import observe
-from testreg.measure.outliers import Detection
+from testreg.measure.outliers import MIN_FRACTION, Detection
 from testreg.measure.ranking import Score, Statistics, overlap, scores, statistics_of
-from testreg.register import is_patched
+from testreg.neurons import Neuron, unscored
+from testreg.register import is_patched, patched
 
 CHUNK = 64  # images between two checks of whether the ranking is stable, and between two saved states
 NUM_CHOOSING = 24  # held-out images on which sets of neurons are compared; the rest verifies the one that was chosen
+NUM_RANKED_AGAIN = 32  # of the first images, by a process, once some neurons are moved
 MIN_VERIFYING = 16  # fewer images verify nothing: one more or less of their outliers decides
 
 
@@ -60,6 +62,12 @@ class View:
         return self.tower.grid(self.first[0][1])
 
     @property
+    def blocks_with_outliers(self) -> list[int]:
+        """The blocks after which the first images have outliers enough to be fixed."""
+        blocks = enumerate(self.diagnosis.blocks)
+        return [index for index, block in blocks if block.after_mlp.outlier_fraction >= MIN_FRACTION]
+
+    @property
     def dtype(self) -> str:
         """In which the model computes."""
         return str(self.options.amp or self.tower.dtype).removeprefix("torch.")
@@ -90,12 +98,20 @@ class View:
         """Whether there are enough held-out images to choose on some and to verify on others."""
         return sum(gathered(len(self.held_out))) >= NUM_CHOOSING + MIN_VERIFYING
 
-    def held_out_for(self, purpose: Literal["choosing", "verifying"]) -> list[Tensor]:
-        """The held-out images of this process for one of the two, or for both if there are too few."""
-        if not self.is_split:
-            return [image for _, image in self.held_out]
-        chooses = purpose == "choosing"
-        return [image for number, image in self.held_out if (number < 2 * NUM_CHOOSING) == chooses]
+    def evaluators(self) -> tuple[Evaluator, Evaluator]:
+        """What measures sets of neurons on held-out images, to choose one, and to verify it: on others, if there are
+        enough images, and else on all."""
+        evaluator = Evaluator(
+            self.model,
+            self.tower,
+            [image for _, image in self.held_out],
+            self.detection,
+            self.onset,
+            batch_size=self.options.batch_size,
+            head=self.options.head,
+            seed=self.options.seed,
+        )
+        return evaluator.split(NUM_CHOOSING) if self.is_split else (evaluator, evaluator)
 
     def go_to(self, number: int) -> None:
         """Make the image with this number the next to be taken."""
@@ -122,20 +138,29 @@ class View:
         Args:
             on_images: called with the number of images after each batch.
         """
-        added = Statistics.zeros(self.tower)
+        self.statistics += functools.reduce(operator.add, gathered(self._statistics_of(numbered, on_images)))
+
+    def statistics_with(self, moved: Sequence[Neuron]) -> Statistics:
+        """The statistics of the first images of all processes once some neurons are moved, over both halves."""
+        with patched(self.model, unscored(moved)):
+            of_first = self._statistics_of(iter(self.first[:NUM_RANKED_AGAIN]), lambda count: None)
+        return functools.reduce(operator.add, gathered(of_first)).total()
+
+    def _statistics_of(self, numbered: Iterator[tuple[int, Tensor]], on_images: Callable[[int], object]) -> Statistics:
+        statistics = Statistics.zeros(self.tower)
         while batch := list(itertools.islice(numbered, self.options.batch_size)):
             (images,) = batched((image for _, image in batch), self.options.batch_size)
-            added += statistics_of(
+            statistics += statistics_of(
                 self.tower,
                 images,
                 [number for number, _ in batch],
                 self.detection,
+                score=self.options.score,
                 sparsity_filter=self.options.sparsity_filter,
-                include_prefix=self.options.score == "activation",
                 seed=self.options.seed,
             )
             on_images(len(batch))
-        self.statistics += functools.reduce(operator.add, gathered(added))
+        return statistics
 
 
 def views_of(model: nn.Module | Sequence[nn.Module], images: Images, options: Options) -> list[View]:
@@ -196,13 +221,14 @@ def held_out_images(
     return [image for number, image in first if is_held_out(number, held_out)]
 
 
-def mean_scores(views: Sequence[View], score: Score, part: Callable[[Statistics], Statistics]) -> Tensor:
-    """Scores (L, H) of the neurons by a part of the statistics: their mean over the views that show outliers."""
-    showing = [view for view in views if view.statistics.total().num_with_outliers > 0]
-    return torch.stack([scores(part(view.statistics), view.tower, score) for view in showing]).mean(0)
+def mean_scores(views: Sequence[View], score: Score, statistics: Sequence[Statistics]) -> Tensor:
+    """Scores (L, H) of the neurons by the views' statistics: their mean over the views that show outliers."""
+    pairs = list(zip(views, statistics, strict=True))
+    showing = [pair for pair in pairs if pair[1].num_with_outliers > 0] or pairs
+    return torch.stack([scores(found, view.tower, score) for view, found in showing]).mean(0)
 
 
 def stability_of(views: Sequence[View], score: Score, last: int, count: int | None = None) -> tuple[float, int]:
     """Share of the best neurons that the rankings by two halves of the images have in common, and their number."""
-    first, second = (mean_scores(views, score, functools.partial(Statistics.half, index=i)) for i in (0, 1))
+    first, second = (mean_scores(views, score, [view.statistics.half(index) for view in views]) for index in (0, 1))
     return overlap(first, second, last, count)

@@ -28,6 +28,27 @@ def recording_inputs(modules: Iterable[nn.Module], record: Callable[[int, Tensor
 
 
 @contextmanager
+def replacing_inputs(modules: Iterable[nn.Module], replace: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
+    """Within the context, the i-th module is called with `replace(i, tokens)` in place of its first argument."""
+
+    def hook_of(index: int) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            if args:
+                return (replace(index, args[0]), *args[1:]), kwargs
+            (name, tokens), *others = kwargs.items()
+            return (), {name: replace(index, tokens), **dict(others)}
+
+        return hook
+
+    with ExitStack() as stack:
+        for index, module in enumerate(modules):
+            stack.enter_context(module.register_forward_pre_hook(hook_of(index), with_kwargs=True))
+        yield
+
+
+@contextmanager
 def recording_outputs(modules: Iterable[nn.Module], record: Callable[[int, Tensor], object]) -> Iterator[None]:
     """Within the context, `record(i, tokens)` gets what the i-th module returns, or the first of several outputs."""
 

@@ -65,6 +65,13 @@ class Detection:
     block: int
     ignored: frozenset[tuple[int, int]] = frozenset()
     """Positions (row, column) that do not count: artefacts that are there whatever the image shows."""
+    onset: int | None = None
+    """The first block after which outliers count for attribution, and all behind it do; None for `block` alone."""
+
+    def counts(self, depth: int) -> Tensor:
+        """After which of the blocks (L,) outliers count for attribution."""
+        blocks = torch.arange(depth)
+        return blocks == self.block if self.onset is None else blocks >= self.onset
 
     def outliers(
         self, norms: Tensor, num_prefix: int, grid: tuple[int, int], *, include_prefix: bool = False

@@ -10,7 +10,7 @@ What is kept are sums over images: those of parts of the images, of several proc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -19,14 +19,16 @@ import torch
 from torch import Tensor
 
 from testreg.families import Block, Mlp, Tower
+from testreg.measure.attribution import attribution_of
 from testreg.measure.hooks import recorded_norms, recorded_tokens, recording_inputs
 from testreg.measure.outliers import Detection, check_finite, exactly
 from testreg.neurons import Neuron
 
-Score = Literal["contribution", "activation"]
+Score = Literal["attribution", "contribution", "activation"]
 
 NORMAL_TOKENS = 8  # sampled from each image, for comparison
 SPARSE = 0.5  # activations below it count as silent for the released code's sparsity filter
+SELECTIVE = 0.9  # of a neuron's squared activation at outliers: it does hardly anything elsewhere
 MATTERS = 0.1  # of the best score: below it, a neuron's place in the ranking is of no consequence
 
 
@@ -38,6 +40,9 @@ class Statistics:
     count alike, however many outliers they have (Algorithm 1).
     """
 
+    share: Tensor  # (S, L, H), share of the outliers' excess norm that is attributed to a neuron
+    energy_at_outliers: Tensor  # (S, L, H), squared activation at outliers
+    energy: Tensor  # (S, L, H), squared activation at all patches
     magnitude: Tensor  # (S, L, H), |activation| at outliers
     activation: Tensor  # (S, L, H), activation at outliers, with its sign
     normal_activation: Tensor  # (S, L, H), activation summed over sampled normal tokens
@@ -52,8 +57,10 @@ class Statistics:
     def zeros(cls, tower: Tower) -> Statistics:
         width = len(tower.blocks[0].mlps[0].columns)
         neurons = (2, tower.depth, tower.mlp_width)
-        shapes: dict[str, tuple[int, ...]]
-        shapes = {"magnitude": neurons, "activation": neurons, "normal_activation": neurons, "direction": (2, width)}
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(
+            ("share", "energy_at_outliers", "energy", "magnitude", "activation", "normal_activation"), neurons
+        )
+        shapes["direction"] = (2, width)
         return cls(**{each.name: torch.zeros(shapes.get(each.name, (2,))) for each in fields(cls)})
 
     def tensors(self) -> dict[str, Tensor]:
@@ -82,15 +89,20 @@ def statistics_of(
     numbers: Sequence[int],
     detection: Detection,
     *,
+    score: Score,
     sparsity_filter: bool = False,
-    include_prefix: bool = False,
     seed: int = 0,
 ) -> Statistics:
-    """The statistics of one batch (B, 3, h, w), on the CPU. The images' numbers decide on halves and normal tokens.
+    """The statistics that `score` needs of one batch (B, 3, h, w), on the CPU. The images' numbers decide on halves and
+    normal tokens.
 
     Raises:
-        ValueError: norms are not finite.
+        ValueError: norms are not finite; the model cannot be differentiated, as "attribution" needs.
     """
+    which = torch.tensor(numbers, device=tower.device) // 2 % 2
+    half = torch.stack([which == 0, which == 1]).float()  # (S, B)
+    if score == "attribution":
+        return _attribution_statistics(tower, images, half, detection)
     with (
         recorded_norms(tower) as block_norms,
         recorded_tokens(tower, detection.block) as block_tokens,
@@ -101,10 +113,9 @@ def statistics_of(
     check_finite(norms, images)
     num_prefix, patches = tower.num_prefix, tower.patches(images)
     norms, tokens = norms[..., : patches.stop], block_tokens[0][:, : patches.stop]  # (L, B, T), (B, T, C)
+    include_prefix = score == "activation"  # as in the released code
     outlier = detection.outliers(norms, num_prefix, tower.grid(images), include_prefix=include_prefix)  # (L, B, T)
     detected = outlier[detection.block]
-    which = torch.tensor(numbers, device=norms.device) // 2 % 2
-    half = torch.stack([which == 0, which == 1]).float()  # (S, B)
     per_image = detected.sum(-1)  # (B,)
 
     normal = torch.zeros_like(detected)
@@ -127,11 +138,29 @@ def statistics_of(
     with exactly(norms.device):
         statistics.direction[:] = half @ torch.einsum("bt,btc->bc", difference, tokens.float())
         statistics.num_normal[:] = half @ normal.sum(-1).float()
-        statistics.num_with_outliers[:] = half @ (per_image > 0).float()
-        statistics.num_outliers[:] = half @ detected[:, patches].sum(-1).float()
-        statistics.num_images[:] = half.sum(-1)
-        statistics.num_patches[:] = half.sum(-1) * (patches.stop - patches.start)
+    _count(statistics, half, detected[:, patches], per_image > 0)
     return statistics
+
+
+def _attribution_statistics(tower: Tower, images: Tensor, half: Tensor, detection: Detection) -> Statistics:
+    found = attribution_of(tower, images, detection)
+    outlier = detection.outliers(found.norms, tower.num_prefix, tower.grid(images))[..., tower.patches(images)]
+    counts = detection.counts(tower.depth).to(outlier.device)
+    statistics = Statistics.zeros(tower)
+    with exactly(tower.device):
+        for name in ("share", "energy_at_outliers", "energy"):
+            getattr(statistics, name)[:] = torch.einsum("sb,blh->slh", half.cpu(), getattr(found, name))
+    _count(statistics, half, outlier[detection.block], outlier[counts].any(0).any(-1))
+    return statistics
+
+
+def _count(statistics: Statistics, half: Tensor, outlier: Tensor, with_outliers: Tensor) -> None:
+    """Fill in the numbers of images and patches, from which patches (B, N) are outliers and which images (B,) count."""
+    with exactly(outlier.device):
+        statistics.num_with_outliers[:] = half @ with_outliers.float()
+        statistics.num_outliers[:] = half @ outlier.sum(-1).float()
+        statistics.num_images[:] = half.sum(-1)
+        statistics.num_patches[:] = half.sum(-1) * outlier.shape[-1]
 
 
 def _sample_normal(outlier: Tensor, numbers: Sequence[int], seed: int) -> Tensor:
@@ -197,12 +226,18 @@ def _mlp_hidden_at(mlp: Mlp, selected: Tensor) -> Tensor:
 def scores(statistics: Statistics, tower: Tower, score: Score) -> Tensor:
     """Scores (L, H) from statistics without the axis of halves.
 
+    - "attribution": what the outliers would lose of their excess norm, to first order, if the neuron behaved at them as
+      it does at normal patches, as a share of it, times the share of the neuron's squared activation that is at
+      outliers (see `testreg.measure.attribution`). It finds neurons that trigger others as well as those that write,
+      and neither those that are busy everywhere nor those that fire at outliers because of them.
     - "contribution": what the neuron adds at outliers, beyond what it adds at normal tokens, along the direction in
       which outliers differ from normal tokens, as a fraction of that difference. The shares of all that writes to the
       residual stream sum to one. Neurons that write elsewhere, or are loud everywhere, have none.
     - "activation": mean |activation| at outliers (Algorithm 1).
     """
     with_outliers, num_normal = statistics.num_with_outliers.clamp(min=1), statistics.num_normal.clamp(min=1)
+    if score == "attribution":
+        return selectivity(statistics) * statistics.share / with_outliers
     if score == "activation":
         return statistics.magnitude / with_outliers
     direction = statistics.direction / with_outliers
@@ -210,6 +245,12 @@ def scores(statistics: Statistics, tower: Tower, score: Score) -> Tensor:
         along = torch.stack([direction @ _columns(block) for block in tower.blocks])  # (L, H)
     along /= direction.square().sum().clamp(min=1e-12)
     return (statistics.activation / with_outliers - statistics.normal_activation / num_normal) * along
+
+
+def selectivity(statistics: Statistics) -> Tensor:
+    """Shares (L, H) of the neurons' squared activations that are at outliers, in images that have any; of statistics
+    for "attribution", without the axis of halves."""
+    return statistics.energy_at_outliers / statistics.energy.clamp(min=1e-12)
 
 
 def _columns(block: Block) -> Tensor:
@@ -224,12 +265,18 @@ def _columns(block: Block) -> Tensor:
     return torch.cat(columns, -1).cpu()
 
 
-def best(scores: Tensor, last: int, count: int, *, at_least: float = 0.0) -> tuple[Neuron, ...]:
+def best(
+    scores: Tensor, last: int, count: int, *, at_least: float = 0.0, without: Collection[Neuron] = ()
+) -> tuple[Neuron, ...]:
     """The best `count` neurons of the blocks up to `last`, by scores (L, H), that are positive.
 
     Args:
         at_least: leave out those with less than this fraction of the best score.
+        without: neurons that are left out, whatever they score.
     """
+    scores = scores.clone()
+    for block, unit, _ in without:
+        scores[block, unit] = 0.0
     values, order = scores[: last + 1].flatten().sort(descending=True, stable=True)
     keep = int(((values > 0) & (values >= at_least * values[0])).sum().clamp(max=count))
     width = scores.shape[1]

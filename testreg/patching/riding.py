@@ -11,8 +11,10 @@ device), the forward knows the registers (`forwards`): they are copied, and only
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,7 +55,9 @@ class Handed(_Unsaved):
         assert self.sequence is not None
         return self.layout.registers(self.sequence)
 
-    def __del__(self) -> None:
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if is_finalizing():  # modules are gone by then
+            return
         unclaimed = not self.arrived and self.sequence is not None and self.forward.index == self.index
         if unclaimed and is_running(self.forward):
             self.forward.kept = self.registers().detach()
@@ -121,7 +125,7 @@ def forward_of(
     block, or from a forward that a backward pass recomputes. `now`: whether forwards that begin have registers.
     """
     handed = _handed(tokens)
-    if handed is not None and (is_latest(handed.forward) or is_running(handed.forward)):
+    if handed is not None and handed.forward.patch is patch and _goes_on(handed.forward):
         handed.arrived = True
         return handed.forward, False
     copied = handed is None and hasattr(tokens, _HANDED)
@@ -139,6 +143,11 @@ def forward_of(
     return begin(patch, holders, now if carried is None else carried is not False, object()), carried is None
 
 
+def _goes_on(forward: Forward) -> bool:
+    """Whether the forward runs, or is the last that was abandoned, whose tokens someone takes up again."""
+    return is_latest(forward) or is_running(forward)
+
+
 def registers_for(tokens: Tensor, forward: Forward, index: int) -> Tensor | None:
     """The registers (B, R, C) of the forward, for tokens that take the place of those that a block has handed on.
 
@@ -148,7 +157,7 @@ def registers_for(tokens: Tensor, forward: Forward, index: int) -> Tensor | None
         RuntimeError: the tokens have another shape than those whose place they take.
     """
     if is_recomputing():
-        for earlier, found in _replacement(tokens).found.items():
+        for earlier, found in list(_replacement(tokens).found.items()):
             if earlier.origin is forward.origin:
                 return found
     if forward.index != index - 1:

@@ -86,7 +86,7 @@ def page(found: Diagnosis, photographs: Tensor, maps: Maps, block: int, command:
         headline=_headline(found),
         sample=f"Measured on {found.images} image{'s' * (found.images != 1)} at {value_of(found.image_size)}"
         + (", the model being patched." if found.patched else "."),
-        next=NEXT[found.kind],
+        next="The registers do their work." if found.patched and found.kind == "none" else NEXT[found.kind],
         calibrate=shlex.join(
             ["testreg", "calibrate", str(found.model["name"]), "--images", "IMAGES", "-o", "neurons.json"]
         )

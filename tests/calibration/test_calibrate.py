@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import testreg
 from testreg.calibration.calibrate import calibrate
 from testreg.calibration.errors import ImmovableOutliersError, NoOutliersError
-from testreg.calibration.view import NUM_CHOOSING, held_out_images
+from testreg.calibration.view import held_out_images
 from testreg.families import find_tower
 from testreg.measure.diagnosis import Outliers
 from testreg.measure.outliers import Detection, OutlierRule, token_norms
@@ -55,7 +55,7 @@ def test_planted_neurons_are_found_and_patching_removes_their_outliers(name, see
 
     found = calibrate(model, photos, progress=False)
     assert first(found, found.top_k) == as_set(planted.neurons)
-    assert found.calibration["max_block"] == found.calibration["onset_block"] == 2
+    assert found.calibration["onset_block"] == 2
 
     testreg.patch(model, found)
     after = token_norms(tower, photos)[..., tower.num_prefix :]
@@ -382,7 +382,7 @@ def test_ranking_ends_when_it_is_stable(planted, photos):
     many = photos.repeat(8, 1, 1, 1)  # 360
     early = calibrate(model, many, progress=False)
     assert early.calibration["stability"]["overlap"] == 1.0
-    assert (early.calibration["images"], early.calibration["held_out"]) == (128, 64)
+    assert (early.calibration["images"], early.calibration["held_out"]) == (64, 64)
     whole = calibrate(model, many, stability=None, progress=False)
     assert whole.calibration["images"] == 360 - 64
     at_once = calibrate(model, many, budget=1e-9, progress=False)
@@ -436,7 +436,7 @@ def test_the_state_of_another_run_is_refused(planted, photos, tmp_path):
     plant(other, photos, num_neurons=4)
     with pytest.raises(ValueError, match="is of another run: weights was"):
         calibrate(other, photos, resume=state, progress=False)
-    with pytest.raises(ValueError, match="is of another run: score was 'contribution', and is 'activation'"):
+    with pytest.raises(ValueError, match="is of another run: score was 'attribution', and is 'activation'"):
         calibrate(model, photos, resume=state, score="activation", progress=False)
     assert state.read_bytes() == before
     state.write_bytes(before[:100])
@@ -576,7 +576,7 @@ def test_a_list_is_verified_by_16_images_that_had_no_part_in_the_choice(
 def test_images_without_an_outlier_verify_nothing(planted, photos):
     model, _ = planted
     images = photos.repeat(2, 1, 1, 1)
-    images[2 * NUM_CHOOSING + 1 :: 2] = 0.0  # those that verify: every patch of such an image is alike
+    images[3::2] = 0.0  # every patch of such an image is alike: of the held-out images, one has outliers, and chooses
     found = calibrate(model, images, progress=False)
     assert found.calibration["verified_on_others"]
     assert found.calibration["verified_at"][0]["outlier_fraction"] == 0
@@ -605,7 +605,7 @@ def test_neurons_of_quantized_weights_are_scored(planted, photos):
     model, planted_neurons = planted
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
     tower = find_tower(model)
-    found = statistics_of(tower, photos, range(len(photos)), Detection(OutlierRule(), 2)).total()
+    found = statistics_of(tower, photos, range(len(photos)), Detection(OutlierRule(), 2), score="contribution").total()
     ranking = best(scores(found, tower, "contribution"), 2, 4)
     assert as_set(planted_neurons.neurons) >= {neuron[:2] for neuron in ranking if neuron[0] == 2}
     assert ranking[0][:2] in as_set(planted_neurons.neurons)
@@ -619,7 +619,7 @@ def test_sums_are_not_rounded_under_autocast(dtype, planted, photos):
     images = photos.repeat(11, 1, 1, 1)
     with torch.autocast("cpu", dtype):
         norms = token_norms(tower, images)
-        found = statistics_of(tower, images, range(len(images)), detection).total()
+        found = statistics_of(tower, images, range(len(images)), detection, score="contribution").total()
         shares = scores(found, tower, "contribution")
     outlier = detection.outliers(norms, tower.num_prefix, (4, 4))[2]
     assert found.num_outliers == outlier.sum()
@@ -647,7 +647,7 @@ def test_contributions_are_shares_of_the_outliers(photos):
     """Of all that the planted block adds, the four planted neurons write nearly everything."""
     model = fresh("timm_clip")
     planted = plant(model, photos, num_neurons=4)
-    found = calibrate(model, photos, held_out=0, top_k=4, progress=False)
+    found = calibrate(model, photos, score="contribution", held_out=0, top_k=4, progress=False)
     shares = [score for block, unit, score in found.ranking if (block, unit) in as_set(planted.neurons)]
     assert sum(shares) == pytest.approx(1, abs=0.02)
 

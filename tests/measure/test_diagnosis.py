@@ -350,7 +350,7 @@ def test_the_table_fits_a_terminal(planted, photos):
     block = testreg.measure.diagnosis.BlockDiagnosis(enormous, enormous, 1.0, [0.5, 0.5])
     table = dataclasses.replace(found, embedding=enormous, blocks=[block] * 100).table().splitlines()
     assert max(map(len, table)) <= 80
-    assert table[-1].split() == (["99", "1e+06", "1e+05", "1e+07", "54321", "98765", "100.0", "100.0", "-0.25", "-0.50", "100.0", "100.0"])
+    assert " ".join(table[-1].split()) == "99 1e+06 1e+05 1e+07 54321 98765 100 100 -0.25 -0.50 100 100"
 
 
 def test_a_diagnosis_in_three_lines(planted, photos):

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import transformers
+from coverage.registry import registry
 from reference import LAYOUTS, attend, block_outputs, build, forward_by_hand, layer_norm
 from tiny import IMAGE, PATCH, TIMM, WIDTH
 from torch import Tensor
@@ -125,6 +126,33 @@ def test_the_pooling_query_of_siglip(family: str) -> None:
     torch.testing.assert_close(found, testreg.attention(model, images(), query="pool"))
     assert found.sum((-2, -1)).allclose(torch.ones(2, found.shape[1]).double())
     assert not found.allclose(testreg.attention(model, images(), query="mean"))
+
+
+OTHERS = (
+    *("radio", "vit_base_r26_s32_224", "vit_srelpos_small_patch16_224", "naflexvit_base_patch16_gap"),
+    *("BeitModel [shared bias]", "Sapiens2Model", "Siglip2VisionModel", "Aimv2VisionModel", "BridgeTowerModel"),
+    *("Idefics3ForConditionalGeneration", "clip ViT-B/32", "dino_vits16"),
+)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families_give_each_image_its_own_maps(name: str) -> None:
+    model = next(each.build() for (_, known), each in registry().items() if known == name)
+    tower = find_tower(model)
+    made_for = getattr(getattr(tower.module, "patch_embed", None), "img_size", None)  # timm takes no other
+    size = made_for or [4 * edge for edge in tower.patch_size]
+    both = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(3))
+    before = testreg.features(model, both)
+    testreg.patch(model, {0: [1], 1: [2]})
+    for each in (testreg.attention, testreg.features):
+        found = each(model, both)
+        assert found.shape[-2:] == tower.grid(both)
+        alone = torch.cat([each(model, both[:1]), each(model, both[1:])])
+        torch.testing.assert_close(found, alone, rtol=1e-3, atol=1e-4)
+    assert testreg.features(model, both).shape == before.shape
+    weights = testreg.attention(model, both, query="mean")
+    assert (weights > 0).all()
+    assert (weights.sum((-2, -1)) < 1).all()  # the register has its share
 
 
 @torch.no_grad()

@@ -8,10 +8,13 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,6 +138,18 @@ def test_an_activation_of_other_images_leaves_the_register_of_these(family: str,
         torch.testing.assert_close(run(model, images(2)), expected)
     assert len(held) == len(of_clean) == 4
     assert not torch.allclose(held[1], of_clean[1], atol=1e-3)
+
+
+@torch.no_grad()
+def test_an_activation_of_another_model_leaves_the_register_of_this() -> None:
+    """Another model whose forward is not over: its tokens carry registers of their own."""
+    model, other = patched(), testreg.patch(build("timm_vit"), {0: [5], 3: [9]})
+    x = other.norm_pre(other._pos_embed(other.patch_embed(images(1))))
+    foreign = other.blocks[1](other.blocks[0](x))
+    with hooked(model.blocks[1], in_place(foreign.clone())):
+        expected = model(images(2))
+    with hooked(model.blocks[1], lambda tokens: foreign):
+        torch.testing.assert_close(model(images(2)), expected)
 
 
 @torch.no_grad()
@@ -383,6 +398,19 @@ def test_no_activation_outlives_its_forward(how: str, grad: bool) -> None:
     assert len(left) == 4
     assert [each() for each in left] == [None] * 4
     assert all(each.kept is None or each.kept.grad_fn is None for each in running.forwards)
+
+
+def test_tokens_that_are_kept_until_the_interpreter_ends_say_nothing() -> None:
+    program = f"""
+import sys
+sys.path[:0] = {[str(path) for path in (Path(__file__).parents[1], Path(__file__).parents[2] / "scripts")]}
+import testreg, torch
+from reference import build
+model = testreg.patch(build("timm_vit"), {{1: [3]}})
+tokens = model.blocks[0](torch.randn(1, 17, 48))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "Exception ignored" not in done.stderr
 
 
 @torch.no_grad()

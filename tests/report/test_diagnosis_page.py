@@ -56,6 +56,16 @@ def test_nothing_to_fix(photos, tmp_path):
     assert "testreg calibrate" not in text
 
 
+def test_a_patched_model_needs_nothing_more(photos, tmp_path):
+    model = fresh("timm_clip")
+    with testreg.patched(model, plant(model, photos, num_neurons=4).neurons):
+        found, text = written(model, photos, tmp_path)
+        assert testreg.is_patched(model)
+    assert found.kind == "none"
+    assert "The registers do their work." in text
+    assert "the model being patched" in text
+
+
 @pytest.mark.parametrize("name", ["hf_siglip", "open_clip_sequence_first", "hf_dinov2_registers"])
 def test_other_families(name, photos, tmp_path):
     _, text = written(build(name), photos[:2], tmp_path)

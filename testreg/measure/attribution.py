@@ -1,0 +1,141 @@
+"""Attribute the outliers to MLP neurons, of all blocks at once, with one backward pass.
+
+A neuron that triggers others writes little itself: by what it writes it scores next to nothing, and yet it is the
+cause of all that follows. Attribution patching (Nanda 2023; Syed et al., arXiv 2310.10348) sees both: the derivative of
+the outliers' excess norm with respect to a neuron's activation, times how far the activation at the outlier is from
+that at normal patches, is to first order what the outliers would lose if the neuron behaved as it does elsewhere.
+
+What feeds the triggers is a cause as well: the features of a flat background, say, which all of the network uses. To
+move such a neuron would take it from all patches. So a second figure says how much of its activation is at outliers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from testreg.families import Tower
+from testreg.measure.hooks import recording_outputs, replacing_inputs
+from testreg.measure.outliers import Detection, check_finite, exactly
+
+MEMORY = 2**30  # bytes that the activations of one backward pass may take, roughly
+TENSORS = 24  # of a token's width, that a block keeps for the backward pass, roughly
+
+
+@contextmanager
+def recorded_graph(tower: Tower) -> Iterator[tuple[list[Tensor], list[list[Tensor]]]]:
+    """Within the context, a forward is recorded for differentiation: the tokens (B, T, C) that each block gives, and
+    the hidden activations (B, T, H) of each MLP of each block."""
+    tokens: list[Tensor] = []
+    hidden: list[list[Tensor]] = [[] for _ in tower.blocks]
+    mlps = [(index, mlp) for index, block in enumerate(tower.blocks) for mlp in block.mlps]
+
+    def differentiable(number: int, activation: Tensor) -> Tensor:
+        if not activation.requires_grad:
+            activation = activation.detach().requires_grad_()
+        hidden[mlps[number][0]].append(activation)
+        return activation
+
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        recording_outputs([block.module for block in tower.blocks], lambda index, out: tokens.append(out)),
+        replacing_inputs([mlp.fc2 for _, mlp in mlps], differentiable),
+    ):
+        yield tokens, hidden
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """What each neuron has to do with the outliers of B images, for L blocks of H neurons."""
+
+    share: Tensor
+    """(B, L, H): the share of the image's excess norm that the neuron makes, to first order, directly and through later
+    blocks; zero for images without outliers."""
+    energy_at_outliers: Tensor
+    """(B, L, H): its squared activation, summed over the patches that are outliers after some block."""
+    energy: Tensor
+    """(B, L, H): the same over all patches; zero for images without outliers."""
+    norms: Tensor
+    """(L, B, T): norms of the prefix tokens and the patches."""
+
+
+def attribution_of(tower: Tower, images: Tensor, detection: Detection) -> Attribution:
+    """Attribute the outliers of images (B, 3, h, w) to neurons.
+
+    The excess of a patch is how far its norm is above the normal one of its image, over the latter
+    (`OutlierRule.normal`). An image's excess after a block is the sum over its outliers there. A neuron's share of it
+    is what its deviation from normal patches makes: the mean over the blocks with outliers that the detection counts.
+
+    Raises:
+        ValueError: norms are not finite; the model cannot be differentiated.
+    """
+    rows, columns = tower.grid(images)
+    size = rows * columns * tower.depth * len(tower.blocks[0].mlps[0].columns)
+    per_batch = max(1, MEMORY // (4 * TENSORS * size))
+    parts = [_attribution_of(tower, part, detection) for part in images.split(per_batch)]
+    return Attribution(
+        torch.cat([part.share for part in parts]),
+        torch.cat([part.energy_at_outliers for part in parts]),
+        torch.cat([part.energy for part in parts]),
+        torch.cat([part.norms for part in parts], 1),
+    )
+
+
+def _attribution_of(tower: Tower, images: Tensor, detection: Detection) -> Attribution:
+    with recorded_graph(tower) as (tokens, hidden):
+        tower.run(images.clone())  # tensors that were made in inference mode cannot be differentiated
+        patches = tower.patches(images)
+        norms = torch.stack([tower.batch_first(each).float().norm(dim=-1)[:, : patches.stop] for each in tokens])
+        of_patches = norms[..., patches]  # (L, B, N)
+    norms = norms.detach()
+    check_finite(norms, images)
+    share, energy_at_outliers, energy = torch.zeros(3, len(images), tower.depth, tower.mlp_width)
+    outlier = detection.outliers(norms, tower.num_prefix, tower.grid(images))[..., patches]
+    outlier &= detection.counts(tower.depth).to(outlier.device)[:, None, None]
+    if not outlier.any():
+        return Attribution(share, energy_at_outliers, energy, norms)
+    flat = [activation for of_block in hidden for activation in of_block]
+    gradients = iter(_gradients(of_patches, _weight(norms[..., patches], outlier, detection), flat))
+    at = outlier.any(0)  # (B, N)
+    normal = (~at).float() / (~at).sum(-1, keepdim=True).clamp(min=1)  # weights of the mean over normal patches
+    weights = torch.stack([at.float(), at.any(-1, keepdim=True).expand_as(at).float()], 1)  # (B, 2, N)
+    with exactly(norms.device):
+        for i, (block, activations) in enumerate(zip(tower.blocks, hidden, strict=True)):
+            shares, energies = [], []
+            for mlp, activation in zip(block.mlps, activations, strict=True):
+                values, slopes = (
+                    tower.batch_first(each.detach())[:, patches, mlp.first :].float()
+                    for each in (activation, next(gradients))
+                )  # (B, N, H)
+                deviation = values - normal.unsqueeze(1) @ values
+                shares.append(torch.einsum("bnh,bnh,bn->bh", slopes, deviation, at.float()))
+                energies.append(weights @ values.square())
+            share[:, i] = torch.cat(shares, -1).cpu()
+            energy_at_outliers[:, i], energy[:, i] = torch.cat(energies, -1).cpu().unbind(1)
+    return Attribution(share, energy_at_outliers, energy, norms)
+
+
+def _weight(norms: Tensor, outlier: Tensor, detection: Detection) -> Tensor:
+    """Weights (L, B, N) of the norms: their sum, but for a constant, is an image's excess as a share of that after each
+    block, as the mean over the blocks with outliers."""
+    normal = detection.rule.normal(norms)
+    excess = torch.where(outlier, norms / normal - 1, 0.0).sum(-1, keepdim=True)  # (L, B, 1)
+    num_blocks = (excess > 0).sum(0, keepdim=True).clamp(min=1)
+    return torch.where(outlier, 1 / (normal * excess.clamp(min=1e-12) * num_blocks), 0.0)
+
+
+def _gradients(norms: Tensor, weight: Tensor, activations: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The gradients of a weighted sum of norms with respect to activations; zeros where it does not depend on them."""
+    try:
+        found = torch.autograd.grad(norms, activations, weight, allow_unused=True)
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"the model cannot be differentiated ({str(error).splitlines()[0][:200]}): calibrate it before it is "
+            "quantized or compiled, or with score='contribution'"
+        ) from error
+    return [torch.zeros_like(each) if grad is None else grad for each, grad in zip(activations, found, strict=True)]
