@@ -9,9 +9,12 @@ that a patch should restore. Whatever the picture is shown with must call it pla
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from planting.pretrained import plant_into
 from torch import Tensor, nn
@@ -22,7 +25,7 @@ from testreg.io.sources import image_paths
 from testreg.measure.maps import image_batch
 
 ROWS = ("untouched", "planted", "planted and patched")
-SHOWN = ("astronaut", "chelsea", "coffee", "rocket")
+SHOWN = ("astronaut", "camera", "coffee", "rocket")
 
 
 def main() -> None:
@@ -59,27 +62,28 @@ def maps_of(model: nn.Module, photographs: Tensor) -> tuple[Tensor, Tensor]:
 def picture(photographs: Tensor, rows: list[tuple[Tensor, Tensor]]) -> Figure:
     """A row for the photographs and one for each state of the network; norms and features of each photograph."""
     count, colours = len(photographs), colouring(rows[0][1])
-    figure = Figure(figsize=(2 * count * 1.15, 4 * 1.28), layout="constrained")
-    axes = figure.subplots(1 + len(rows), 2 * count, squeeze=False)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
+    figure = Figure(figsize=(2.3 * count, 5.8), layout="constrained")
+    grid = figure.add_gridspec(1 + len(rows), 2 * count, height_ratios=(1.8, *[1] * len(rows)))
     for i, photograph in enumerate(photographs):
         low, high = photograph.amin(), photograph.amax()
-        axes[0, 2 * i].imshow(((photograph - low) / (high - low)).permute(1, 2, 0))
-        axes[0, 2 * i + 1].set_visible(False)
-        for axis, (norms, dense) in zip(axes[1:, 2 * i], rows, strict=True):
-            axis.imshow(norms[i], vmin=0, vmax=float(norms[i].max()), cmap="viridis")
-        for axis, (norms, dense) in zip(axes[1:, 2 * i + 1], rows, strict=True):
-            axis.imshow(colours(dense[i]))
-        axes[1, 2 * i].set_title("norms", fontsize=8)
-        axes[1, 2 * i + 1].set_title("features", fontsize=8)
-    for axis, name in zip(axes[1:, 0], ROWS, strict=True):
-        axis.set_ylabel(name.replace(" and ", "\nand "), fontsize=9)
+        draw(figure.add_subplot(grid[0, 2 * i : 2 * i + 2]), ((photograph - low) / (high - low)).permute(1, 2, 0))
+        for row, (name, (norms, dense)) in enumerate(zip(ROWS, rows, strict=True), start=1):
+            left, right = (figure.add_subplot(grid[row, 2 * i + side]) for side in (0, 1))
+            draw(left, norms[i], "norms" if row == 1 else "", vmin=0)
+            draw(right, colours(dense[i]), "features" if row == 1 else "")
+            if i == 0:
+                left.set_ylabel(name.replace(" and ", "\nand "), fontsize=9)
     return figure
 
 
-def colouring(dense: Tensor):
+def draw(axes: Axes, pixels: Tensor, title: str = "", **options: Any) -> None:
+    axes.imshow(pixels, **options)
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(title, fontsize=9)
+    axes.spines[:].set_visible(False)
+
+
+def colouring(dense: Tensor) -> Callable[[Tensor], Tensor]:
     """Colours of features (C, h, w): their three principal components in the untouched network."""
     tokens = dense.permute(0, 2, 3, 1).flatten(0, 2)
     mean = tokens.mean(0)
