@@ -22,7 +22,6 @@ from torchvision.transforms.v2 import functional as tv
 import testreg
 from testreg import RegisterNeurons
 from testreg.families import FAMILIES
-from testreg.io.preprocessing import transform_for
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -79,7 +78,7 @@ def clip_stand_in(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 def open_clip_stand_in(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     model = build("open_clip").train()
-    made = model, transform_for(model)
+    made = model, open_clip.image_transform(IMAGE, is_train=False)
     monkeypatch.setattr(open_clip, "create_model_from_pretrained", lambda name, weights: made)
 
 
