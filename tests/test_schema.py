@@ -1,4 +1,4 @@
-"""The JSON schema of the neuron file: what testreg writes and brings along follows it; what testreg refuses does not."""
+"""The JSON schema of the neuron file: what testreg writes and brings along follows it, what it refuses does not."""
 
 from __future__ import annotations
 
