@@ -1,4 +1,4 @@
-"""Find the register neurons of a model: split the images, detect the outliers, rank, choose, verify.
+"""Find the register neurons of a model: split the images, detect the outliers, rank, choose in rounds, verify.
 
 Images are split as they come. Of the first `2 * held_out`, every other one is put aside: the neurons are chosen on
 images that had no part in diagnosis and ranking, and the result is verified on others still. The rest is read in chunks
@@ -82,9 +82,11 @@ def calibrate(
         block: the block (0-based, negative from the end) after which outliers are detected; None takes the one where
             they stand out most.
         threshold: norm above which a token is an outlier; None for the `rule`, which adapts to the model.
-        max_block: last block whose neurons are ranked; None for the block after which the outliers are there.
-            Neurons behind it fire at outliers because of them, so later blocks are tried only if that fails.
-        score: what neurons are ranked by, see `testreg.measure.ranking.scores`; "activation" is the paper's.
+        max_block: last block whose neurons are ranked. None for the last one with outliers; with other scores than
+            "attribution", which take what fires at outliers for what makes them, for the one after which the outliers
+            are there, and later ones only if that fails.
+        score: what neurons are ranked by, see `testreg.measure.ranking.scores`. "attribution" takes a backward pass;
+            "activation" is the paper's.
         sparsity_filter: as in the released code, a neuron counts in an image only if at least half of the tokens have
             |a| < 0.5. Needs all hidden activations, so it is slower.
         top_k: how many neurons to recommend; None chooses them by measuring, see

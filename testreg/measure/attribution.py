@@ -94,6 +94,8 @@ def _attribution_of(tower: Tower, images: Tensor, detection: Detection) -> Attri
         of_patches = norms[..., patches]  # (L, B, N)
     norms = norms.detach()
     check_finite(norms, images)
+    if cut := [index for index, each in enumerate(tokens) if not each.requires_grad]:
+        raise _not_differentiable(f"block {cut[0]} passes no gradient on")
     share, energy_at_outliers, energy = torch.zeros(3, len(images), tower.depth, tower.mlp_width)
     outlier = detection.outliers(norms, tower.num_prefix, tower.grid(images))[..., patches]
     outlier &= detection.counts(tower.depth).to(outlier.device)[:, None, None]
@@ -102,6 +104,7 @@ def _attribution_of(tower: Tower, images: Tensor, detection: Detection) -> Attri
     flat = [activation for of_block in hidden for activation in of_block]
     gradients = iter(_gradients(of_patches, _weight(norms[..., patches], outlier, detection), flat))
     at = outlier.any(0)  # (B, N)
+    image, patch = at.nonzero(as_tuple=True)
     normal = (~at).float() / (~at).sum(-1, keepdim=True).clamp(min=1)  # weights of the mean over normal patches
     weights = torch.stack([at.float(), at.any(-1, keepdim=True).expand_as(at).float()], 1)  # (B, 2, N)
     with exactly(norms.device):
@@ -109,11 +112,12 @@ def _attribution_of(tower: Tower, images: Tensor, detection: Detection) -> Attri
             shares, energies = [], []
             for mlp, activation in zip(block.mlps, activations, strict=True):
                 values, slopes = (
-                    tower.batch_first(each.detach())[:, patches, mlp.first :].float()
-                    for each in (activation, next(gradients))
+                    tower.batch_first(each.detach())[:, patches, mlp.first :] for each in (activation, next(gradients))
                 )  # (B, N, H)
-                deviation = values - normal.unsqueeze(1) @ values
-                shares.append(torch.einsum("bnh,bnh,bn->bh", slopes, deviation, at.float()))
+                values = values.float()
+                mean = normal.unsqueeze(1) @ values  # (B, 1, H)
+                lost = slopes[image, patch].float() * (values[image, patch] - mean[image, 0])  # (n, H)
+                shares.append(lost.new_zeros(len(images), lost.shape[-1]).index_add_(0, image, lost))
                 energies.append(weights @ values.square())
             share[:, i] = torch.cat(shares, -1).cpu()
             energy_at_outliers[:, i], energy[:, i] = torch.cat(energies, -1).cpu().unbind(1)
@@ -134,8 +138,12 @@ def _gradients(norms: Tensor, weight: Tensor, activations: Sequence[Tensor]) -> 
     try:
         found = torch.autograd.grad(norms, activations, weight, allow_unused=True)
     except (RuntimeError, NotImplementedError) as error:
-        raise ValueError(
-            f"the model cannot be differentiated ({str(error).splitlines()[0][:200]}): calibrate it before it is "
-            "quantized or compiled, or with score='contribution'"
-        ) from error
+        raise _not_differentiable(str(error).splitlines()[0][:200]) from error
     return [torch.zeros_like(each) if grad is None else grad for each, grad in zip(activations, found, strict=True)]
+
+
+def _not_differentiable(reason: str) -> ValueError:
+    return ValueError(
+        f"the model cannot be differentiated ({reason}): calibrate it before it is quantized or compiled, or with "
+        "score='contribution'"
+    )

@@ -75,3 +75,87 @@ def test_the_search_ends_when_it_is_out_of_time():
     found = select(once(ranking(40)), model, target=0.05, out_of_time=lambda: next(calls) >= 2)
     assert [point.neurons for point in found.curve] == [1, 2, 4]
     assert len(found.neurons) == 4
+
+
+class Populations:
+    """Each population makes outliers until one of its triggers or all of its amplifiers are moved; with a register that
+    takes what its amplifiers write, other patches still change, until all of its neurons are moved."""
+
+    def __init__(self, *populations):
+        self.populations = populations
+        self.measured = []
+
+    def __call__(self, neurons):
+        units = {unit for _, unit, _ in neurons}
+        self.measured.append(units)
+        left = [not (triggers & units or amplifiers <= units) for triggers, amplifiers in self.populations]
+        moved = [len((triggers | amplifiers) & units) for triggers, amplifiers in self.populations]
+        change = sum(moved) / 10
+        return Effect(len(units), sum(left) / len(left), 5, sum(left) / len(left), change, change, None)
+
+
+def test_each_round_ranks_what_the_one_before_has_left():
+    model = Populations(({0}, {10, 11}), ({3}, {12, 13}))
+    asked = []
+
+    def rank(moved):
+        asked.append([unit for _, unit, _ in moved])
+        return Candidates(ranking(3) if not moved else ((0, 3, 0.5), (0, 20, 0.1)))
+
+    found = select(rank, model, target=0.05)
+    assert [unit for _, unit, _ in found.neurons] == [0, 3]
+    assert asked == [[], [0]]
+    assert [[unit for _, unit, _ in each.added] for each in found.rounds] == [[0], [3]]
+    assert [each.effect.remaining for each in found.rounds] == [0.5, 0.0]
+    assert [effect.neurons for effect in found.rounds[1].curve] == [2, 3]  # the one moved before is in each
+
+
+def test_rounds_end_when_one_does_not_help():
+    model = Populations(({0}, {10, 11}), ({3}, {12, 13}))
+    asked = []
+
+    def rank(moved):
+        asked.append(len(moved))
+        return Candidates(ranking(3) if not moved else tuple((1, 30 + unit, 0.5) for unit in range(3)))
+
+    found = select(rank, model, target=0.05)
+    assert [unit for _, unit, _ in found.neurons] == [0]
+    assert len(found.rounds) == 1
+    assert asked == [0, 1]
+
+
+def test_neurons_that_help_only_together_are_found_behind_a_plateau():
+    model = Populations((set(), set(range(20, 30))))
+    found = select(once(ranking(64)), model, target=0.05)
+    assert {unit for _, unit, _ in found.neurons} == set(range(20, 30))
+    assert len(model.measured) <= MAX_MEASUREMENTS
+
+
+def test_selective_neurons_are_added_as_long_as_they_change_more():
+    """The trigger alone takes all outliers away. What the amplifiers do in the register goes with them."""
+    model = Populations(({0}, {2, 3}))
+    candidates = ranking(5)
+    alone = select(once(candidates), model, target=0.05)
+    assert [unit for _, unit, _ in alone.neurons] == [0]
+    whole = select(once(candidates, {candidates[unit] for unit in (0, 1, 2, 3)}), model, target=0.05)
+    assert {unit for _, unit, _ in whole.neurons} == {0, 2, 3}  # 1 changes nothing, and is dropped again
+    assert whole.effect == model(whole.neurons)
+
+
+def test_selective_neurons_of_no_weight_are_not_added():
+    model = Populations(({0}, {2, 3}))
+    candidates = (*ranking(2), (0, 2, 0.05), (0, 3, 0.05))
+    found = select(once(candidates, set(candidates)), model, target=0.05)
+    assert [unit for _, unit, _ in found.neurons] == [0]
+
+
+def test_of_two_of_which_one_can_stay_the_one_that_is_busy_elsewhere_does():
+    busy, selective, needed = candidates = ((0, 0, 0.9), (3, 1, 0.8), (3, 2, 0.7))
+    model = Populations(({0, 1}, {10}), ({2}, {11}))
+    assert select(once(candidates), model, target=0.05).neurons == (busy, needed)
+    assert select(once(candidates, {selective, needed}), model, target=0.05).neurons == (selective, needed)
+
+
+def test_there_must_be_candidates():
+    with pytest.raises(ValueError, match="no candidates"):
+        select(once(()), Populations(({0}, {1})), target=0.05)
