@@ -14,7 +14,7 @@ from tiny import fresh, photograph_crops
 import testreg
 from testreg.neurons import RegisterNeurons, config_folder
 
-SCHEMA = json.loads((config_folder() / "schema" / "neurons.schema.json").read_text(encoding="utf-8"))
+SCHEMA = json.loads((Path(testreg.__file__).parent / "neurons.schema.json").read_text(encoding="utf-8"))
 VALIDATOR = Draft202012Validator(SCHEMA)
 VALID: dict[str, Any] = {"format": "testreg-neurons", "version": 2, "neurons": [[5, 599, 7.0], [4, 28, None]]}
 
