@@ -16,12 +16,16 @@ from torch import nn
 from testreg.display import html
 from testreg.families import Tower, checkpoint_names, find_tower, fingerprint
 from testreg.files import check_format, plain, read_text, replacing, shown
+from testreg.hub.card import model_card
+from testreg.hub.repository import SCHEME, fetch_file, is_repository, push
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMAT = "testreg-neurons"
 VERSION = 2
+FILE = "neurons.json"
+"""The neuron JSON of a repository on the Hugging Face Hub."""
 _RENAMED = {  # entries of the calibration, since version 1
     "detection_layer": "detection_block",
     "onset_layer": "onset_block",
@@ -266,37 +270,76 @@ class RegisterNeurons:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON; an existing file is replaced whole or not at all."""
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
-        # One neuron a line: long lists stay readable and diffable.
-        head, _, _ = text.partition('\n "neurons": [')
-        rows = ",\n".join("  " + json.dumps(list(neuron)) for neuron in self.ranking)
         with replacing(path) as temporary:
-            temporary.write_text(f'{head}\n "neurons": [\n{rows}\n ]\n}}\n', encoding="utf-8")
+            temporary.write_text(self._text(), encoding="utf-8")
+
+    def _text(self) -> str:
+        """The text of the JSON, one neuron a line: long lists stay readable and diffable."""
+        head, _, _ = json.dumps(self.to_dict(), indent=1, allow_nan=False).partition('\n "neurons": [')
+        rows = ",\n".join("  " + json.dumps(list(neuron)) for neuron in self.ranking)
+        return f'{head}\n "neurons": [\n{rows}\n ]\n}}\n'
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RegisterNeurons:
-        """Read a neuron JSON, or a bundled list by its name (`testreg.bundled`).
+        """Read a neuron JSON, a bundled list by its name (`testreg.bundled`), or a list of the Hub: "hf:ORG/NAME".
 
         What has no folder and no suffix .json, and is no file, is the name of a bundled list.
 
         Raises:
-            OSError: no such file, or not a regular one.
+            OSError: no such file, or not a regular one; no such repository, or it cannot be reached.
             ValueError: not JSON (a truncated file), or not a valid list; no bundled list of that name.
         """
+        if (name := os.fspath(path)).startswith(SCHEME):
+            return cls.from_pretrained(name.removeprefix(SCHEME))
         file = Path(path)
         if file.suffix != ".json" and file.parent == Path() and not file.exists():
             return _load_bundled(os.fspath(path))
         return cls._read(path)
 
     @classmethod
-    def _read(cls, path: str | os.PathLike[str]) -> RegisterNeurons:
-        source = plain(os.fspath(path), longest=None)
+    def from_pretrained(cls, name: str, *, revision: str | None = None) -> RegisterNeurons:
+        """The list in neurons.json of a repository on the Hugging Face Hub, checked as a file is.
+
+        Args:
+            name: ORGANISATION/NAME. Private repositories need a login: `hf auth login`, or HF_TOKEN.
+            revision: a branch, a tag or a commit.
+
+        Raises:
+            OSError: no such repository or file, or it cannot be reached and is not in the cache.
+            ValueError: `name` cannot be one, or not a valid list.
+        """
+        return cls._read(fetch_file(name, FILE, revision), source=f"{SCHEME}{name}")
+
+    def push_to_hub(self, name: str, *, private: bool | None = None, commit_message: str | None = None) -> str:
+        """Put the list into a repository on the Hugging Face Hub, as neurons.json, with a model card.
+
+        The card says which neurons these are, how to use them and what was measured. One that you wrote stays.
+
+        Args:
+            name: ORGANISATION/NAME; it is made if there is none.
+            private: of a repository that is made; None for what your organisation has set.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            OSError: nobody is logged in, or the Hub refuses, or it cannot be reached.
+            ValueError: `name` cannot be that of a repository.
+        """
+        card = model_card(name, self.to_dict(), self.by_block(), is_checkpoint=False)
+        message = commit_message or f"Register neurons of {plain(self.model.get('name', 'a model'))}"
+        return push(name, {FILE: self._text().encode()}, card, message=message, private=private)
+
+    @classmethod
+    def _read(cls, path: str | os.PathLike[str], source: str | None = None) -> RegisterNeurons:
+        source = source or plain(os.fspath(path), longest=None)
         try:
             data = json.loads(
                 read_text(path), parse_constant=_reject_constant, parse_int=_parse_int, parse_float=_parse_float
             )
         except FileNotFoundError:
-            raise FileNotFoundError(f"no neuron JSON at {source}") from None
+            hub = f" (of a repository on the Hub: {SCHEME}{source})" if is_repository(source) else ""
+            raise FileNotFoundError(f"no neuron JSON at {source}{hub}") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{source} is not valid JSON (truncated?): {error}") from None
         except RecursionError:
@@ -495,7 +538,7 @@ def resolve(neurons: AnyNeurons, model: nn.Module) -> RegisterNeurons:
         return _of_checkpoint(model)
     if not isinstance(neurons, str | os.PathLike):
         raise TypeError(
-            "neurons must be a RegisterNeurons, a path, a bundled name, {layer: [units]} or None, "
+            "neurons must be a RegisterNeurons, a path, a bundled name, hf:ORG/NAME, {layer: [units]} or None, "
             f"got {type(neurons).__name__}"
         )
     return RegisterNeurons.load(neurons)

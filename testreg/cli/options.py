@@ -34,7 +34,8 @@ Seed = Annotated[int, typer.Option(help="of the order of the images")]
 Threshold = Annotated[float | None, typer.Option(help="norm of an outlier (default: median + 5 robust sigma)")]
 
 Neurons = Annotated[
-    str | None, typer.Option(help="neuron JSON, or a name from `testreg list` (default: the bundled list)")
+    str | None,
+    typer.Option(help="neuron JSON, a name from `testreg list`, or hf:ORG/NAME of the Hub (default: the bundled list)"),
 ]
 TopK = Annotated[int | None, typer.Option(help="use the best so many (default: as the list recommends)")]
 NumRegisters = Annotated[int, typer.Option(help="extra tokens, which share the neurons")]

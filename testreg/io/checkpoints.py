@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,6 +19,8 @@ from torch import nn
 
 from testreg.families import checkpoint_names, find_tower
 from testreg.files import check_format, shown
+from testreg.hub.card import model_card
+from testreg.hub.repository import SCHEME, check_can_push, fetch_checkpoint, is_repository, push
 from testreg.io import formats
 from testreg.io.install import PENDING, RECORD, installing, is_interrupted, recover
 from testreg.io.trust import check_folder, is_file_name, one_line, read_json
@@ -118,6 +119,7 @@ def save(
     arch: str | Mapping[str, Any] | None = None,
     model_args: Mapping[str, Any] | None = None,
     processor: Any = None,
+    push_to_hub: str | None = None,
 ) -> None:
     """Write a patched model: the files of its own library (config, safetensors) and `testreg.json`.
 
@@ -136,11 +138,15 @@ def save(
             (`load_model` notes it) and not exactly one of open_clip's configs fits.
         model_args: for timm, arguments of `timm.create_model` that it did not record (before 1.0.31 it recorded none).
         processor: for transformers, the image processor: written too, so that `load_model` can load the folder.
+        push_to_hub: ORGANISATION/NAME of a repository on the Hugging Face Hub. The files are put there too, with a
+            model card, so that `load` takes its name; it is made if there is none. You must be logged in
+            (`hf auth login`).
 
     Raises:
         ValueError: the model is not patched, or its library could not rebuild it from what it would write.
         FileExistsError: `folder` holds something else than a checkpoint of testreg.
-        OSError: the checkpoint could not be written, or another process is saving into `folder`.
+        OSError: the checkpoint could not be written, or another process is saving into `folder`; or it was written, but
+            could not be pushed.
 
     Example:
         >>> model = testreg.patch(testreg.demo_model(), {3: [47, 55]})
@@ -151,6 +157,8 @@ def save(
     """
     if not is_patched(model):
         raise ValueError(f"this {type(model).__name__} is not patched: call testreg.patch(model, ...) before saving it")
+    if push_to_hub is not None:
+        check_can_push(push_to_hub)
     target = Path(folder).resolve()
     recover(target)
     stale = _replaceable_files(target)
@@ -169,6 +177,10 @@ def save(
     except (OSError, SafetensorError) as error:
         left = "where the save was interrupted" if is_interrupted(target) else "which is left as it was"
         raise OSError(f"could not write the checkpoint to {folder}, {left}: {error}") from error
+    if push_to_hub is not None:
+        card = model_card(push_to_hub, state.neurons.to_dict(), state.neurons.by_block(), is_checkpoint=True)
+        written = {name: target / name for name in (*files, RECORD)}
+        push(push_to_hub, written, card, message="Checkpoint with test-time registers", private=None)
 
 
 def check_replaceable(folder: str | os.PathLike[str]) -> None:
@@ -208,7 +220,8 @@ def load(
     Outputs are the same bit for bit where the memory format is: see `save`.
 
     Args:
-        name: a folder, or the id of a repository on the Hugging Face Hub (only json, txt and safetensors are fetched).
+        name: a folder, or a repository on the Hugging Face Hub, ORGANISATION/NAME (only json, txt and safetensors are
+            fetched).
         model: an unpatched model to load the weights into. Needed where no library can rebuild it (torch.hub, a class
             of your own).
 
@@ -250,17 +263,10 @@ def _local_folder(name: str | os.PathLike[str]) -> Path:
     folder = Path(name)
     if folder.is_dir():
         return folder
-    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
+    repository = str(name).removeprefix(SCHEME)
+    if folder.exists() or not is_repository(repository):
         raise FileNotFoundError(f"there is no checkpoint folder {name} (nor is that a Hub id, ORGANISATION/NAME)")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.txt", "*.safetensors"]))
-    except (OSError, ValueError) as error:
-        raise OSError(
-            f"there is no folder {name}, and no repository of that name could be fetched from the Hugging Face Hub "
-            f"({str(error).splitlines()[0]}): check the name and the network"
-        ) from error
+    return fetch_checkpoint(repository)
 
 
 def _check_files(folder: Path, record: Record) -> None:

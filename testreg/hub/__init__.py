@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: register neurons and patched checkpoints as repositories."""
