@@ -548,13 +548,14 @@ def test_a_list_as_a_dict_is_its_json(tmp_path: Path) -> None:
 
 
 def test_a_list_draws_its_scores_and_blocks() -> None:
+    open_before = plt.get_fignums()
     scores, blocks = neurons().plot().axes
     assert [(bar.get_x() + bar.get_width() / 2, bar.get_height()) for bar in blocks.patches] == [(4, 1), (5, 2)]
     listed, used = scores.lines
     assert listed.get_ydata().tolist() == [7.0, 4.5, 2.25, 1.2]
     assert used.get_ydata().tolist() == [7.0, 4.5, 2.25]
     assert len(RegisterNeurons.from_blocks({3: [1]}).plot().axes) == 1
-    assert not plt.get_fignums()
+    assert plt.get_fignums() == open_before
 
 
 # ---- the bundled lists ----------------------------------------------------------------------------------------------
