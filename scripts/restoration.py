@@ -9,7 +9,8 @@ seen.
 
 Ways: `testreg` moves what calibration finds by itself. `paper` is the paper's score (mean |activation|), `contribution`
 and `attribution` are those scores, all three told the true number of neurons. `zeroing` silences what `testreg` moves,
-`random` moves as many random neurons of the same blocks, and `planted` moves all that was planted.
+`random` moves as many random neurons of the same blocks, and `planted` moves all that was planted. What is left of the
+outliers is to be compared with those of the untouched network.
 With `--lost`, object discovery (CorLoc by LOST on values, images squashed to 448) is measured of these networks, and of
 `testreg` and `planted`. All of this is of a planted network: it says nothing about how often real ones have such
 neurons.
@@ -109,13 +110,16 @@ def restoration(
     }
     ways["zeroing"] = lambda: zeroed(model, chosen)
     truth, before = observe(untouched, unseen), observe(model, unseen)
-    rows = [figures("planted, nothing moved", planted.neurons, {}, before, before, truth)]
+    rows = [
+        figures("nothing moved", planted.neurons, {}, before, before, truth),
+        figures("untouched network", planted.neurons, {}, before, truth, truth),  # it has few of its own
+    ]
     for way, patching in ways.items():
         with patching():
             after = observe(model, unseen)
         rows.append(figures(way, planted.neurons, moved.get(way, chosen), before, after, truth))
     if lost is not None:
-        rows[0] |= {"corloc": corloc(model, lost, None), "corloc_untouched": corloc(untouched, lost, None)}
+        rows[0]["corloc"], rows[1]["corloc"] = corloc(model, lost, None), corloc(untouched, lost, None)
         for row in rows:
             if row["way"] in ("testreg", "planted"):
                 row["corloc"] = corloc(model, lost, moved[row["way"]])
@@ -199,7 +203,7 @@ def corloc(model: nn.Module, data: str, neurons: Neurons | None) -> float:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows of one mechanism in Markdown."""
-    names = [name for name in rows[1] if name not in ("mechanism", "seed", "outliers")]
+    names = [name for name in rows[0] if name not in ("mechanism", "seed", "outliers")]
     lines = [
         f"\n## {rows[0]['mechanism']}, seed {rows[0]['seed']}: planted, {rows[0]['outliers']:.1%} of the patches\n",
         f"| {' | '.join(names)} |\n|{'---|' * len(names)}",
@@ -208,8 +212,6 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells = (row.get(name, "") for name in names)
         shown = [f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells]
         lines.append(f"| {' | '.join(shown)} |")
-    if "corloc_untouched" in rows[0]:
-        lines.append(f"\nCorLoc of the untouched network: {rows[0]['corloc_untouched']:.3f}")
     return "\n".join(lines)
 
 
