@@ -117,7 +117,10 @@ def tokenizer() -> Any:
     made.pre_tokenizer = Whitespace()
     made.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    found = transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special, model_max_length=16)
+    inputs = ["input_ids", "attention_mask"]  # older releases add types of tokens, which CLIP and Llama do not take
+    found = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, **special, model_max_length=16, model_input_names=inputs
+    )
     found.add_special_tokens({"additional_special_tokens": ["<image>"]})
     return found
 
