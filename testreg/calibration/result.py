@@ -36,8 +36,8 @@ class Choice:
     @property
     def others(self) -> tuple[Neuron, ...]:
         """The rest of the ranking, without those that were dropped."""
-        taken = {*self.neurons, *self.dropped}
-        return tuple(neuron for neuron in self.ranking if neuron not in taken)
+        taken = {neuron[:2] for neuron in (*self.neurons, *self.dropped)}  # later rounds score anew
+        return tuple(neuron for neuron in self.ranking if neuron[:2] not in taken)
 
 
 @dataclass(frozen=True)

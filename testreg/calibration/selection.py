@@ -12,7 +12,7 @@ from testreg.neurons import Neuron
 
 TOLERANCE = 0.02  # of the outliers' excess norm: sets that differ by less remove them equally well
 SAME_CHANGE = 0.01  # sets whose changes of features differ by less change the same
-ALIKE = 0.5  # of the weakest chosen neuron's score: what scores so much is taken with it
+ALIKE = 0.7  # of the weakest chosen neuron's score: what scores so much is taken with it
 MAX_NEURONS = 512  # that one round adds to a set; InternViT-6B needed 300
 MAX_MEASUREMENTS = 64  # of sets of neurons, in one selection
 MAX_ROUNDS = 8
@@ -74,7 +74,7 @@ def select(
     2. Neurons that can stay where they are, all together costing less than that, are dropped: first those that are
        busy elsewhere too, and then those of late blocks, which may fire at outliers without causing them.
     3. Which of several neurons that do the same is needed depends on the images. So selective candidates are taken with
-       those that were chosen, if they score at least half of the weakest of these, and nothing is the worse for it.
+       those that were chosen, if they score 70 % of the weakest of these or more, and nothing is the worse for it.
     4. Fewer neurons may bring all outliers under the limit, and leave some of what these did to other patches. That
        shows in what changes if all selective candidates of any weight are moved as well. If it is more than
        `SAME_CHANGE`, they are added, and those dropped again without which as much changes.

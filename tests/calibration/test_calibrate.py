@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import testreg
 from testreg.calibration.calibrate import calibrate
 from testreg.calibration.errors import ImmovableOutliersError, NoOutliersError
+from testreg.calibration.result import Choice
+from testreg.calibration.selection import Selection
 from testreg.calibration.view import held_out_images
 from testreg.families import find_tower
 from testreg.measure.diagnosis import Outliers
@@ -698,3 +700,11 @@ def test_mechanisms_that_are_spread_over_blocks_are_found(mechanism, photos, tmp
     assert first(found, found.top_k) & added
     found.save(tmp_path / "neurons.json")
     assert testreg.RegisterNeurons.load(tmp_path / "neurons.json") == found
+
+
+def test_a_neuron_of_a_later_round_is_listed_once():
+    """It has another score in the ranking of the first round, where it may be far behind."""
+    first_ranking = ((2, 0, 0.9), (2, 1, 0.5), (3, 7, 0.01), (1, 4, 0.005))
+    selection = Selection(((2, 0, 0.9), (3, 7, 0.6)), None, (), dropped=((1, 4, 0.3),))
+    choice = Choice(selection.neurons, first_ranking, 3, selection)
+    assert choice.neurons + choice.others == ((2, 0, 0.9), (3, 7, 0.6), (2, 1, 0.5))

@@ -159,7 +159,7 @@ def test_of_two_of_which_one_can_stay_the_one_that_is_busy_elsewhere_does():
 def test_selective_neurons_that_score_alike_are_taken_with_those_that_were_chosen():
     """On these images one trigger does. Which one is needed depends on the images."""
     model = Populations(({0, 1, 2}, {10, 11}))
-    candidates = ((0, 0, 1.0), (0, 1, 0.9), (0, 2, 0.55), (0, 3, 0.45))
+    candidates = ((0, 0, 1.0), (0, 1, 0.9), (0, 2, 0.75), (0, 3, 0.65))
     found = select(once(candidates, {candidates[0], candidates[2], candidates[3]}), model, target=0.05)
     assert [unit for _, unit, _ in found.neurons] == [0, 2]
     harmful = Model([0, 1])

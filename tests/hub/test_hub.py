@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from hub_server import TOKEN, Hub, serving
@@ -35,6 +36,8 @@ NEURONS = RegisterNeurons(
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """An empty Hub that huggingface_hub asks, logged in as its owner, with an empty cache."""
+    if int(huggingface_hub.__version__.split(".")[0]) < 1:
+        pytest.skip("the stand-in is made for huggingface_hub 1: older ones copy its address where they are imported")
     with serving() as hub:
         template = "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "ENDPOINT", hub.address)

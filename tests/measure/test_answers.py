@@ -78,6 +78,8 @@ def hooks(model: Any) -> int:
 @torch.no_grad()
 def test_it_is_what_transformers_returns(name: str, kernel: str, patched: bool) -> None:
     make, grid = MODELS[name]
+    if name == "Qwen2-VL" and transformers.__version__ < "5":
+        pytest.skip("transformers 4 wants configurations of Qwen2-VL with the ids of a tokenizer")
     model, inputs = make()
     if patched:
         testreg.patch(model, NEURONS)

@@ -423,7 +423,7 @@ def test_a_patched_model_has_no_outliers_left(name, photos):
     model = fresh(name)
     plant(model, photos, num_neurons=4)
     before = look(model, photos)
-    testreg.patch(model, testreg.calibrate(model, photos, top_k=4, progress=False))
+    testreg.patch(model, testreg.calibrate(model, photos, progress=False))
     after = look(model, photos)
     assert before.kind == "movable"
     assert after.kind == "none"

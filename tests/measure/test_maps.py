@@ -157,6 +157,8 @@ def test_other_families_give_each_image_its_own_maps(name: str) -> None:
 
 @torch.no_grad()
 def test_packed_images_are_measured_one_by_one() -> None:
+    if not hasattr(transformers, "RadioConfig"):
+        pytest.skip("an older transformers has no Radio")
     config = transformers.RadioConfig(
         hidden_size=48, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4, image_size=64, patch_size=16
     )

@@ -459,7 +459,7 @@ def test_captum_attributes_to_the_layers_of_a_patched_model(family: str) -> None
     layer = attr.LayerIntegratedGradients(model, block)
     attributions, gap = layer.attribute(x, target=3, n_steps=200, return_convergence_delta=True)
     assert attributions.shape == (2, 17, 48)
-    assert gap.abs().max() < 0.05 * attributions.abs().sum((1, 2)).min()
+    assert gap.abs().max() < 0.1 * attributions.abs().sum((1, 2)).min()
     gradient = attr.LayerGradientXActivation(model, block).attribute(x, target=3)
     kept: list[Tensor] = []
     with block.register_forward_hook(lambda module, args, output: kept.append(output)):

@@ -177,6 +177,8 @@ def deep_model(name, depth=8):
     torch.manual_seed(0)
     if name == "timm_vit":
         return timm.create_model("vit_base_patch16_224", num_classes=0, **TIMM | {"depth": depth}).eval()
+    if transformers.__version__ < "5":
+        pytest.skip("transformers 4 draws other weights, for which the thresholds here are not made")
     config = transformers.SiglipVisionConfig(**HF | {"num_hidden_layers": depth})
     return transformers.SiglipVisionModel(config).eval()
 
