@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import operator
@@ -479,7 +480,7 @@ class BundledLists(dict[str, RegisterNeurons]):
         lines = []
         for name, neurons in self.items():
             checked = "verified" if neurons.verified else "not verified"
-            lines.append(f"{name}  ({len(neurons.ranking)} neurons, {checked})")
+            lines.append(f"{name}  ({len(neurons)} neurons, {checked})")
             lines += [f"    {model}" for model in _models_of(neurons)]
         return "\n".join(lines)
 
@@ -516,7 +517,9 @@ def _load_bundled(name: str) -> RegisterNeurons:
     path = config_folder() / f"{name}.json"
     if not path.is_file():
         known = ", ".join(sorted(path.stem for path in config_folder().glob("*.json")))
-        raise ValueError(f"no bundled list {shown(name)} (and no such file); bundled: {known}")
+        close = difflib.get_close_matches(name, known.split(", "), 1)
+        hint = f": did you mean {close[0]}?" if close else ""
+        raise ValueError(f"no bundled list {shown(name)} (and no such file){hint or f'; bundled: {known}'}")
     return replace(RegisterNeurons._read(path), source=name)
 
 

@@ -686,7 +686,7 @@ def test_unknown_bundled_name_lists_the_known_ones() -> None:
 def test_bundled_lists_say_which_models_they_are_for() -> None:
     text, html = repr(testreg.bundled()), testreg.bundled()._repr_html_()
     for name, each in BUNDLED.items():
-        assert f"{name}  ({len(each.ranking)} neurons, " in text
+        assert f"{name}  ({len(each)} neurons, " in text
         assert f"<td>{name}</td><td>{len(each)}</td>" in html
         for model in each.model["names"]:
             assert f"    {model}" in text
@@ -705,8 +705,10 @@ def test_a_file_comes_before_a_bundled_list(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     neurons().save("demo")
     assert RegisterNeurons.load("demo") == neurons()
-    with pytest.raises(ValueError, match=r"no bundled list 'dem' .*bundled: demo, dinov2"):
+    with pytest.raises(ValueError, match=r"no bundled list 'dem' .*: did you mean demo\?"):
         RegisterNeurons.load("dem")
+    with pytest.raises(ValueError, match=r"no bundled list 'xyz' .*bundled: demo, dinov2"):
+        RegisterNeurons.load("xyz")
     with pytest.raises(FileNotFoundError, match=r"no neuron JSON at dem\.json"):
         RegisterNeurons.load("dem.json")
 

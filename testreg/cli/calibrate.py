@@ -175,7 +175,7 @@ def found(neurons: RegisterNeurons) -> str:
         height, width = each["image_size"]
         on = "others" if facts.get("verified_on_others", True) else "images that also chose,"
         lines.append(
-            f"verified on {each['images']} {on} at {height} x {width}: {each['remaining']:.1%} of the outliers left "
+            f"measured on {each['images']} {on} at {height} x {width}: {each['remaining']:.1%} of the outliers left "
             f"at worst (block {each['worst_block']}), features changed by {each['change_pooled']:.3f} (pooled) and "
             f"{each['change_patches']:.3f} (patches)"
         )
@@ -190,7 +190,7 @@ def found(neurons: RegisterNeurons) -> str:
     if not neurons.verified:
         lines.append(
             f"not verified: that takes a target that is met on at least {MIN_VERIFYING} held-out images "
-            "(more --images, a larger --held-out)"
+            "that had no part in the choice (80 images or more in all)"
         )
     return "\n".join(lines)
 

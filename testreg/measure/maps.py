@@ -17,6 +17,7 @@ from testreg.io.sources import images_in, named_source, single_images, undecoded
 from testreg.measure.attention import Query, attention_to_patches, pooling
 from testreg.measure.hooks import recorded_tokens, recording_outputs
 from testreg.patching.layout import Layout
+from testreg.patching.riding import is_carrying
 from testreg.patching.state import find_patch
 
 
@@ -141,8 +142,8 @@ def _final_norm(tower: Tower) -> Iterator[list[Callable[[Tensor], Tensor]]]:
 def strip_registers(model: nn.Module, tensor: Tensor, lengths: list[int] | None = None) -> Tensor:
     """What a hook inside a block of a patched model sees, without the registers.
 
-    Blocks compute on T+R tokens; outside of them there are T. A model that is not patched, or disabled, has none inside
-    either: the tensor is returned as it is.
+    Blocks compute on T+R tokens. What they give has T, and is returned as it is; but the last block's cannot be told
+    from what is inside. A model that is not patched, or disabled, has no registers inside either.
 
     Example:
         >>> def hook(module, args, output):
@@ -166,7 +167,7 @@ def strip_registers(model: nn.Module, tensor: Tensor, lengths: list[int] | None 
         ValueError: the tensor has another shape, or a packed sequence comes without its lengths.
     """
     patch = find_patch(model)
-    if patch is None or patch.disabled_by:
+    if patch is None or patch.disabled_by or is_carrying(tensor):
         return tensor
     tower = find_tower(model)
     layout = Layout(patch.num_registers, tower.sequence_first, lengths)

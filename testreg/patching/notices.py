@@ -35,10 +35,18 @@ def warn_of_other_weights(neurons: RegisterNeurons, model: nn.Module, tower: Tow
 def warn_of_unverified(neurons: RegisterNeurons) -> None:
     """Warn if someone says that these are register neurons, and nothing shows it."""
     if neurons.has_to_be_trusted:
+        if neurons.calibration.get("verified_at"):
+            why = (
+                "they were measured, but the target was not met, or not on 16 images that had no part in the choice. "
+                "testreg.calibrate takes 80 images or more for that"
+            )
+        else:
+            why = (
+                "no measurement on images shows what they do in this checkpoint. testreg.diagnose tells whether it has "
+                "outliers at all, testreg.calibrate finds and verifies neurons for it"
+            )
         warnings.warn(
-            f"the register neurons of {neurons.source or 'this list'} are not verified: no measurement on images shows "
-            "what they do in this checkpoint. testreg.diagnose tells whether it has outliers at all, testreg.calibrate "
-            "finds and verifies neurons for it",
+            f"the register neurons of {neurons.source or 'this list'} are not verified: {why}",
             UnverifiedNeuronsWarning,
             stacklevel=_stacklevel(),
         )

@@ -70,6 +70,11 @@ class Replacement(_Unsaved):
         self.found = weakref.WeakKeyDictionary[Forward, Tensor | None]()
 
 
+def is_carrying(tokens: Tensor) -> bool:
+    """Whether these are the T tokens that a block hands on, whose registers ride beside them."""
+    return getattr(tokens, _CARRIED, None) is not None
+
+
 def carry(tokens: Tensor, sequence: Tensor, layout: Layout, forward: Forward | None, index: int) -> None:
     """Let the tokens of a block carry the sequence, registers included, to the next block of the forward."""
     setattr(tokens, _CARRIED, sequence)

@@ -215,8 +215,8 @@ def _measured(point: Mapping[str, Any], keys: Sequence[str]) -> list[float | Non
 
 def _rounds(report: Report) -> Table | None:
     """What each round of the calibration added, and what was left then; None if there were no rounds."""
-    keys = ("round", "block", "neurons", "added", "remaining", "excess")
-    heads = ("round", "block", "neurons", "added (block, unit)", "outliers left", "excess norm left")
+    keys = ("round", "neurons", "added", "remaining", "excess")
+    heads = ("round", "neurons", "added (block, unit)", "outliers left", "excess norm left")
     rows = [
         [_pairs(value) if key == "added" else value for key, value in _picked(each, keys)] for each in report.rounds
     ]
@@ -232,7 +232,8 @@ def _pairs(value: object) -> object:
     if not isinstance(value, list | tuple):
         return value
     more = f" and {len(value) - MAX_ADDED} more" if len(value) > MAX_ADDED else ""
-    return " ".join(f"({value_of(each).replace(' x ', ', ')})" for each in value[:MAX_ADDED]) + more
+    neurons = (each[:2] if isinstance(each, list | tuple) else each for each in value[:MAX_ADDED])
+    return " ".join(f"({value_of(neuron).replace(' x ', ', ')})" for neuron in neurons) + more
 
 
 def _neurons(report: Report) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 import transformers
 from coverage.registry import registry
 from reference import LAYOUTS, attend, block_outputs, build, forward_by_hand, layer_norm
-from tiny import IMAGE, PATCH, TIMM, WIDTH
+from tiny import IMAGE, PATCH, TIMM, WIDTH, fresh
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
@@ -282,3 +282,14 @@ def test_a_hook_inside_a_block_sees_what_a_hook_behind_it_sees(family: str) -> N
     assert stripped.shape[find_tower(model).sequence_first ^ 1] == 17
     assert stripped.numel() == 2 * 17 * WIDTH
     assert expected.shape == (2, WIDTH, *GRID)
+
+
+def test_what_a_block_gives_has_no_registers_to_strip(photos: Tensor) -> None:
+    model, seen = fresh("timm_vit"), []
+    hook = lambda module, args, output: seen.append(testreg.strip_registers(model, output).shape[1])
+    with testreg.patched(model, {1: [3]}):
+        handles = [model.blocks[1].register_forward_hook(hook), model.blocks[1].mlp.register_forward_hook(hook)]
+        model(photos[:2])
+    for handle in handles:
+        handle.remove()
+    assert seen == [17, 17]
