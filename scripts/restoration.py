@@ -140,12 +140,13 @@ def random_neurons(model: nn.Module, chosen: Neurons, planted: Planted, seed: in
 @contextmanager
 def zeroed(model: nn.Module, neurons: Neurons) -> Iterator[nn.Module]:
     """Within the context the neurons are silent at all tokens."""
-    fc2 = {block: find_tower(model).blocks[block].mlps[0].fc2 for block in neurons}
+    blocks = find_tower(model).blocks
+    silent = [(blocks[block].mlps[0].fc2, torch.tensor(units)) for block, units in neurons.items()]
 
     def silence(index: int, hidden: Tensor) -> Tensor:
-        return hidden.index_fill(-1, torch.tensor(list(neurons.values())[index]), 0.0)
+        return hidden.index_fill(-1, silent[index][1], 0.0)
 
-    with replacing_inputs(fc2.values(), silence):
+    with replacing_inputs([fc2 for fc2, _ in silent], silence):
         yield model
 
 

@@ -241,13 +241,14 @@ def _rank(views: Sequence[View], found: View, options: Options, out_of_time: Cal
                 state.save(done)
 
 
-def _last_blocks(found: View, options: Options) -> list[int]:
+def _last_blocks(found: View, options: Options) -> tuple[int, int]:
     """The block up to which neurons are ranked in the first round, and in all others."""
     if options.max_block is not None:
-        return [options.max_block] * 2
+        return options.max_block, options.max_block
     if options.score == "attribution":  # it tells causes from what fires at outliers because of them
-        return [max(found.detection.block, *found.blocks_with_outliers)] * 2
-    return [found.onset, found.detection.block]
+        last = max(found.detection.block, *found.blocks_with_outliers)
+        return last, last
+    return found.onset, found.detection.block
 
 
 # Choose ---------------------------------------------------------------------------------------------------------------

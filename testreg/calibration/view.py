@@ -138,15 +138,15 @@ class View:
         Args:
             on_images: called with the number of images after each batch.
         """
-        self.statistics += functools.reduce(operator.add, gathered(self._statistics_of(numbered, on_images)))
+        self.statistics += self._statistics_of(numbered, on_images)
 
     def statistics_with(self, moved: Sequence[Neuron]) -> Statistics:
         """The statistics of the first images of all processes once some neurons are moved, over both halves."""
         with patched(self.model, unscored(moved)):
-            of_first = self._statistics_of(iter(self.first[:NUM_RANKED_AGAIN]), lambda count: None)
-        return functools.reduce(operator.add, gathered(of_first)).total()
+            return self._statistics_of(iter(self.first[:NUM_RANKED_AGAIN]), lambda count: None).total()
 
     def _statistics_of(self, numbered: Iterator[tuple[int, Tensor]], on_images: Callable[[int], object]) -> Statistics:
+        """The statistics of numbered images of this process and of those of the others."""
         statistics = Statistics.zeros(self.tower)
         while batch := list(itertools.islice(numbered, self.options.batch_size)):
             (images,) = batched((image for _, image in batch), self.options.batch_size)
@@ -160,7 +160,7 @@ class View:
                 seed=self.options.seed,
             )
             on_images(len(batch))
-        return statistics
+        return functools.reduce(operator.add, gathered(statistics))
 
 
 def views_of(model: nn.Module | Sequence[nn.Module], images: Images, options: Options) -> list[View]:

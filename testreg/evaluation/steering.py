@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from testreg.families import Tower
+from testreg.measure.hooks import replacing_inputs
 
 
 @contextmanager
@@ -22,22 +22,20 @@ def steered(tower: Tower, neurons: Mapping[int, Sequence[int]], mask: Tensor) ->
     prefix = torch.zeros(len(mask), tower.num_prefix, dtype=torch.bool, device=mask.device)
     target = torch.cat([prefix, mask], dim=1).unsqueeze(-1)  # (B, T, 1)
     keep = torch.cat([~prefix, torch.zeros_like(mask)], dim=1).unsqueeze(-1)
-    with ExitStack() as stack:
-        for block, units in neurons.items():
-            for mlp, own in tower.blocks[block].units_by_mlp(units):
-                channels = [mlp.first + unit for unit in own.values()]
-                hook = mlp.fc2.register_forward_pre_hook(_mover(tower, channels, target, keep))
-                stack.callback(hook.remove)
-        yield
+    moved = [
+        (mlp, [mlp.first + unit for unit in own.values()])
+        for block, units in neurons.items()
+        for mlp, own in tower.blocks[block].units_by_mlp(units)
+    ]
 
-
-def _mover(tower: Tower, channels: list[int], target: Tensor, keep: Tensor) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden = tower.batch_first(args[0])
+    def move(index: int, tokens: Tensor) -> Tensor:
+        _, channels = moved[index]
+        hidden = tower.batch_first(tokens)
         activations = hidden[..., channels]  # (B, T, K)
         peak = activations.gather(1, activations.abs().max(1, keepdim=True).indices)
-        moved = hidden.clone()
-        moved[..., channels] = torch.where(target, peak, activations * keep)
-        return (tower.batch_first(moved), *args[1:])  # a transposition is its own inverse
+        hidden = hidden.clone()
+        hidden[..., channels] = torch.where(target, peak, activations * keep)
+        return tower.batch_first(hidden)  # a transposition is its own inverse
 
-    return hook
+    with replacing_inputs([mlp.fc2 for mlp, _ in moved], move):
+        yield

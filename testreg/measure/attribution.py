@@ -62,6 +62,8 @@ class Attribution:
     """(B, L, H): the same over all patches; zero for images without outliers."""
     norms: Tensor
     """(L, B, T): norms of the prefix tokens and the patches."""
+    outlier: Tensor
+    """(L, B, N): which patches are outliers, after the blocks that the detection counts; none after others."""
 
 
 def attribution_of(tower: Tower, images: Tensor, detection: Detection) -> Attribution:
@@ -83,6 +85,7 @@ def attribution_of(tower: Tower, images: Tensor, detection: Detection) -> Attrib
         torch.cat([part.energy_at_outliers for part in parts]),
         torch.cat([part.energy for part in parts]),
         torch.cat([part.norms for part in parts], 1),
+        torch.cat([part.outlier for part in parts], 1),
     )
 
 
@@ -100,7 +103,7 @@ def _attribution_of(tower: Tower, images: Tensor, detection: Detection) -> Attri
     outlier = detection.outliers(norms, tower.num_prefix, tower.grid(images))[..., patches]
     outlier &= detection.counts(tower.depth).to(outlier.device)[:, None, None]
     if not outlier.any():
-        return Attribution(share, energy_at_outliers, energy, norms)
+        return Attribution(share, energy_at_outliers, energy, norms, outlier)
     flat = [activation for of_block in hidden for activation in of_block]
     gradients = iter(_gradients(of_patches, _weight(norms[..., patches], outlier, detection), flat))
     at = outlier.any(0)  # (B, N)
@@ -121,7 +124,7 @@ def _attribution_of(tower: Tower, images: Tensor, detection: Detection) -> Attri
                 energies.append(weights @ values.square())
             share[:, i] = torch.cat(shares, -1).cpu()
             energy_at_outliers[:, i], energy[:, i] = torch.cat(energies, -1).cpu().unbind(1)
-    return Attribution(share, energy_at_outliers, energy, norms)
+    return Attribution(share, energy_at_outliers, energy, norms, outlier)
 
 
 def _weight(norms: Tensor, outlier: Tensor, detection: Detection) -> Tensor:

@@ -144,13 +144,11 @@ def statistics_of(
 
 def _attribution_statistics(tower: Tower, images: Tensor, half: Tensor, detection: Detection) -> Statistics:
     found = attribution_of(tower, images, detection)
-    outlier = detection.outliers(found.norms, tower.num_prefix, tower.grid(images))[..., tower.patches(images)]
-    counts = detection.counts(tower.depth).to(outlier.device)
     statistics = Statistics.zeros(tower)
     with exactly(tower.device):
         for name in ("share", "energy_at_outliers", "energy"):
             getattr(statistics, name)[:] = torch.einsum("sb,blh->slh", half.cpu(), getattr(found, name))
-    _count(statistics, half, outlier[detection.block], outlier[counts].any(0).any(-1))
+    _count(statistics, half, found.outlier[detection.block], found.outlier.any(0).any(-1))
     return statistics
 
 
