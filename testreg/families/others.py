@@ -23,6 +23,7 @@ VENDORED = (
         fc2=("mlp.w3", "mlp.fc2"),
         patch_embed="patch_embed.proj",
         prefix=lambda tower: 1 + tower.num_register_tokens,
+        trained_registers=lambda tower: tower.num_register_tokens,
         scale="ls2.gamma",
     ),
     Family(
