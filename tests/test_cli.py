@@ -84,6 +84,12 @@ def test_diagnose_prints_the_verdict_first(folder, tmp_path, capsys):
     assert json.loads((tmp_path / "diagnosis.json").read_text())["verdict"] == verdict
 
 
+def test_diagnose_by_another_rule(folder, capsys):
+    photos = str(folder / "photos")
+    assert main(["diagnose", str(folder / "model"), "--images", photos, "--rule", "mixture", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["rule"].startswith("norm in the upper of two components")
+
+
 @records
 def test_diagnose_exit_codes_of_what_registers_do_not_fix(folder, tmp_path, capsys):
     photos = ["--images", str(folder / "photos"), "--json", "-"]

@@ -25,7 +25,7 @@ NUM_POSITIONS = 4  # fixed positions named in the verdict and the notes; the JSO
 
 QUANTILES = (0.01, 0.25, 0.75, 0.99)
 
-LEGEND = (
+LEGEND: tuple[tuple[str, str], ...] = (
     ("norm", "length of a patch: median of an image, mean over the images"),
     ("norm / median", "99th percentile, largest patch, and largest prefix token"),
     ("prefx", "prefix tokens: CLS and trained registers"),
@@ -33,7 +33,7 @@ LEGEND = (
     ("outliers %", "of the patches, after attention and after the MLP"),
     ("cosine", "to the neighbours: of normal patches, and of outliers"),
 )  # the terms in the table, for who sees it for the first time
-ATTENTION_LEGEND = (
+ATTENTION_LEGEND: tuple[tuple[str, str], ...] = (
     ("attention, %", "to prefix tokens; to outliers; that in the head with most"),
     ("column ratio", "attention that a patch draws: the largest over the median"),
     ("value", "norm of outliers' values over the median: 0 in a no-op sink"),
