@@ -35,7 +35,7 @@ LEGEND: tuple[tuple[str, str], ...] = (
 )  # the terms in the table, for who sees it for the first time
 ATTENTION_LEGEND: tuple[tuple[str, str], ...] = (
     ("attention, %", "to prefix tokens; to outliers; that in the head with most"),
-    ("column ratio", "attention that a patch draws: the largest over the median"),
+    ("column ratio", "attention that a patch draws from afar: largest over median"),
     ("value", "norm of outliers' values over the median: 0 in a no-op sink"),
     ("rank", "dimensions of what tokens take from outliers"),
 )
@@ -107,8 +107,8 @@ class BlockDiagnosis:
     prefix_attention: list[float] | None
     """Share of attention that goes to each prefix token; None if not observable."""
     column_ratio: float | None = None
-    """Attention that a patch draws from all queries (the sum of its column of attention): the largest of an image over
-    the median, mean over the images; None if not observable."""
+    """Attention that a patch draws from afar, the mean of its column over all queries but the patch itself and the
+    eight around it: the largest of an image over the median, mean over the images; None if not observable."""
     value_ratio: float | None = None
     """The mean of the heads' `value_ratio`, each as heavy as the attention that it gives outliers; None without these,
     or if not observable."""

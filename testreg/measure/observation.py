@@ -181,10 +181,10 @@ class _BatchObserver:
         (B, heads, T, D)."""
         if self.block is None or len(weights) != len(self.images) or weights.shape[-1] < self.patches.stop:
             return  # of no block, of packed images, or of other tokens
-        _, share = self._sample(weights.shape[-1])
+        queries, share = self._sample(weights.shape[-1])
+        far = from_afar(queries, self.grid, self.tower.num_prefix)
         with exactly(weights.device):
-            drawn = torch.einsum("bhqt,q->bht", weights, share.to(weights.dtype))
-            more = _attention_sums(drawn, self.patches, self.outlier[-1])
+            more = _attention_sums(weights, share, far, self.patches, self.outlier[-1])
             if value is not None and self.outlier[-1].any():
                 shown = weights[..., self.patches], value[:, :, self.patches].to(weights.dtype)
                 more |= _value_sums(*shown, self.outlier[-1], share)
@@ -298,11 +298,35 @@ def sample(num_tokens: int, first: int, end: int) -> tuple[Tensor, Tensor]:
     return torch.cat([others, patches]), count / num_tokens
 
 
-def _attention_sums(drawn: Tensor, patches: slice, outlier: Tensor) -> Sums:
-    """Sums over a batch of what tokens draw of attention (B, heads, T), where some patches (B, N) are outliers."""
-    column = drawn[..., patches].mean(1)  # (B, N)
+def from_afar(queries: Tensor, grid: tuple[int, int], first: int) -> Tensor:
+    """Which queries, by their numbers (n,), are far from which patches (n, N): neither that patch nor one of the eight
+    around it. The patches are those from `first`, in a grid; what is no patch is far from all."""
+    rows, columns = grid
+    patches = torch.arange(rows * columns, device=queries.device)
+    number = (queries - first).unsqueeze(1)
+    apart = torch.maximum(
+        (number.div(columns, rounding_mode="floor") - patches.div(columns, rounding_mode="floor")).abs(),
+        (number % columns - patches % columns).abs(),
+    )
+    return (apart > 1) | (number < 0) | (number >= len(patches))
+
+
+def _attention_sums(weights: Tensor, share: Tensor, far: Tensor, patches: slice, outlier: Tensor) -> Sums:
+    """Sums over a batch of what tokens draw of attention.
+
+    Args:
+        weights: (B, heads, n, T).
+        share: what each query stands for, (n,).
+        far: which queries are far from which patches, (n, N).
+        outlier: which patches are outliers, (B, N).
+    """
+    drawn = torch.einsum("bhqt,q->bht", weights, share.to(weights.dtype))
+    # Patches attend to their neighbours: those of the queries in the sample would draw more than others.
+    counted = share.unsqueeze(1) * far  # (n, N)
+    column = torch.einsum("bqt,qt->bt", weights[..., patches].mean(1), counted.to(weights.dtype))
+    column = column / counted.sum(0).clamp(min=TINY)  # (B, N)
     return {
-        "images": torch.tensor(len(drawn)),
+        "images": torch.tensor(len(weights)),
         "prefix": drawn[..., : patches.start].mean(1).sum(0),
         "to_outliers": (drawn[..., patches] * outlier.unsqueeze(1)).sum((0, 2)),  # (heads,)
         "column_ratio": (column.amax(1) / column.median(1).values.clamp(min=TINY)).sum(),

@@ -15,7 +15,7 @@ from testreg.families import find_tower
 from testreg.measure.conclusion import MASSIVE, conclude
 from testreg.measure.diagnose import diagnose
 from testreg.measure.diagnosis import ATTENTION_LEGEND, LEGEND, QUANTILES, AttentionHead, BlockDiagnosis
-from testreg.measure.observation import neighbour_cosine, observe, sample
+from testreg.measure.observation import from_afar, neighbour_cosine, observe, sample
 from testreg.measure.outliers import OutlierRule
 
 NORM_BEFORE_MLP = {
@@ -341,8 +341,18 @@ def test_attention_to_outliers_by_hand(photos):
     shares = [3 / (3 + 8**0.5), 8**0.5 / (3 + 8**0.5)]
     assert second.broadcast_rank == close(math.exp(-sum(share * math.log(share) for share in shares)))
     assert block.broadcast_rank is None or block.broadcast_rank == second.broadcast_rank
-    columns = (weights / weights.sum(-1, keepdim=True)).mean((0, 1))[1:]
+    columns = []
+    for key in range(16):
+        near = [1 + n for n in range(16) if abs(n // 4 - key // 4) <= 1 and abs(n % 4 - key % 4) <= 1]
+        far = [query for query in range(17) if query not in near]
+        columns.append(weights[:, far, 1 + key].mean())
+    columns = torch.stack(columns)
     assert block.column_ratio == close(float(columns.max() / columns.median()))
+
+
+def test_which_queries_are_far_from_which_patches():
+    far = from_afar(torch.tensor([0, 1, 6, 7]), (2, 3), 1)  # CLS, the first and the last patch, a register
+    assert far.tolist() == [[True] * 6, [False, False, True] * 2, [True, False, False] * 2, [True] * 6]
 
 
 @pytest.mark.parametrize("name", ["timm_clip", "hf_clip", "open_clip", "open_clip_sequence_first", "hf_dinov2"])
