@@ -149,6 +149,7 @@ class SampleRecorder(TorchFunctionMode):
         asked = given.get("need_weights", True)
         given.update(need_weights=True, average_attn_weights=False)
         out, weights = F.multi_head_attention_forward(*named.args, **named.kwargs)
+        assert weights is not None
         self.see(weights[:, :, rows].float(), None)
         return out, weights.mean(1) if asked else None
 

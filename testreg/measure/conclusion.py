@@ -267,7 +267,7 @@ def _embedding_positions(sums: Observations) -> list[EmbeddingPosition]:
         return []
     ratios = counts["embedding"] / counts["images"]  # (N,)
     standing = (ratios > OutlierRule().limit(ratios)).nonzero().flatten().tolist()
-    return [EmbeddingPosition(*divmod(n, columns), float(ratios[n])) for n in standing]
+    return [EmbeddingPosition(n // columns, n % columns, float(ratios[n])) for n in standing]
 
 
 def _prefix_roles(blocks: Sequence[BlockDiagnosis], trained_registers: int) -> list[PrefixRole]:
