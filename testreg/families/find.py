@@ -166,7 +166,7 @@ def _methods(module: nn.Module, paths: Paths) -> Iterator[tuple[nn.Module, str]]
 
 
 def listed(paths: Paths) -> tuple[str, ...]:
-    """The candidates, of which there may be one."""
+    """The candidates of `Paths` as a tuple, also where it is a single name."""
     return (paths,) if isinstance(paths, str) else paths
 
 

@@ -28,7 +28,7 @@ def _unrotated_complex(rotations: Tensor, layout: Layout) -> Tensor:
 
 
 def _placeless(positions: Tensor, layout: Layout) -> Tensor:
-    """Row and column (B, T, 2) of each patch, which only padding is asked for here: the rotations are made already."""
+    """Row and column (B, T, 2) of each patch. Blocks only see from them what is padding: rotations are made before."""
     return layout.extend(positions, -2, 0)
 
 
