@@ -13,6 +13,8 @@ Paths = str | tuple[str, ...]
 
 WINDOWS = "in most blocks attention stays within windows of the image, in which one register has no place"
 """Why the method does not fit SAM and its kin."""
+STAGES = "patches are merged between stages, so that there is no sequence on which a register could ride"
+"""Why it does not fit Swin and its kin."""
 
 
 class Layout(Protocol):

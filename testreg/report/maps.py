@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from testreg.display import picture_of
 from testreg.families import Tower, find_tower
 from testreg.measure.attention import attention_to_patches, entropy
 from testreg.measure.hooks import recorded_tokens
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+SCALES = "Norms share one scale, attention maps have one each (from their least to their largest value)."
 BEFORE, AFTER = "#d55e00", "#0072b2"  # colours that the colour-blind tell apart (Okabe and Ito)
 
 
@@ -170,24 +172,17 @@ def _coloured(values: Tensor, name: str, scale: Tensor) -> Tensor:
 
 def figure(images: Tensor, before: Maps, after: Maps, title: str) -> Figure:
     """A picture with one row for each image (B, 3, h, w): its photograph and its maps, before and after."""
-    from matplotlib.figure import Figure
-
     colours = feature_colours(before, after)
     rows = [panels(image, i, before, after, colours) for i, image in enumerate(images)]
-    page = Figure(figsize=(1.5 * len(rows[0]), 1.68 * len(rows) + 0.6), layout="constrained")
-    axes = page.subplots(len(rows), len(rows[0]), squeeze=False)
-    for axis, panel in zip(axes[0], rows[0], strict=True):
+    page = picture_of(rows, _draw, title, panel_size=(1.5, 1.68))
+    for axis, panel in zip(page.axes, rows[0], strict=False):
         axis.set_title(panel.name, fontsize=9)
-    for row, made in zip(axes, rows, strict=True):
-        for axis, panel in zip(row, made, strict=True):
-            _draw(axis, panel)
-    page.suptitle(title, fontsize=10, parse_math=False)
+    page.supxlabel(SCALES, fontsize=8)
     return page
 
 
 def _draw(axis: Axes, panel: Panel) -> None:
     axis.imshow(panel.pixels.numpy(), interpolation="antialiased" if panel.kind == "photograph" else "nearest")
-    axis.set(xticks=[], yticks=[])
     if panel.largest is not None:
         axis.set_xlabel(f"max {panel.largest:.3g}", fontsize=8)
     for spine in axis.spines.values():

@@ -142,7 +142,7 @@ def test_the_table_finds_every_part(family: str) -> None:
     for block in tower.blocks:
         expected = layout.read(block.module)
         (mlp,) = block.mlps
-        assert mlp.fc2_linear.weight is expected.down[0]
+        assert mlp.fc2_linear.weight is expected.fc2[0]
         assert mlp.fc2 is (expected.middle_norm or mlp.fc2_linear)
         assert (block.attention is not None) == family.startswith("hf")
         if family not in ("timm_parallel", *tiny.SPREAD_MLP):  # have neither
@@ -463,7 +463,12 @@ def two_towers() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: nn.Linear(3, 3), ValueError, "no supported vision tower in Linear: .*testreg.add_family"),
+        (lambda: nn.Linear(3, 3), ValueError, "tower in Linear: see https://.*/covered .*testreg.add_family"),
+        (
+            lambda: timm.create_model("swin_tiny_patch4_window7_224", embed_dim=8, depths=(1, 1), num_heads=(1, 1)),
+            ValueError,
+            "SwinTransformer cannot be patched: .* patches are merged between stages",
+        ),
         (
             lambda: transformers.CLIPTextModel(transformers.CLIPTextConfig(**HF_TEXT)),
             ValueError,

@@ -69,8 +69,8 @@ def planted(photos):
     """A planted model, whose name is hostile, and its neurons with scores."""
     model = fresh("timm_clip")
     model.testreg_source = HOSTILE
-    (layer, units), *_ = plant(model, photos, num_neurons=4).neurons.items()
-    ranking = tuple((layer, unit, 1.0 / (i + 1)) for i, unit in enumerate(units))
+    (block, units), *_ = plant(model, photos, num_neurons=4).neurons.items()
+    ranking = tuple((block, unit, 1.0 / (i + 1)) for i, unit in enumerate(units))
     rest = tuple((3, unit, 0.01) for unit in range(30))
     return model, RegisterNeurons(ranking + rest, 4, calibration=CALIBRATION, provenance={"note": HOSTILE})
 
