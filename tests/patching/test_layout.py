@@ -18,8 +18,10 @@ import tiny
 import torch
 import torch.nn.functional as F
 import transformers
-from coverage import timm_models, transformers_vision, transformers_vlm
+from coverage import timm_models, transformers_models
 from coverage.registry import image, images, randomise
+from coverage.transformers_inputs import GRIDS
+from coverage.transformers_table import VLM
 from reference import shift_by_hand
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
@@ -262,11 +264,11 @@ class Case:
 
 def _vlm(name: str, valid: Callable[[tuple[Any, ...]], Tensor] | None = None) -> Case:
     """A tower of scripts/coverage; `valid` finds in its arguments which tokens (B, T) are no padding."""
-    row = next(row for _, each, row in transformers_vlm.rows() if each == name)
-    known = {each.name: each for each in transformers_vlm.architectures()}
+    row = next(row for row in VLM for _, each in row.each() if each == name)
+    known = {each.name: each for each in transformers_models.architectures()}
 
     def build() -> nn.Module:
-        return transformers_vlm.tower_of(known[name].build())
+        return transformers_models.tower_of(known[name].build())
 
     def tokens(model: Any, numbers: Sequence[int]) -> Sequence[Tensor]:
         double = lambda each: each.double() if each.is_floating_point() else each
@@ -275,7 +277,7 @@ def _vlm(name: str, valid: Callable[[tuple[Any, ...]], Tensor] | None = None) ->
         output = getattr(output, "last_hidden_state", output)  # transformers 4 may give the merged tokens only
         if valid is not None:
             return [each[shown] for each, shown in zip(output, valid(arguments).flatten(1).bool(), strict=True)]
-        lengths = [math.prod(transformers_vlm.GRIDS[number]) for number in numbers]
+        lengths = [math.prod(GRIDS[number]) for number in numbers]
         output = output.flatten(0, -2)
         merged = sum(lengths) // len(output)
         return output.split([length // merged for length in lengths])
@@ -551,7 +553,7 @@ def test_copies_of_padded_and_packed_models_work(name: str, duplicate: Callable[
 
 # Blocks with several MLPs, or one linear for attention and MLP --------------------------------------------------------
 
-KNOWN = {each.name: each for each in (*timm_models.architectures(), *transformers_vision.architectures())}
+KNOWN = {each.name: each for each in (*timm_models.architectures(), *transformers_models.architectures())}
 
 
 class ByHand:
