@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SCALES = "Norms share one scale, attention maps have one each (from their least to their largest value)."
 BEFORE, AFTER = "#d55e00", "#0072b2"  # colours that the colour-blind tell apart (Okabe and Ito)
 
 
@@ -96,6 +95,12 @@ def table(before: Maps, after: Maps) -> str:
         rows.append(("attention entropy (nats)", f"{before.attention_entropy:.2f}", f"{after.attention_entropy:.2f}"))
     lines = [f"{'':26}{'before':>10}{'after':>10}"]
     return "\n".join(lines + [f"{name:26}{first:>10}{second:>10}" for name, first, second in rows])
+
+
+def scales_of(maps: Maps) -> str:
+    """What the colours of the maps, before and after, span: for the caption of a picture."""
+    norms = "Norms: one logarithmic scale for before and after"
+    return norms if maps.attention is None else f"{norms}. Attention: each map from its least to its largest value"
 
 
 def feature_colours(before: Maps, after: Maps) -> tuple[Tensor, Tensor]:
@@ -177,7 +182,7 @@ def figure(images: Tensor, before: Maps, after: Maps, title: str) -> Figure:
     page = picture_of(rows, _draw, title, panel_size=(1.5, 1.68))
     for axis, panel in zip(page.axes, rows[0], strict=False):
         axis.set_title(panel.name, fontsize=9)
-    page.supxlabel(SCALES, fontsize=8)
+    page.supxlabel(scales_of(before), fontsize=8)
     return page
 
 

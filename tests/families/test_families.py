@@ -12,6 +12,7 @@ import timm
 import tiny
 import torch
 import transformers
+from coverage import imitations
 from reference import LAYOUTS, block_outputs, build, forward_by_hand, run
 from tiny import DEPTH, HF, HF_DINOV2, HF_TEXT, IMAGE, TIMM, WIDTH
 from torch import Tensor, nn
@@ -110,6 +111,24 @@ def test_units_are_numbered_through_mlps_that_run_side_by_side() -> None:
     width = first.width
     of_both = [(first, {width - 1: width - 1}), (second, {width: 0, 2 * width - 1: width - 1})]
     assert list(block.units_by_mlp([width, width - 1, 2 * width - 1])) == of_both
+
+
+def test_the_final_norm_is_behind_the_blocks_and_not_in_front_of_them() -> None:
+    for family, path in (
+        ("timm_vit", "norm"),
+        ("hf_dinov2", "layernorm"),
+        ("hf_clip", "post_layernorm"),  # which is somewhere else in older releases
+        ("open_clip", "visual.ln_post"),
+        ("torchvision_vit", "encoder.ln"),
+    ):
+        model = build(family)
+        names = {module: name for name, module in model.named_modules()}
+        assert names[find_tower(model).final_norm].endswith(path)
+    openai = imitations.VisionTransformer(IMAGE, tiny.PATCH, WIDTH, DEPTH, 4)
+    assert find_tower(openai).final_norm is openai.ln_post
+    pooled = timm.create_model("vit_base_patch16_224", global_pool="avg", **TIMM)
+    assert find_tower(pooled).final_norm is pooled.fc_norm
+    assert find_tower(timm.create_model("vit_base_patch16_224", final_norm=False, **TIMM)).final_norm is None
 
 
 def test_a_tower_returns_from_eval_mode_as_it_was() -> None:
