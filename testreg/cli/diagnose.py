@@ -24,11 +24,6 @@ from testreg.cli.outputs import PAGES, check_file
 from testreg.cli.running import Run
 
 REPORT_IMAGES = 32
-LEGEND = """
-norm / median: norms over the median norm of their image's patches: the 99th percentile of all patches, the largest of
-an image, and the prefix tokens (CLS, trained registers). kurtosis: of these ratios; 3 for a normal distribution, more
-with outliers. outliers %: of the patches, after the block's attention and after its MLP. cosine: of normal patches and
-of outliers to their neighbours. attention %: what outliers and prefix tokens receive."""
 
 
 def diagnose(
@@ -72,7 +67,7 @@ def diagnose(
         is_first = rank() == 0
     if is_first:
         run.answer(found.verdict)
-        run.say("\n".join(["", found.table(), LEGEND, "", *found.notes]))
+        run.say("\n".join(["", found.table(), "", *found.notes]))
         run.write(found.to_dict())
         if report is not None:
             from testreg.io.images import ImageStream
