@@ -323,8 +323,6 @@ def accuracies(model: Model, units: Sequence[int], data: Data) -> dict[str, floa
     blocks, fc2 = model.blocks, model.blocks[PLANTED].mlp.fc2
     others = sorted(set(range(fc2.in_features)) - set(units))
     draws = [random.Random(seed).sample(others, len(units)) for seed in range(RANDOM_DRAWS)]
-    own = torch.zeros(fc2.in_features, dtype=torch.bool)
-    own[units] = True
     result = {"as it is": accuracy(model, data)}
     for name, moved in (("moved", units), *((f"random neurons moved, {i}", draw) for i, draw in enumerate(draws))):
         with testreg.patched(model, {PLANTED: list(moved)}):
@@ -332,7 +330,8 @@ def accuracies(model: Model, units: Sequence[int], data: Data) -> dict[str, floa
     shorter = blocks.register_forward_hook(lambda module, args, output: output[:, :-1])
     with shorter, replacing_inputs([blocks], lambda _, tokens: F.pad(tokens, (0, 0, 0, 1))):
         result["one more token, nothing moved"] = accuracy(model, data)
-    with replacing_inputs([fc2], lambda _, hidden: torch.cat([hidden[:, :1], hidden[:, 1:].masked_fill(own, 0.0)], 1)):
+    zeroed = lambda _, hidden: torch.cat([hidden[:, :1], hidden[:, 1:].index_fill(2, torch.tensor(units), 0.0)], 1)
+    with replacing_inputs([fc2], zeroed):
         result["zeroed"] = accuracy(model, data)
     return result
 
