@@ -127,8 +127,11 @@ def _attribute(
 
 
 def _weight(norms: Tensor, outlier: Tensor, detection: Detection) -> Tensor:
-    """Weights (L, B, N) of the norms: their sum, but for a constant, is an image's excess as a share of that after each
-    block, as the mean over the blocks with outliers."""
+    """Weights (L, B, N) for the norms of outliers; zero for all other patches.
+
+    The weighted sum of an image's norms is, but for a constant, its relative excess: the excess after each block, over
+    the excess that there is now, in the mean over the blocks with outliers.
+    """
     normal = detection.rule.normal(norms)
     excess = torch.where(outlier, norms / normal - 1, 0.0).sum(-1, keepdim=True)  # (L, B, 1)
     num_blocks = (excess > 0).sum(0, keepdim=True).clamp(min=1)
