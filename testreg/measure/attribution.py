@@ -86,7 +86,7 @@ def attribution_of(tower: Tower, images: Tensor, detection: Detection, *, norms:
     outlier = detection.outliers(norms[..., : patches.stop], tower.num_prefix, grid)[..., patches]
     outlier &= detection.counts(tower.depth).to(outlier.device)[:, None, None]
     found = Attribution(*torch.zeros(3, len(images), tower.depth, tower.mlp_width), outlier)
-    size = math.prod(grid) * tower.depth * len(tower.blocks[0].mlps[0].columns)
+    size = math.prod(grid) * tower.depth * tower.width
     per_batch = max(1, MEMORY // (4 * TENSORS * size))
     having = outlier.any(0).any(-1).cpu().nonzero().flatten()
     for part in having.split(per_batch) if len(having) else ():

@@ -451,6 +451,12 @@ class SwiGLUFFNFused(FusedSwiGLU):
     """The subclass that the model's own package defines."""
 
 
+def test_dinov2_of_before_it_had_registers():
+    model = build("dinov2")
+    del model.num_register_tokens
+    assert find_tower(model).num_prefix == 1
+
+
 def with_mlp(make: Callable[[], nn.Module]) -> nn.Module:
     model = build("dinov2")
     model.blocks[2].mlp = make()
