@@ -68,10 +68,11 @@ def main() -> None:
     others = {"untouched": untouched}
     if args.tasks:
         others["zeroing"] = zeroed_copy(networks)
+    moved, settings = networks.moved(["activation"]), {"cache": args.work / "features"}
+    if args.num_images is not None:
+        settings["num_images"] = args.num_images
     for name in args.tasks:
-        made["tasks"][name] = tasks.evaluated(
-            name, networks.planted, networks.moved(["activation"]), others, args.data, cache=args.work / "features"
-        )
+        made["tasks"][name] = tasks.evaluated(name, networks.planted, moved, others, args.data, **settings)
         write(args.output, made)
         print(tables.of_tasks(made), flush=True)
 
@@ -89,6 +90,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--scores", nargs="*", choices=get_args(Score), default=["activation"], metavar="SCORE")
     parser.add_argument("--tasks", nargs="+", choices=["all", *tasks.TASKS], default=[], metavar="TASK")
     parser.add_argument("--data", type=Path, help="folder of the tasks' data sets")
+    parser.add_argument("--num-images", type=int, help="at most so many of each split, for a quick look at the tasks")
     parser.add_argument("--picture", type=Path, help="file for a picture of the three networks")
     parser.add_argument("--work", type=Path, default=cache_folder().parent / "restoration", help="what is kept")
     parser.add_argument("-o", "--output", type=Path, required=True, help="JSON for the results")

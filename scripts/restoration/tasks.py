@@ -75,7 +75,7 @@ def evaluated(
     for way, other in zip_longest(moved, others):
         neurons, against = moved.get(way), named.get(other)
         result = task.evaluate(
-            named[PLAIN], data / task.data, neurons=neurons, against=against, **task.options, **settings
+            named[PLAIN], data / task.data, neurons=neurons, against=against, **{**task.options, **settings}
         ).to_json()
         metrics[PLAIN] = result["plain"]
         for column, own, changed in (("patched", way, "difference"), ("against", other, "difference_against")):
