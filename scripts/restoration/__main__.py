@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, get_args
@@ -44,8 +45,8 @@ from testreg.io.preprocessing import OwnTransform
 from testreg.measure.ranking import Score
 
 
-def main() -> None:
-    args = parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse_args(arguments)
     torch.set_num_threads(args.threads)
     untouched = load_model(args.model).model.eval()
     work = args.work / f"{args.mechanism}-{args.seed}"
@@ -77,7 +78,7 @@ def main() -> None:
         print(tables.of_tasks(made), flush=True)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -95,7 +96,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=cache_folder().parent / "restoration", help="what is kept")
     parser.add_argument("-o", "--output", type=Path, required=True, help="JSON for the results")
     parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if "all" in args.tasks:
         args.tasks = list(tasks.TASKS)
     if args.tasks and args.data is None:

@@ -1,17 +1,27 @@
 """The comparison with the untouched network: what its figures mean, and that each way is measured as what it is."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from restoration import closeness, tables, tasks
+from PIL import Image
+from restoration import closeness, picture, tables, tasks
+from restoration.__main__ import main
 from restoration.closeness import Seen
 from restoration.networks import Networks
+from safetensors.torch import save_file
 from tiny import fresh
 
+from testreg.demo.run import PHOTOGRAPHS
+from testreg.evaluation import attention_seg
 from testreg.evaluation.result import Result
 from testreg.families import find_tower
+from testreg.io.decoding import open_image
+from testreg.io.loading import load_model
+from testreg.neurons import RegisterNeurons
 from testreg.register import is_patched
 
 
@@ -40,12 +50,6 @@ def test_figures_by_hand() -> None:
 
 def kept_networks(folder: Path) -> Networks:
     """Networks of which all that takes long was made before: units 4 and 5 of block 1 are planted, 4 is chosen."""
-    import json
-
-    from safetensors.torch import save_file
-
-    from testreg.neurons import RegisterNeurons
-
     model = fresh("hf_dinov2")
     save_file(fresh("hf_dinov2", seed=1).state_dict(), folder / "planted.safetensors")
     (folder / "planted.json").write_text(json.dumps({1: [4, 5]}))
@@ -110,6 +114,50 @@ def test_each_way_has_its_own_column(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert tables.of_tasks(made).splitlines()[2] == (
         "| lost | `m` | -1.0000 | 0.0000 | 1.0000 | 2.0000 | -2.0000 | 3.0000 | +1.0000 [+1.0000, +1.0000] |"
     )
+
+
+def test_one_command_makes_tables_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the demo model, as if its neurons had been planted here."""
+    demo = load_model("demo")
+    neurons = {3: [47, 55, 105, 172, 214, 225]}
+    work = tmp_path / "work" / "spread-0"
+    work.mkdir(parents=True)
+    save_file(demo.model.state_dict(), work / "planted.safetensors")
+    (work / "planted.json").write_text(json.dumps(neurons))
+    for name, units in {"testreg": neurons, "activation": {3: [0, 47]}}.items():
+        RegisterNeurons.from_blocks(units).save(work / f"{name}.json")
+    for name in ("astronaut", "coffee"):
+        photograph = open_image(PHOTOGRAPHS / f"{name}.jpg").resize((64, 64))
+        mask = Image.fromarray(np.pad(np.ones((32, 32), dtype=np.uint8), 16))
+        for kind, image in {"images": photograph, "masks": mask}.items():
+            (tmp_path / "data" / "coco256" / kind).mkdir(parents=True, exist_ok=True)
+            image.save(tmp_path / "data" / "coco256" / kind / f"{name}.png")
+    options = {"size": 64, "num_images": 2}
+    monkeypatch.setattr(tasks, "TASKS", {"attention-seg": tasks.Task(attention_seg.evaluate, "coco256", options)})
+    monkeypatch.setattr(picture, "SIZE", 64)
+    written = ["-o", str(tmp_path / "made.json"), "--picture", str(tmp_path / "made.png")]
+    folders = ["--images", str(PHOTOGRAPHS), "--test", str(PHOTOGRAPHS), "--work", str(tmp_path / "work")]
+    main(["demo", *folders, *written, "--num-test", "2", "--tasks", "all", "--data", str(tmp_path / "data")])
+    made = json.loads((tmp_path / "made.json").read_text())
+    ways = made["ways"]
+    assert ways["planted neurons"] == pytest.approx(ways["testreg"])
+    assert ways["testreg"]["of_planted"] == 6
+    assert ways["paper"]["of_planted"] == 1
+    assert ways["testreg"]["outliers_left"] < ways["random"]["outliers_left"]
+    assert ways["untouched network"]["cosine_patches"] == pytest.approx(1.0)
+    metrics = made["tasks"]["attention-seg"]["metrics"]
+    assert set(metrics) == {"planted", "untouched", "testreg", "paper", "zeroing", "random"}
+    assert metrics["untouched"] == pytest.approx(metrics["planted"])  # here they are the same
+    assert metrics["zeroing"] != metrics["testreg"]
+    assert Image.open(tmp_path / "made.png").width > 1000
+    for part in (tables.of_ways, tables.of_tasks, tables.of_samples):
+        assert part(made).startswith(("**spread", "| task"))
+
+
+def test_tasks_need_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["demo", "--images", "a", "--test", "b", "-o", "c", "--tasks", "knn"])
+    assert "--tasks needs --data" in capsys.readouterr().err
 
 
 def test_the_tasks_name_arguments_that_exist() -> None:
