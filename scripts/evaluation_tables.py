@@ -1,8 +1,8 @@
 """Write the tables of the docs from the results beside them: `python scripts/evaluation_tables.py`.
 
 A table stands between `<!-- table NAME -->`, or `<!-- table NAME part -->`, and `<!-- end -->`, and is that of
-docs/evaluations/NAME.json: what `testreg evaluate --json` wrote, or `scripts/restoration`, whose parts are ways, tasks
-and samples.
+docs/evaluations/NAME.json: what `testreg evaluate --json` wrote; or `scripts/restoration`, whose parts are ways, tasks
+and samples; or `scripts/harmless.py`, whose parts are both and samples.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ from restoration.tables import interval, markdown, number
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = ("evaluate.md", "proof.md")
 COLUMNS = ("plain", "patched", "against")
-PARTS = {"ways": tables.of_ways, "tasks": tables.of_tasks, "samples": tables.of_samples}
+PARTS = {
+    "ways": tables.of_ways,
+    "tasks": tables.of_tasks,
+    "both": tables.of_plain_and_patched,
+    "samples": tables.of_samples,
+}
 
 
 def table_of(result: dict[str, Any]) -> str:

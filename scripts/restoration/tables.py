@@ -31,11 +31,22 @@ def of_tasks(made: dict[str, Any]) -> str:
     return markdown(rows)
 
 
+def of_plain_and_patched(made: dict[str, Any]) -> str:
+    """The metrics of all tasks of `scripts/harmless.py`, plain and patched."""
+    rows = [["task", "metric", "plain", "patched", "patched - plain, 95 % interval"]]
+    for task, result in made["tasks"].items():
+        for metric, plain in result["plain"].items():
+            values = [number(plain), number(result["patched"][metric])]
+            rows.append([task, f"`{metric}`", *values, interval(result["difference"][metric])])
+    return markdown(rows)
+
+
 def of_samples(made: dict[str, Any]) -> str:
     """What each task was done with, and how long it took."""
     rows = [["task", "protocol", "CPU minutes"]]
     for task, result in made["tasks"].items():
-        said = ", ".join(f"{key} {value}" for key, value in result["protocol"].items() if value not in (None, {}))
+        protocol = {key: value for key, value in result["protocol"].items() if key not in ("neurons", "against")}
+        said = ", ".join(f"{key} {value}" for key, value in protocol.items() if value is not None)
         rows.append([task, said, f"{result['cpu_seconds'] / 60:.1f}"])
     return markdown(rows)
 
@@ -54,6 +65,7 @@ def interval(difference: Sequence[float | None]) -> str:
 
 
 def number(value: float | None, digits: int = 4) -> str:
+    """A value as tables show it."""
     if value is None:
         return "not defined"
     return str(value) if isinstance(value, int) else f"{value:.{digits}f}"

@@ -48,6 +48,7 @@ TASKS: dict[str, Task] = {
     ),
     "tokens": Task(tokens.evaluate, "", {"size": 112, "num_images": 200, "num_c": 6, "epochs": 10}),
     "lost": Task(lost.evaluate, "coco256", {"feature": "v", "size": 448, "num_images": 64}),
+    "lost-sweep": Task(lost.evaluate, "coco256", {"feature": "v", "size": 224, "num_images": 128, "sweep": True}),
 }
 
 
@@ -82,6 +83,8 @@ def evaluated(
             if own is not None:
                 metrics[own], difference[own] = result[column], result[changed]
     protocol = {key: value for key, value in result["protocol"].items() if key not in ("neurons", "against")}
+    if protocol.get("sweep"):
+        protocol["sweep"] = f"chosen on {protocol['sweep']['images']} others"
     return {
         "data": str(data / task.data),
         "protocol": protocol,
