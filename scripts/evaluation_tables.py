@@ -2,7 +2,8 @@
 
 A table stands between `<!-- table NAME -->`, or `<!-- table NAME part -->`, and `<!-- end -->`, and is that of
 docs/evaluations/NAME.json: what `testreg evaluate --json` wrote; or `scripts/restoration`, whose parts are ways, tasks
-and samples; or `scripts/harmless.py`, whose parts are both and samples.
+and samples; or `scripts/harmless.py`, whose parts are both and samples. Where there is no
+such file yet, what stands there stays.
 """
 
 from __future__ import annotations
@@ -48,7 +49,10 @@ def updated(page: str) -> str:
 
     def table(found: re.Match[str]) -> str:
         name, part = found[1], found[2]
-        result = json.loads((DOCS / "evaluations" / f"{name}.json").read_text(encoding="utf-8"))
+        file = DOCS / "evaluations" / f"{name}.json"
+        if not file.is_file():
+            return found[0]
+        result = json.loads(file.read_text(encoding="utf-8"))
         made = PARTS[part.strip()](result) if part else table_of(result)
         return f"<!-- table {name}{part or ''} -->\n\n{made}\n\n<!-- end -->"
 
