@@ -2,8 +2,8 @@
 
 A table stands between `<!-- table NAME -->`, or `<!-- table NAME part -->`, and `<!-- end -->`, and is that of
 docs/evaluations/NAME.json: what `testreg evaluate --json` wrote; or `scripts/restoration`, whose parts are ways, tasks
-and samples; or `scripts/harmless.py`, whose parts are both and samples. Where there is no
-such file yet, what stands there stays.
+and samples; or `scripts/harmless.py`, whose parts are both and samples. Where there is no such file yet, what stands
+there stays.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def shown(photograph: Tensor) -> np.ndarray:
 
 
 def draw(axis: Axes, pixels: object, title: str, **options: object) -> None:
-    axis.imshow(pixels, **options)
+    axis.imshow(np.asarray(pixels), **options)
     axis.set(xticks=[], yticks=[])
     axis.set_title(title, fontsize=8)
     axis.spines[:].set_visible(False)
