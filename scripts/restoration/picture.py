@@ -79,7 +79,7 @@ def picture(photographs: Tensor, seen: list[Maps]) -> Figure:
     rows, columns = len(photographs), 1 + len(GROUPS) * len(STATES)
     figure = Figure(figsize=(1.12 * columns, 1.16 * rows + 0.5), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)  # type: ignore[union-attr]
-    parts = figure.subfigures(1, 1 + len(GROUPS), width_ratios=[1, *[len(STATES) + 0.15] * len(GROUPS)])
+    parts = figure.subfigures(1, 1 + len(GROUPS), width_ratios=[1, *[len(STATES)] * len(GROUPS)], wspace=0.012)
     colours = colouring(seen[0].features)
     pixels = [shown(photograph) for photograph in photographs]
     axes = parts[0].subplots(rows, 1)
@@ -119,7 +119,8 @@ def draw(axis: Axes, pixels: object, title: str, **options: object) -> None:
 
 def outline(axis: Axes, box: list[float], patch: float) -> None:
     left, top, right, bottom = (edge * patch for edge in box)
-    axis.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor="#00e5ff", lw=1.8))
+    width, height = right - left, bottom - top
+    axis.add_patch(Rectangle((left, top), width, height, fill=False, edgecolor="#00e5ff", lw=1.8, clip_on=False))
 
 
 def colouring(features: Tensor) -> Callable[[Tensor], Tensor]:
