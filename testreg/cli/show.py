@@ -21,7 +21,7 @@ from testreg.cli.options import (
     TrustRemoteCode,
     Zero,
 )
-from testreg.cli.outputs import check_picture, save_picture
+from testreg.cli.outputs import PICTURES, check_file, save_picture
 from testreg.cli.running import Run
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def show(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Picture of a model before and after."""
-    check_picture(output)
+    check_file(output, *PICTURES)
 
     import torch
 
