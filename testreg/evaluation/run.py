@@ -174,7 +174,8 @@ class Run:
         Args:
             prepare: makes the model's input of an image; None for its own preprocessing.
             compute: from the column and images (B, 3, h, w) to named tensors (B, ...).
-            key: what the features depend on besides the model, the images and their preparation.
+            key: what the features depend on besides the model, the images and their preparation. Tasks that read the
+                same features name another `task` in it.
 
         Raises:
             OSError, ValueError: an image cannot be read, or the model does not take it.
