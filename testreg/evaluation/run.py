@@ -25,7 +25,8 @@ from testreg.io.loading import LoadedModel, load_model
 from testreg.io.preprocessing import OwnTransform, Transform
 from testreg.io.progress import progress_bar
 from testreg.neurons import AnyNeurons, resolve
-from testreg.register import disabled, is_patched, patch_of, patched
+from testreg.patching.state import patch_of
+from testreg.register import disabled, is_patched, patched
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

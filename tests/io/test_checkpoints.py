@@ -28,7 +28,7 @@ from testreg.families import find_tower
 from testreg.io.checkpoints import load, save
 from testreg.io.install import installing, recover
 from testreg.io.loading import load_model
-from testreg.register import patch_of
+from testreg.patching.state import patch_of
 
 RANKED = RegisterNeurons(((1, 77, 3.0), (2, 64, 2.0), (1, 3, 1.0)), provenance={"by": "hand"})
 OPEN_CLIP: dict[str, Any] = {
