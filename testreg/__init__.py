@@ -23,6 +23,7 @@ _HOMES = {
     "diagnose": "measure.diagnose",
     "disabled": "register",
     "features": "measure.maps",
+    "fold": "patching.static",
     "is_patched": "register",
     "load": "io.checkpoints",
     "load_model": "io.loading",

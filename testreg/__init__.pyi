@@ -19,6 +19,7 @@ from testreg.measure.static import make_static as make_static
 from testreg.neurons import RegisterNeurons as RegisterNeurons
 from testreg.neurons import UnverifiedNeuronsWarning as UnverifiedNeuronsWarning
 from testreg.neurons import bundled as bundled
+from testreg.patching.static import fold as fold
 from testreg.patching.steering import steered as steered
 from testreg.register import disabled as disabled
 from testreg.register import is_patched as is_patched

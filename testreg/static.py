@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -66,6 +67,11 @@ class StaticRegisters:
             raise ValueError("the states of registers are not all finite")
         if self.form not in get_args(Form):
             raise ValueError(f"form must be 'token' or 'bias', got {shown(self.form)}")
+
+    @property
+    def digest(self) -> str:
+        """A short hash of the states."""
+        return hashlib.sha256(self.states.cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
     @property
     def num_registers(self) -> int:

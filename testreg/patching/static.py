@@ -10,18 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from testreg.families import Block, Tower
+from testreg.families import Block, Tower, find_tower
 from testreg.patching.activations import Zero, silenced, with_channels
 from testreg.patching.index import index_tensor
 from testreg.patching.override import Constant, Override
-from testreg.patching.state import Patch
+from testreg.patching.state import Patch, patch_of
 from testreg.static import StaticRegisters
+
+M = TypeVar("M", bound=nn.Module)
 
 STATE = "testreg_state"  # buffer of a block: its registers (R, C)
 KEY, VALUE = "testreg_bias_k", "testreg_bias_v"  # buffers of an nn.MultiheadAttention: (1, 1, C)
@@ -107,6 +109,48 @@ class AttentionBias(Override):
         biased: Any = _Biased(self.module)
         out, weights = nn.MultiheadAttention.forward(biased, *args, **kwargs)
         return out, None if weights is None else weights[..., :-1]
+
+
+@torch.no_grad()
+def fold(model: M) -> M:
+    """Write static registers of the form "bias" into the weights: the model is an ordinary one then, without testreg.
+
+    Attention gets parameters `bias_k` and `bias_v`, and fc2 zeros where it reads register neurons. Nothing is computed
+    beside the model, and its state_dict has the two more keys in each block. It cannot be taken back.
+
+    Returns:
+        The same object, no longer patched.
+
+    Raises:
+        RuntimeError: the model is not patched.
+        ValueError: it is patched in a way that weights cannot say: without static registers of form="bias", with
+            neurons that CLS keeps (zero="patches"), or with a norm between them and fc2.
+
+    Example:
+        >>> from torchvision.models import VisionTransformer
+        >>> vit = VisionTransformer(64, 16, num_layers=4, num_heads=4, hidden_dim=48, mlp_dim=192).eval()
+        >>> options = {"neurons": planted, "zero": "all"}
+        >>> static = testreg.make_static(vit, images, form="bias", progress=False, **options)
+        >>> folded = testreg.fold(testreg.patch(vit, static=static, **options))
+        >>> folded.encoder.layers[2].self_attention.bias_k.shape
+        torch.Size([1, 1, 48])
+    """
+    patch, tower = patch_of(model), find_tower(model)
+    if patch.static is None or patch.static.form != "bias":
+        raise ValueError('only static registers of form="bias" can be folded: patch the model with these')
+    if patch.zero != "all":
+        raise ValueError('weights cannot tell CLS from patches: patch the model with zero="all"')
+    silent = [each for i, units in patch.neurons.by_block().items() for each in tower.blocks[i].units_by_mlp(units)]
+    if any(mlp.fc2 is not mlp.fc2_linear for mlp, _ in silent):
+        raise ValueError("a norm between the neurons and fc2 sees that they are silent, which weights cannot say")
+    biased = [each.module for each in patch.overrides if isinstance(each, AttentionBias)]
+    biases = [(module, getattr(module, KEY), getattr(module, VALUE)) for module in biased]
+    patch.remove()
+    for module, key, value in biases:
+        module.bias_k, module.bias_v = nn.Parameter(key), nn.Parameter(value)
+    for mlp, units in silent:
+        mlp.fc2_linear.weight[:, [mlp.first + unit for unit in units.values()]] = 0
+    return model
 
 
 class _Biased:

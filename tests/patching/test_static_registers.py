@@ -78,19 +78,35 @@ def test_every_block_agrees_with_the_forward_by_hand(family: str) -> None:
 
 @pytest.mark.parametrize("family", WITH_BIAS)
 @torch.no_grad()
-def test_a_bias_is_what_multihead_attention_has_of_its_own(family: str) -> None:
-    """The blocks of an ordinary model with `bias_k` and `bias_v`, whose neurons are silent by their weights."""
-    model, plain = build(family).double(), build(family).double()
-    patch(model, NEURONS, zero="all", static=static(form="bias"))
-    tower = find_tower(model)
-    for index, block in enumerate(find_tower(plain).blocks):
+def test_folded_into_the_weights_the_model_is_an_ordinary_one(family: str) -> None:
+    """Its state_dict gives the same in a model that testreg never saw, made with `bias_k` and `bias_v`."""
+    model = patch(build(family).double(), NEURONS, zero="all", static=static(form="bias"))
+    expected = outputs(model)
+    assert testreg.fold(model) is model
+    assert not testreg.is_patched(model)
+    torch.testing.assert_close(outputs(model), expected, rtol=0, atol=1e-12)
+    plain = build(family, seed=1).double()
+    for block in find_tower(plain).blocks:
         (attention,) = (each for each in block.module.modules() if isinstance(each, nn.MultiheadAttention))
-        (ours,) = (each for each in tower.blocks[index].module.modules() if isinstance(each, nn.MultiheadAttention))
-        attention.bias_k = nn.Parameter(ours.testreg_bias_k)
-        attention.bias_v = nn.Parameter(ours.testreg_bias_v)
-        block.mlps[0].fc2_linear.weight[:, [unit for at, unit in RANKING if at == index]] = 0
-    assert outputs(model).shape == outputs(plain).shape
-    torch.testing.assert_close(outputs(model), outputs(plain), rtol=0, atol=1e-12)
+        attention.bias_k, attention.bias_v = (nn.Parameter(torch.empty(1, 1, 48)) for _ in range(2))
+    plain.load_state_dict(model.state_dict())
+    assert outputs(plain).equal(outputs(model))
+    assert not [name for name, _ in model.named_buffers() if "testreg" in name]
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("torchvision_vit", {"zero": "all"}, 'only static registers of form="bias"'),
+        ("torchvision_vit", {"static": static(form="bias")}, "cannot tell CLS from patches"),
+    ],
+)
+def test_what_weights_cannot_say_is_not_folded(family: str, options: dict[str, Any], message: str) -> None:
+    model = patch(build(family), NEURONS, **options)
+    expected = outputs(model)
+    with pytest.raises(ValueError, match=message):
+        testreg.fold(model)
+    assert outputs(model).equal(expected)
 
 
 def test_gradients_agree_with_the_forward_by_hand() -> None:
