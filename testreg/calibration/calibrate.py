@@ -34,7 +34,8 @@ from testreg.measure.ranking import SELECTIVE, Score, best, selectivity
 from testreg.neurons import Neuron, RegisterNeurons
 
 NEGLIGIBLE = 0.01  # neurons that score less than this share of the best are not measured
-MIN_RANKED = 1000  # neurons that the list keeps, so that it can be truncated anew
+MIN_RANKED = 8  # images with outliers that either half must have, or the first images are all ranked
+MIN_LISTED = 1000  # neurons that the list keeps, so that it can be truncated anew
 
 
 def calibrate(
@@ -102,8 +103,8 @@ def calibrate(
             others for verifying, with a like share of the outliers each. If the latter would be fewer than
             `MIN_VERIFYING`, all are for both, and the list does not count as verified. With 0 nothing is measured, and
             `top_k` must be given.
-        stability: ranking ends when the rankings by two halves of the images have this share of the best neurons in
-            common; None reads all images.
+        stability: ranking ends when the rankings by two halves of the images agree on this share of the best neurons
+            (`testreg.measure.ranking.overlap`); None reads all images.
         resume: a safetensors file for the state of the ranking, which goes on from there if the file exists. With
             several processes, it is that of the first.
         amp: torch.bfloat16 or torch.float16 to run under autocast.
@@ -219,24 +220,23 @@ def _rank(views: Sequence[View], found: View, options: Options, out_of_time: Cal
             Path(options.resume), views, {**facts_before_ranking(found, options), "held_out": options.held_out}
         )
     done = 0 if state is None else state.load()  # images with lower numbers are in the statistics
-    for view in views if done else ():
-        view.go_to(done)
+    for view in views:
+        view.skip_ranked(done)
 
     def is_read() -> bool:
-        return all(gathered(all(view.next is None for view in views)))
+        return all(gathered(all(view.is_read for view in views)))
 
     def is_stable() -> bool:
-        if options.stability is None:
+        with_outliers = sum(view.statistics.num_with_outliers for view in views).min()  # of either half
+        if options.stability is None or (done < views[0].end_of_first and with_outliers < MIN_RANKED):
             return False
         return stability_of(views, options.score, _last_blocks(found, options)[0])[0] >= options.stability
 
     with progress_bar("ranking", views[0].stream.length, options.progress) as bar:
         while not done or not (is_read() or out_of_time() or is_stable()):
-            end = done + CHUNK if done else views[0].end_of_first
+            done += CHUNK
             for view in views:
-                images = view.take(end) if done else iter(view.first)
-                view.add_statistics(images, bar.update if view is views[0] else lambda count: None)
-            done = end
+                view.add_statistics(view.take_unranked(done), bar.update if view is views[0] else lambda count: None)
             if state is not None:
                 state.save(done)
 
@@ -264,7 +264,7 @@ def _choose(
     """As many of the best neurons as the user says, or the fewest with which the target is met, or nearly so."""
     first_last, later_last = _last_blocks(found, options)
     combined = mean_scores(views, options.score, [view.statistics.total() for view in views])
-    ranking = best(combined, first_last, max(MIN_RANKED, 10 * (options.top_k or 0)))
+    ranking = best(combined, first_last, max(MIN_LISTED, 10 * (options.top_k or 0)))
     if not ranking:
         raise ImmovableOutliersError(
             f"{found.diagnosis.verdict}, but no neuron of the blocks up to {first_last} has a positive score"

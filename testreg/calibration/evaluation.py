@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from testreg.calibration.options import Head
+from testreg.calibration.prefix import Prefix
 from testreg.families import Tower
 from testreg.io.images import batched
 from testreg.io.processes import Sums, add, gathered, rank, summed
@@ -130,6 +131,7 @@ class Evaluator:
 
     def _compare_with(self, baselines: Sequence[Baseline]) -> None:
         self.baselines = baselines
+        self.prefix = Prefix(self.tower)
         sums: Sums = {}
         for plain in baselines:
             pooled, patches = plain.features[:, 0], plain.features[:, 1:].flatten(0, 1)
@@ -188,8 +190,10 @@ class Evaluator:
     def effect(self, neurons: Sequence[Neuron]) -> Effect:
         """What moving these neurons to a register does."""
         sums: Sums = {}
-        with patched(self.model, unscored(neurons)):
-            for baseline in self.baselines:
+        first = min((block for block, _, _ in neurons), default=0)
+        with self.prefix.reused(first), patched(self.model, unscored(neurons)):
+            for batch, baseline in enumerate(self.baselines):
+                self.prefix.batch = batch
                 self._compare(baseline, sums)
         after, before = summed(sums), self.before
         least = MIN_FRACTION * float(before["patches"])  # what is as good as none, divided by, means nothing
@@ -258,6 +262,7 @@ class Evaluator:
     def _compare(self, plain: Baseline, sums: Sums) -> None:
         """Add to the sums how the patched model differs from the plain one on a batch."""
         norms, tokens, classes = self._run(plain.images)
+        norms = self.prefix.norms_of(norms)
         # By both limits: norms may grow evenly, so that none stands out, or even out, so that small ones do.
         outlier = norms > torch.maximum(plain.limit, self.detection.rule.limit(norms))
         before, after = (

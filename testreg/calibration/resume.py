@@ -99,8 +99,7 @@ class State:
                     f"{_short(self.run.get(key))}. Name another file, or delete it to start anew"
                 )
         done = saved.get("done")
-        first = self.views[0].end_of_first
-        if type(done) is not int or not first <= done <= sys.maxsize or (done - first) % CHUNK:
+        if type(done) is not int or not 0 < done <= sys.maxsize or done % CHUNK:
             raise self._damage(f"it cannot have ended at image {_short(done)}")
         return done, [self._statistics(tensors, i, done) for i in range(len(self.views))]
 

@@ -13,6 +13,8 @@ from testreg.neurons import Neuron
 TOLERANCE = 0.02  # of the outliers' excess norm: sets that differ by less remove them equally well
 SAME_CHANGE = 0.01  # sets whose changes of features differ by less change the same
 ALIKE = 0.7  # of the weakest chosen neuron's score: what scores so much is taken with it
+AIM = 0.2  # of the target: a population that is rare among these images may be frequent in others
+FEW = 8  # neurons after which a round ends that was only begun for that, if they help nothing
 MAX_NEURONS = 512  # that one round adds to a set; InternViT-6B needed 300
 MAX_MEASUREMENTS = 64  # of sets of neurons, in one selection
 MAX_ROUNDS = 8
@@ -67,14 +69,15 @@ def select(
 ) -> Selection:
     """The fewest neurons that remove the outliers and what these do to other patches.
 
-    1. In each round, the best 1, 2, 4, ... of a ranking are added and measured, until outliers are down to `target` and
-       twice as many take less than `TOLERANCE` more of their excess norm; then the smallest such number is found by
-       bisection. If outliers are left, what makes them was hidden by those that are gone: the patched model is ranked
-       anew, in the next round, as long as that helps.
+    1. In each round, the best 1, 2, 4, ... of a ranking are added and measured, until outliers are down to a fifth of
+       `target` and twice as many take less than `TOLERANCE` more of their excess norm; then the smallest such number is
+       found by bisection. If most outliers are gone, and twice as many take no more of the rest, what makes these was
+       hidden: the patched model is ranked anew, in the next round, as long as that helps.
     2. Neurons that can stay where they are, all together costing less than that, are dropped: first those that are
        busy elsewhere too, and then those of late blocks, which may fire at outliers without causing them.
     3. Which of several neurons that do the same is needed depends on the images. So selective candidates are taken with
-       those that were chosen, if they score 70 % of the weakest of these or more, and nothing is the worse for it.
+       those that were chosen of their block, if they score 70 % of the weakest of these or more, and nothing is the
+       worse for it.
     4. Fewer neurons may bring all outliers under the limit, and leave some of what these did to other patches. That
        shows in what changes if all selective candidates of any weight are moved as well. If it is more than
        `SAME_CHANGE`, they are added, and those dropped again without which as much changes.
@@ -130,6 +133,7 @@ class _Search:
 
     measure: Callable[[Sequence[Neuron]], Effect]
     target: float
+    """What the caller is content with."""
     max_change: float | None
     out_of_time: Callable[[], bool]
     rounds: list[Round] = field(default_factory=list)
@@ -137,8 +141,13 @@ class _Search:
     """The selective candidates of each round, best first."""
     weighty: list[Neuron] = field(default_factory=list)
     """Those of them that score a tenth of the best of their round or more."""
-    count: int = 0
-    """Measurements made."""
+    known: dict[frozenset[tuple[int, int]], Effect] = field(default_factory=dict)
+    """The effects of the sets that were measured."""
+
+    @property
+    def aim(self) -> float:
+        """How many outliers may be left, as a fraction, if fewer can be reached."""
+        return AIM * self.target
 
     @property
     def chosen(self) -> tuple[Neuron, ...]:
@@ -146,11 +155,11 @@ class _Search:
 
     def is_over(self) -> bool:
         """Whether nothing more may be measured."""
-        return self.count >= MAX_MEASUREMENTS or self.out_of_time()
+        return len(self.known) >= MAX_MEASUREMENTS or self.out_of_time()
 
     def needs_more(self) -> bool:
         """Whether outliers are left that another round may remove."""
-        return self.rounds[-1].effect.remaining > self.target and len(self.rounds) < MAX_ROUNDS and not self.is_over()
+        return self.rounds[-1].effect.remaining > self.aim and len(self.rounds) < MAX_ROUNDS and not self.is_over()
 
     def is_allowed(self, effect: Effect) -> bool:
         """Whether features change as little as they must."""
@@ -158,12 +167,14 @@ class _Search:
 
     def is_as_good(self, effect: Effect, best: Effect) -> bool:
         """Whether a set removes as much as the best one, or nearly so, and is allowed."""
-        removes_as_much = effect.remaining <= max(self.target, best.remaining)
+        removes_as_much = effect.remaining <= max(self.aim, best.remaining)
         return removes_as_much and effect.excess <= best.excess + TOLERANCE and self.is_allowed(effect)
 
     def measured(self, neurons: Sequence[Neuron]) -> Effect:
-        self.count += 1
-        return self.measure(neurons)
+        key = frozenset(neuron[:2] for neuron in neurons)
+        if key not in self.known:
+            self.known[key] = self.measure(neurons)
+        return self.known[key]
 
     def add_from(self, candidates: Candidates) -> bool:
         """Add the fewest of a ranking that remove the most; returns whether that helped, else nothing is added."""
@@ -175,8 +186,8 @@ class _Search:
             return False
         if self.rounds:
             before = self.rounds[-1].effect
-            fewer = max(before.remaining, self.target) - max(best.remaining, self.target)
-            if fewer <= TOLERANCE and before.excess - best.excess <= TOLERANCE:
+            most_are_gone = best.remaining <= max(before.remaining / 2, self.aim)
+            if not most_are_gone and before.remaining - best.remaining <= TOLERANCE >= before.excess - best.excess:
                 return False
         effect = curve.smallest(best)
         added = tuple(ranking[: effect.neurons - len(moved)])
@@ -191,28 +202,46 @@ class _Search:
     ) -> tuple[tuple[Neuron, ...], Effect]:
         """Neurons that have this effect, less those that can stay where they are, and the effect of moving the rest.
 
+        Those that are busy elsewhere too are tried first, all at once, and then their halves. Selective ones take
+        nothing from other patches, so of these it is enough to try whole blocks, from the last, where neurons may fire
+        at outliers without causing them; and in blocks that are needed, the half that scores least.
+
         Args:
             same_change: whether features must change as much without them.
         """
-        best, selective = effect, {neuron for of_round in self.selective for neuron in of_round}
-        kept = sorted(neurons, key=lambda neuron: (neuron not in selective, neuron[0]))  # stable: then by score
-        untried = [kept] if len(kept) > 1 else []
-        while untried and not self.is_over():
+        best, kept = effect, neurons
+        selective = {neuron for of_round in self.selective for neuron in of_round}
+
+        def dropped(chunk: Sequence[Neuron]) -> bool:
+            nonlocal kept, effect
+            without = tuple(neuron for neuron in kept if neuron not in chunk)
+            if not chunk or not without or self.is_over():
+                return False
+            found = self.measured(without)
+            if not self.is_as_good(found, best) or (same_change and not changes_the_same(found, best)):
+                return False
+            kept, effect = without, found
+            return True
+
+        untried = [[neuron for neuron in neurons if neuron not in selective]]
+        while untried:
             chunk = untried.pop()
-            without = [neuron for neuron in kept if neuron not in chunk]
-            found = self.measured(without) if without else None
-            if found and self.is_as_good(found, best) and (not same_change or changes_the_same(found, best)):
-                kept, effect = without, found
-            elif len(chunk) > 1:
-                untried += [chunk[: len(chunk) // 2], chunk[len(chunk) // 2 :]]  # the later half first
-        return tuple(neuron for neuron in neurons if neuron in kept), effect
+            if not dropped(chunk) and (half := len(chunk) // 2):
+                untried += [chunk[:half], chunk[half:]]  # the later half first
+        for block in sorted({block for block, _, _ in kept}, reverse=True):
+            of_block = sorted((neuron for neuron in kept if neuron in selective and neuron[0] == block), key=_score)
+            if not dropped(of_block):
+                dropped(of_block[: len(of_block) // 2])
+        return kept, effect
 
     def with_alike(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[tuple[Neuron, ...], Effect]:
         """The neurons, which have this effect, with selective ones that score alike, and the effect of them all."""
         alike: list[Neuron] = []
         for of_round in self.selective:
-            chosen = [_score(neuron) for neuron in of_round if neuron in neurons]
-            alike += [neuron for neuron in of_round if chosen and _score(neuron) >= ALIKE * min(chosen)]
+            chosen = [neuron for neuron in of_round if neuron in neurons]
+            for block in {block for block, _, _ in chosen}:
+                weakest = min(_score(neuron) for neuron in chosen if neuron[0] == block)
+                alike += [each for each in of_round if each[0] == block and _score(each) >= ALIKE * weakest]
         return self._with(alike, neurons, effect)
 
     def completed(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[tuple[Neuron, ...], Effect]:
@@ -265,23 +294,37 @@ class _Curve:
                     f"{self.search.max_change:g}"
                 )
             return
+        at_first = self.search.rounds[-1].effect.remaining if self.search.rounds else 1.0
         while number < len(self.ranking) and not self.search.is_over():
             low, number = number, min(2 * number, len(self.ranking))
             before, last = last, self.add(number)
             if not self.search.is_allowed(last):
                 self.bisect(low, number, lambda effect: not self.search.is_allowed(effect))
                 return
-            if before.remaining <= self.search.target and before.excess - last.excess < TOLERANCE:
+            if before.remaining <= self.search.aim and before.excess - last.excess < TOLERANCE:
                 return
+            if at_first <= self.search.target and number >= FEW and last.remaining > at_first / 2:
+                return
+            # Where most outliers are gone and others stay, a ranking of the patched model finds what makes those.
+            if last.remaining < at_first / 2 and self.is_near(before, last):
+                return
+
+    def is_near(self, effect: Effect, best: Effect) -> bool:
+        """Whether a set removes as much as the best one, but for the tolerance."""
+        return effect.remaining <= best.remaining + TOLERANCE and effect.excess <= best.excess + TOLERANCE
 
     def best(self) -> Effect | None:
         """The effect that comes closest to the target and leaves the least excess; None if none is allowed."""
         allowed = filter(self.search.is_allowed, self.effects)
-        return min(allowed, key=lambda effect: (max(effect.remaining, self.search.target), effect.excess), default=None)
+        return min(allowed, key=lambda effect: (max(effect.remaining, self.search.aim), effect.excess), default=None)
 
     def smallest(self, best: Effect) -> Effect:
-        """The effect of the fewest neurons that are as good as the best, found by bisection."""
+        """The effect of the fewest neurons that are as good as the best, found by bisection; if that is not what the
+        search aims at, of the fewest measured that are nearly as good: the next round goes on from there."""
         moved = len(self.moved)
+        if best.remaining > self.search.aim:
+            near = (effect for effect in self.effects if self.is_near(effect, best) and self.search.is_allowed(effect))
+            return min(near, key=lambda effect: effect.neurons)
         high = min(effect.neurons for effect in self.effects if self.search.is_as_good(effect, best))
         low = max((effect.neurons for effect in self.effects if effect.neurons < high), default=moved)
         self.bisect(low - moved, high - moved, lambda effect: self.search.is_as_good(effect, best))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -21,15 +22,17 @@ from testreg.io.processes import gathered, rank, world_size
 from testreg.io.progress import progress_bar
 from testreg.measure.conclusion import conclude
 from testreg.measure.diagnosis import Diagnosis
+from testreg.measure.hooks import recorded_norms
 from testreg.measure.observation import observe
 from testreg.measure.outliers import MIN_FRACTION, Detection
 from testreg.measure.ranking import Score, Statistics, overlap, scores, statistics_of
 from testreg.neurons import Neuron, unscored
 from testreg.register import is_patched, patched
 
-CHUNK = 64  # images between two checks of whether the ranking is stable, and between two saved states
-NUM_CHOOSING = 24  # held-out images on which sets of neurons are compared; the rest verifies the one that was chosen
-NUM_RANKED_AGAIN = 32  # of the first images, by a process, once some neurons are moved
+NUM_DIAGNOSED = 64  # of the first images, or as many as are not held out
+CHUNK = 32  # images between two checks of whether the ranking is stable, and between two saved states
+NUM_CHOOSING = 16  # held-out images on which sets of neurons are compared; the rest verifies the one that was chosen
+NUM_RANKED_AGAIN = 16  # of the first images that have outliers, by a process, once some neurons are moved
 MIN_VERIFYING = 16  # fewer images verify nothing: one more or less of their outliers decides
 
 
@@ -49,6 +52,8 @@ class View:
 
     def __post_init__(self) -> None:
         self.statistics = Statistics.zeros(self.tower)
+        self.norms: dict[int, Tensor] = {}
+        """Norms (L, T) of the tokens of the first images, by their numbers."""
         self.ignored: frozenset[tuple[int, int]] = frozenset()
         """Fixed positions of outliers, which no neuron is looked for."""
         self.diagnosis: Diagnosis
@@ -80,10 +85,11 @@ class View:
         """
         held_out = self.options.held_out
         self.go_to(0)
-        self.end_of_first = max(2 * held_out, CHUNK)
+        self.end_of_first = max(2 * held_out, NUM_DIAGNOSED)
         for number, image in self.take(self.end_of_first):
             part = self.held_out if is_held_out(number, held_out) else self.first
             part.append((number, image))
+        self.unranked = deque(self.first)
         if 0 in gathered(len(self.first)):
             if world_size() > 1:
                 raise ValueError(f"{self.stream.source} has fewer images than there are processes ({world_size()})")
@@ -114,22 +120,43 @@ class View:
         return evaluator.split(NUM_CHOOSING) if self.is_split else (evaluator, evaluator)
 
     def go_to(self, number: int) -> None:
-        """Make the image with this number the next to be taken."""
+        """Make the image with this number the next to be read."""
         self.numbered = self.stream.numbered(number, rank(), world_size())
         self.next = next(self.numbered, None)
 
     def take(self, end: int) -> Iterator[tuple[int, Tensor]]:
-        """The images of this process that are numbered below `end` and were not taken yet."""
+        """The images of this process that are numbered below `end` and were not read yet."""
         while self.next is not None and self.next[0] < end:
             yield self.next
             self.next = next(self.numbered, None)
+
+    def skip_ranked(self, done: int) -> None:
+        """Leave out images that are numbered below `done`: they are in the statistics."""
+        self.unranked = deque(item for item in self.first if item[0] >= done)
+        if done > self.end_of_first:
+            self.go_to(done)
+
+    def take_unranked(self, end: int) -> Iterator[tuple[int, Tensor]]:
+        """The images for ranking that are numbered below `end` and were not taken yet."""
+        while self.unranked and self.unranked[0][0] < end:
+            yield self.unranked.popleft()
+        yield from self.take(end)
+
+    @property
+    def is_read(self) -> bool:
+        """Whether this process has no more images to rank by."""
+        return not self.unranked and self.next is None
 
     def diagnose(self) -> Diagnosis:
         """The diagnosis of the first images of all processes, without outliers at the `ignored` positions."""
         batches = batched((image for _, image in self.first), self.options.batch_size)
         rule = self.options.outlier_rule
-        with progress_bar("diagnosing", len(self.first), self.options.progress) as bar:
+        with (
+            progress_bar("diagnosing", len(self.first), self.options.progress) as bar,
+            recorded_norms(self.tower) as norms,
+        ):
             seen = observe(self.tower, batches, rule, ignored=self.ignored, on_images=bar.update)
+        self.norms = dict(zip((number for number, _ in self.first), _by_image(norms, self.tower.depth), strict=True))
         return conclude(self.model, gathered(seen), rule, block=self.options.block)
 
     def add_statistics(self, numbered: Iterator[tuple[int, Tensor]], on_images: Callable[[int], object]) -> None:
@@ -138,23 +165,42 @@ class View:
         Args:
             on_images: called with the number of images after each batch.
         """
-        self.statistics += self._statistics_of(numbered, on_images)
+        self.statistics += self._statistics_of(numbered, on_images, self.norms)
 
     def statistics_with(self, moved: Sequence[Neuron]) -> Statistics:
         """The statistics of the first images of all processes once some neurons are moved, over both halves."""
+        with_outliers = [item for item in self.first if self.has_outliers(item[0])]  # others have none that were hidden
         with patched(self.model, unscored(moved)):
-            return self._statistics_of(iter(self.first[:NUM_RANKED_AGAIN]), lambda count: None).total()
+            return self._statistics_of(iter(with_outliers[:NUM_RANKED_AGAIN]), lambda count: None, {}).total()
 
-    def _statistics_of(self, numbered: Iterator[tuple[int, Tensor]], on_images: Callable[[int], object]) -> Statistics:
-        """The statistics of numbered images of this process and of those of the others."""
+    def has_outliers(self, number: int) -> bool:
+        """Whether the first image with this number has outliers, after the blocks that count."""
+        norms = self.norms[number]
+        outlier = self.detection.outliers(norms, self.tower.num_prefix, self.grid)
+        return bool(outlier[self.detection.counts(self.tower.depth).to(norms.device)].any())
+
+    def _statistics_of(
+        self,
+        numbered: Iterator[tuple[int, Tensor]],
+        on_images: Callable[[int], object],
+        known_norms: Mapping[int, Tensor],
+    ) -> Statistics:
+        """The statistics of numbered images of this process and of those of the others.
+
+        Args:
+            known_norms: norms (L, T) of the tokens of some images, by their numbers.
+        """
         statistics = Statistics.zeros(self.tower)
         while batch := list(itertools.islice(numbered, self.options.batch_size)):
             (images,) = batched((image for _, image in batch), self.options.batch_size)
+            numbers = [number for number, _ in batch]
+            are_known = all(number in known_norms for number in numbers)
             statistics += statistics_of(
                 self.tower,
                 images,
-                [number for number, _ in batch],
+                numbers,
                 self.detection,
+                norms=torch.stack([known_norms[number] for number in numbers], 1) if are_known else None,
                 score=self.options.score,
                 sparsity_filter=self.options.sparsity_filter,
                 seed=self.options.seed,
@@ -205,6 +251,12 @@ def evaluating(views: Sequence[View]) -> Iterator[None]:
         if (amp := views[0].options.amp) is not None:
             stack.enter_context(torch.autocast(views[0].tower.device.type, amp))
         yield
+
+
+def _by_image(norms: Sequence[Tensor], depth: int) -> Iterator[Tensor]:
+    """Norms (L, T) of each image, from those (B, T) after each block of one batch after the other."""
+    for first in range(0, len(norms), depth):
+        yield from torch.stack(tuple(norms[first : first + depth]), 1)
 
 
 def is_held_out(number: int, held_out: int) -> bool:

@@ -190,7 +190,7 @@ def found(neurons: RegisterNeurons) -> str:
     if not neurons.verified:
         lines.append(
             f"not verified: that takes a target that is met on at least {MIN_VERIFYING} held-out images "
-            "that had no part in the choice (80 images or more in all)"
+            "that had no part in the choice (64 images or more in all)"
         )
     return "\n".join(lines)
 

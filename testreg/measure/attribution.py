@@ -11,6 +11,7 @@ move such a neuron would take it from all patches. So a second figure says how m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from testreg.families import Tower
 from testreg.measure.hooks import recording_outputs, replacing_inputs
-from testreg.measure.outliers import Detection, check_finite, exactly
+from testreg.measure.outliers import Detection, check_finite, exactly, token_norms
 
 MEMORY = 2**30  # bytes that the activations of one backward pass may take, roughly
 TENSORS = 24  # of a token's width, that a block keeps for the backward pass, roughly
@@ -60,57 +61,56 @@ class Attribution:
     """(B, L, H): its squared activation, summed over the patches that are outliers after some block."""
     energy: Tensor
     """(B, L, H): the same over all patches; zero for images without outliers."""
-    norms: Tensor
-    """(L, B, T): norms of the prefix tokens and the patches."""
     outlier: Tensor
     """(L, B, N): which patches are outliers, after the blocks that the detection counts; none after others."""
 
 
-def attribution_of(tower: Tower, images: Tensor, detection: Detection) -> Attribution:
+def attribution_of(tower: Tower, images: Tensor, detection: Detection, *, norms: Tensor | None = None) -> Attribution:
     """Attribute the outliers of images (B, 3, h, w) to neurons.
 
     The excess of a patch is how far its norm is above the normal one of its image, over the latter
     (`OutlierRule.normal`). An image's excess after a block is the sum over its outliers there. A neuron's share of it
     is what its deviation from normal patches makes: the mean over the blocks with outliers that the detection counts.
 
+    Images without outliers cost no more than a forward, and nothing at all if `norms` are given.
+
+    Args:
+        norms: those of the tokens (L, B, T), as `token_norms` gives them; None measures them.
+
     Raises:
         ValueError: norms are not finite; the model cannot be differentiated.
     """
-    rows, columns = tower.grid(images)
-    size = rows * columns * tower.depth * len(tower.blocks[0].mlps[0].columns)
+    norms = token_norms(tower, images) if norms is None else norms
+    check_finite(norms, images)
+    patches, grid = tower.patches(images), tower.grid(images)
+    outlier = detection.outliers(norms[..., : patches.stop], tower.num_prefix, grid)[..., patches]
+    outlier &= detection.counts(tower.depth).to(outlier.device)[:, None, None]
+    found = Attribution(*torch.zeros(3, len(images), tower.depth, tower.mlp_width), outlier)
+    size = math.prod(grid) * tower.depth * len(tower.blocks[0].mlps[0].columns)
     per_batch = max(1, MEMORY // (4 * TENSORS * size))
-    parts = [_attribution_of(tower, part, detection) for part in images.split(per_batch)]
-    return Attribution(
-        torch.cat([part.share for part in parts]),
-        torch.cat([part.energy_at_outliers for part in parts]),
-        torch.cat([part.energy for part in parts]),
-        torch.cat([part.norms for part in parts], 1),
-        torch.cat([part.outlier for part in parts], 1),
-    )
+    having = outlier.any(0).any(-1).cpu().nonzero().flatten()
+    for part in having.split(per_batch) if len(having) else ():
+        _attribute(tower, images[part], outlier[:, part], detection, found, part)
+    return found
 
 
-def _attribution_of(tower: Tower, images: Tensor, detection: Detection) -> Attribution:
+def _attribute(
+    tower: Tower, images: Tensor, outlier: Tensor, detection: Detection, found: Attribution, rows: Tensor
+) -> None:
+    """Fill these rows (B,) of an attribution, of images (B, 3, h, w) that have outliers (L, B, N)."""
     with recorded_graph(tower) as (tokens, hidden):
         tower.run(images.clone())  # tensors that were made in inference mode cannot be differentiated
         patches = tower.patches(images)
-        norms = torch.stack([tower.batch_first(each).float().norm(dim=-1)[:, : patches.stop] for each in tokens])
-        of_patches = norms[..., patches]  # (L, B, N)
-    norms = norms.detach()
-    check_finite(norms, images)
+        norms = torch.stack([tower.batch_first(each).float().norm(dim=-1)[:, patches] for each in tokens])  # (L, B, N)
     if cut := [index for index, each in enumerate(tokens) if not each.requires_grad]:
         raise _not_differentiable(f"block {cut[0]} passes no gradient on")
-    share, energy_at_outliers, energy = torch.zeros(3, len(images), tower.depth, tower.mlp_width)
-    outlier = detection.outliers(norms, tower.num_prefix, tower.grid(images))[..., patches]
-    outlier &= detection.counts(tower.depth).to(outlier.device)[:, None, None]
-    if not outlier.any():
-        return Attribution(share, energy_at_outliers, energy, norms, outlier)
     flat = [activation for of_block in hidden for activation in of_block]
-    gradients = iter(_gradients(of_patches, _weight(norms[..., patches], outlier, detection), flat))
+    gradients = iter(_gradients(norms, _weight(norms.detach(), outlier, detection), flat))
     at = outlier.any(0)  # (B, N)
     image, patch = at.nonzero(as_tuple=True)
     normal = (~at).float() / (~at).sum(-1, keepdim=True).clamp(min=1)  # weights of the mean over normal patches
     weights = torch.stack([at.float(), at.any(-1, keepdim=True).expand_as(at).float()], 1)  # (B, 2, N)
-    with exactly(norms.device):
+    with exactly(at.device):
         for i, (block, activations) in enumerate(zip(tower.blocks, hidden, strict=True)):
             shares, energies = [], []
             for mlp, activation in zip(block.mlps, activations, strict=True):
@@ -122,9 +122,8 @@ def _attribution_of(tower: Tower, images: Tensor, detection: Detection) -> Attri
                 lost = slopes[image, patch].float() * (values[image, patch] - mean[image, 0])  # (n, H)
                 shares.append(lost.new_zeros(len(images), lost.shape[-1]).index_add_(0, image, lost))
                 energies.append(weights @ values.square())
-            share[:, i] = torch.cat(shares, -1).cpu()
-            energy_at_outliers[:, i], energy[:, i] = torch.cat(energies, -1).cpu().unbind(1)
-    return Attribution(share, energy_at_outliers, energy, norms, outlier)
+            found.share[rows, i] = torch.cat(shares, -1).cpu()
+            found.energy_at_outliers[rows, i], found.energy[rows, i] = torch.cat(energies, -1).cpu().unbind(1)
 
 
 def _weight(norms: Tensor, outlier: Tensor, detection: Detection) -> Tensor:

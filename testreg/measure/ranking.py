@@ -92,9 +92,14 @@ def statistics_of(
     score: Score,
     sparsity_filter: bool = False,
     seed: int = 0,
+    norms: Tensor | None = None,
 ) -> Statistics:
     """The statistics that `score` needs of one batch (B, 3, h, w), on the CPU. The images' numbers decide on halves and
     normal tokens.
+
+    Args:
+        norms: those of the tokens (L, B, T) after each block, if they are known; "attribution" then runs images with
+            outliers alone.
 
     Raises:
         ValueError: norms are not finite; the model cannot be differentiated, as "attribution" needs.
@@ -102,7 +107,7 @@ def statistics_of(
     which = torch.tensor(numbers, device=tower.device) // 2 % 2
     half = torch.stack([which == 0, which == 1]).float()  # (S, B)
     if score == "attribution":
-        return _attribution_statistics(tower, images, half, detection)
+        return _attribution_statistics(tower, images, half, detection, norms)
     with (
         recorded_norms(tower) as block_norms,
         recorded_tokens(tower, detection.block) as block_tokens,
@@ -142,8 +147,10 @@ def statistics_of(
     return statistics
 
 
-def _attribution_statistics(tower: Tower, images: Tensor, half: Tensor, detection: Detection) -> Statistics:
-    found = attribution_of(tower, images, detection)
+def _attribution_statistics(
+    tower: Tower, images: Tensor, half: Tensor, detection: Detection, norms: Tensor | None
+) -> Statistics:
+    found = attribution_of(tower, images, detection, norms=norms)
     statistics = Statistics.zeros(tower)
     with exactly(tower.device):
         for name in ("share", "energy_at_outliers", "energy"):
@@ -285,13 +292,17 @@ def best(
 
 
 def overlap(first: Tensor, second: Tensor, last: int, count: int | None = None) -> tuple[float, int]:
-    """How far two rankings, by scores (L, H) of disjoint images, agree: the share of the best that both have.
+    """How far two rankings, by scores (L, H) of disjoint images, agree on which neurons are the best.
 
     Returns:
-        The share, and the number of neurons compared: `count`, or those that score a tenth of the best in the mean.
+        The share of the best n neurons, by both together, that a ranking has among its best 2n, in the mean: neurons
+        that score nearly alike change places whatever the images. And n: `count`, or those that score a tenth of the
+        best.
     """
+    mean = (first + second) / 2
     if count is None:
-        mean = (first + second)[: last + 1]
-        count = int((mean >= MATTERS * mean.max()).sum()) if mean.max() > 0 else 1
-    found = [{neuron[:2] for neuron in best(each, last, count)} for each in (first, second)]
-    return len(found[0] & found[1]) / count, count
+        largest = mean[: last + 1].max()
+        count = int((mean[: last + 1] >= MATTERS * largest).sum()) if largest > 0 else 1
+    together = {neuron[:2] for neuron in best(mean, last, count)}
+    found = [together & {neuron[:2] for neuron in best(each, last, 2 * count)} for each in (first, second)]
+    return sum(map(len, found)) / (2 * count), count

@@ -388,7 +388,7 @@ def test_ranking_ends_when_it_is_stable(planted, photos):
     whole = calibrate(model, many, stability=None, progress=False)
     assert whole.calibration["images"] == 360 - 64
     at_once = calibrate(model, many, budget=1e-9, progress=False)
-    assert at_once.calibration["images"] == 64
+    assert at_once.calibration["images"] == 16
     assert len(at_once.calibration["curve"]) == 1
 
 
@@ -414,7 +414,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(score, planted, photos, t
     with pytest.raises(KeyboardInterrupt):
         calibrate(model, Interrupted(many, 230), resume=state, **options)
     with safe_open(state, "pt") as file:
-        assert json.loads(file.metadata()["testreg"])["done"] == 192
+        assert json.loads(file.metadata()["testreg"])["done"] == 224
     resumed = calibrate(model, Interrupted(many, 150), resume=state, **options)  # 150 was read
     assert resumed.by_block() == whole.by_block()
     scores = [{neuron[:2]: neuron[2] for neuron in each.ranking} for each in (resumed, whole)]
@@ -559,8 +559,8 @@ def test_neurons_that_move_what_the_diagnosis_did_not_expect_say_so(planted, pho
 @pytest.mark.parametrize(
     ("num_images", "top_k", "verified", "on_others"),
     [
-        (80, None, True, True),  # 24 held-out images choose, and 16 verify
-        (79, None, False, False),  # 39 do both
+        (64, None, True, True),  # 16 held-out images choose, and 16 verify
+        (63, None, False, False),  # 31 do both
         (32, 4, True, True),  # nothing is chosen: all 16 verify
         (31, 4, False, True),
     ],

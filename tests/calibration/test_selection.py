@@ -134,12 +134,41 @@ def test_neurons_that_help_only_together_are_found_behind_a_plateau():
 def test_selective_neurons_are_added_as_long_as_they_change_more():
     """The trigger alone takes all outliers away. What the amplifiers do in the register goes with them."""
     model = Populations(({0}, {2, 3}))
-    candidates = tuple((0, unit, 1.0 if unit == 0 else 0.4) for unit in range(5))
+    candidates = ((0, 0, 1.0), (5, 1, 0.4), (3, 2, 0.4), (3, 3, 0.4), (3, 4, 0.4))
     alone = select(once(candidates), model, target=0.05)
     assert [unit for _, unit, _ in alone.neurons] == [0]
-    whole = select(once(candidates, {candidates[unit] for unit in (0, 1, 2, 3)}), model, target=0.05)
-    assert {unit for _, unit, _ in whole.neurons} == {0, 2, 3}  # 1 changes nothing, and is dropped again
+    whole = select(once(candidates, set(candidates[:4])), model, target=0.05)
+    assert {unit for _, unit, _ in whole.neurons} == {0, 2, 3}  # block 5 changes nothing, and is dropped again
     assert whole.effect == model(whole.neurons)
+
+
+def test_no_set_is_measured_twice():
+    model = Populations(({0}, {2, 3}), ({4, 5}, {6}))
+    select(once(ranking(20), set(ranking(20)[2:])), model, target=0.05)
+    assert len({frozenset(units) for units in model.measured}) == len(model.measured)
+
+
+def test_where_few_outliers_are_left_the_patched_model_is_ranked_anew():
+    """One population of three is left, whose neurons come late in the first ranking, and first once it is alone."""
+    model = Populations(({0}, {10}), ({1}, {11}), ({90}, {91}))
+    asked = []
+
+    def rank(moved):
+        asked.append(len(moved))
+        return Candidates(((0, 90, 0.5), (0, 20, 0.1)) if moved else ranking(100))
+
+    found = select(rank, model, target=0.05)
+    assert {unit for _, unit, _ in found.neurons} == {0, 1, 90}
+    assert asked == [0, 2]
+    assert len(model.measured) < 12
+
+
+def test_selective_neurons_are_dropped_by_blocks_and_others_one_by_one():
+    model = Model([0, 1, 2, 7])
+    busy = [(1, unit, 1 - unit / 100) for unit in range(4)]  # of which 3 is idle
+    selective = [(block, unit, 0.9 - unit / 100) for block, unit in ((2, 4), (2, 5), (3, 6), (3, 7))]
+    found = select(once((*busy, *selective), set(selective)), model, target=0.05)
+    assert {unit for _, unit, _ in found.neurons} == {0, 1, 2, 6, 7}  # block 3 is needed, so 6 may come along
 
 
 def test_selective_neurons_of_no_weight_are_not_added():

@@ -10,7 +10,7 @@ from testreg.families import find_tower
 from testreg.measure import attribution
 from testreg.measure.attribution import attribution_of
 from testreg.measure.hooks import recorded_norms, replacing_inputs
-from testreg.measure.outliers import Detection, OutlierRule
+from testreg.measure.outliers import Detection, OutlierRule, token_norms
 
 RULE = OutlierRule()
 NAMES = ["timm_vit", "timm_clip", "hf_siglip", "open_clip_sequence_first", "torchvision_vit"]
@@ -69,15 +69,17 @@ def test_energies_by_hand(name, photos):
     tower = find_tower(model)
     hidden = []
     handle = tower.blocks[2].mlps[0].fc2.register_forward_pre_hook(lambda module, args: hidden.append(args[0].detach()))
-    found = attribution_of(tower, photos, Detection(RULE, 2, onset=2))
+    token_norms(tower, photos)
     handle.remove()
+    found = attribution_of(tower, photos, Detection(RULE, 2, onset=2))
     patches = tower.patches(photos)
     squared = tower.batch_first(hidden[0])[:, patches].square()
-    norms = found.norms[2:, :, patches]
+    norms = token_norms(tower, photos)[2:, :, patches]
     at = (norms > RULE.limit(norms)).any(0)
     unit = planted.neurons[2][0]
     for image in range(len(photos)):
-        assert found.energy_at_outliers[image, 2, unit] == pytest.approx(squared[image, at[image], unit].sum().item())
+        expected = squared[image, at[image], unit].sum().item()
+        assert found.energy_at_outliers[image, 2, unit] == pytest.approx(expected, rel=1e-5)
         expected = squared[image, :, unit].sum().item() if at[image].any() else 0.0
         assert found.energy[image, 2, unit] == pytest.approx(expected, rel=1e-5)
 
@@ -89,7 +91,7 @@ def test_it_is_the_same_in_parts(name, photos, monkeypatch):
     whole = attribution_of(tower, photos[:5], detection)
     monkeypatch.setattr(attribution, "MEMORY", 1)
     parts = attribution_of(tower, photos[:5], detection)
-    for field in ("share", "energy_at_outliers", "energy", "norms"):
+    for field in ("share", "energy_at_outliers", "energy"):
         torch.testing.assert_close(getattr(parts, field), getattr(whole, field), rtol=1e-3, atol=1e-4)
 
 
@@ -127,7 +129,22 @@ def test_a_patched_model_shows_what_is_left(photos):
     share = found.share.sum(0)
     assert int(share[2].argmax()) == left
     assert share[2, moved].abs().max() < 0.05 * share[2, left]
-    assert found.norms.shape[-1] == tower.num_prefix + 16
+    assert found.outlier.shape == (tower.depth, len(photos), 16)
+
+
+def test_images_without_outliers_are_not_run_if_norms_are_known(photos):
+    model, _ = planted_in("timm_clip", photos)
+    tower, detection = find_tower(model), Detection(RULE, 2, onset=2)
+    norms = token_norms(tower, photos)
+    expected = attribution_of(tower, photos, detection)
+    num_run = []
+    handle = tower.blocks[0].module.register_forward_pre_hook(lambda module, args: num_run.append(len(args[0])))
+    found = attribution_of(tower, photos, detection, norms=norms)
+    handle.remove()
+    with_outliers = int(found.outlier.any(0).any(-1).sum())
+    assert 0 < with_outliers < len(photos)
+    assert sum(num_run) == with_outliers
+    torch.testing.assert_close(found.share, expected.share)
 
 
 def test_a_model_that_has_no_gradients_is_an_error(photos):
