@@ -142,8 +142,8 @@ def test_show_draws_a_picture(folder, calibrated, tmp_path, capsys):
 
 
 def test_show_steers_outliers_onto_a_box(folder, calibrated, tmp_path):
-    photo, output = str(folder / "photos" / "00.png"), tmp_path / "picture.png"
-    command = ["show", str(folder / "model"), photo, "--neurons", str(calibrated), "-o", str(output)]
+    photos, output = [str(folder / "photos" / f"{i:02}.png") for i in range(12)], tmp_path / "picture.png"
+    command = ["show", str(folder / "model"), *photos, "--neurons", str(calibrated), "-o", str(output)]
     norms = {}
     for name, more in (("register", []), ("steered", ["--steer", "0,0,0.5,0.3"])):
         assert main([*command, *more, "--json", str(tmp_path / f"{name}.json")]) == 0
@@ -151,7 +151,7 @@ def test_show_steers_outliers_onto_a_box(folder, calibrated, tmp_path):
     assert norms["steered"]["steered_onto"] == [0, 0, 0.5, 0.3]
     assert norms["register"]["steered_onto"] is None
     assert norms["steered"]["before"] == norms["register"]["before"]
-    assert norms["steered"]["after"]["max_over_median"] > 1.5 * norms["register"]["after"]["max_over_median"]
+    assert norms["steered"]["after"]["max_over_median"] > 1.2 * norms["register"]["after"]["max_over_median"]
 
 
 def test_a_box_is_of_patches_that_it_touches():
