@@ -3,6 +3,10 @@
     python scripts/benchmark.py                      # everything: half an hour on one CPU core
     python scripts/benchmark.py --quick              # a first look: batch 1, eager, few repeats
     python scripts/benchmark.py --only forward --device cuda --json numbers.json
+    python scripts/benchmark.py --only search --pretrained hf:FOLDER --images PHOTOS
+
+`search` is the whole of `calibrate` with its defaults, as CPU time, over that of plain forwards of the images it reads:
+of a pretrained network without outliers, into which a mechanism is planted.
 
 Weights are random: speed does not depend on them. The sides of a comparison run in turns, in one process and on the
 same weights, so that a drifting clock or a busy neighbour meets all of them; a ratio is the median over the turns.
@@ -26,15 +30,18 @@ from typing import Any
 
 import timm
 import torch
-from planting import plant
+from planting import plant, plant_into
 from torch import Tensor, nn
 
 import testreg
 from testreg.families import find_tower
+from testreg.io.images import ImageStream
+from testreg.io.loading import load_model
+from testreg.io.preprocessing import OwnTransform
 
 NUM_NEURONS, BLOCKS = 50, (3, 4, 5, 6, 7, 8)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PARTS = ("forward", "calibration", "memory")
+PARTS = ("forward", "calibration", "memory", "search")
 Row = dict[str, Any]
 Run = Callable[[], Any]
 
@@ -47,7 +54,7 @@ def main() -> None:
         return
     results: dict[str, Any] = {"environment": environment(args)}
     print(" · ".join(f"{key} {value}" for key, value in results["environment"].items()))
-    measures = {"forward": forward, "calibration": calibration, "memory": memory}
+    measures = {"forward": forward, "calibration": calibration, "memory": memory, "search": search}
     for part in args.only:
         print(f"\n{part}")
         results[part] = list(printed(measures[part](args)))
@@ -64,13 +71,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", default="vit_base_patch16_224", help="a timm VisionTransformer of 9 blocks or more")
     parser.add_argument("--repeats", type=int, help="turns of each comparison (30, with --quick 6)")
     parser.add_argument("--quick", action="store_true", help="batch 1, eager, few repeats and images")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS[:3], metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--pretrained", help="for search: the name of a network of 12 blocks or more, without outliers")
+    parser.add_argument("--images", help="for search: a folder of photographs")
+    parser.add_argument("--mechanisms", nargs="+", default=["triggers", "spread"], metavar="MECHANISM")
     parser.add_argument("--batch", nargs="+", type=int, help="batch sizes of the forward (1 8)")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="(fp32 bf16)")
     parser.add_argument("--mode", nargs="+", choices=("eager", "compiled"), help="(eager compiled)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
     parser.add_argument("--memory-of", type=int, metavar="IMAGES", help=argparse.SUPPRESS)  # the measured subprocess
     args = parser.parse_args()
+    if "search" in args.only and not (args.pretrained and args.images):
+        parser.error("search needs --pretrained and --images")
     args.repeats = args.repeats or (6 if args.quick else 30)
     args.batch = args.batch or ([1] if args.quick else [1, 8])
     args.dtype = args.dtype or list(DTYPES)
@@ -151,6 +163,52 @@ def measure_memory(args: argparse.Namespace) -> Row:
     calibrate(model, (random_images(batch_size, model) for _ in range(args.memory_of // batch_size)), batch_size)
     peak = peak_memory(args.device)
     return {"images": args.memory_of, "batch": batch_size, "plain_MiB": round(plain), "calibration_MiB": round(peak)}
+
+
+class Counted(torch.utils.data.Dataset):
+    """Images (3, h, w), and how many of them were read."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images, self.read = images, set[int]()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        self.read.add(index)
+        return self.images[index]
+
+
+def search(args: argparse.Namespace) -> Iterator[Row]:
+    """The whole of a calibration with its defaults against plain forwards of the images it reads, in CPU time."""
+    untouched = load_model(args.pretrained).model.eval().to(args.device)
+    images = torch.stack([image for _, image in ImageStream(args.images, OwnTransform(untouched)).numbered()])
+
+    def plain_pass(model: nn.Module) -> float:
+        start = time.process_time()
+        with torch.inference_mode():
+            for batch in images.split(16):
+                model(batch.to(args.device))
+        return (time.process_time() - start) / len(images)
+
+    for mechanism in args.mechanisms:
+        model, counted = copy.deepcopy(untouched), Counted(images)
+        plant_into(model, images[:64], mechanism=mechanism)
+        plain_pass(model)  # warms up
+        before, start = plain_pass(model), time.process_time()
+        found = testreg.calibrate(model, counted, progress=False)
+        seconds, after = time.process_time() - start, plain_pass(model)
+        plain = (before + after) / 2 * len(counted.read)
+        yield {
+            "mechanism": mechanism,
+            "images": len(counted.read),
+            "plain_s": round(plain, 1),
+            "calibrate_s": round(seconds, 1),
+            "ratio": round(seconds / plain, 2),
+            "noise": round(after / before, 3),
+            "neurons": found.top_k,
+            "met": found.calibration["target_met"],
+        }
 
 
 # ---- their parts ----------------------------------------------------------------------------------------------------

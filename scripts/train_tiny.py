@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import testreg
 from testreg.files import replacing
-from testreg.measure.hooks import recording_inputs, recording_outputs
+from testreg.measure.hooks import recording_inputs, recording_outputs, replacing_inputs
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 PATCH = 4
@@ -198,8 +198,8 @@ def train(phase: Phase, model: Model, detector: nn.Linear | None, data: Data, se
         chosen = torch.randint(len(images), (BATCH,), generator=generator)
         size = sizes[int(chances.multinomial(1, generator=generator))]
         batch = augment(images[chosen], size, phase.zoom, generator)
-        zeroed = lambda _, args, masking=generator: masked(args[0], phase.masked, masking)
-        with model.blocks.register_forward_pre_hook(zeroed), torch.autocast("cpu", torch.bfloat16):
+        zeroed = lambda _, tokens, masking=generator: masked(tokens, phase.masked, masking)
+        with replacing_inputs([model.blocks], zeroed), torch.autocast("cpu", torch.bfloat16):
             logits, (*lower, read, last) = seen(model, batch, [planted.mlp], [*model.blocks[:PLANTED], planted])
         losses = F.cross_entropy(logits.float(), labels[chosen], label_smoothing=SMOOTHING, reduction="none")
         if detector is None:  # images without outliers would teach the network to do without
@@ -323,20 +323,15 @@ def accuracies(model: Model, units: Sequence[int], data: Data) -> dict[str, floa
     blocks, fc2 = model.blocks, model.blocks[PLANTED].mlp.fc2
     others = sorted(set(range(fc2.in_features)) - set(units))
     draws = [random.Random(seed).sample(others, len(units)) for seed in range(RANDOM_DRAWS)]
-
-    def silenced(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        hidden = args[0].clone()
-        hidden[:, 1:, units] = 0.0
-        return (hidden,)
-
     result = {"as it is": accuracy(model, data)}
     for name, moved in (("moved", units), *((f"random neurons moved, {i}", draw) for i, draw in enumerate(draws))):
         with testreg.patched(model, {PLANTED: list(moved)}):
             result[name] = accuracy(model, data)
-    longer = blocks.register_forward_pre_hook(lambda module, args: (F.pad(args[0], (0, 0, 0, 1)),))
-    with longer, blocks.register_forward_hook(lambda module, args, output: output[:, :-1]):
+    shorter = blocks.register_forward_hook(lambda module, args, output: output[:, :-1])
+    with shorter, replacing_inputs([blocks], lambda _, tokens: F.pad(tokens, (0, 0, 0, 1))):
         result["one more token, nothing moved"] = accuracy(model, data)
-    with fc2.register_forward_pre_hook(silenced):
+    zeroed = lambda _, hidden: torch.cat([hidden[:, :1], hidden[:, 1:].index_fill(2, torch.tensor(units), 0.0)], 1)
+    with replacing_inputs([fc2], zeroed):
         result["zeroed"] = accuracy(model, data)
     return result
 

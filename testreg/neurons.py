@@ -49,7 +49,7 @@ class RegisterNeurons:
     """Register neurons of one checkpoint, best first, each a (block, unit, score).
 
     Blocks count from 0; a unit is an input channel of the second linear (fc2) of the block's MLP. Scores may be None
-    (lists published without any): such a list has no order to cut by. The length is the number of neurons in use.
+    (lists published without any): such a list has no order to truncate by. The length is the number of neurons in use.
 
     Example:
         >>> neurons = testreg.RegisterNeurons(((7, 1203, 4.1), (6, 88, 2.9)))
@@ -88,25 +88,25 @@ class RegisterNeurons:
         try:
             object.__setattr__(self, "ranking", tuple((block, unit, score) for block, unit, score in self.ranking))
         except (TypeError, ValueError):
-            raise ValueError("a ranking is a sequence of (layer, unit, score or None)") from None
+            raise ValueError("a ranking is a sequence of (block, unit, score or None)") from None
         if not self.ranking:
             raise ValueError("the list of register neurons is empty")
         seen: set[tuple[int, int]] = set()
         last = math.inf
         for block, unit, score in self.ranking:
             if not (_is_index(block) and _is_index(unit)):
-                raise ValueError(f"a register neuron is a 0-based (layer, unit), got ({shown(block)}, {shown(unit)})")
+                raise ValueError(f"a register neuron is a 0-based (block, unit), got ({shown(block)}, {shown(unit)})")
             if (block, unit) in seen:
-                raise ValueError(f"duplicate register neuron: layer {shown(block)}, unit {shown(unit)}")
+                raise ValueError(f"duplicate register neuron: block {shown(block)}, unit {shown(unit)}")
             seen.add((block, unit))
             if score is not None:
                 if not _is_finite(score):
                     raise ValueError(
-                        f"the score of layer {shown(block)}, unit {shown(unit)} is {shown(score)}, not a finite number"
+                        f"the score of block {shown(block)}, unit {shown(unit)} is {shown(score)}, not a finite number"
                     )
                 if score > last and not self.calibration.get("rounds"):  # each round ranks anew
                     raise ValueError(
-                        f"the ranking is not sorted: layer {shown(block)}, unit {shown(unit)} scores {score:g}, "
+                        f"the ranking is not sorted: block {shown(block)}, unit {shown(unit)} scores {score:g}, "
                         f"the one before it {last:g}"
                     )
                 last = score
@@ -144,7 +144,7 @@ class RegisterNeurons:
         if top_k > len(self.ranking):
             raise ValueError(f"top_k={shown(top_k)}, but the list holds {len(self.ranking)} neurons")
         if any(score is None for _, _, score in self.ranking[: top_k + 1]):
-            raise ValueError("this list has no scores, so it cannot be cut to top_k: use all of it, or calibrate")
+            raise ValueError("this list has no scores, so it cannot be truncated to top_k: use all of it, or calibrate")
         return replace(self, ranking=self.ranking[:top_k], top_k=None)
 
     def by_block(self, top_k: int | None = None) -> dict[int, list[int]]:
@@ -219,11 +219,11 @@ class RegisterNeurons:
         for block, unit, _ in self.ranking:
             if block >= depth:
                 raise ValueError(
-                    f"layer {shown(block)} (unit {shown(unit)}) is out of range: the model has {depth} blocks"
+                    f"block {shown(block)} (unit {shown(unit)}) is out of range: the model has {depth} blocks"
                 )
             if unit >= mlp_width:
                 raise ValueError(
-                    f"unit {shown(unit)} of layer {block} is out of range: the model's MLPs have {mlp_width} neurons"
+                    f"unit {shown(unit)} of block {block} is out of range: the model's MLPs have {mlp_width} neurons"
                 )
 
     def to_dict(self) -> dict[str, Any]:
@@ -251,7 +251,7 @@ class RegisterNeurons:
         data = check_format(data, FORMAT, VERSION, _KEYS, source=source, expected="a register neuron JSON")
         rows = data.get("neurons")
         if not isinstance(rows, list) or any(not isinstance(row, list) or len(row) != 3 for row in rows):
-            raise ValueError(f'{source}: "neurons" must be a list of [layer, unit, score or null]')
+            raise ValueError(f'{source}: "neurons" must be a list of [block, unit, score or null]')
         for key in ("model", "calibration", "provenance"):
             if not isinstance(data.get(key, {}), dict):
                 raise ValueError(f'{source}: "{key}" must be an object')
@@ -541,7 +541,7 @@ def resolve(neurons: AnyNeurons, model: nn.Module) -> RegisterNeurons:
         return _of_checkpoint(model)
     if not isinstance(neurons, str | os.PathLike):
         raise TypeError(
-            "neurons must be a RegisterNeurons, a path, a bundled name, hf:ORG/NAME, {layer: [units]} or None, "
+            "neurons must be a RegisterNeurons, a path, a bundled name, hf:ORG/NAME, {block: [units]} or None, "
             f"got {type(neurons).__name__}"
         )
     return RegisterNeurons.load(neurons)

@@ -50,7 +50,7 @@ class Block:
     norm2: nn.LayerNorm
     hidden: Callable[[Tensor], Tensor]
     """From the normed tokens to the MLP's hidden activation."""
-    down: Affine
+    fc2: Affine
     scale1: Tensor | float = 1.0
     scale2: Tensor | float = 1.0
     middle_norm: nn.LayerNorm | None = None
@@ -88,8 +88,8 @@ def silu(x: Tensor) -> Tensor:
     return x / (1 + torch.exp(-x))
 
 
-def mlp(up: nn.Module, activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    return lambda x: activation(apply(x, affine(up)))
+def mlp(fc1: nn.Module, activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: activation(apply(x, affine(fc1)))
 
 
 def swiglu(gate: Affine, up: Affine) -> Callable[[Tensor], Tensor]:
@@ -122,7 +122,7 @@ def read_timm(block: Any) -> Block:  # and dinov2, which timm follows
         out=affine(block.attn.proj),
         norm2=block.norm2,
         hidden=swiglu(*halves(block.mlp.w12)) if gated else mlp(block.mlp.fc1, gelu),
-        down=affine(block.mlp.w3 if gated else block.mlp.fc2),
+        fc2=affine(block.mlp.w3 if gated else block.mlp.fc2),
         scale1=getattr(block.ls1, "gamma", 1.0),
         scale2=getattr(block.ls2, "gamma", 1.0),
         middle_norm=block.mlp.norm if isinstance(getattr(block.mlp, "norm", None), nn.LayerNorm) else None,
@@ -137,7 +137,7 @@ def read_timm_parallel(block: Any) -> Block:
         out=affine(block.attn_out_proj),
         norm2=block.in_norm,
         hidden=lambda x: gelu(apply(x, (weight[: tiny.MLP_WIDTH], bias[: tiny.MLP_WIDTH]))),
-        down=affine(block.mlp_out_proj),
+        fc2=affine(block.mlp_out_proj),
         scale1=block.ls.gamma,
         scale2=block.ls.gamma,
         parallel=True,
@@ -156,7 +156,7 @@ def read_timm_eva(block: Any) -> Block:
         out=affine(attention.proj),
         norm2=block.norm2,
         hidden=swiglu(affine(block.mlp.fc1_g), affine(block.mlp.fc1_x)) if gated else mlp(block.mlp.fc1, gelu),
-        down=affine(block.mlp.fc2),
+        fc2=affine(block.mlp.fc2),
         scale1=1.0 if block.gamma_1 is None else block.gamma_1,
         scale2=1.0 if block.gamma_2 is None else block.gamma_2,
         middle_norm=block.mlp.norm if isinstance(block.mlp.norm, nn.LayerNorm) else None,
@@ -180,27 +180,27 @@ def read_hf_vit(block: Any) -> Block:
         out=affine(part(block.attention, "o_proj", "output.dense")),
         norm2=block.layernorm_after,
         hidden=mlp(part(block, "mlp.fc1", "intermediate.dense"), gelu),
-        down=affine(part(block, "mlp.fc2", "output.dense")),
+        fc2=affine(part(block, "mlp.fc2", "output.dense")),
     )
 
 
 def read_hf_dino(block: Any) -> Block:
     parts = block.mlp
     if hasattr(parts, "gate_proj"):
-        hidden, down = swiglu(affine(parts.gate_proj), affine(parts.up_proj)), parts.down_proj
+        hidden, fc2 = swiglu(affine(parts.gate_proj), affine(parts.up_proj)), parts.down_proj
     elif hasattr(parts, "weights_in"):  # Dinov2 in transformers 4
-        hidden, down = swiglu(*halves(parts.weights_in)), parts.weights_out
+        hidden, fc2 = swiglu(*halves(parts.weights_in)), parts.weights_out
     elif hasattr(parts, "up_proj"):  # DINOv3
-        hidden, down = mlp(parts.up_proj, gelu), parts.down_proj
+        hidden, fc2 = mlp(parts.up_proj, gelu), parts.down_proj
     else:
-        hidden, down = mlp(parts.fc1, gelu), parts.fc2
+        hidden, fc2 = mlp(parts.fc1, gelu), parts.fc2
     return Block(
         norm1=block.norm1,
         qkv=hf_qkv(block.attention),
         out=affine(part(block.attention, "o_proj", "output.dense")),
         norm2=block.norm2,
         hidden=hidden,
-        down=affine(down),
+        fc2=affine(fc2),
         scale1=block.layer_scale1.lambda1,
         scale2=block.layer_scale2.lambda1,
     )
@@ -218,7 +218,7 @@ def read_hf_clip(block: Any, activation: Callable[[Tensor], Tensor] = quick_gelu
         out=affine(attention.out_proj),
         norm2=block.layer_norm2,
         hidden=mlp(block.mlp.fc1, activation),
-        down=affine(block.mlp.fc2),
+        fc2=affine(block.mlp.fc2),
     )
 
 
@@ -233,7 +233,7 @@ def read_open_clip(block: Any, activation: Callable[[Tensor], Tensor] = gelu) ->
         out=affine(block.attn.out_proj),
         norm2=block.ln_2,
         hidden=mlp(block.mlp.c_fc, activation),
-        down=affine(block.mlp.c_proj),
+        fc2=affine(block.mlp.c_proj),
         middle_norm=getattr(block.mlp, "ln", None),
     )
 
@@ -245,7 +245,7 @@ def read_torchvision(block: Any) -> Block:
         out=affine(block.self_attention.out_proj),
         norm2=block.ln_2,
         hidden=mlp(block.mlp[0], gelu),
-        down=affine(block.mlp[3]),
+        fc2=affine(block.mlp[3]),
     )
 
 
@@ -402,7 +402,7 @@ def attend(x: Tensor, block: Block, turn: Callable[[Tensor], Tensor] = lambda x:
 def shift_by_hand(
     hidden: Tensor, owners: dict[int, int], *, num_registers: int, num_prefix: int, max_over: str, zero: str
 ) -> Tensor:
-    """Algorithm 2 for one layer; `owners` says which register holds each unit."""
+    """Algorithm 2 for one block; `owners` says which register holds each unit."""
     images, tokens, _ = hidden.shape
     moved = hidden.clone()
     for image in range(images):
@@ -448,7 +448,7 @@ def forward_by_hand(
     static: Tensor | None = None,
     attentions: list[Tensor] | None = None,
 ) -> list[Tensor]:
-    """The tokens that leave each block of the *unpatched* `model`, had it registers; (layer, unit) in rank order.
+    """The tokens that leave each block of the *unpatched* `model`, had it registers; (block, unit) in rank order.
 
     `target` (B, N) says which patches take the place of the register, `static` (L, R, C) what registers enter each
     block. `attentions` is given the weights of each block, register included.
@@ -471,17 +471,17 @@ def forward_by_hand(
         return torch.cat([prefix, rotate(patches, *layout.rope(model, images), layout.interleaved), register], 2)
 
     outputs = []
-    for layer, module in enumerate(layout.blocks(model)):
+    for index, module in enumerate(layout.blocks(model)):
         block = layout.read(module)
         if static is not None:
-            x = torch.cat([x[:, : x.shape[1] - num_registers], static[layer].expand(len(x), -1, -1)], dim=1)
+            x = torch.cat([x[:, : x.shape[1] - num_registers], static[index].expand(len(x), -1, -1)], dim=1)
         attended, weights = attend(layer_norm(x, block.norm1), block, turn)
         if attentions is not None:
             attentions.append(weights)
         after_attention = x + attended * block.scale1
         hidden = block.hidden(layer_norm(x if block.parallel else after_attention, block.norm2))
-        units = [unit for at, unit in ranking if at == layer]
-        owners = {unit: rank % max(num_registers, 1) for rank, (at, unit) in enumerate(ranking) if at == layer}
+        units = [unit for at, unit in ranking if at == index]
+        owners = {unit: rank % max(num_registers, 1) for rank, (at, unit) in enumerate(ranking) if at == index}
         if target is not None:
             hidden = steer_by_hand(hidden, units, target, num_prefix=layout.prefix, max_over=max_over, zero=zero)
         elif static is not None:
@@ -499,6 +499,6 @@ def forward_by_hand(
             )
         if block.middle_norm is not None:
             hidden = layer_norm(hidden, block.middle_norm)
-        x = after_attention + apply(hidden, block.down) * block.scale2
+        x = after_attention + apply(hidden, block.fc2) * block.scale2
         outputs.append(x[:, : x.shape[1] - num_registers])
     return outputs

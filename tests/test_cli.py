@@ -102,8 +102,8 @@ def test_diagnose_exit_codes_of_what_registers_do_not_fix(folder, tmp_path, caps
 
 def test_calibrate_finds_the_planted_neurons(folder, calibrated):
     neurons = testreg.RegisterNeurons.load(calibrated)
-    (layer, units), *_ = json.loads((folder / "planted.json").read_text()).items()
-    assert {(layer, unit) for layer, unit, _ in neurons.truncate().ranking} == {(int(layer), unit) for unit in units}
+    (block, units), *_ = json.loads((folder / "planted.json").read_text()).items()
+    assert {(block, unit) for block, unit, _ in neurons.truncate().ranking} == {(int(block), unit) for unit in units}
     assert neurons.calibration["images"] + neurons.calibration["held_out"] == 90
     assert neurons.calibration["unreadable_images"] == 1
 
@@ -221,7 +221,7 @@ def test_list_names_the_models(capsys):
         (["show", "{model}", "{root}/photos/broken.jpg", "--neurons", "{neurons}", "-o", "{png}"], "not a readable"),
         (["show", "{model}", "{root}/none.jpg", "--neurons", "{neurons}", "-o", "{png}"], "none.jpg"),
         (["show", "{model}", "{photo}", "-o", "{png}"], "no bundled register neurons for this"),
-        (["show", "{model}", "{photo}", "-o", "{out}"], "pictures are"),
+        (["show", "{model}", "{photo}", "-o", "{out}"], "name a .png or .jpg"),
         (["show", "{model}", "{fifo}", "-o", "{png}"], "is not a regular file"),
         (["show", "{model}", "{photo}", "--neurons", "{fifo}", "-o", "{png}"], "is not a regular file"),
         (["diagnose", "{model}", "--images", "{fifo}"], "is not a regular file"),
@@ -265,7 +265,7 @@ def test_the_module_is_the_command_and_its_exit_code():
     assert (wrong.returncode, wrong.stdout) == (2, "")
     failed = run("demo", "-o", "picture.txt")
     assert (failed.returncode, failed.stdout) == (1, "")
-    assert failed.stderr.startswith("testreg: error: cannot write picture.txt: pictures are ")
+    assert failed.stderr.startswith("testreg: error: cannot write picture.txt: name a .png or ")
     assert failed.stderr.count("\n") == 1
 
 
@@ -631,7 +631,7 @@ def test_diagnose_writes_a_page(commands, tmp_path, capsys):
         (["calibrate", "m", "--images", "{photos}", "-o", "{tmp}/n.txt"], "name a .json file"),
         (["calibrate", "m", "--images", "{photos}", "-o", "{tmp}/n.json", "--report", "{tmp}/r.pdf"], ".html or .htm"),
         (["diagnose", "m", "--images", "{photos}", "--report", "{tmp}/r.txt"], "name a .html or .htm file"),
-        (["show", "m", "{photos}", "-o", "{tmp}/p.jpeg2"], "pictures are"),
+        (["show", "m", "{photos}", "-o", "{tmp}/p.gif"], "name a .png or .jpg or .jpeg or .webp or .pdf or .svg file"),
         (["list", "--json", "{tmp}/none/list.json"], "there is no folder"),
         (["apply", "m", "-o", "{tmp}/a", "--json", "{photos}"], "is a folder: name a file"),
     ],

@@ -46,7 +46,7 @@ def write(path: Path, **changes: object) -> Path:
 # ---- the list -------------------------------------------------------------------------------------------------------
 
 
-def test_by_layer_follows_the_recommended_top_k() -> None:
+def test_by_block_follows_the_recommended_top_k() -> None:
     assert neurons().by_block() == {4: [2028], 5: [599, 1869]}
     assert neurons().by_block(1) == {5: [599]}
     assert neurons().by_block(4) == {3: [1074], 4: [2028], 5: [599, 1869]}
@@ -62,7 +62,7 @@ def test_cut() -> None:
     assert neurons().ranking == RANKING, "cut() must leave the list itself alone"
 
 
-def test_from_layers_keeps_the_order_and_takes_numpy_and_torch_integers() -> None:
+def test_from_blocks_keeps_the_order_and_takes_numpy_and_torch_integers() -> None:
     made = RegisterNeurons.from_blocks({5: [9, 3], np.int64(2): np.array([7]), 4: torch.tensor([1])})
     assert made.ranking == ((5, 9, None), (5, 3, None), (2, 7, None), (4, 1, None))
     assert all(type(index) is int for neuron in made.ranking for index in neuron[:2])
@@ -83,13 +83,13 @@ def test_a_ranking_may_be_any_sequence() -> None:
         (((True, 2, None),), r"\(True, 2\)"),
         (((1, 2.0, None),), r"\(1, 2\.0\)"),
         ((("1", 2, None),), r"\('1', 2\)"),
-        (((1, 2, 3.0), (1, 2, 1.0)), "duplicate register neuron: layer 1, unit 2"),
-        (((1, 2, math.nan),), "layer 1, unit 2 is nan"),
-        (((1, 2, math.inf),), "layer 1, unit 2 is inf"),
-        (((1, 2, "3"),), "layer 1, unit 2 is '3'"),
-        (((1, 2, True),), "layer 1, unit 2 is True"),
-        (((1, 2, 3.0), (1, 5, 4.0)), "not sorted: layer 1, unit 5 scores 4, the one before it 3"),
-        (((1, 2, 3.0), (1, 4, None), (1, 5, 4.0)), "not sorted: layer 1, unit 5"),
+        (((1, 2, 3.0), (1, 2, 1.0)), "duplicate register neuron: block 1, unit 2"),
+        (((1, 2, math.nan),), "block 1, unit 2 is nan"),
+        (((1, 2, math.inf),), "block 1, unit 2 is inf"),
+        (((1, 2, "3"),), "block 1, unit 2 is '3'"),
+        (((1, 2, True),), "block 1, unit 2 is True"),
+        (((1, 2, 3.0), (1, 5, 4.0)), "not sorted: block 1, unit 5 scores 4, the one before it 3"),
+        (((1, 2, 3.0), (1, 4, None), (1, 5, 4.0)), "not sorted: block 1, unit 5"),
     ],
 )
 def test_what_a_ranking_may_not_be(ranking: tuple, message: str) -> None:
@@ -97,10 +97,10 @@ def test_what_a_ranking_may_not_be(ranking: tuple, message: str) -> None:
         RegisterNeurons(ranking)
 
 
-@pytest.mark.parametrize("layers", [{1: [2.5]}, {1.0: [2]}, {1: [True]}, {True: [2]}, {1: "23"}, {1: [np.bool_(True)]}])
-def test_from_layers_does_not_round(layers: dict) -> None:
-    with pytest.raises(ValueError, match=r"0-based \(layer, unit\)"):
-        RegisterNeurons.from_blocks(layers)
+@pytest.mark.parametrize("blocks", [{1: [2.5]}, {1.0: [2]}, {1: [True]}, {True: [2]}, {1: "23"}, {1: [np.bool_(True)]}])
+def test_from_blocks_does_not_round(blocks: dict) -> None:
+    with pytest.raises(ValueError, match=r"0-based \(block, unit\)"):
+        RegisterNeurons.from_blocks(blocks)
 
 
 @pytest.mark.parametrize("top_k", [0, -1, 1.5, True, "3"])
@@ -133,16 +133,16 @@ def test_an_unscored_list_cannot_be_cut() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layers", "message"),
+    ("blocks", "message"),
     [
-        ({4: [0]}, r"layer 4 \(unit 0\) is out of range: the model has 4 blocks"),
-        ({1: [192]}, "unit 192 of layer 1 is out of range: the model's MLPs have 192 neurons"),
+        ({4: [0]}, r"block 4 \(unit 0\) is out of range: the model has 4 blocks"),
+        ({1: [192]}, "unit 192 of block 1 is out of range: the model's MLPs have 192 neurons"),
     ],
 )
-def test_out_of_range_neurons_leave_the_model_unpatched(layers: dict, message: str) -> None:
+def test_out_of_range_neurons_leave_the_model_unpatched(blocks: dict, message: str) -> None:
     model = tiny.build("timm_vit")
     with pytest.raises(ValueError, match=message):
-        testreg.patch(model, layers)
+        testreg.patch(model, blocks)
     assert not testreg.is_patched(model)
 
 
@@ -206,12 +206,12 @@ def test_hand_written_json(tmp_path: Path) -> None:
         ({"neurons": {"5": [599]}}, '"neurons" must be a list'),
         ({"neurons": [[5, 599]]}, '"neurons" must be a list'),
         ({"neurons": []}, "empty"),
-        ({"neurons": [[5, 599, 1.0], [5, 599, 0.5]]}, "duplicate register neuron: layer 5, unit 599"),
-        ({"neurons": [[5, 599, 1.0], [5, 600, 2.0]]}, "not sorted: layer 5, unit 600"),
+        ({"neurons": [[5, 599, 1.0], [5, 599, 0.5]]}, "duplicate register neuron: block 5, unit 599"),
+        ({"neurons": [[5, 599, 1.0], [5, 600, 2.0]]}, "not sorted: block 5, unit 600"),
         ({"neurons": [[5, -1, 1.0]]}, r"\(5, -1\)"),
         ({"neurons": [[True, 1, 1.0]]}, r"\(True, 1\)"),
         ({"neurons": [[5, 1.0, 1.0]]}, r"\(5, 1\.0\)"),
-        ({"neurons": [[5, 1, "high"]]}, "layer 5, unit 1 is 'high'"),
+        ({"neurons": [[5, 1, "high"]]}, "block 5, unit 1 is 'high'"),
         ({"top_k": 0}, "top_k must be a whole number of at least 1, got 0"),
         ({"model": "timm:a"}, '"model" must be an object'),
         ({"model": {"depth": "12"}}, '"depth" of the model must be a whole number'),
@@ -246,7 +246,7 @@ def test_every_error_names_the_file(tmp_path: Path, changes: dict, message: str)
 
 def test_enormous_and_hostile_values_are_named_briefly() -> None:
     for ranking in (((1, 2, 10**400),), ((1, 2, 10**5000),), ((1, 10**5000, None),) * 2):
-        with pytest.raises(ValueError, match=r"layer 1, unit") as caught:
+        with pytest.raises(ValueError, match=r"block 1, unit") as caught:
             RegisterNeurons(ranking)
         assert len(str(caught.value)) < 300
     hostile = RegisterNeurons(((1, 2, None),), model={"name": "\x1b]0;owned\x07" + "x" * 10**6, "depth": 3})
@@ -593,7 +593,7 @@ def test_the_demo_model_has_its_list(recwarn: pytest.WarningsRecorder) -> None:
     model = testreg.patch(testreg.demo_model())
     assert BUNDLED["demo"].verified
     found = patch_of(model).neurons.by_block()
-    assert all(set(units) <= set(found[layer]) for layer, units in planted_neurons().items())
+    assert all(set(units) <= set(found[block]) for block, units in planted_neurons().items())
     assert not recwarn.list
 
 

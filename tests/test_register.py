@@ -35,7 +35,7 @@ from testreg.register import shift
 
 # In rank order, mixed over all blocks, so that sharing them out to registers in another order would show.
 RANKING = ((1, 3), (2, 127), (1, 120), (2, 0), (1, 77), (0, 5), (3, 9), (2, 64))
-NEURONS = RegisterNeurons(tuple((layer, unit, None) for layer, unit in RANKING))
+NEURONS = RegisterNeurons(tuple((block, unit, None) for block, unit in RANKING))
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "zero_all": {"zero": "all"},
@@ -226,7 +226,7 @@ class Golden:
     def __init__(self, name: str) -> None:
         with safe_open(Path(__file__).parent / "data" / f"{name}.safetensors", "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            self.neurons = {int(layer): units for layer, units in json.loads(file.metadata()["neurons"]).items()}
+            self.neurons = {int(block): units for block, units in json.loads(file.metadata()["neurons"]).items()}
         self.weights = {key[len("weights.") :]: value for key, value in tensors.items() if key.startswith("weights.")}
         self.io = {key[len("io.") :]: value for key, value in tensors.items() if key.startswith("io.")}
 
@@ -327,8 +327,8 @@ def test_every_block_agrees_with_the_forward_by_hand(family: str) -> None:
         patched = block_outputs(family, patch(model, NEURONS, **options), inputs)
         unpatch(model)
         assert (expected[-1] - unpatched[-1]).abs().max() > 0.1
-        for layer, (ours, by_hand) in enumerate(zip(patched, expected, strict=True)):
-            assert (ours - by_hand).abs().max() < 1e-10, f"{variant}, block {layer}"
+        for block, (ours, by_hand) in enumerate(zip(patched, expected, strict=True)):
+            assert (ours - by_hand).abs().max() < 1e-10, f"{variant}, block {block}"
 
 
 def test_the_variants_differ() -> None:
@@ -358,7 +358,7 @@ def test_gradients_agree_with_the_forward_by_hand() -> None:
 
 
 def test_top_k_takes_the_best() -> None:
-    scored = RegisterNeurons(tuple((layer, unit, 9.0 - i) for i, (layer, unit) in enumerate(RANKING)))
+    scored = RegisterNeurons(tuple((block, unit, 9.0 - i) for i, (block, unit) in enumerate(RANKING)))
     best = outputs(patch(build("timm_vit"), {1: [3, 120], 2: [127]}))
     assert outputs(patch(build("timm_vit"), scored, top_k=3)).equal(best)
     assert not outputs(patch(build("timm_vit"), scored)).equal(best)
@@ -825,10 +825,10 @@ def test_a_thousand_patches_leave_nothing_behind() -> None:
         ({"num_registers": 10**9}, ValueError, r"num_registers must be at most 256, got 1000000000"),
         ({"max_over": "image"}, ValueError, "max_over must be 'neuron' or 'layer', got 'image'"),
         ({"zero": "cls"}, ValueError, "zero must be 'patches' or 'all', got 'cls'"),
-        ({"neurons": {4: [0]}}, ValueError, r"layer 4 \(unit 0\) is out of range: the model has 4 blocks"),
-        ({"neurons": {1: [192]}}, ValueError, "unit 192 of layer 1 is out of range: .* 192 neurons"),
+        ({"neurons": {4: [0]}}, ValueError, r"block 4 \(unit 0\) is out of range: the model has 4 blocks"),
+        ({"neurons": {1: [192]}}, ValueError, "unit 192 of block 1 is out of range: .* 192 neurons"),
         ({"neurons": {-1: [0]}}, ValueError, "0-based"),
-        ({"neurons": {1: [3, 3]}}, ValueError, "duplicate register neuron: layer 1, unit 3"),
+        ({"neurons": {1: [3, 3]}}, ValueError, "duplicate register neuron: block 1, unit 3"),
         ({"neurons": {}}, ValueError, "the list of register neurons is empty"),
         ({"neurons": "no-such-list"}, ValueError, "no bundled list 'no-such-list'"),
         ({"neurons": "no/such/file.json"}, FileNotFoundError, "no neuron JSON at no/such/file.json"),

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import PatchEmbed
+from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,13 +33,9 @@ class _Transformer(nn.Module):
         self.norm = LayerNorm(width)
 
     def prepare_tokens(self, x: Tensor) -> Tensor:
-        cls, grid = self.pos_embed.split([1, self.patch_embed.num_patches], 1)
-        if (size := self.patch_embed.dynamic_feat_size(x.shape[-2:])) != self.patch_embed.grid_size:
-            square = grid.transpose(1, 2).unflatten(2, self.patch_embed.grid_size)
-            grid = F.interpolate(square, size, mode="bicubic").flatten(2).transpose(1, 2)
-        return torch.cat([self.cls_token.expand(x.shape[0], -1, -1), self.patch_embed(x)], 1) + torch.cat(
-            [cls, grid], 1
-        )
+        size = self.patch_embed.dynamic_feat_size(x.shape[-2:])
+        positions = resample_abs_pos_embed(self.pos_embed, [*size], [*self.patch_embed.grid_size])
+        return torch.cat([self.cls_token.expand(x.shape[0], -1, -1), self.patch_embed(x)], 1) + positions
 
     def _normed(self, x: Tensor) -> Iterator[Tensor]:
         """The tokens after each block, behind the norm."""

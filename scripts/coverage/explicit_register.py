@@ -40,11 +40,11 @@ def explicit_register(tower: Tower, neurons: Mapping[int, Sequence[int]]) -> Ite
             padding[:] = _padding((*args, *kwargs.values()), count)
             extend = lambda extra: longer if extra is tokens else _one_more(extra, count, tower.num_prefix)
             output = original(*map(extend, args), **{name: extend(extra) for name, extra in kwargs.items()})
-            lane = output[0] if isinstance(output, tuple) else output
-            if lane.shape != longer.shape:  # DINO's block, asked for its attention weights
+            grown = output[0] if isinstance(output, tuple) else output
+            if grown.shape != longer.shape:  # DINO's block, asked for its attention weights
                 return output
-            register[:] = [lane.narrow(dim, count, 1)]
-            tokens = lane.narrow(dim, 0, count)
+            register[:] = [grown.narrow(dim, count, 1)]
+            tokens = grown.narrow(dim, 0, count)
             return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
 
         return forward
@@ -135,7 +135,7 @@ def _shown(mask: Tensor) -> Tensor:
 
 
 def _one_more(extra: Any, count: int, num_prefix: int) -> Any:
-    """What goes beside `count` tokens, for one more: unmasked, unbiased and unrotated."""
+    """An argument with a row for each of `count` tokens, with a row for one more: no mask, no bias, no rotation."""
     if isinstance(extra, tuple | list) and len(extra) == 2 and all(isinstance(part, Tensor) for part in extra):
         cosine, sine = extra
         return torch.cat([cosine, torch.ones_like(cosine[..., :1, :])], -2), _padded_row(sine)

@@ -46,8 +46,9 @@ class VisionTransformer(nn.Module):
         self.conv1 = nn.Conv2d(3, width, patch_size, patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(width))
         self.positional_embedding = nn.Parameter(torch.randn((input_resolution // patch_size) ** 2 + 1, width))
-        self.ln_pre, self.ln_post = LayerNormFp32(width), LayerNormFp32(width)
+        self.ln_pre = LayerNormFp32(width)
         self.transformer = Transformer(width, layers, heads)
+        self.ln_post = LayerNormFp32(width)
         self.proj = nn.Parameter(torch.randn(width, width))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -105,7 +105,8 @@ def run(model: nn.Module, numbers: Sequence[int]) -> dict[str, Any]:
     if isinstance(model, open_clip.CoCa):
         outputs["image only"] = model(batch)
     if hasattr(model.visual, "output_tokens"):
-        outputs["visual, tokens"] = _with_tokens(model.visual, batch)
+        with mock.patch.object(model.visual, "output_tokens", True):  # the native tower's switch for patch tokens
+            outputs["visual, tokens"] = model.visual(batch)
     return outputs
 
 
@@ -131,12 +132,3 @@ def _options(visual: nn.Module) -> dict[str, Any]:
         "output_extra_tokens": trunk is None or trunk.num_prefix_tokens > 0,
         "normalize_intermediates": getattr(visual, "attn_pool", None) is None,
     }
-
-
-def _with_tokens(visual: nn.Module, batch: Tensor) -> Any:
-    """The native tower's output with its switch for patch tokens on."""
-    before, visual.output_tokens = visual.output_tokens, True
-    try:
-        return visual(batch)
-    finally:
-        visual.output_tokens = before

@@ -13,14 +13,7 @@ from timm.models.naflexvit import batch_patchify
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-MODULES = (
-    "timm_models",
-    "open_clip_models",
-    "transformers_vision",
-    "transformers_vlm",
-    "transformers_refused",
-    "others",
-)
+MODULES = ("timm_models", "open_clip_models", "transformers_models", "others")
 
 
 class Absent(Exception):

@@ -1,22 +1,21 @@
-"""Models of transformers from their public classes: rows of class names, and configurations made small."""
+"""A row of the table of transformers' models, and configurations made small."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import transformers
-from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
+from coverage import transformers_inputs as inputs
 from coverage.registry import Absent
+from coverage.transformers_inputs import SIDE, MakeInputs
 
 Settings = Mapping[str, Any]
 
-SIDE = 4
-"""Pixels along a patch."""
 SIZES = (
     (0, "pad_token_id"),
     (1, "layers encoder_layers decoder_layers"),
@@ -34,19 +33,24 @@ SIZES = (
     (4 * SIDE, "image_size"),
 )
 SMALL = {name: size for size, names in SIZES for name in names.split()}
-TIMM = {"embed_dim": 32, "depth": 3, "num_heads": 4, "img_size": 4 * SIDE, "patch_size": SIDE}
-"""The sizes of a tower that timm makes."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Models whose configurations need the same."""
+    """Models whose configurations and inputs need the same."""
 
     names: str
     """Public classes, with a space between; * stands for ForConditionalGeneration. Behind them, in brackets, what sets
     this row apart from others of the classes."""
     config: Settings = field(default_factory=dict)
     """What the configuration needs besides its size."""
+    inputs: MakeInputs = inputs.squares
+    extras: Sequence[str] = ("hidden_states", "attentions")
+    """Optional outputs to ask for, where the model has them and they do not depend on other images or on chance."""
+    packed: bool = False
+    """Whether the tower gives one sequence (1, S, C) with the tokens of all images."""
+    shared: str = ""
+    """An output that does not belong to any one image."""
 
     def each(self) -> Iterator[tuple[str, str]]:
         """The name of every class, without and with what is in brackets."""
@@ -60,12 +64,6 @@ def transformers_class(name: str) -> type[Any]:
     if not hasattr(transformers, name):
         raise Absent(f"transformers {transformers.__version__} has no {name}")
     return getattr(transformers, name)
-
-
-def build(name: str, config: Settings) -> nn.Module:
-    """The small model of a class, whose configuration has these settings."""
-    model_class = transformers_class(name)
-    return model_class(small_config(model_class.config_class, config)).eval()
 
 
 def small_config(config_class: type[PretrainedConfig], overrides: Settings) -> PretrainedConfig:

@@ -1,4 +1,4 @@
-"""What a calibration is told, checked."""
+"""The options of a calibration, which check themselves."""
 
 from __future__ import annotations
 

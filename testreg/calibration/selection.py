@@ -204,7 +204,7 @@ class _Search:
 
         Those that are busy elsewhere too are tried first, all at once, and then their halves. Selective ones take
         nothing from other patches, so of these it is enough to try whole blocks, from the last, where neurons may fire
-        at outliers without causing them; and in blocks that are needed, the half that scores least.
+        at outliers without causing them; and in blocks that are needed, those that score less than half of the best.
 
         Args:
             same_change: whether features must change as much without them.
@@ -229,9 +229,10 @@ class _Search:
             if not dropped(chunk) and (half := len(chunk) // 2):
                 untried += [chunk[:half], chunk[half:]]  # the later half first
         for block in sorted({block for block, _, _ in kept}, reverse=True):
-            of_block = sorted((neuron for neuron in kept if neuron in selective and neuron[0] == block), key=_score)
-            if not dropped(of_block):
-                dropped(of_block[: len(of_block) // 2])
+            of_block = [neuron for neuron in kept if neuron in selective and neuron[0] == block]
+            if of_block and not dropped(of_block):
+                most = max(_score(neuron) for neuron in of_block)
+                dropped([neuron for neuron in of_block if _score(neuron) < most / 2])
         return kept, effect
 
     def with_alike(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[tuple[Neuron, ...], Effect]:
@@ -295,7 +296,7 @@ class _Curve:
                 )
             return
         at_first = self.search.rounds[-1].effect.remaining if self.search.rounds else 1.0
-        while number < len(self.ranking) and not self.search.is_over():
+        while number < len(self.ranking) and not self.is_enough(last) and not self.search.is_over():
             low, number = number, min(2 * number, len(self.ranking))
             before, last = last, self.add(number)
             if not self.search.is_allowed(last):
@@ -308,6 +309,10 @@ class _Curve:
             # Where most outliers are gone and others stay, a ranking of the patched model finds what makes those.
             if last.remaining < at_first / 2 and self.is_near(before, last):
                 return
+
+    def is_enough(self, effect: Effect) -> bool:
+        """Whether more neurons could not remove more."""
+        return effect.remaining <= self.search.aim and effect.excess < TOLERANCE
 
     def is_near(self, effect: Effect, best: Effect) -> bool:
         """Whether a set removes as much as the best one, but for the tolerance."""

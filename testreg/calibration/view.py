@@ -45,7 +45,7 @@ class View:
     stream: ImageStream
     options: Options
     first: list[tuple[int, Tensor]] = field(default_factory=list)
-    """Numbers and images of this process for diagnosis and ranking, of those read at once."""
+    """The first images of this process that diagnosis and ranking use, each with its number in the stream."""
     held_out: list[tuple[int, Tensor]] = field(default_factory=list)
     end_of_first: int = 0
     """All images with lower numbers have been split into `first` and `held_out`."""
@@ -55,7 +55,7 @@ class View:
         self.norms: dict[int, Tensor] = {}
         """Norms (L, T) of the tokens of the first images, by their numbers."""
         self.ignored: frozenset[tuple[int, int]] = frozenset()
-        """Fixed positions of outliers, which no neuron is looked for."""
+        """Fixed positions of outliers, for which no neurons are sought."""
         self.diagnosis: Diagnosis
         """What the view shows, without outliers at the `ignored` positions."""
         self.detection: Detection
@@ -74,7 +74,7 @@ class View:
 
     @property
     def dtype(self) -> str:
-        """In which the model computes."""
+        """The dtype in which the model computes, e.g. "bfloat16"."""
         return str(self.options.amp or self.tower.dtype).removeprefix("torch.")
 
     def split(self) -> None:

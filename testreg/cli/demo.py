@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from testreg.cli.outputs import check_picture, save_picture
+from testreg.cli.outputs import PICTURES, check_file, save_picture
 from testreg.cli.running import Run
 
 
@@ -18,7 +18,7 @@ def demo(
     ),
 ) -> None:
     """The whole job on a small model, offline."""
-    check_picture(output)  # before all that the demo needs is imported
+    check_file(output, *PICTURES)  # before all that the demo needs is imported
 
     from testreg.demo.run import run_demo
     from testreg.report.maps import figures_of, table

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGES = (".html", ".htm")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 
 
 def check_file(path: Path | None, *suffixes: str) -> None:
@@ -22,20 +23,6 @@ def check_file(path: Path | None, *suffixes: str) -> None:
         raise ValueError(f"cannot write {path}: name a {' or '.join(suffixes)} file")
 
 
-def check_picture(path: Path) -> None:
-    """Raise at once what writing the picture would raise after the work."""
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    kinds = FigureCanvasBase.get_supported_filetypes()
-    if _picture_format(path) not in kinds:
-        raise ValueError(f"cannot write {path}: pictures are {', '.join(sorted(kinds))}")
-    check_writable(path)
-
-
-def _picture_format(path: Path) -> str:
-    return path.suffix[1:].lower() or "png"
-
-
 def save_picture(picture: Figure, path: Path) -> None:
     with replacing(path) as temporary:
-        picture.savefig(temporary, format=_picture_format(path), dpi=150)
+        picture.savefig(temporary, format=path.suffix[1:].lower(), dpi=150)

@@ -22,7 +22,7 @@ from testreg.cli.options import (
     TrustRemoteCode,
     Zero,
 )
-from testreg.cli.outputs import check_picture, save_picture
+from testreg.cli.outputs import PICTURES, check_file, save_picture
 from testreg.cli.running import Run
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def show(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Picture of a model before and after."""
-    check_picture(output)
+    check_file(output, *PICTURES)
     box = None if steer is None else _box(steer)
 
     from contextlib import nullcontext

@@ -88,7 +88,7 @@ def encode_texts(model: Any, tokenizer: Tokenizer, texts: list[str], device: tor
 
 
 def _embedding(output: Any) -> Tensor:
-    """From transformers 5 on it is in an output."""
+    """The embedding, scaled to length 1, of what a model returns: a tensor or (transformers 5) an output with one."""
     values: Tensor = getattr(output, "pooler_output", output)
     return F.normalize(values.float(), dim=-1)
 

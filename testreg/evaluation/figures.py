@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from testreg.display import picture_of
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -39,16 +41,7 @@ def spread(count: int, shown: int = SHOWN) -> list[int]:
 
 def rows_of(panels: Callable[[int], Sequence[Panel]], count: int, title: str) -> Figure:
     """A picture with a row of panels for each of a few of `count` images, spread over all."""
-    from matplotlib.figure import Figure
-
-    rows = [panels(number) for number in spread(count)]
-    page = Figure(figsize=(2.2 * len(rows[0]), 1.9 * len(rows) + 0.5), layout="constrained")
-    axes = page.subplots(len(rows), len(rows[0]), squeeze=False)
-    for row, made in zip(axes, rows, strict=True):
-        for axis, panel in zip(row, made, strict=True):
-            _draw(axis, panel)
-    page.suptitle(title, fontsize=10, parse_math=False)
-    return page
+    return picture_of([panels(number) for number in spread(count)], _draw, title, panel_size=(2.2, 1.9))
 
 
 def _draw(axis: Axes, panel: Panel) -> None:
@@ -64,5 +57,4 @@ def _draw(axis: Axes, panel: Panel) -> None:
         axis.add_patch(
             Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor="#d55e00", lw=1.5, clip_on=False)
         )
-    axis.set(xticks=[], yticks=[])
     axis.set_title(panel.title, fontsize=8, parse_math=False)

@@ -11,7 +11,7 @@ IGNORED = -1  # of pixels that do not count
 
 
 def overlap(predicted: Array, truth: Array, classes: int) -> tuple[Array, Array, int]:
-    """Of an image, the pixels of each class in both masks (h, w), those in either, and all pixels that count.
+    """Count an image's pixels: of each class in both masks (h, w), of each class in either, and all that count.
 
     Only the truth may hold `IGNORED`: such pixels are left out.
     """

@@ -31,7 +31,7 @@ class Preparation(Protocol):
 
     @property
     def key(self) -> str:
-        """Tells it from all that make something else."""
+        """Identifies what this preparation makes of an image: two that differ have different keys."""
 
     def __call__(self, image: Image) -> Tensor: ...
 

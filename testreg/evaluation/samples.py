@@ -43,7 +43,7 @@ class Sample(Generic[T]):
     """An image, and the label, boxes, mask or depth that is the truth for it."""
 
     name: str
-    """Tells the image, and its version, from all others: features are kept under it."""
+    """Identifies the image and its version: features are cached under this name."""
     image: Path | Reader
     """The path of the image, or a `Reader` of it."""
     target: T

@@ -1,4 +1,4 @@
-"""How what a block gets beside the tokens is extended to the registers, and where the tokens then lie."""
+"""Extends the arguments that a block gets beside the tokens by the registers, and says where the tokens then lie."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MASKS = {"attention_mask": extend_transformers_mask, "attn_mask": extend_token_m
 
 
 def padded(tower: Any, plain: L, arguments: Mapping[str, Any]) -> L:
-    """What a mask hides from everyone is padding."""
+    """The layout of a padded batch: tokens that the mask hides from everyone are padding."""
     if (mask := arguments.get("attention_mask")) is not None and _is_flat(mask):
         return plain.replace(valid=plain.extend(mask.bool(), -1, True))
     for name in MASKS:
@@ -61,7 +61,7 @@ def extend_cu_seqlens(ends: Tensor, layout: Layout) -> Tensor:
 
 
 def packed(tower: Any, plain: L, arguments: Mapping[str, Any]) -> L:
-    """Images are packed in a sequence if a block is told where each ends."""
+    """The layout of packed images, if the arguments tell the block where each image ends."""
     ends = arguments.get("cu_seqlens")
     return plain if ends is None else plain.replace(lengths=ends.diff().tolist())
 

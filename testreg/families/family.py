@@ -13,6 +13,8 @@ Paths = str | tuple[str, ...]
 
 WINDOWS = "in most blocks attention stays within windows of the image, in which one register has no place"
 """Why the method does not fit SAM and its kin."""
+STAGES = "patches are merged between stages, so that there is no sequence on which a register could ride"
+"""Why it does not fit Swin and its kin."""
 
 
 class Layout(Protocol):
@@ -33,20 +35,20 @@ class Layout(Protocol):
     def replace(
         self, *, lengths: list[int] | None = None, valid: Tensor | None = None, patches: Tensor | None = None
     ) -> Self:
-        """The same but for what is given: tokens of each packed image, which are no padding, which are patches."""
+        """A copy with other `lengths` of packed images, other `valid` tokens (no padding), or other `patches`."""
 
 
 L = TypeVar("L", bound=Layout)
 
 
 class FindLayout(Protocol):
-    """From the tower, the layout of a plain batch and a block's arguments, where the tokens lie."""
+    """Gives the layout of the tokens, from the tower, the layout of a plain batch, and the arguments of a block."""
 
     def __call__(self, tower: Any, plain: L, arguments: Mapping[str, Any], /) -> L: ...
 
 
 def run_plainly(tower: Any, images: Tensor) -> Any:
-    """A tower that needs to be told nothing but the images."""
+    """Run a tower that takes images (B, 3, h, w) and nothing else."""
     return tower(images)
 
 

@@ -12,6 +12,8 @@ from testreg.families.family import Family, Paths
 from testreg.families.table import FAMILIES, REFUSED
 from testreg.families.tower import Block, Mlp, Tower
 
+COVERED = "https://testreg.github.io/testreg/covered"
+
 
 def find_tower(model: nn.Module) -> Tower:
     """The vision tower of `model`: the model itself, or the one inside it (of CLIP, a VLM, a classifier).
@@ -37,7 +39,7 @@ def find_tower(model: nn.Module) -> Tower:
         if reason := _refusal(model):
             raise ValueError(f"{type(model).__name__} cannot be patched: {reason}")
         raise ValueError(
-            f"no supported vision tower in {type(model).__name__}: the README lists those that are. A family of your "
+            f"no supported vision tower in {type(model).__name__}: see {COVERED} for those that are. A family of your "
             "own is one row: testreg.add_family"
         )
     if len(found) > 1:
@@ -166,7 +168,7 @@ def _methods(module: nn.Module, paths: Paths) -> Iterator[tuple[nn.Module, str]]
 
 
 def listed(paths: Paths) -> tuple[str, ...]:
-    """The candidates, of which there may be one."""
+    """The candidates of `Paths` as a tuple, also where it is a single name."""
     return (paths,) if isinstance(paths, str) else paths
 
 

@@ -46,7 +46,7 @@ def image_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, t
 
 
 def _grid(model: nn.Module, inputs: Mapping[str, Any], count: int) -> tuple[int, tuple[int, int]]:
-    """Of an image's tokens, how many lie before the grid; and its rows and columns."""
+    """The number of an image's tokens in front of its grid, and the rows and columns of the grid."""
     config: Any = model.config
     if (sizes := inputs.get("image_grid_thw")) is not None:
         frames, rows, columns = (int(each) for each in sizes[0])

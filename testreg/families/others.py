@@ -22,7 +22,7 @@ VENDORED = (
         blocks="blocks",
         fc2=("mlp.w3", "mlp.fc2"),
         patch_embed="patch_embed.proj",
-        prefix=lambda tower: 1 + tower.num_register_tokens,
+        prefix=lambda tower: 1 + getattr(tower, "num_register_tokens", 0),  # the first releases had none
         scale="ls2.gamma",
     ),
     Family(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from testreg.families.extend import extend_bias, extend_rope
-from testreg.families.family import WINDOWS, Family, Layout
+from testreg.families.family import STAGES, WINDOWS, Family, Layout
 
 
 def _rope(rope: Tensor, layout: Layout) -> Tensor:
@@ -87,4 +87,8 @@ FAMILIES = (
     ),
 )
 
-REFUSED = {"VisionTransformerSAM": WINDOWS}
+REFUSED = {
+    "VisionTransformerSAM": WINDOWS,
+    **dict.fromkeys(("SwinTransformer", "SwinTransformerV2", "MultiScaleVit", "Hiera", "HieraDet", "DaVit"), STAGES),
+    **dict.fromkeys(("PyramidVisionTransformerV2", "Twins", "MaxxVit", "Levit"), STAGES),
+}

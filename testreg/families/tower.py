@@ -84,8 +84,28 @@ class Tower:
     """Whether the blocks see (T, B, C)."""
 
     @property
+    def final_norm(self) -> nn.Module | None:
+        """The norm behind the blocks, which the tower calls on all tokens or on what it pools; None if there is none.
+
+        Of several, it is the one nested least, and of these the one that comes first among the modules.
+        """
+        inside = {module for block in self.blocks for module in block.module.modules()}
+        behind, found = False, list[tuple[int, nn.Module]]()
+        for name, module in self.module.named_modules():
+            behind |= module is self.blocks[0].module
+            shape = getattr(getattr(module, "weight", None), "shape", None)
+            if behind and module not in inside and "Norm" in type(module).__name__ and shape == (self.width,):
+                found.append((name.count("."), module))
+        return min(found, key=lambda each: each[0])[1] if found else None
+
+    @property
     def depth(self) -> int:
         return len(self.blocks)
+
+    @property
+    def width(self) -> int:
+        """C, the channels of a token."""
+        return self.blocks[0].mlps[0].fc2_linear.out_features
 
     @property
     def mlp_width(self) -> int:

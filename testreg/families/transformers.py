@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from testreg.families.extend import extend_bias, extend_cu_seqlens, extend_rope, packed, unchanged
-from testreg.families.family import WINDOWS, Family, run_plainly
+from testreg.families.family import STAGES, WINDOWS, Family, run_plainly
 
 
 def _at_any_size(tower: Any, images: Tensor) -> Any:
@@ -266,7 +266,6 @@ _LIKE_CLIP = (
 
 FAMILIES = (*_LIKE_VIT, *_LIKE_DINOV2, *_LIKE_CLIP)
 
-STAGES = "patches are merged between stages, so that there is no sequence on which a register could ride"
 _ADDED = "other tokens join the patches between or behind the blocks' own, so that a register cannot follow them"
 REFUSED = {
     **dict.fromkeys(("SamVisionEncoder", "SamHQVisionEncoder", "DeepseekOcr2SamVisionEncoder"), WINDOWS),

@@ -18,17 +18,17 @@ from testreg.families.extend import (
     packed,
     unchanged,
 )
-from testreg.families.family import WINDOWS, L, Layout, run_plainly
-from testreg.families.transformers import BLIP, CLIP, SIGLIP, STAGES, VIT
+from testreg.families.family import STAGES, WINDOWS, L, Layout, run_plainly
+from testreg.families.transformers import BLIP, CLIP, SIGLIP, VIT
 
 
-def _unrotated_complex(rotations: Tensor, layout: Layout) -> Tensor:
+def _complex_rope(rotations: Tensor, layout: Layout) -> Tensor:
     """Rotary embeddings (T, 1, D/2) as complex numbers."""
     return layout.extend(rotations, -3, 1.0)
 
 
 def _placeless(positions: Tensor, layout: Layout) -> Tensor:
-    """Row and column (B, T, 2) of each patch, which only padding is asked for here: the rotations are made already."""
+    """Row and column (B, T, 2) of each patch. Blocks only see from them what is padding: rotations are made before."""
     return layout.extend(positions, -2, 0)
 
 
@@ -150,7 +150,7 @@ FAMILIES = (
         patch_embed=(),
         entry_norm="layernorm_pre",
         layout=_cls_behind,
-        block_arguments={"freqs_ci": _unrotated_complex},
+        block_arguments={"freqs_ci": _complex_rope},
         run=None,
     ),
     replace(

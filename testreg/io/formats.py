@@ -203,8 +203,7 @@ def _may_describe(config: Mapping[str, Any], tower: Tower) -> bool:
     if "timm_model_name" in vision:
         named: Any = getattr(tower.module, "pretrained_cfg", {}).get("architecture")
         return vision["timm_model_name"].partition(".")[0] == named
-    width = tower.blocks[0].mlps[0].fc2_linear.out_features
-    return (vision.get("layers", 12), vision.get("width", 768)) == (tower.depth, width)
+    return (vision.get("layers", 12), vision.get("width", 768)) == (tower.depth, tower.width)
 
 
 def _as_built(config: Mapping[str, Any], model: Any) -> dict[str, Any]:

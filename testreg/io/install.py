@@ -141,7 +141,7 @@ def _roll_back(target: Path) -> None:
 
 
 def _listed(record: Path) -> list[str]:
-    """The files of a checkpoint that waits to be moved in; none before its record is complete, when none was moved."""
+    """The files of a checkpoint that is about to be moved in; none if its record is incomplete: none was moved then."""
     try:
         names = json.loads(record.read_text(encoding="utf-8"))["files"] if record.is_file() else []
         return [name for name in names if Path(name).name == name]

@@ -86,7 +86,7 @@ def attribution_of(tower: Tower, images: Tensor, detection: Detection, *, norms:
     outlier = detection.outliers(norms[..., : patches.stop], tower.num_prefix, grid)[..., patches]
     outlier &= detection.counts(tower.depth).to(outlier.device)[:, None, None]
     found = Attribution(*torch.zeros(3, len(images), tower.depth, tower.mlp_width), outlier)
-    size = math.prod(grid) * tower.depth * len(tower.blocks[0].mlps[0].columns)
+    size = math.prod(grid) * tower.depth * tower.width
     per_batch = max(1, MEMORY // (4 * TENSORS * size))
     having = outlier.any(0).any(-1).cpu().nonzero().flatten()
     for part in having.split(per_batch) if len(having) else ():
@@ -127,8 +127,11 @@ def _attribute(
 
 
 def _weight(norms: Tensor, outlier: Tensor, detection: Detection) -> Tensor:
-    """Weights (L, B, N) of the norms: their sum, but for a constant, is an image's excess as a share of that after each
-    block, as the mean over the blocks with outliers."""
+    """Weights (L, B, N) for the norms of outliers; zero for all other patches.
+
+    The weighted sum of an image's norms is, but for a constant, its relative excess: the excess after each block, over
+    the excess that there is now, in the mean over the blocks with outliers.
+    """
     normal = detection.rule.normal(norms)
     excess = torch.where(outlier, norms / normal - 1, 0.0).sum(-1, keepdim=True)  # (L, B, 1)
     num_blocks = (excess > 0).sum(0, keepdim=True).clamp(min=1)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from testreg.io.images import Images, ImageStream
 from testreg.io.preprocessing import OwnTransform, Transform
 from testreg.io.sources import images_in, named_source, single_images, undecoded
 from testreg.measure.attention import Query, attention_to_patches, pooling
-from testreg.measure.hooks import recorded_tokens, recording_outputs
+from testreg.measure.hooks import recorded_tokens
 from testreg.patching.layout import Layout
 from testreg.patching.riding import is_carrying
 from testreg.patching.state import find_patch
@@ -91,8 +89,8 @@ def features(
 
     Args:
         model, images, block, transform: as in `testreg.attention`.
-        norm: apply the tower's final norm, as DINOv2's dense features are used: the first norm that the tower calls
-            behind its last block, whichever block is asked for.
+        norm: apply the tower's final norm, as DINOv2's dense features are used, whichever block is asked for. Some
+            towers themselves apply it to CLS or to the mean of the patches alone.
 
     Raises:
         ValueError: an argument does not fit the model, an image cannot be read, or there is no final norm.
@@ -106,7 +104,7 @@ def features(
 
 
 def _feature_map(tower: Tower, images: Tensor, block: int, norm: bool) -> Tensor:
-    with recorded_tokens(tower, block) as recorded, _final_norm(tower) as final:
+    with recorded_tokens(tower, block) as recorded:
         tower.run(images)
     tokens = recorded[0]
     if len(tokens) != len(images) or tokens.ndim != 3:  # images that are packed in one sequence
@@ -115,28 +113,10 @@ def _feature_map(tower: Tower, images: Tensor, block: int, norm: bool) -> Tensor
         tokens = tokens.reshape(1, -1, tokens.shape[-1])
     patches = tokens[:, tower.patches(images)]
     if norm:
-        if not final:
+        if tower.final_norm is None:
             raise ValueError(f"{type(tower.module).__name__} has no norm behind its last block: pass norm=False")
-        patches = final[0](patches)
+        patches = tower.final_norm(patches)
     return patches.mT.unflatten(-1, tower.grid(images))
-
-
-@contextmanager
-def _final_norm(tower: Tower) -> Iterator[list[Callable[[Tensor], Tensor]]]:
-    """Within the `with` block a forward of the tower fills the list with the norms that it calls behind its blocks."""
-    in_blocks = {module for block in tower.blocks for module in block.module.modules()}
-    norms = [
-        module
-        for module in tower.module.modules()
-        if module not in in_blocks and "norm" in type(module).__name__.lower() and not list(module.children())
-    ]
-    found: list[Callable[[Tensor], Tensor]] = []
-    last = tower.blocks[-1].module
-    with (
-        recording_outputs([last], lambda index, tokens: found.clear()),
-        recording_outputs(norms, lambda index, tokens: found.append(norms[index].forward)),
-    ):
-        yield found
 
 
 def strip_registers(model: nn.Module, tensor: Tensor, lengths: list[int] | None = None) -> Tensor:

@@ -55,7 +55,7 @@ class Statistics:
 
     @classmethod
     def zeros(cls, tower: Tower) -> Statistics:
-        width = len(tower.blocks[0].mlps[0].columns)
+        width = tower.width
         neurons = (2, tower.depth, tower.mlp_width)
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(
             ("share", "energy_at_outliers", "energy", "magnitude", "activation", "normal_activation"), neurons

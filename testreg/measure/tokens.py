@@ -7,27 +7,13 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from testreg.families import Tower
 from testreg.measure.hooks import recording_inputs, recording_outputs
 
 Part = Literal["q", "k", "v"]
-
-
-def final_norm(tower: Tower) -> nn.Module | None:
-    """The norm behind the blocks: the first behind them, in the order of the modules, of those nested least."""
-    inside = [block.module for block in tower.blocks]
-    width = tower.blocks[0].mlps[0].fc2_linear.out_features
-    seen_blocks, found = False, list[tuple[int, nn.Module]]()
-    for name, module in tower.module.named_modules():
-        seen_blocks |= module is inside[0]
-        weight = getattr(module, "weight", None)
-        is_norm = "Norm" in type(module).__name__ and isinstance(weight, Tensor) and tuple(weight.shape) == (width,)
-        if seen_blocks and is_norm and not any(module in block.modules() for block in inside):
-            found.append((name.count("."), module))
-    return min(found, key=lambda each: each[0])[1] if found else None
 
 
 def normed_tokens(tower: Tower, images: Tensor, depth: int = 1) -> list[Tensor]:
@@ -40,9 +26,8 @@ def normed_tokens(tower: Tower, images: Tensor, depth: int = 1) -> list[Tensor]:
 
 
 def behind_norm(tower: Tower, tokens: Tensor) -> Tensor:
-    """The tokens (B, T, C) of a block, behind the tower's final norm."""
-    norm = final_norm(tower)
-    return tokens if norm is None else norm(tokens)
+    """The tokens (B, T, C) of a block, behind the tower's final norm if it has one."""
+    return tokens if tower.final_norm is None else tower.final_norm(tokens)
 
 
 def global_token(tokens: Tensor, tower: Tower) -> Tensor:

@@ -1,4 +1,4 @@
-"""What attention is given, or gives back, that has a row for each token."""
+"""Attention's arguments and outputs that have a row for each token: masks, position biases, weights."""
 
 from __future__ import annotations
 
@@ -51,7 +51,10 @@ class AttentionWeights(Override):
 
 
 def _find_layout_of_recomputed(*arguments: Any) -> None:
-    """Gradient checkpointing in transformers recomputes a block from within: `RegisterBlock` is not called again."""
+    """Let this thread know the layout of a block that gradient checkpointing in transformers recomputes from within.
+
+    `RegisterBlock` is not called again then: the arguments of the block carry its layout (`carry_layout`).
+    """
     layout: Layout | None = None
     for extra in arguments:
         layout = getattr(extra, _LAYOUT, layout)

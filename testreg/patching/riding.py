@@ -38,10 +38,10 @@ class _Unsaved:
 
 
 class Handed(_Unsaved):
-    """Tells of the tokens that a block hands on the forward that they belong to.
+    """Links the tokens that a block hands on to the forward that they belong to.
 
-    It goes when they go. If that is before the next block of their forward has come, another tensor takes their place,
-    for which the registers are kept.
+    It is deleted together with the tokens. If that happens before the next block of the forward is called, another
+    tensor has taken their place, and the registers are kept for that one.
     """
 
     def __init__(self, forward: Forward, index: int, tokens: Tensor, sequence: Tensor | None, layout: Layout) -> None:
@@ -51,7 +51,7 @@ class Handed(_Unsaved):
         setattr(tokens, _HANDED, self)
 
     def registers(self) -> Tensor:
-        """(B, R, C)"""
+        """The registers (B, R, C) that belong to the tokens."""
         assert self.sequence is not None
         return self.layout.registers(self.sequence)
 
@@ -71,7 +71,10 @@ class Decided(_Unsaved):
 
 
 class Replacement(_Unsaved):
-    """What a tensor that took the place of tokens found there, by forward: gradient checkpointing asks again."""
+    """The registers that were found for a tensor which took the place of tokens, by forward.
+
+    They are remembered because gradient checkpointing asks for them a second time.
+    """
 
     def __init__(self) -> None:
         self.found = weakref.WeakKeyDictionary[Forward, Tensor | None]()
@@ -159,7 +162,7 @@ def forward_of(
 
 
 def _goes_on(forward: Forward) -> bool:
-    """Whether the forward runs, or is the last that was abandoned, whose tokens someone takes up again."""
+    """Whether the forward goes on: it is running, or it was abandoned last, and its tokens are used again."""
     return is_latest(forward) or is_running(forward)
 
 

@@ -1,4 +1,4 @@
-"""What the forward that a thread is in the middle of is like. Nothing of it is kept on the model."""
+"""The state of the forward that a thread is in the middle of. It belongs to the thread, not to the model."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ class Forward:
     home: Home
     """The function call that calls the blocks."""
     origin: object = field(default_factory=object)
-    """The same in all parts of a forward that goes on elsewhere: in another thread, or recomputed by checkpointing."""
+    """Identifies the forward: also its parts in another thread, and those that checkpointing recomputes, have it."""
     backward: int = field(default_factory=lambda: torch._C._current_graph_task_id())
-    """The backward pass in which it is recomputed; -1: none."""
+    """The number of the backward pass that recomputes this forward; -1: none does."""
     index: int = -1
     """The last of its blocks that has handed on its tokens."""
     handed: Callable[[], Any] | None = None
     """A weak reference to what that block handed on (`riding.Handed`)."""
     kept: Tensor | None = None
-    """Its registers (B, R, C), detached, if someone within the forward dropped its tokens, to put others there."""
+    """The registers (B, R, C) of that block, detached, if somebody dropped its tokens to put others in their place."""
     shape: tuple[int, ...] = ()
     """The shape of its tokens."""
 
@@ -63,7 +63,7 @@ class Recorder:
     patch: object
     recorded: list[Tensor] = field(default_factory=list)
     origin: object = None
-    """Tells the forward."""
+    """The `Forward.origin` of the forward that is recorded."""
 
     def restart(self, origin: object) -> None:
         self.recorded.clear()

@@ -40,7 +40,7 @@ class ShiftBefore(Override):
 
     @property
     def current(self) -> nn.Module:
-        """What is now where our module was: the module itself, or what has wrapped or replaced it since."""
+        """The module where the patched one was: that one itself, or what has wrapped or replaced it since."""
         return self.parent._modules[self.name]  # type: ignore[return-value]  # getattr gives a copy in torch.export
 
     def is_bypassed(self) -> bool:

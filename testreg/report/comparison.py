@@ -22,7 +22,7 @@ from testreg.measure.maps import image_batch, listed_images
 from testreg.measure.outliers import token_norms
 from testreg.neurons import AnyNeurons, resolve
 from testreg.register import disabled, is_patched, patched
-from testreg.report.maps import AFTER, BEFORE, Maps, feature_colours, panels, photograph, table
+from testreg.report.maps import AFTER, BEFORE, Maps, feature_colours, panels, photograph, scales_of, table
 from testreg.report.maps import compare as compare_maps
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ class Comparison:
                     left, top, right, bottom = self.boxes[i]
                     axis.imshow(panel.pixels.numpy(), extent=(left, right, bottom, top), alpha=opacity)
                     axis.set(xlim=(0, picture.shape[1]), ylim=(picture.shape[0], 0))
+        page.supxlabel(scales_of(self.before), fontsize=8)
         return page
 
     def _repr_png_(self) -> bytes:

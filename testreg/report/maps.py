@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from testreg.display import picture_of
 from testreg.families import Tower, find_tower
 from testreg.measure.attention import attention_to_patches, entropy
 from testreg.measure.hooks import recorded_tokens
@@ -96,6 +97,12 @@ def table(before: Maps, after: Maps) -> str:
     return "\n".join(lines + [f"{name:26}{first:>10}{second:>10}" for name, first, second in rows])
 
 
+def scales_of(maps: Maps) -> str:
+    """What the colours of the maps, before and after, span: for the caption of a picture."""
+    norms = "Norms: one logarithmic scale for before and after"
+    return norms if maps.attention is None else f"{norms}. Attention: each map from its least to its largest value"
+
+
 def feature_colours(before: Maps, after: Maps) -> tuple[Tensor, Tensor]:
     """Features as colours in [0, 1], twice (B, rows, columns, 3): their first three principal components.
 
@@ -170,24 +177,17 @@ def _coloured(values: Tensor, name: str, scale: Tensor) -> Tensor:
 
 def figure(images: Tensor, before: Maps, after: Maps, title: str) -> Figure:
     """A picture with one row for each image (B, 3, h, w): its photograph and its maps, before and after."""
-    from matplotlib.figure import Figure
-
     colours = feature_colours(before, after)
     rows = [panels(image, i, before, after, colours) for i, image in enumerate(images)]
-    page = Figure(figsize=(1.5 * len(rows[0]), 1.68 * len(rows) + 0.6), layout="constrained")
-    axes = page.subplots(len(rows), len(rows[0]), squeeze=False)
-    for axis, panel in zip(axes[0], rows[0], strict=True):
+    page = picture_of(rows, _draw, title, panel_size=(1.5, 1.68))
+    for axis, panel in zip(page.axes, rows[0], strict=False):
         axis.set_title(panel.name, fontsize=9)
-    for row, made in zip(axes, rows, strict=True):
-        for axis, panel in zip(row, made, strict=True):
-            _draw(axis, panel)
-    page.suptitle(title, fontsize=10, parse_math=False)
+    page.supxlabel(scales_of(before), fontsize=8)
     return page
 
 
 def _draw(axis: Axes, panel: Panel) -> None:
     axis.imshow(panel.pixels.numpy(), interpolation="antialiased" if panel.kind == "photograph" else "nearest")
-    axis.set(xticks=[], yticks=[])
     if panel.largest is not None:
         axis.set_xlabel(f"max {panel.largest:.3g}", fontsize=8)
     for spine in axis.spines.values():

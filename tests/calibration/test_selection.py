@@ -107,7 +107,7 @@ def test_each_round_ranks_what_the_one_before_has_left():
     assert asked == [[], [0]]
     assert [[unit for _, unit, _ in each.added] for each in found.rounds] == [[0], [3]]
     assert [each.effect.remaining for each in found.rounds] == [0.5, 0.0]
-    assert [effect.neurons for effect in found.rounds[1].curve] == [2, 3]  # the one moved before is in each
+    assert [effect.neurons for effect in found.rounds[1].curve] == [2]  # with the one moved before; nothing is left
 
 
 def test_rounds_end_when_one_does_not_help():

@@ -64,7 +64,7 @@ def test_patching_removes_them(model: nn.Module, neurons: dict[int, list[int]], 
 def test_the_planted_neurons_write_most(model: nn.Module, neurons: dict[int, list[int]], photographs: Tensor) -> None:
     (units,) = neurons.values()
     found = testreg.calibrate(model, photographs, score="contribution", top_k=len(units), progress=False)
-    assert {layer: sorted(units) for layer, units in found.by_block().items()} == neurons
+    assert {block: sorted(units) for block, units in found.by_block().items()} == neurons
 
 
 def test_the_demo_has_images_enough_to_verify_what_it_finds() -> None:

@@ -149,7 +149,7 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
 
 def test_neurons_that_do_not_fit_are_known_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = counted(monkeypatch)
-    with pytest.raises(ValueError, match="layer 9"):
+    with pytest.raises(ValueError, match="block 9"):
         attention_seg.evaluate(tiny_model(), masks(tmp_path), neurons={9: [0]}, progress=False)
     assert not seen
 

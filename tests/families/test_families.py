@@ -12,6 +12,7 @@ import timm
 import tiny
 import torch
 import transformers
+from coverage import imitations
 from reference import LAYOUTS, block_outputs, build, forward_by_hand, run
 from tiny import DEPTH, HF, HF_DINOV2, HF_TEXT, IMAGE, TIMM, WIDTH
 from torch import Tensor, nn
@@ -112,6 +113,24 @@ def test_units_are_numbered_through_mlps_that_run_side_by_side() -> None:
     assert list(block.units_by_mlp([width, width - 1, 2 * width - 1])) == of_both
 
 
+def test_the_final_norm_is_behind_the_blocks_and_not_in_front_of_them() -> None:
+    for family, path in (
+        ("timm_vit", "norm"),
+        ("hf_dinov2", "layernorm"),
+        ("hf_clip", "post_layernorm"),  # which is somewhere else in older releases
+        ("open_clip", "visual.ln_post"),
+        ("torchvision_vit", "encoder.ln"),
+    ):
+        model = build(family)
+        names = {module: name for name, module in model.named_modules()}
+        assert names[find_tower(model).final_norm].endswith(path)
+    openai = imitations.VisionTransformer(IMAGE, tiny.PATCH, WIDTH, DEPTH, 4)
+    assert find_tower(openai).final_norm is openai.ln_post
+    pooled = timm.create_model("vit_base_patch16_224", global_pool="avg", **TIMM)
+    assert find_tower(pooled).final_norm is pooled.fc_norm
+    assert find_tower(timm.create_model("vit_base_patch16_224", final_norm=False, **TIMM)).final_norm is None
+
+
 def test_a_tower_returns_from_eval_mode_as_it_was() -> None:
     model = build("timm_vit").train()
     model.blocks[1].eval()
@@ -142,7 +161,7 @@ def test_the_table_finds_every_part(family: str) -> None:
     for block in tower.blocks:
         expected = layout.read(block.module)
         (mlp,) = block.mlps
-        assert mlp.fc2_linear.weight is expected.down[0]
+        assert mlp.fc2_linear.weight is expected.fc2[0]
         assert mlp.fc2 is (expected.middle_norm or mlp.fc2_linear)
         assert (block.attention is not None) == family.startswith("hf")
         if family not in ("timm_parallel", *tiny.SPREAD_MLP):  # have neither
@@ -432,6 +451,12 @@ class SwiGLUFFNFused(FusedSwiGLU):
     """The subclass that the model's own package defines."""
 
 
+def test_dinov2_of_before_it_had_registers():
+    model = build("dinov2")
+    del model.num_register_tokens
+    assert find_tower(model).num_prefix == 1
+
+
 def with_mlp(make: Callable[[], nn.Module]) -> nn.Module:
     model = build("dinov2")
     model.blocks[2].mlp = make()
@@ -463,7 +488,12 @@ def two_towers() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: nn.Linear(3, 3), ValueError, "no supported vision tower in Linear: .*testreg.add_family"),
+        (lambda: nn.Linear(3, 3), ValueError, "tower in Linear: see https://.*/covered .*testreg.add_family"),
+        (
+            lambda: timm.create_model("swin_tiny_patch4_window7_224", embed_dim=8, depths=(1, 1), num_heads=(1, 1)),
+            ValueError,
+            "SwinTransformer cannot be patched: .* patches are merged between stages",
+        ),
         (
             lambda: transformers.CLIPTextModel(transformers.CLIPTextConfig(**HF_TEXT)),
             ValueError,

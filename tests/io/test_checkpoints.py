@@ -255,7 +255,7 @@ def test_weights_go_into_a_given_model(name: str, tmp_path: Path) -> None:
     ("given", "changes", "message"),
     [
         ("timm_dinov2", {}, "do not fit this VisionTransformer .*unexpected: "),
-        ("timm_vit", {"neurons": RegisterNeurons(((9, 0, None),)).to_json()}, "layer 9 .* out of range"),
+        ("timm_vit", {"neurons": RegisterNeurons(((9, 0, None),)).to_json()}, "block 9 .* out of range"),
     ],
 )
 def test_a_given_model_that_does_not_fit_is_left_alone(

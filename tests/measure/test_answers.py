@@ -9,8 +9,9 @@ import pytest
 import torch
 import transformers
 from coverage.registry import image, randomise
+from coverage.transformers_inputs import SIDE
 from coverage.transformers_small import small_config, transformers_class
-from coverage.transformers_vlm import DEEPSTACK, SIDE
+from coverage.transformers_table import DEEPSTACK
 from torch import Tensor
 
 import testreg

@@ -18,8 +18,10 @@ import tiny
 import torch
 import torch.nn.functional as F
 import transformers
-from coverage import timm_models, transformers_vision, transformers_vlm
+from coverage import timm_models, transformers_models
 from coverage.registry import image, images, randomise
+from coverage.transformers_inputs import GRIDS
+from coverage.transformers_table import VLM
 from reference import shift_by_hand
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
@@ -262,11 +264,11 @@ class Case:
 
 def _vlm(name: str, valid: Callable[[tuple[Any, ...]], Tensor] | None = None) -> Case:
     """A tower of scripts/coverage; `valid` finds in its arguments which tokens (B, T) are no padding."""
-    row = next(row for _, each, row in transformers_vlm.rows() if each == name)
-    known = {each.name: each for each in transformers_vlm.architectures()}
+    row = next(row for row in VLM for _, each in row.each() if each == name)
+    known = {each.name: each for each in transformers_models.architectures()}
 
     def build() -> nn.Module:
-        return transformers_vlm.tower_of(known[name].build())
+        return transformers_models.tower_of(known[name].build())
 
     def tokens(model: Any, numbers: Sequence[int]) -> Sequence[Tensor]:
         double = lambda each: each.double() if each.is_floating_point() else each
@@ -275,7 +277,7 @@ def _vlm(name: str, valid: Callable[[tuple[Any, ...]], Tensor] | None = None) ->
         output = getattr(output, "last_hidden_state", output)  # transformers 4 may give the merged tokens only
         if valid is not None:
             return [each[shown] for each, shown in zip(output, valid(arguments).flatten(1).bool(), strict=True)]
-        lengths = [math.prod(transformers_vlm.GRIDS[number]) for number in numbers]
+        lengths = [math.prod(GRIDS[number]) for number in numbers]
         output = output.flatten(0, -2)
         merged = sum(lengths) // len(output)
         return output.split([length // merged for length in lengths])
@@ -551,7 +553,7 @@ def test_copies_of_padded_and_packed_models_work(name: str, duplicate: Callable[
 
 # Blocks with several MLPs, or one linear for attention and MLP --------------------------------------------------------
 
-KNOWN = {each.name: each for each in (*timm_models.architectures(), *transformers_vision.architectures())}
+KNOWN = {each.name: each for each in (*timm_models.architectures(), *transformers_models.architectures())}
 
 
 class ByHand:
@@ -600,7 +602,7 @@ def test_neurons_are_numbered_through_both_mlps() -> None:
     testreg.patch(model, {0: [width + 3, 7], 1: [width + 3, 2 * width - 1]}, num_registers=2)
     torch.testing.assert_close(model.forward_features(batch), twin.norm(by_hand(entering(twin, batch))))
     assert not torch.allclose(twin.forward_features(batch), twin.norm(by_hand(entering(twin, batch))), atol=1e-3)
-    with pytest.raises(ValueError, match=f"unit {2 * width} of layer 0 is out of range"):
+    with pytest.raises(ValueError, match=f"unit {2 * width} of block 0 is out of range"):
         testreg.patch(testreg.unpatch(model), {0: [2 * width]})
 
 
@@ -673,26 +675,26 @@ def test_calibration_ranks_every_kind_of_tower(name: str) -> None:
 
     # Algorithm 1 in one line: each image's mean |activation| at its outliers, averaged over the images.
     hidden: list[list[Tensor]] = [[] for _ in tower.blocks]
-    for layer, block in enumerate(tower.blocks):
+    for index, block in enumerate(tower.blocks):
         for mlp in block.mlps:
-            keep = lambda module, args, layer=layer, first=mlp.first: hidden[layer].append(args[0][..., first:].abs())
+            keep = lambda module, args, index=index, first=mlp.first: hidden[index].append(args[0][..., first:].abs())
             mlp.fc2.register_forward_pre_hook(keep)
     with torch.no_grad():
         tower.run(pictures)
-    found = [torch.cat(each, -1)[i] for each in hidden for i in range(4)]  # (T, H), layer by layer
+    found = [torch.cat(each, -1)[i] for each in hidden for i in range(4)]  # (T, H), block by block
     outlier = norms > threshold
     means = torch.stack([each[outlier[i % 4]].mean(0) for i, each in enumerate(found)]).unflatten(0, (-1, 4)).mean(1)
     assert means.shape == (tower.depth, tower.mlp_width)
     assert neurons.ranking
-    for layer, unit, value in neurons.ranking:
-        assert value == pytest.approx(float(means[layer, unit]), rel=1e-3)
+    for block, unit, value in neurons.ranking:
+        assert value == pytest.approx(float(means[block, unit]), rel=1e-3)
     assert all(first[2] >= second[2] for first, second in pairwise(neurons.ranking))
 
     by_contribution = testreg.calibrate(model, list(pictures), top_k=50, **options)  # ranks on two, measures on two
     assert by_contribution.calibration["verified_at"][0]["grid"] == list(tower.grid(pictures))
     assert 0 < by_contribution.calibration["verified_at"][0]["change_patches"] < 1
-    places = {(layer, unit) for layer, unit, _ in by_contribution.ranking}
-    assert places <= {(layer, unit) for layer in range(tower.depth) for unit in range(tower.mlp_width)}
+    places = {(block, unit) for block, unit, _ in by_contribution.ranking}
+    assert places <= {(block, unit) for block in range(tower.depth) for unit in range(tower.mlp_width)}
     if name == "vit_base_patch16_18x2_224":
         assert {unit < tower.mlp_width // 2 for _, unit in places} == {True, False}
     testreg.patch(model, by_contribution)  # and the list fits

@@ -450,7 +450,7 @@ def test_a_compiled_model_takes_what_hooks_return(fullgraph: bool) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning:captum")
 @pytest.mark.parametrize("family", ["timm_vit", "torchvision_vit"])
 def test_captum_attributes_to_the_layers_of_a_patched_model(family: str) -> None:
-    """Attributions of a layer sum to what it changes in the output, registers held (completeness)."""
+    """Attributions of a block sum to what it changes in the output, registers held (completeness)."""
     attr = pytest.importorskip("captum.attr")
     model = patched(family).double()
     block, x = LAYOUTS[family].blocks(model)[1], images().double()

@@ -69,8 +69,8 @@ def planted(photos):
     """A planted model, whose name is hostile, and its neurons with scores."""
     model = fresh("timm_clip")
     model.testreg_source = HOSTILE
-    (layer, units), *_ = plant(model, photos, num_neurons=4).neurons.items()
-    ranking = tuple((layer, unit, 1.0 / (i + 1)) for i, unit in enumerate(units))
+    (block, units), *_ = plant(model, photos, num_neurons=4).neurons.items()
+    ranking = tuple((block, unit, 1.0 / (i + 1)) for i, unit in enumerate(units))
     rest = tuple((3, unit, 0.01) for unit in range(30))
     return model, RegisterNeurons(ranking + rest, 4, calibration=CALIBRATION, provenance={"note": HOSTILE})
 
@@ -436,7 +436,19 @@ def test_feature_colours(planted, photos):
     after.features[0, 0, 0] *= 1e4  # an outlier more takes no colour from the others
     _, third = feature_colours(before, after)
     assert (third - second)[1:].abs().max() < 0.1
-    assert len(figure(photos[:1], before, after, HOSTILE).axes) == 5  # without attention
+    without_attention = figure(photos[:1], before, after, HOSTILE)
+    assert len(without_attention.axes) == 5
+    assert without_attention.get_supxlabel() == "Norms: one logarithmic scale for before and after"
+
+
+def test_a_picture_says_which_maps_have_a_scale_of_their_own(planted, photos):
+    model, neurons = planted
+    with testreg.patched(model, replace(neurons, verified=True)):
+        before, after = compare(model, photos[:1])
+    page = figure(photos[:1], before, after, "")
+    assert "Attention: each map from its least to its largest value" in page.get_supxlabel()
+    assert [axis.get_title() for axis in page.axes][1:4] == ["norms before", "norms after", "attention before"]
+    assert not any(tick for axis in page.axes for tick in (*axis.get_xticks(), *axis.get_yticks()))
 
 
 # As a browser sees it -------------------------------------------------------------------------------------------------
