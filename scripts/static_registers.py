@@ -18,17 +18,21 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torchvision
-from planting import plant_into
-from restoration import MECHANISMS, NUM_PLANTING, figures, observe, prepared, table
+from planting import Mechanism, plant_into
+from restoration.closeness import figures, observe
+from restoration.networks import NUM_PLANTING
+from restoration.tables import markdown
 from torch import Tensor, nn
 
 import testreg
 from testreg.families import find_tower
+from testreg.io.images import ImageStream
 from testreg.io.loading import load_model
+from testreg.io.preprocessing import OwnTransform
 
 TIMED = {block: list(range(8)) for block in range(3, 9)}  # 48 neurons
 
@@ -39,7 +43,8 @@ def main() -> None:
     untouched = load_model(args.model).model.eval()
     photographs, unseen = prepared(untouched, args.images), prepared(untouched, args.test)[: args.num_test]
     for mechanism in args.mechanisms:
-        print(table(restoration(untouched, mechanism, args.seed, photographs, unseen)), flush=True)
+        rows = restoration(untouched, mechanism, args.seed, photographs, unseen)
+        print(f"\n## {mechanism}, seed {args.seed}: planted\n\n{markdown(rows)}", flush=True)
     print(f"\n## Time of a forward of {args.batch} images, against the plain model\n")
     for way, ratio in times(args.batch, args.turns).items():
         print(f"{way:10}{ratio:.3f}")
@@ -51,7 +56,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--images", required=True, help="folder of photographs: plant, and average the registers")
     parser.add_argument("--test", required=True, help="folder of others: compare with the untouched network")
     parser.add_argument("--num-test", type=int, default=48)
-    parser.add_argument("--mechanisms", nargs="+", choices=MECHANISMS, default=["spread"], metavar="MECHANISM")
+    parser.add_argument("--mechanisms", nargs="+", choices=get_args(Mechanism), default=["spread"], metavar="MECHANISM")
     parser.add_argument("--seed", type=int, default=0, help="of what is planted")
     parser.add_argument("--batch", type=int, default=4, help="images of a forward that is timed")
     parser.add_argument("--turns", type=int, default=9)
@@ -60,8 +65,8 @@ def parse_args() -> argparse.Namespace:
 
 def restoration(
     untouched: nn.Module, mechanism: Any, seed: int, photographs: Tensor, unseen: Tensor
-) -> list[dict[str, Any]]:
-    """A row of figures for each way."""
+) -> list[list[str]]:
+    """The head of a table, and a row of figures for each way."""
     model = deepcopy(untouched)
     neurons = plant_into(model, photographs[:NUM_PLANTING], mechanism=mechanism, seed=seed).neurons
     static = testreg.make_static(model, photographs, neurons, progress=False)
@@ -76,14 +81,17 @@ def restoration(
         "silent, all": {"target": empty, "zero": "all"},
     }
     truth, before = observe(untouched, unseen), observe(model, unseen)
-    rows = [
-        figures("untouched network", neurons, {}, before, truth, truth),
-        figures("nothing moved", neurons, {}, before, before, truth),
-    ]
+    found = {"untouched network": figures(before, truth, truth), "nothing moved": figures(before, before, truth)}
     for way, options in ways.items():
         with testreg.patched(model, neurons, **options):
-            rows.append(figures(way, neurons, neurons, before, observe(model, unseen), truth))
-    return [{"mechanism": mechanism, "seed": seed, **row} for row in rows]
+            found[way] = figures(before, observe(model, unseen), truth)
+    rows = [[way, *(f"{value:.3f}" for value in each.values())] for way, each in found.items()]
+    return [["way", *found["nothing moved"]], *rows]
+
+
+def prepared(model: nn.Module, folder: str) -> Tensor:
+    """The images of a folder, (n, 3, h, w), as the model's own library prepares them."""
+    return torch.stack([image for _, image in ImageStream(folder, OwnTransform(model)).numbered()])
 
 
 @torch.no_grad()
