@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from planting.mechanisms import Feature, Mechanism, Planted, Population, Role, Writers, plant_population, populations
-from planting.site import ACTIVATION, Neuron, Parts, Site, by_block, detector, silenced, threshold
+from planting.site import ACTIVATION, Neuron, Parts, Site, by_block, detector, silenced, threshold, without
 from testreg.families import find_part
 
 NORM_RATIO = 20.0  # of the outliers of `direct`, and of a fixed position
@@ -255,3 +255,57 @@ def _attend(block: nn.Module, parts: Parts, direction: Tensor, logit: float) -> 
     query[:half] = 0.0
     query_bias[:half] = 1.0
     key[:half] = strength * direction.to(key)
+
+
+@torch.no_grad()
+def plant_on_register(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    register: int = 0,
+    block: int | None = None,
+    num_neurons: int = 4,
+    norm_ratio: float = NORM_RATIO,
+    seed: int = 0,
+) -> Planted:
+    """Plant neurons that make a trained register of a random `model` what outliers are in others, in place.
+
+    They fire at this register alone, and half of the heads of later blocks attend to it from everywhere.
+
+    Args:
+        register: its number among the trained registers.
+        block, num_neurons, norm_ratio: as in `plant`.
+
+    Raises:
+        ValueError: as `plant`; the model has no such register.
+    """
+    site = Site.of(model, images)
+    tower = site.tower
+    count, home = tower.num_trained_registers, tower.depth // 2 if block is None else block
+    if not 0 <= register < count:
+        raise ValueError(f"the model has {count} trained registers, and none with number {register}")
+    generator = torch.Generator().manual_seed(seed)
+    for scale in (mlp.scale for each in tower.blocks for mlp in each.mlps if mlp.scale is not None):
+        scale.fill_(1.0)
+    outlier, *own = _directions(1 + count, site.width, generator)
+    (tokens,) = (each for each in tower.module.parameters() if each.shape == (1, count, site.width))
+    tokens[0] = site.look().norms[0].median() * torch.stack(own)  # a random model has them all alike
+    free = _shuffled(tower.mlp_width, generator)
+    neurons = [(home, next(free)) for _ in range(num_neurons)]
+    for neuron in neurons:
+        site.set(neuron)
+    seen = site.look()
+    inputs, prefix = seen.inputs[home], seen.prefix[home]
+    token = tower.num_prefix - count + register
+    reads = without(prefix[token], torch.cat([prefix[:token], prefix[token + 1 :]]))
+    loudest, at_register = (inputs @ reads).max(), (inputs.mean((0, 1)) + prefix[token]) @ reads
+    if at_register <= loudest:
+        raise ValueError(f"register {register} does not stand out from the patches in block {home}")
+    steepness = 2 * ACTIVATION / (at_register - loudest)
+    bias = ACTIVATION - steepness * at_register
+    for neuron in neurons:
+        writes = norm_ratio * seen.norms[home].median() / (ACTIVATION * num_neurons) * outlier
+        site.set(neuron, steepness * reads, bias, writes)
+    for each in tower.blocks[home + 1 :]:
+        _attend(each.module, site.parts, outlier, SINK_LOGIT)
+    return Planted(by_block(neurons))

@@ -18,6 +18,7 @@ from testreg.cli.options import (
     Model,
     NumImages,
     ReportFile,
+    Rule,
     Seed,
     Threshold,
     TrustRemoteCode,
@@ -61,6 +62,7 @@ def calibrate(
         int | None, typer.Option(help="block to look for outliers at (default: where they stand out)")
     ] = None,
     threshold: Threshold = None,
+    rule: Rule = "robust",
     max_block: Annotated[
         int | None, typer.Option(help="last block to take neurons from (default: outlier onset)")
     ] = None,
@@ -83,7 +85,9 @@ def calibrate(
     from testreg.calibration import calibrate as calibration
     from testreg.io.processes import process_group, rank
     from testreg.io.sources import check_images
+    from testreg.measure.outliers import OutlierRule
 
+    outlier_rule = OutlierRule(threshold=threshold, mixture=rule == "mixture")
     check_file(output, ".json")
     check_file(report, *PAGES)
     check_file(resume)
@@ -100,7 +104,7 @@ def calibrate(
             images,
             transform=[each.transform for each in loaded],
             block=block,
-            threshold=threshold,
+            rule=outlier_rule,
             max_block=max_block,
             score=score,
             sparsity_filter=sparsity_filter,
@@ -124,7 +128,6 @@ def calibrate(
         run.answer(f"{output}: {len(neurons)} register neurons, and the ranking they are from")
         if report or figures:
             from testreg.calibration.view import held_out_images
-            from testreg.measure.outliers import OutlierRule
             from testreg.report.page import write_report
 
             with run.phase("measuring for the report"):
@@ -138,7 +141,7 @@ def calibrate(
                     command=run.command,
                     file=str(output),
                     figures=figures,
-                    rule=OutlierRule(threshold=threshold),
+                    rule=outlier_rule,
                     batch_size=batch_size,
                 )
             run.answer("\n".join(str(path) for path in (report, figures) if path))

@@ -15,6 +15,7 @@ from testreg.cli.options import (
     Model,
     NumImages,
     ReportFile,
+    Rule,
     Seed,
     Threshold,
     TrustRemoteCode,
@@ -41,6 +42,7 @@ def diagnose(
     workers: Workers = 0,
     seed: Seed = 0,
     threshold: Threshold = None,
+    rule: Rule = "robust",
 ) -> Exit:
     """Where a model's outliers are, and whether registers fix them."""
     from testreg.io.processes import process_group, rank
@@ -48,7 +50,7 @@ def diagnose(
     from testreg.measure import diagnose as measure
     from testreg.measure.outliers import OutlierRule
 
-    rule = OutlierRule(threshold=threshold)
+    outlier_rule = OutlierRule(threshold=threshold, mixture=rule == "mixture")
     check_file(report, *PAGES)
     check_images(images)  # before a model is loaded for nothing
     with process_group(chosen_device(device)) as own:
@@ -59,7 +61,7 @@ def diagnose(
             transform=loaded.transform,
             batch_size=batch_size,
             num_images=num_images,
-            rule=rule,
+            rule=outlier_rule,
             workers=workers,
             seed=seed,
             progress=not run.quiet,
@@ -76,6 +78,6 @@ def diagnose(
             with run.phase("measuring for the report"):
                 stream = ImageStream(images, loaded.transform, num_images=num_images, seed=seed)
                 shown = [image for _, image in itertools.islice(stream.numbered(), REPORT_IMAGES)]
-                write_diagnosis_report(report, found, loaded.model, shown, command=run.command, rule=rule)
+                write_diagnosis_report(report, found, loaded.model, shown, command=run.command, rule=outlier_rule)
             run.answer(str(report))
     return {"movable": Exit.DONE, "none": Exit.NOTHING_TO_FIX}.get(found.kind, Exit.NOT_FIXABLE)

@@ -32,6 +32,10 @@ BatchSize = Annotated[int, typer.Option(help="images that are run at once")]
 Workers = Annotated[int, typer.Option(help="processes that decode images")]
 Seed = Annotated[int, typer.Option(help="of the order of the images")]
 Threshold = Annotated[float | None, typer.Option(help="norm of an outlier (default: median + 5 robust sigma)")]
+Rule = Annotated[
+    Literal["robust", "mixture"],
+    typer.Option(help="what an outlier is; mixture: of the upper of two components of an image's log norms"),
+]
 
 Neurons = Annotated[
     str | None,

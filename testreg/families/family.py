@@ -75,6 +75,8 @@ class Family:
     """The convolution that makes patches into tokens, in the tower: its stride is the patch size."""
     prefix: int | Callable[[Any], int] = 1
     """Number of tokens in front of the patches (CLS, distillation and trained register tokens)."""
+    trained_registers: Callable[[Any], int] = lambda tower: 0
+    """How many of these are trained registers: the last."""
     library: str | None = None
     """Top-level package that defines the class; None where the code is vendored (torch.hub) and any package will do."""
     requirements: Paths = ()

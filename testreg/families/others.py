@@ -23,6 +23,7 @@ VENDORED = (
         fc2=("mlp.w3", "mlp.fc2"),
         patch_embed="patch_embed.proj",
         prefix=lambda tower: 1 + getattr(tower, "num_register_tokens", 0),  # the first releases had none
+        trained_registers=lambda tower: getattr(tower, "num_register_tokens", 0),
         scale="ls2.gamma",
     ),
     Family(

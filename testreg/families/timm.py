@@ -24,6 +24,11 @@ def _num_prefix(tower: Any) -> int:
     return tower.num_prefix_tokens if generator is None else generator.num_skip
 
 
+def _num_registers(tower: Any) -> int:
+    tokens = getattr(getattr(tower, "embeds", tower), "reg_token", None)
+    return 0 if tokens is None else tokens.shape[1]
+
+
 def _patch_size(tower: Any) -> tuple[int, int]:
     generator = getattr(tower, "patch_generator", None)
     return tower.patch_embed.feat_ratio(as_scalar=False) if generator is None else (generator.patch_size,) * 2
@@ -47,6 +52,7 @@ VIT = Family(
     fc2=("mlp.w2", "mlp.norm", "mlp.fc2", "mlp_out_proj"),  # ViTamin's `norm` is in front of the MLP, not in it
     patch_embed="patch_embed.proj",
     prefix=_num_prefix,
+    trained_registers=_num_registers,
     scale=("ls2.gamma", "ls.gamma"),
     fused="out_proj",
     parallel="ffns",

@@ -163,6 +163,11 @@ class Tower:
             return self.embedding.weight
         return next(each for each in self.module.parameters() if each.is_floating_point())
 
+    @property
+    def num_trained_registers(self) -> int:
+        """How many of the prefix tokens are trained registers: the last."""
+        return self.family.trained_registers(self.module)
+
     def batch_first(self, tokens: Tensor) -> Tensor:
         """What the blocks see, or a part of it, as (B, T, ...): a view."""
         return tokens.transpose(0, 1) if self.sequence_first else tokens

@@ -72,6 +72,7 @@ _DINOV3 = replace(
     fc2="mlp.down_proj",
     patch_embed="embeddings.patch_embeddings",
     prefix=lambda tower: 1 + tower.config.num_register_tokens,
+    trained_registers=lambda tower: tower.config.num_register_tokens,
     block_arguments={"position_embeddings": extend_rope},
 )
 CLIP = Family(
@@ -201,6 +202,7 @@ _LIKE_DINOV2 = (
             *("Tipsv2VisionModel", "Tipsv2VisionBackbone"),
         ),
         prefix=lambda tower: 1 + tower.config.num_register_tokens,
+        trained_registers=lambda tower: tower.config.num_register_tokens,
     ),
     _DINOV3,
     replace(_DINOV3, name="transformers Sapiens2", towers=("Sapiens2Model", "Sapiens2Backbone"), blocks="model.layer"),

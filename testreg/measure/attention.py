@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -12,10 +14,14 @@ from torch.overrides import TorchFunctionMode
 from testreg.families import Tower
 from testreg.families.kernels import attention_kernel
 from testreg.measure.hooks import recording_inputs, recording_outputs
+from testreg.measure.tokens import attends_to_itself, module_projections
 
 Query = Literal["cls", "pool", "mean"]
+Rows = slice | Tensor  # which of the queries: a slice, or their numbers (n,)
 # Kernels that do not go through torch.nn.functional.
 UNSEEN = ("flash_attention_2", "flash_attention_3", "flex_attention")
+SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
+MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
 class Recorder(TorchFunctionMode):
@@ -33,17 +39,18 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            weights = fused_weights(*args, **kwargs, of_all=self.of_all, token=self.token)
+            row = slice(None) if self.of_all else slice(self.token, self.token + 1 or None)
+            weights = fused_weights(*args, **kwargs, rows=row)
             if weights is not None:
                 self._keep(weights, 0)
-        elif func is F.multi_head_attention_forward and _attends_to_itself(*args, **kwargs):
+        elif func is F.multi_head_attention_forward and attends_to_itself(*args, **kwargs):
             asked = kwargs.get("need_weights", True)
             out, weights = func(*args, **{**kwargs, "need_weights": True, "average_attn_weights": False})
             assert weights is not None
             self._keep(weights, self.token)
             return out, weights.mean(1) if asked else None
         out = func(*args, **kwargs)
-        if func in (F.softmax, torch.softmax, Tensor.softmax) and out.ndim == 4 and out.shape[-1] == out.shape[-2]:
+        if func in SOFTMAX and out.ndim == 4 and out.shape[-1] == out.shape[-2]:
             self._keep(out, self.token)
         return out
 
@@ -66,19 +73,85 @@ class PoolRecorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            weights = fused_weights(*args, **kwargs, of_all=True, to_others=True)
+            weights = fused_weights(*args, **kwargs, rows=slice(None), to_others=True)
             if weights is not None:
                 self.rows.append(weights.mean(2))
-        elif func is F.multi_head_attention_forward and not _attends_to_itself(*args, **kwargs):
+        elif func is F.multi_head_attention_forward and not attends_to_itself(*args, **kwargs):
             asked = kwargs.get("need_weights", True)
             out, weights = func(*args, **{**kwargs, "need_weights": True, "average_attn_weights": False})
             assert weights is not None
             self.rows.append(weights.mean(2))
             return out, weights.mean(1) if asked else None
         out = func(*args, **kwargs)
-        if func in (F.softmax, torch.softmax, Tensor.softmax) and out.ndim == 4 and out.shape[-1] != out.shape[-2]:
+        if func in SOFTMAX and out.ndim == 4 and out.shape[-1] != out.shape[-2]:
             self.rows.append(out.mean(2))
         return out
+
+
+class SampleRecorder(TorchFunctionMode):
+    """Sees every attention of tokens to themselves while it is active, of some queries alone.
+
+    Where attention is fused, as it mostly is, no weights are computed but those of these queries.
+
+    Args:
+        queries: which they are (n,), from the number of tokens T.
+        see: called with the weights (B, heads, n, T) of each attention, before dropout, and the values
+            (B, heads, T, D), or None where these were not seen.
+    """
+
+    def __init__(self, queries: Callable[[int], Tensor], see: Callable[[Tensor, Tensor | None], object]) -> None:
+        super().__init__()
+        self.queries, self.see = queries, see
+        self.unfused: Tensor | None = None  # weights (B, heads, T, T), until they are multiplied with the values
+
+    def end(self) -> None:
+        """What is running has ended: weights that wait for their values wait in vain."""
+        if self.unfused is not None:
+            self._see_unfused(None)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            self._see_fused(*args, **kwargs)
+        elif func is F.multi_head_attention_forward and attends_to_itself(*args, **kwargs):
+            return self._see_module(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if func in SOFTMAX and out.ndim == 4 and out.shape[-1] == out.shape[-2]:
+            self.end()
+            self.unfused = out
+        elif self.unfused is not None and args and args[0] is self.unfused:
+            if func in MATMUL:
+                self._see_unfused(args[1])
+            elif isinstance(out, Tensor) and out.shape == self.unfused.shape:  # dropout, another dtype
+                self.unfused = out
+        return out
+
+    def _see_unfused(self, value: Tensor | None) -> None:
+        assert self.unfused is not None
+        weights, self.unfused = self.unfused[:, :, self.queries(self.unfused.shape[-1])], None
+        self.see(weights.to(torch.promote_types(weights.dtype, torch.float32)), value)
+
+    def _see_fused(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> None:
+        weights = fused_weights(query, key, value, *args, **kwargs, rows=self.queries(key.shape[-2]))
+        if weights is not None:
+            self.see(weights, value.repeat_interleave(weights.shape[1] // value.shape[1], 1))
+
+    def _see_module(self, *args: Any, **kwargs: Any) -> Any:
+        """What nn.MultiheadAttention gives, of tokens (T, B, C)."""
+        named = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs)
+        given = named.arguments
+        rows = self.queries(len(given["query"]))
+        if all(given.get(name) is None for name in ("attn_mask", "key_padding_mask", "bias_k")):
+            projected = module_projections(*args, **kwargs, rows=rows)
+            query, key, value = (each.unflatten(-1, (given["num_heads"], -1)).transpose(1, 2) for each in projected)
+            self.see(_softmax(query, key), value)
+            return F.multi_head_attention_forward(*args, **kwargs)
+        asked = given.get("need_weights", True)
+        given.update(need_weights=True, average_attn_weights=False)
+        out, weights = F.multi_head_attention_forward(*named.args, **named.kwargs)
+        assert weights is not None
+        self.see(weights[:, :, rows].float(), None)
+        return out, weights.mean(1) if asked else None
 
 
 def fused_weights(
@@ -91,41 +164,36 @@ def fused_weights(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
-    of_all: bool,
-    token: int = 0,
+    rows: Rows,
     to_others: bool = False,
 ) -> Tensor | None:
-    """The weights (B, heads, T, T) behind `F.scaled_dot_product_attention`, before dropout; None unless tokens attend
-    to themselves, or, if `to_others`, to others.
-
-    Not `of_all`: those of one token alone, (B, heads, 1, T).
-    """
+    """The weights (B, heads, n, T) of some queries behind `F.scaled_dot_product_attention`, before dropout; None unless
+    tokens attend to themselves, or, if `to_others`, to others."""
     length = key.shape[-2]
     if query.ndim != 4 or (query.shape[-2] == length) == to_others:
         return None
-    visible = query.new_ones(length, length, dtype=torch.bool).tril() if is_causal else None
-    if not of_all:
-        row = slice(token, token + 1 or None)
-        query, visible = query[:, :, row], None if visible is None else visible[row]
-        if attn_mask is not None and attn_mask.shape[-2] > 1:
-            attn_mask = attn_mask[..., row, :]
+    visible = query.new_ones(length, length, dtype=torch.bool).tril()[rows] if is_causal else None
+    if attn_mask is not None and attn_mask.shape[-2] > 1:
+        attn_mask = attn_mask[..., rows, :]
     if enable_gqa:
         key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    return _softmax(query[:, :, rows], key, scale, (visible, attn_mask))
+
+
+def _softmax(query: Tensor, key: Tensor, scale: float | None = None, masks: tuple[Tensor | None, ...] = ()) -> Tensor:
+    """The weights (B, heads, n, T) that queries (B, heads, n, D) give keys, with masks of what is shown or of what is
+    added."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        logits = query.to(dtype) @ key.to(dtype).transpose(-2, -1) * scale
-    if attn_mask is not None and attn_mask.dtype is not torch.bool:
-        logits = logits + attn_mask
-    for shown in (visible, attn_mask):
-        if shown is not None and shown.dtype is torch.bool:
-            logits = logits.masked_fill(~shown, -torch.inf)
+        logits = (query.to(dtype) * scale) @ key.to(dtype).transpose(-2, -1)
+    given = [mask for mask in masks if mask is not None]
+    if not given:
+        return logits.softmax(-1)
+    for mask in given:
+        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else logits + mask
     # A token that sees nothing gives nothing.
     return logits.softmax(-1).masked_fill(logits.isneginf().all(-1, keepdim=True), 0)
-
-
-def _attends_to_itself(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> bool:
-    return query is key
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,21 +16,25 @@ from testreg.measure.diagnosis import (
     HALF,
     MIN_IMAGES,
     QUANTILES,
+    AttentionHead,
     BlockDiagnosis,
     Diagnosis,
+    EmbeddingPosition,
     FixedPosition,
     Outliers,
     Part,
     PrefixRole,
     Residual,
+    Sink,
 )
-from testreg.measure.observation import BIN, LOWEST, Observations
+from testreg.measure.observation import BIN, LOWEST, NUM_QUERIES, Observations
 from testreg.measure.outliers import MIN_FRACTION, OutlierRule
 from testreg.neurons import describe_model
 from testreg.register import is_patched
 
 HIGH_NORM = 5.0  # largest norm over the median: below 2.3 in a model without outliers, 64 in DINOv2-B
 MASSIVE = 10.0  # a direction without massive channels (Gaussian, C = 4096) has its largest at 6 times the median
+SINK = 2.0  # attention that a patch draws, in that of one among equals: above it, outliers are a sink
 NUM_CHANNELS = 3  # massive channels reported at each hook point
 
 
@@ -58,7 +63,10 @@ def conclude(
         embedding=embedding,
         blocks=blocks,
         outliers=_outliers(sums, blocks, block),
-        prefix_roles=_prefix_roles(blocks),
+        prefix_roles=_prefix_roles(blocks, tower.num_trained_registers),
+        trained_registers=tower.num_trained_registers,
+        embedding_positions=_embedding_positions(sums),
+        attention_queries=NUM_QUERIES if any(sums.attention) else None,
     )
 
 
@@ -113,14 +121,46 @@ def _blocks(residuals: Sequence[Residual | None], attention: Sequence[Sums]) -> 
     for before, after, drawn in zip(residuals[1::2], residuals[2::2], attention, strict=True):
         assert after is not None
         blocks.append(
-            BlockDiagnosis(
-                after_attention=before,
-                after_mlp=after,
-                outlier_attention=float(drawn["outliers"] / drawn["images"]) if drawn else None,
-                prefix_attention=(drawn["prefix"] / drawn["images"]).tolist() if drawn else None,
-            )
+            BlockDiagnosis(after_attention=before, after_mlp=after, **_attention(drawn))
+            if drawn
+            else BlockDiagnosis(before, after, None, None)
         )
     return blocks
+
+
+def _attention(sums: Sums) -> dict[str, Any]:
+    """What a block's diagnosis says of its attention, as keyword arguments."""
+    to_outliers = sums["to_outliers"] / sums["images"]  # (heads,)
+    values = ranks = torch.full_like(to_outliers, math.nan)
+    if "values" in sums:
+        values = sums["values"] / sums["outliers"]
+        ranks = torch.stack([_effective_rank(taken) for taken in sums["taken"]])
+
+    def mean(of_heads: Tensor) -> float | None:
+        return _known((of_heads * to_outliers).sum() / to_outliers.sum())
+
+    return {
+        "outlier_attention": float(to_outliers.mean()),
+        "prefix_attention": (sums["prefix"] / sums["images"]).tolist(),
+        "column_ratio": float(sums["column_ratio"] / sums["images"]),
+        "value_ratio": mean(values),
+        "broadcast_rank": mean(ranks),
+        "heads": [
+            AttentionHead(float(drawn), _known(value), _known(rank))
+            for drawn, value, rank in zip(to_outliers, values, ranks, strict=True)
+        ],
+    }
+
+
+def _effective_rank(second_moment: Tensor) -> Tensor:
+    """exp(entropy of the singular values, as shares of their sum) of vectors with this second moment (D, D)."""
+    singular = torch.linalg.eigvalsh(second_moment).clamp(min=0).sqrt()
+    share = singular / singular.sum()
+    return (-torch.xlogy(share, share).sum()).exp()
+
+
+def _known(value: Tensor) -> float | None:
+    return float(value) if value.isfinite() else None
 
 
 def _outliers(sums: Observations, blocks: Sequence[BlockDiagnosis], at: int | None) -> Outliers | None:
@@ -137,7 +177,7 @@ def _outliers(sums: Observations, blocks: Sequence[BlockDiagnosis], at: int | No
     onset = int((path >= HALF * peak).float().argmax())  # NaN is not
     faded = (excess[d, d + 1 :] < HALF * peak).nonzero()
     added = (path[2::2] - path[1::2]).sum() / peak  # by MLPs
-    fixed_share, fixed_positions = _fixed_positions(sums, d)
+    fixed_share, border_share, fixed_positions = _fixed_positions(sums, d)
     return Outliers(
         block=d,
         fraction=float(fraction[d]),
@@ -147,6 +187,32 @@ def _outliers(sums: Observations, blocks: Sequence[BlockDiagnosis], at: int | No
         mlp_share=None if added.isnan() else float(added),
         fixed_share=fixed_share,
         fixed_positions=fixed_positions,
+        border_share=border_share,
+        sink=_sink(blocks),
+    )
+
+
+def _sink(blocks: Sequence[BlockDiagnosis]) -> Sink | None:
+    """What attention makes of outliers; None if they draw hardly more of it than other patches do."""
+    fractions = [0.0, *(block.after_mlp.outlier_fraction for block in blocks)]  # at the input of each block
+    drawing = [
+        (block.outlier_attention, index)
+        for index, block in enumerate(blocks)
+        if block.outlier_attention is not None
+        and fractions[index] >= MIN_FRACTION
+        and block.outlier_attention > SINK * fractions[index]
+    ]
+    if not drawing:
+        return None
+    drawn, index = max(drawing)
+    heads = [head.outlier_attention for head in blocks[index].heads or ()]
+    return Sink(
+        block=index,
+        attention=drawn,
+        head=heads.index(max(heads)),
+        head_attention=max(heads),
+        value_ratio=blocks[index].value_ratio,
+        broadcast_rank=blocks[index].broadcast_rank,
     )
 
 
@@ -159,28 +225,58 @@ def _part(hook_point: int, excess: Tensor) -> Part:
     return "block" if excess[hook_point - 1].isnan() else "MLP"
 
 
-def _fixed_positions(sums: Observations, d: int) -> tuple[float | None, list[FixedPosition]]:
-    """The share of the outliers after block d that lie at positions where most images have one, and these positions.
+def _fixed_positions(sums: Observations, d: int) -> tuple[float | None, float | None, list[FixedPosition]]:
+    """Of the outliers after block d: the share that lies at positions where most images have one, the share in the
+    border, and these positions.
 
     Of images of several sizes, those of the most frequent size are compared.
     """
-    (_, columns), counts = max(sums.positions.items(), key=lambda item: float(item[1]["images"]))
+    grid, counts = _most_frequent(sums)
     images, events = float(counts["images"]), counts["events"][d]  # (N,)
     if images < MIN_IMAGES or not events.any():
-        return None, []
+        return None, None, []
     is_fixed = events >= HALF * images
-    positions = [
-        FixedPosition(n // columns, n % columns, float(events[n]) / images, float(counts["embedding"][n]) / images)
-        for n in is_fixed.nonzero().flatten().tolist()
-    ]
-    return float(events[is_fixed].sum() / events.sum()), positions
+    border = _border(grid)
+    standing = {(each.row, each.column) for each in _embedding_positions(sums)}
+    positions = []
+    for n in is_fixed.nonzero().flatten().tolist():
+        row, column = divmod(n, grid[1])
+        frequency, ratio = float(events[n]) / images, float(counts["embedding"][n]) / images
+        in_border = border is not None and bool(border[n])
+        positions.append(FixedPosition(row, column, frequency, ratio, in_border, (row, column) in standing))
+    border_share = None if border is None else float(events[border].sum() / events.sum())
+    return float(events[is_fixed].sum() / events.sum()), border_share, positions
 
 
-def _prefix_roles(blocks: Sequence[BlockDiagnosis]) -> list[PrefixRole]:
-    roles = []
-    for token in range(len(blocks[0].after_mlp.prefix_ratio)):
+def _most_frequent(sums: Observations) -> tuple[tuple[int, int], Sums]:
+    """The grid of patches that most images have, and the sums over these images."""
+    return max(sums.positions.items(), key=lambda item: float(item[1]["images"]))
+
+
+def _border(grid: tuple[int, int]) -> Tensor | None:
+    """Which patches (N,) are in the outermost rows and columns; None if half of all are."""
+    border = torch.ones(grid, dtype=torch.bool)
+    border[1:-1, 1:-1] = False
+    return border.flatten() if 2 * border.sum() < border.numel() else None
+
+
+def _embedding_positions(sums: Observations) -> list[EmbeddingPosition]:
+    """The positions that stand out in front of the first block in the mean over the images."""
+    (_, columns), counts = _most_frequent(sums)
+    if counts["images"] < MIN_IMAGES:
+        return []
+    ratios = counts["embedding"] / counts["images"]  # (N,)
+    standing = (ratios > OutlierRule().limit(ratios)).nonzero().flatten().tolist()
+    return [EmbeddingPosition(n // columns, n % columns, float(ratios[n])) for n in standing]
+
+
+def _prefix_roles(blocks: Sequence[BlockDiagnosis], trained_registers: int) -> list[PrefixRole]:
+    """The prefix tokens with a norm of outliers, of which the last are trained registers."""
+    roles, count = [], len(blocks[0].after_mlp.prefix_ratio)
+    for token in range(count):
         ratios = [block.after_mlp.prefix_ratio[token] for block in blocks]
         drawn = [block.prefix_attention[token] for block in blocks if block.prefix_attention is not None]
         if max(ratios) >= HIGH_NORM:
-            roles.append(PrefixRole(token, ratios.index(max(ratios)), max(ratios), max(drawn, default=None)))
+            block, is_register = ratios.index(max(ratios)), token >= count - trained_registers
+            roles.append(PrefixRole(token, block, max(ratios), max(drawn, default=None), is_register))
     return roles

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from testreg.display import html
@@ -17,14 +17,32 @@ if TYPE_CHECKING:
 FORMAT = "testreg-diagnosis"
 VERSION = 1
 
+NO_OP = 0.2  # norm of the outliers' values over the median: below it, a head that attends to them takes next to nothing
 HALF = 0.5  # a majority: of the excess norm for onset, fading and maker; of images or outliers for what is fixed
+BORDER = 0.9  # of the outliers in the outermost rows and columns: a note says so
 MIN_IMAGES = 8  # chance outliers of 2 % of the patches repeat in half of so many images at 1 position in 100,000
 NUM_POSITIONS = 4  # fixed positions named in the verdict and the notes; the JSON has all
 
 QUANTILES = (0.01, 0.25, 0.75, 0.99)
 
+LEGEND: tuple[tuple[str, str], ...] = (
+    ("norm", "length of a patch: median of an image, mean over the images"),
+    ("norm / median", "99th percentile, largest patch, and largest prefix token"),
+    ("prefx", "prefix tokens: CLS and trained registers"),
+    ("kurtosis", "of patch norms: 3 if normal, large if a few stand out"),
+    ("outliers %", "of the patches, after attention and after the MLP"),
+    ("cosine", "to the neighbours: of normal patches, and of outliers"),
+)  # the terms in the table, for who sees it for the first time
+ATTENTION_LEGEND: tuple[tuple[str, str], ...] = (
+    ("attention, %", "to prefix tokens; to outliers; that in the head with most"),
+    ("column ratio", "attention that a patch draws from afar: largest over median"),
+    ("value", "norm of outliers' values over the median: 0 in a no-op sink"),
+    ("rank", "dimensions of what tokens take from outliers"),
+)
+
 Part = Literal["embedding", "attention", "MLP", "block"]
 Kind = Literal["none", "movable", "fixed", "immovable"]
+SinkKind = Literal["no-op", "broadcast"]
 
 
 @dataclass(frozen=True)
@@ -57,8 +75,28 @@ class Residual:
 
 
 @dataclass(frozen=True)
+class AttentionHead:
+    """A head of a block, and the patches that are outliers at the block's input.
+
+    Attention is the mean over the queries, of which each gives 1 in all.
+    """
+
+    outlier_attention: float
+    """Share of the head's attention that goes to outliers."""
+    value_ratio: float | None
+    """Norm of an outlier's value over the median norm of the patches' values, mean over the outliers; None if there are
+    none, or if values could not be observed."""
+    broadcast_rank: float | None
+    """Effective rank (Roy and Vetterli, 2007: the exponential of the entropy of the singular values) of what tokens
+    take from outliers, values times attention: 1 if all take the same direction, at most the size of the head."""
+
+
+@dataclass(frozen=True)
 class BlockDiagnosis:
-    """One block. Attention is the mean over its heads and queries; each query gives 1 in all."""
+    """One block. Attention is the mean over its heads and queries; each query gives 1 in all.
+
+    Patches are a sample of the queries: see `Diagnosis.attention_queries`.
+    """
 
     after_attention: Residual | None
     """None where the block does not add attention and MLP to the stream one after the other."""
@@ -68,6 +106,65 @@ class BlockDiagnosis:
     """Share of attention that goes to patches that are outliers at the block's input; None if not observable."""
     prefix_attention: list[float] | None
     """Share of attention that goes to each prefix token; None if not observable."""
+    column_ratio: float | None = None
+    """Attention that a patch draws from afar, the mean of its column over all queries but the patch itself and the
+    eight around it: the largest of an image over the median, mean over the images; None if not observable."""
+    value_ratio: float | None = None
+    """The mean of the heads' `value_ratio`, each as heavy as the attention that it gives outliers; None without these,
+    or if not observable."""
+    broadcast_rank: float | None = None
+    """The same mean of the heads' `broadcast_rank`."""
+    heads: list[AttentionHead] | None = None
+    """None if not observable."""
+
+
+@dataclass(frozen=True)
+class Sink:
+    """What attention makes of the outliers in the block where they draw most."""
+
+    block: int
+    attention: float
+    """Share of the block's attention."""
+    head: int
+    """The head that gives them most."""
+    head_attention: float
+    """Share of that head's attention."""
+    value_ratio: float | None
+    """Norm of their values over the median norm of the patches' values, as in `BlockDiagnosis`."""
+    broadcast_rank: float | None
+    """Effective rank of what tokens take from them, as in `BlockDiagnosis`."""
+
+    @property
+    def kind(self) -> SinkKind | None:
+        """A no-op has next to no values: heads attend there to add nothing. None if values could not be observed."""
+        if self.value_ratio is None:
+            return None
+        return "no-op" if self.value_ratio < NO_OP else "broadcast"
+
+    @property
+    def summary(self) -> str:
+        """What it is, in a sentence."""
+        drawn = (
+            f"They draw up to {self.attention:.0%} of a block's attention (block {self.block}; "
+            f"{self.head_attention:.0%} in head {self.head})"
+        )
+        if self.value_ratio is None or self.broadcast_rank is None:
+            return f"{drawn}."
+        values = f"{self.value_ratio:.2f} x the median norm"
+        if self.kind == "no-op":
+            return f"{drawn}, and their values have next to nothing to give ({values}): a no-op sink."
+        rank = f"effectively {self.broadcast_rank:.1f} dimensions of a head"
+        return f"{drawn}, and their values have {values}: tokens take from them what lies in {rank}."
+
+
+@dataclass(frozen=True)
+class EmbeddingPosition:
+    """A position whose patch stands out in front of the first block, in the mean over the images."""
+
+    row: int
+    column: int
+    ratio: float
+    """Its norm there over the median norm of the image, mean over the images."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +177,10 @@ class FixedPosition:
     """Fraction of the images in which it is an outlier."""
     embedding_ratio: float
     """Its ratio in front of the first block, where position embeddings show; mean over the images."""
+    in_border: bool = False
+    """Whether it is in the outermost rows and columns; False where these are half of the patches or more."""
+    is_embedding: bool = False
+    """Whether its position embedding stands out: see `Diagnosis.embedding_positions`."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +202,11 @@ class Outliers:
     fixed_share: float | None
     """Share of the outliers that lie at fixed positions; None of fewer than `MIN_IMAGES` images."""
     fixed_positions: list[FixedPosition]
+    border_share: float | None = None
+    """Share of the outliers that lie in the outermost rows and columns; None of fewer than `MIN_IMAGES` images, and
+    where these are half of the patches or more."""
+    sink: Sink | None = None
+    """None if they draw hardly more attention than other patches, or if attention was not observed."""
 
     @property
     def kind(self) -> Kind:
@@ -115,7 +221,8 @@ class Outliers:
         """What they are, in one line; not whether registers move them."""
         if self.kind != "fixed":
             return f"outliers from {self.origin}, {100 * self.fraction:.1f} % of patches"
-        return f"fixed-position artefacts from {self.origin} at {named(self.positions)}"
+        where = " in the border" if all(each.in_border for each in self.fixed_positions) else ""
+        return f"fixed-position artefacts{where} from {self.origin} at {named(self.positions)}"
 
     @property
     def positions(self) -> list[tuple[int, int]]:
@@ -124,8 +231,11 @@ class Outliers:
 
     @property
     def origin(self) -> str:
+        if self.onset_part == "embedding":
+            stand_out = self.kind == "fixed" and all(each.is_embedding for each in self.fixed_positions)
+            return "position embeddings that stand out" if stand_out else "the embedding"
         where = f"block {self.onset_block}"
-        return {"embedding": "the embedding", "block": where}.get(self.onset_part, f"{where} ({self.onset_part})")
+        return where if self.onset_part == "block" else f"{where} ({self.onset_part})"
 
 
 @dataclass(frozen=True)
@@ -138,6 +248,13 @@ class PrefixRole:
     ratio: float
     attention: float | None
     """The largest share of attention that it draws in a block; None if not observable."""
+    is_register: bool = False
+    """Whether it is a trained register."""
+
+    @property
+    def name(self) -> str:
+        token = f"prefix token {self.token}"
+        return f"trained register ({token})" if self.is_register else token
 
 
 @dataclass(frozen=True, repr=False)
@@ -170,6 +287,14 @@ class Diagnosis:
     outliers: Outliers | None
     """None if they are fewer than `MIN_FRACTION` of the patches after every block."""
     prefix_roles: list[PrefixRole]
+    trained_registers: int = 0
+    """How many of the prefix tokens are trained registers: the last."""
+    embedding_positions: list[EmbeddingPosition] = field(default_factory=list)
+    """Positions that stand out in front of the first block by the robust rule, whatever the image shows: position
+    embeddings do. None are looked for in fewer than `MIN_IMAGES` images."""
+    attention_queries: int | None = None
+    """Patches of each image, at most, whose attention was measured, drawn by a seed; all images and all other tokens
+    take part. None if attention was not measured."""
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -231,7 +356,7 @@ class Diagnosis:
         """What the outliers are, and whether registers move them, in one line."""
         found = self.outliers
         if found is None:
-            roles = [f"prefix token {role.token}, {role.ratio:.0f} x the median norm" for role in self.prefix_roles]
+            roles = [f"{role.name}, {role.ratio:.0f} x the median norm" for role in self.prefix_roles]
             return "no outliers: nothing to fix" + (f" (their role is taken by {'; '.join(roles)})" if roles else "")
         fate = {
             "movable": ", movable",
@@ -247,6 +372,8 @@ class Diagnosis:
         if found is not None:
             fade = "stay to the last block" if found.fade_block is None else f"fade in block {found.fade_block}"
             notes.append(f"Outliers stand out most after block {found.block}, and {fade}.")
+            if found.sink is not None:
+                notes.append(found.sink.summary)
             if found.mlp_share is not None and found.kind != "fixed":
                 notes.append(f"MLPs add {found.mlp_share:.0%} of their excess norm.")
             if channels := self.blocks[found.block].after_mlp.massive_channels:
@@ -259,11 +386,21 @@ class Diagnosis:
                     f"Row {each.row}, column {each.column} is an outlier in {each.images:.0%} of the images, "
                     f"with {each.embedding_ratio:.2f} x the median norm in front of the first block."
                 )
+            if found.border_share is not None and found.border_share >= BORDER:
+                notes.append(f"{found.border_share:.0%} of them lie in the outermost rows and columns.")
+        if self.embedding_positions:
+            highest = max(each.ratio for each in self.embedding_positions)
+            positions = named([(each.row, each.column) for each in self.embedding_positions])
+            notes.append(
+                f"Position embeddings stand out in front of the first block, with up to {highest:.1f} x the median "
+                f"norm: {positions}."
+            )
         for role in self.prefix_roles:
             drawn = "" if role.attention is None else f", and draws up to {role.attention:.0%} of the attention"
-            notes.append(
-                f"Prefix token {role.token} has {role.ratio:.1f} x the median norm after block {role.block}{drawn}."
-            )
+            name = role.name[:1].upper() + role.name[1:]
+            notes.append(f"{name} has {role.ratio:.1f} x the median norm after block {role.block}{drawn}.")
+        if self.trained_registers:
+            notes.append(self._registers_in_words())
         if any(block.after_attention is None for block in self.blocks):
             notes.append("What attention adds and what the MLP adds is not told apart in every block.")
         if any(block.outlier_attention is None for block in self.blocks):
@@ -272,21 +409,47 @@ class Diagnosis:
             notes.append("The model is patched.")
         return notes
 
+    def _registers_in_words(self) -> str:
+        """Norm and attention of the trained registers, beside those of CLS."""
+        count = len(self.blocks[0].after_mlp.prefix_ratio)
+        first = count - self.trained_registers
+        parts = []
+        for kind, tokens in (("trained register", range(first, count)), ("other prefix token", range(first))):
+            if not tokens:
+                continue
+            ratios = [block.after_mlp.prefix_ratio[token] for block in self.blocks for token in tokens]
+            drawn = [sum(block.prefix_attention[t] for t in tokens) for block in self.blocks if block.prefix_attention]
+            attention = f" and {max(drawn):.0%} of the attention" if drawn else ""
+            have = " has" if len(tokens) == 1 else "s have"
+            parts.append(f"{len(tokens)} {kind}{have} up to {max(ratios):.1f} x the median norm{attention}")
+        return f"{'; '.join(parts)}, in the block where that is most."
+
     def table(self) -> str:
-        """The figures as text, a line for each block: those after its MLP, and the outlier fraction after its
-        attention."""
+        """The figures as text: of the residual stream and of attention, a line for each block, and what they mean.
+
+        The outlier fraction stands after the attention and after the MLP of a block, other figures of the stream after
+        its MLP.
+        """
         lines = [
-            f"{'':9} {'median':>7} {'norm / median':^17} {'kurt-':>5}  {'outliers %':^11}  {'cosine':^11}  "
-            f"{'attention %':^11}",
+            f"{'':9} {'median':>7} {'norm / median':^17} {'kurt-':>5}  {'outliers %':^11}  {'cosine':^11}",
             f"{'block':>9} {'norm':>7} {'p99':>5} {'max':>5} {'prefx':>5} {'osis':>5}  {'attn':>5} {'MLP':>5}  "
-            f"{'norml':>5} {'outl.':>5}  {'outl.':>5} {'prefx':>5}",
-            _row("embedding", None, self.embedding, None, None),
+            f"{'norml':>5} {'outl.':>5}",
+            _row("embedding", None, self.embedding),
         ]
         for i, block in enumerate(self.blocks):
             before = None if block.after_attention is None else block.after_attention.outlier_fraction
-            drawn = None if block.prefix_attention is None else sum(block.prefix_attention)
-            lines.append(_row(str(i), before, block.after_mlp, block.outlier_attention, drawn))
-        return "\n".join(lines)
+            lines.append(_row(str(i), before, block.after_mlp))
+        legend = LEGEND
+        if any(block.outlier_attention is not None for block in self.blocks):
+            legend += ATTENTION_LEGEND
+            lines += [
+                "",
+                f"{'':9} {'attention, %':^17}  {'column':>6}  {'of outliers':^11}",
+                f"{'block':>9} {'prefx':>5} {'outl.':>5} {'head':>5}  {'ratio':>6}  {'value':>5} {'rank':>5}",
+            ]
+            lines += [_attention_row(str(i), block) for i, block in enumerate(self.blocks)]
+        width = max(len(term) for term, _ in legend) + 2
+        return "\n".join([*lines, "", *(f"  {term:<{width}}{meaning}" for term, meaning in legend)])
 
     def to_dict(self) -> dict[str, Any]:
         """All figures, and the verdict, as JSON holds them."""
@@ -306,16 +469,24 @@ def named(positions: Sequence[tuple[int, int]]) -> str:
     return ", ".join(map(str, positions[:NUM_POSITIONS])) + more
 
 
-def _row(name: str, before: float | None, after: Residual, to_outliers: float | None, to_prefix: float | None) -> str:
-    def percent(share: float | None) -> float | None:
-        return None if share is None else 100 * share
-
+def _row(name: str, before: float | None, after: Residual) -> str:
     return (
         f"{name:>9} {_short(after.median_norm):>7} {_short(after.quantiles[-1])} {_short(after.max_over_median)} "
-        f"{_short(max(after.prefix_ratio, default=None))} {_short(after.kurtosis)}  {_short(percent(before))} "
-        f"{_short(percent(after.outlier_fraction))}  {_short(after.normal_cosine)} {_short(after.outlier_cosine)}  "
-        f"{_short(percent(to_outliers))} {_short(percent(to_prefix))}"
+        f"{_short(max(after.prefix_ratio, default=None))} {_short(after.kurtosis)}  {_short(_percent(before))} "
+        f"{_short(_percent(after.outlier_fraction))}  {_short(after.normal_cosine)} {_short(after.outlier_cosine)}"
     )
+
+
+def _attention_row(name: str, block: BlockDiagnosis) -> str:
+    to_prefix = None if block.prefix_attention is None else sum(block.prefix_attention)
+    most = max((head.outlier_attention for head in block.heads or ()), default=None)
+    shares = " ".join(_short(_percent(share)) for share in (to_prefix, block.outlier_attention, most))
+    of_outliers = f"{_short(block.value_ratio)} {_short(block.broadcast_rank)}"
+    return f"{name:>9} {shares}  {_short(block.column_ratio):>6}  {of_outliers}"
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
 
 
 def _short(value: float | None) -> str:

@@ -3,6 +3,9 @@
 The residual stream is measured at 2L+1 *hook points*, for L blocks: in front of the blocks, and after the attention and
 after the MLP of each. All figures follow from sums over images, so that memory is that of a batch, the batch size does
 not matter, and the sums of several processes add up.
+
+Attention is measured in all images, but of `NUM_QUERIES` patches of each alone, which stand for the others, and of all
+tokens that are no patches. They are drawn once for each number of patches, so that every process and run has the same.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,12 +24,14 @@ from torch.overrides import TorchFunctionMode
 
 from testreg.families import Tower
 from testreg.io.processes import Sums, add
-from testreg.measure.attention import Recorder
+from testreg.measure.attention import SampleRecorder
 from testreg.measure.hooks import recording_inputs, recording_outputs
 from testreg.measure.outliers import OutlierRule, check_finite, exactly, ignored_patches
 
+NUM_QUERIES = 64
 BIN = math.log(1.01)  # width of a histogram bin: quantiles are exact to half of it, 0.5 %
 LOWEST, HIGHEST = math.log(2.0**-7), math.log(2.0**13)  # norms beyond, over the median, count as these
+TINY = 1e-12  # attention and norms are divided by no less
 BINS = math.ceil((HIGHEST - LOWEST) / BIN)
 
 
@@ -65,12 +70,14 @@ def observe(
     rule: OutlierRule,
     *,
     ignored: Collection[tuple[int, int]] = (),
+    attention: bool = True,
     on_images: Callable[[int], object] = lambda count: None,
 ) -> Observations:
     """What a tower shows on batches (B, 3, h, w) of images, of which there may be none, in this process alone.
 
     Args:
         ignored: positions (row, column) that do not count as outliers.
+        attention: whether to measure attention: a tenth of a forward's time, or less.
         on_images: called with the number of images after each batch.
 
     Raises:
@@ -79,19 +86,24 @@ def observe(
     seen = Observations(tower.depth)
     with tower.evaluating():
         for batch in batches:
-            _add_batch(seen, tower, batch, rule, ignored)
+            _add_batch(seen, tower, batch, rule, ignored, attention)
             on_images(len(batch))
     return seen
 
 
 @torch.no_grad()
 def _add_batch(
-    sums: Observations, tower: Tower, images: Tensor, rule: OutlierRule, ignored: Collection[tuple[int, int]]
+    sums: Observations,
+    tower: Tower,
+    images: Tensor,
+    rule: OutlierRule,
+    ignored: Collection[tuple[int, int]],
+    attention: bool,
 ) -> None:
     """Add one batch (B, 3, h, w) to the sums."""
     sums.image_size = list(images.shape[-2:])
     batch = _BatchObserver(sums, tower, images, rule, ignored)
-    with batch.observing():
+    with batch.observing(attention):
         tower.run(images)
     unknown = torch.full_like(batch.ratios[0], math.nan)
     ratios = torch.stack([unknown if ratio is None else ratio for ratio in batch.ratios])  # (2L+1, B, N)
@@ -116,9 +128,10 @@ class _BatchObserver:
         self.sums, self.tower, self.images, self.rule, self.ignored = sums, tower, images, rule, ignored
         self.ratios: list[Any] = []  # (B, N) of each hook point passed, or None where it cannot be observed
         self.outlier: list[Any] = []  # masks of the same shape
-        self.entered: Tensor | None = None  # the tokens (B, T, C) that the running block got
+        self.block: int | None = None  # that is running
+        self.entered: Tensor | None = None  # the tokens (B, T, C) that it got
         self.residual_sum = _ResidualSum()
-        self.attention = Recorder(of_all=True)
+        self.attention = SampleRecorder(lambda num_tokens: self._sample(num_tokens)[0], self._add_attention)
 
     @functools.cached_property
     def grid(self) -> tuple[int, int]:
@@ -130,7 +143,7 @@ class _BatchObserver:
         return self.tower.patches(self.images)
 
     @contextmanager
-    def observing(self) -> Iterator[None]:
+    def observing(self, attention: bool) -> Iterator[None]:
         blocks = [block.module for block in self.tower.blocks]
         linears = [mlp.fc2 for block in self.tower.blocks for mlp in block.mlps]
         with (
@@ -138,30 +151,44 @@ class _BatchObserver:
             recording_outputs(blocks, self._after_block),
             recording_outputs(linears, self.residual_sum.start),
             self.residual_sum,
-            self.attention,
+            self.attention if attention else nullcontext(),
         ):
             yield
 
     def _before_block(self, index: int, tokens: Tensor) -> None:
-        self.entered = self.tower.batch_first(tokens)
+        self.entered, self.block = self.tower.batch_first(tokens), index
         if not self.ratios:
             self._measure(self.entered)
         self.residual_sum.clear()
-        self.attention.rows.clear()
 
     def _after_block(self, index: int, tokens: Tensor) -> None:
+        self.attention.end()
+        self.block = None
         tokens = self.tower.batch_first(tokens)
-        if self.attention.rows:
-            drawn = torch.stack([rows.mean(1) for rows in self.attention.rows]).mean(0)  # (B, T)
-            to_outliers = (drawn[:, self.patches] * self.outlier[-1]).sum()
-            to_prefix = drawn[:, : self.tower.num_prefix].sum(0)
-            images = torch.tensor(len(drawn))
-            add(self.sums.attention[index], {"outliers": to_outliers, "prefix": to_prefix, "images": images})
         assert self.entered is not None
         before_mlp = self.residual_sum.before_mlp(self.tower, self.entered, tokens)
         self.residual_sum.clear()  # so that it does not follow what is computed here
         self._measure(before_mlp)
         self._measure(tokens)
+
+    def _sample(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Numbers of some of the tokens (n,), and how many each stands for, as a share of all."""
+        tokens, share = sample(num_tokens, self.patches.start, min(self.patches.stop, num_tokens))
+        return tokens.to(self.tower.device), share.to(self.tower.device)
+
+    def _add_attention(self, weights: Tensor, value: Tensor | None) -> None:
+        """Add what the sampled tokens of the running block give to all, (B, heads, n, T), where values are
+        (B, heads, T, D)."""
+        if self.block is None or len(weights) != len(self.images) or weights.shape[-1] < self.patches.stop:
+            return  # of no block, of packed images, or of other tokens
+        queries, share = self._sample(weights.shape[-1])
+        far = from_afar(queries, self.grid, self.tower.num_prefix)
+        with exactly(weights.device):
+            more = _attention_sums(weights, share, far, self.patches, self.outlier[-1])
+            if value is not None and self.outlier[-1].any():
+                shown = weights[..., self.patches], value[:, :, self.patches].to(weights.dtype)
+                more |= _value_sums(*shown, self.outlier[-1], share)
+        add(self.sums.attention[self.block], more)
 
     def _measure(self, tokens: Tensor | None) -> None:
         """Add the figures of the tokens (B, T, C) at the next hook point; None where it cannot be observed."""
@@ -235,7 +262,7 @@ def _residual_sums(
     median = norms.median(-1, keepdim=True).values  # (B, 1)
     ratio = norms / median
     outlier = (norms > rule.limit(norms)) & counted
-    cosine = neighbour_cosine(patches, grid)
+    cosine = neighbour_cosine(patches, norms, grid)
     at_outliers = patches[outlier]  # (n, C)
     exact = ratio.cpu().double()
     sums = {
@@ -257,11 +284,77 @@ def _residual_sums(
     return sums, ratio, outlier
 
 
-def neighbour_cosine(patches: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Mean cosine similarity (B, N) of each of the patches (B, N, C) to those above, below, left and right of it."""
-    unit = F.normalize(patches, dim=-1).unflatten(1, grid)
-    across = (unit[:, :, 1:] * unit[:, :, :-1]).sum(-1)  # (B, rows, columns - 1)
-    down = (unit[:, 1:] * unit[:, :-1]).sum(-1)  # (B, rows - 1, columns)
+@functools.lru_cache
+def sample(num_tokens: int, first: int, end: int) -> tuple[Tensor, Tensor]:
+    """Numbers of some tokens (n,), and how many each stands for, as a share of all.
+
+    They are all but the patches, which are those from `first` to `end`, and at most `NUM_QUERIES` of these, drawn by a
+    seed.
+    """
+    generator = torch.Generator().manual_seed(0)
+    patches = first + torch.randperm(end - first, generator=generator)[:NUM_QUERIES].sort().values
+    others = torch.cat([torch.arange(first), torch.arange(end, num_tokens)])
+    count = torch.cat([torch.ones(len(others)), torch.full((len(patches),), (end - first) / len(patches))])
+    return torch.cat([others, patches]), count / num_tokens
+
+
+def from_afar(queries: Tensor, grid: tuple[int, int], first: int) -> Tensor:
+    """Which queries, by their numbers (n,), are far from which patches (n, N): neither that patch nor one of the eight
+    around it. The patches are those from `first`, in a grid; what is no patch is far from all."""
+    rows, columns = grid
+    patches = torch.arange(rows * columns, device=queries.device)
+    number = (queries - first).unsqueeze(1)
+    apart = torch.maximum(
+        (number.div(columns, rounding_mode="floor") - patches.div(columns, rounding_mode="floor")).abs(),
+        (number % columns - patches % columns).abs(),
+    )
+    return (apart > 1) | (number < 0) | (number >= len(patches))
+
+
+def _attention_sums(weights: Tensor, share: Tensor, far: Tensor, patches: slice, outlier: Tensor) -> Sums:
+    """Sums over a batch of what tokens draw of attention.
+
+    Args:
+        weights: (B, heads, n, T).
+        share: what each query stands for, (n,).
+        far: which queries are far from which patches, (n, N).
+        outlier: which patches are outliers, (B, N).
+    """
+    drawn = torch.einsum("bhqt,q->bht", weights, share.to(weights.dtype))
+    # Patches attend to their neighbours: those of the queries in the sample would draw more than others.
+    counted = share.unsqueeze(1) * far  # (n, N)
+    column = torch.einsum("bqt,qt->bt", weights[..., patches].mean(1), counted.to(weights.dtype))
+    column = column / counted.sum(0).clamp(min=TINY)  # (B, N)
+    return {
+        "images": torch.tensor(len(weights)),
+        "prefix": drawn[..., : patches.start].mean(1).sum(0),
+        "to_outliers": (drawn[..., patches] * outlier.unsqueeze(1)).sum((0, 2)),  # (heads,)
+        "column_ratio": (column.amax(1) / column.median(1).values.clamp(min=TINY)).sum(),
+    }
+
+
+def _value_sums(weights: Tensor, value: Tensor, outlier: Tensor, share: Tensor) -> Sums:
+    """Sums over a batch of the values (B, heads, N, D) of those patches (B, N) that are outliers, and of what tokens,
+    each of which stands for a share (n,) of all, take from them by weights (B, heads, n, N)."""
+    norms = value.norm(dim=-1)  # (B, heads, N)
+    ratio = norms / norms.median(-1, keepdim=True).values.clamp(min=TINY)
+    taken = ((weights * outlier[:, None, None]) @ value).cpu().double()  # (B, heads, n, D)
+    return {
+        "outliers": outlier.sum(),
+        "values": (ratio * outlier.unsqueeze(1)).sum((0, 2)),  # (heads,)
+        "taken": torch.einsum("bhqd,q,bhqe->hde", taken, share.cpu().double(), taken),
+    }
+
+
+def neighbour_cosine(patches: Tensor, norms: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Mean cosine similarity (B, N) of each of the patches (B, N, C) to those above, below, left and right of it.
+
+    `norms` (B, N) are those of the patches.
+    """
+    patches, norms = patches.unflatten(1, grid), norms.clamp(min=TINY).unflatten(1, grid)
+    # Products are divided by norms, since to make all patches unit vectors would copy them.
+    across = (patches[:, :, 1:] * patches[:, :, :-1]).sum(-1) / (norms[:, :, 1:] * norms[:, :, :-1])
+    down = (patches[:, 1:] * patches[:, :-1]).sum(-1) / (norms[:, 1:] * norms[:, :-1])
 
     def at_both_ends(across: Tensor, down: Tensor) -> Tensor:
         return F.pad(across, (1, 0)) + F.pad(across, (0, 1)) + F.pad(down, (0, 0, 1, 0)) + F.pad(down, (0, 0, 0, 1))

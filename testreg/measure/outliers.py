@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from testreg.families import Tower
 from testreg.measure.hooks import recorded_norms
 
 MIN_FRACTION = 1e-3  # of the patches must be outliers after some block, or there is nothing to fix
+ALIKE = 0.05  # deviation of log norms that a component has at least: norms within 5 % of each other are alike
+LOWEST_RATIO = 1e-3  # norms below, over the median, count as this
 
 
 @dataclass(frozen=True)
@@ -23,27 +26,40 @@ class OutlierRule:
     images whose norms hardly vary from yielding outliers. An absolute `threshold` replaces both (paper, table of
     appendix A: 75 for OpenCLIP ViT-B/16, 150 for DINOv2 ViT-L/14).
 
+    With `mixture`, the limit is where the log norms of an image part into two Gaussians, if they do: outliers are those
+    of the upper one. No k is needed, and outliers may be up to half of the patches. Of all ways to part the sorted
+    norms in two, the one of the largest classification likelihood is taken (Celeux and Govaert, 1992), and only if it
+    beats one Gaussian by the Bayesian information criterion (Schwarz, 1978). The means must be `min_ratio` apart. An
+    image that does not part has no outliers: its limit is infinite.
+
     Example:
         >>> norms = torch.tensor([9.0, 10.0, 11.0, 10.0, 9.5, 80.0])  # of the patches of an image
         >>> norms > testreg.OutlierRule().limit(norms)
+        tensor([False, False, False, False, False,  True])
+        >>> norms > testreg.OutlierRule(mixture=True).limit(norms)
         tensor([False, False, False, False, False,  True])
     """
 
     k: float = 5.0
     min_ratio: float = 2.0
     threshold: float | None = None
+    mixture: bool = False
 
     def __post_init__(self) -> None:
         for name in ("k", "min_ratio", "threshold"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name} of the outlier rule must be a positive number, got {value}")
+        if self.mixture and self.threshold is not None:
+            raise ValueError("an outlier rule is a mixture or has a threshold, not both")
 
     def limit(self, norms: Tensor) -> Tensor:
         """Norms (..., N) of an image's patches -> the norm (..., 1) above which a token is an outlier."""
         median = norms.median(-1, keepdim=True).values
         if self.threshold is not None:
             return torch.full_like(median, self.threshold)
+        if self.mixture:
+            return parting(norms, self.min_ratio)
         return torch.maximum(self.normal(norms), self.min_ratio * median)
 
     def normal(self, norms: Tensor) -> Tensor:
@@ -54,7 +70,37 @@ class OutlierRule:
     def describe(self) -> str:
         if self.threshold is not None:
             return f"norm > {self.threshold:g}"
+        if self.mixture:
+            return f"norm in the upper of two components of the image's log norms, {self.min_ratio:g} x apart or more"
         return f"norm > max(median + {self.k:g} * 1.4826 * MAD, {self.min_ratio:g} * median) of the image's patches"
+
+
+def parting(norms: Tensor, min_ratio: float) -> Tensor:
+    """Norms (..., N) of an image's patches -> the largest (..., 1) of the lower of two Gaussians that their logarithms
+    part into, as `OutlierRule` says; infinite where they do not part."""
+    ordered, count = norms.sort(-1).values, norms.shape[-1]
+    logs = ordered.cpu().double()
+    logs = (logs / logs.median(-1, keepdim=True).values).clamp(min=LOWEST_RATIO).log()
+    below = torch.arange(1, count)  # in the lower one, for each way to part them
+    sums, squares = logs.cumsum(-1), logs.square().cumsum(-1)
+
+    def mean_and_cost(size: Tensor, total: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+        """Of one Gaussian: its mean, and -2 log likelihood of what it has, but for the same constant for each."""
+        mean = total / size
+        variance = (square / size - mean.square()).clamp(min=0)
+        floored = variance.clamp(min=ALIKE**2)
+        return mean, size * (floored.log() + variance / floored - 2 * (size / count).log())
+
+    lower_mean, lower = mean_and_cost(below, sums[..., :-1], squares[..., :-1])
+    upper_mean, upper = mean_and_cost(
+        count - below, sums[..., -1:] - sums[..., :-1], squares[..., -1:] - squares[..., :-1]
+    )
+    _, all_in_one = mean_and_cost(torch.tensor(count), sums[..., -1:], squares[..., -1:])
+    gain = all_in_one - lower - upper - 3 * math.log(count)  # for a mean, a variance and a proportion more
+    apart = (upper_mean - lower_mean >= math.log(min_ratio)) & (2 * below > count)
+    none = gain.new_zeros(*gain.shape[:-1], 1)  # so that there is one to take the largest of
+    gain, index = torch.cat([gain.masked_fill(~apart, -math.inf), none], -1).max(-1, keepdim=True)
+    return ordered.gather(-1, index.to(ordered.device)).masked_fill(gain.to(ordered.device) <= 0, math.inf)
 
 
 @dataclass(frozen=True)

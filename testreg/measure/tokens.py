@@ -35,6 +35,33 @@ def global_token(tokens: Tensor, tower: Tower) -> Tensor:
     return tokens[:, 0] if tower.num_prefix else tokens.mean(1)
 
 
+def attends_to_itself(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> bool:
+    """Whether nn.MultiheadAttention is called with tokens that attend to themselves."""
+    return query is key
+
+
+def module_projections(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Tensor,
+    in_proj_bias: Tensor | None,
+    *args: Any,
+    rows: slice | Tensor = slice(None),
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What nn.MultiheadAttention projects tokens (T, B, C) to: the queries (B, n, C), of some `rows`, and the keys and
+    values (B, T, C), heads joined."""
+    width = query.shape[-1]
+    biases = (None, None) if in_proj_bias is None else in_proj_bias.split([width, 2 * width])
+    of_query, of_key_value = in_proj_weight.split([width, 2 * width])
+    queries = F.linear(query[rows], of_query, biases[0]).transpose(0, 1)
+    keys, values = F.linear(query, of_key_value, biases[1]).transpose(0, 1).chunk(2, -1)
+    return queries, keys, values
+
+
 class _Projections(TorchFunctionMode):
     """Keeps the queries, keys and values (B, T, C), heads joined, of every attention of tokens to themselves."""
 
@@ -49,18 +76,9 @@ class _Projections(TorchFunctionMode):
             query, key, value = named["query"], named["key"], named["value"]
             if query.ndim == 4 and query.shape[-2] == key.shape[-2]:
                 self._keep(*(each.transpose(1, 2).flatten(2) for each in (query, key, value)))
-        elif func is F.multi_head_attention_forward:
-            self._of_module(*args, **kwargs)
+        elif func is F.multi_head_attention_forward and attends_to_itself(*args, **kwargs):
+            self._keep(*module_projections(*args, **kwargs))
         return func(*args, **kwargs)
-
-    def _of_module(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> None:
-        """What nn.MultiheadAttention projects tokens (T, B, C) to."""
-        if query is not key:
-            return
-        names = ("embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias")
-        named = dict(zip(names, args, strict=False)) | kwargs
-        projected = F.linear(query, named["in_proj_weight"], named["in_proj_bias"]).transpose(0, 1)
-        self._keep(*projected.chunk(3, -1))
 
     def _keep(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         self.kept.append({"q": query, "k": key, "v": value})

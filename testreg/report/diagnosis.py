@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from testreg.families import find_tower
-from testreg.measure.diagnosis import Diagnosis
+from testreg.measure.diagnosis import ATTENTION_LEGEND, LEGEND, Diagnosis
 from testreg.measure.outliers import OutlierRule, token_norms
 from testreg.report.charts import FOURTH, THIRD, Chart, label_plainly, label_whole_numbers, svg
 from testreg.report.maps import BEFORE, Maps, feature_colours, measure_maps, panels
@@ -99,7 +99,9 @@ def page(found: Diagnosis, photographs: Tensor, maps: Maps, block: int, command:
         notes=found.notes,
         rule=found.rule,
         charts=[svg(chart) for chart in charts_of(found)],
-        table=_table(found),
+        stream=_stream_table(found),
+        attention=_attention_table(found),
+        legend=LEGEND + ATTENTION_LEGEND,
         command=command,
         facts=_facts(found),
     )
@@ -139,6 +141,7 @@ def _facts(found: Diagnosis) -> list[tuple[str, str]]:
         "unreadable images": found.unreadable_images,
         "image size": found.image_size,
         "rule": found.rule,
+        "patches whose attention is measured": found.attention_queries,
         **{key.replace("_", " "): found.model.get(key) for key in ("depth", "mlp_width", "fingerprint")},
     }
     return [(key, value_of(value)) for key, value in facts.items() if value is not None]
@@ -200,11 +203,11 @@ def _outliers_in_words(found: Diagnosis) -> str:
     return f"At most {share(max(fractions))} of the patches, after block {fractions.index(max(fractions))}."
 
 
-def _table(found: Diagnosis) -> Table:
-    """What the charts show, and more, in figures: a line for each block."""
+def _stream_table(found: Diagnosis) -> Table:
+    """What the charts show of the residual stream, and more, in figures: a line for each block."""
     heads = (
-        *("block", "median norm", "99 % / median", "max / median", "outliers after attention, %"),
-        *("outliers after MLP, %", "cosine of normal patches", "of outliers", "attention to outliers, %"),
+        *("block", "median norm", "99 % / median", "max / median", "prefix / median", "kurtosis"),
+        *("outliers after attention, %", "outliers after MLP, %", "cosine of normal patches", "of outliers"),
     )
     rows = []
     for i, block in enumerate(found.blocks):
@@ -212,9 +215,34 @@ def _table(found: Diagnosis) -> Table:
         rows.append(
             (
                 *(i, after.median_norm, after.quantiles[-1], after.max_over_median),
+                *(max(after.prefix_ratio, default=None), after.kurtosis),
                 None if before is None else 100 * before.outlier_fraction,
                 *(100 * after.outlier_fraction, after.normal_cosine, after.outlier_cosine),
-                None if block.outlier_attention is None else 100 * block.outlier_attention,
+            )
+        )
+    return table_of(heads, rows)
+
+
+def _attention_table(found: Diagnosis) -> Table | None:
+    """The figures of attention, a line for each block; None if it was not observed."""
+    if all(block.heads is None for block in found.blocks):
+        return None
+    heads = (
+        *("block", "attention to prefix tokens, %", "to outliers, %", "in the head with most, %", "which"),
+        *("column ratio", "value of outliers / median", "rank of what is taken from them"),
+    )
+    rows = []
+    for i, block in enumerate(found.blocks):
+        shares = [head.outlier_attention for head in block.heads or ()]
+        if not shares or block.outlier_attention is None:
+            rows.append((i, *[None] * (len(heads) - 1)))
+            continue
+        to_prefix = 100 * sum(block.prefix_attention or ())
+        most = max(shares)
+        rows.append(
+            (
+                *(i, to_prefix, 100 * block.outlier_attention, 100 * most, shares.index(most) if most else None),
+                *(block.column_ratio, block.value_ratio, block.broadcast_rank),
             )
         )
     return table_of(heads, rows)

@@ -12,10 +12,10 @@ from torch.overrides import _len_torch_function_stack
 
 import testreg
 from testreg.families import find_tower
-from testreg.measure.conclusion import MASSIVE
+from testreg.measure.conclusion import MASSIVE, conclude
 from testreg.measure.diagnose import diagnose
-from testreg.measure.diagnosis import QUANTILES
-from testreg.measure.observation import neighbour_cosine
+from testreg.measure.diagnosis import ATTENTION_LEGEND, LEGEND, QUANTILES, AttentionHead, BlockDiagnosis
+from testreg.measure.observation import from_afar, neighbour_cosine, observe, sample
 from testreg.measure.outliers import OutlierRule
 
 NORM_BEFORE_MLP = {
@@ -96,7 +96,15 @@ def test_high_position_embeddings_are_fixed_position_artefacts(photos):
     assert found.outliers.fixed_share > 0.9
     assert found.kind == "fixed"
     assert found.verdict == (
-        "fixed-position artefacts from the embedding at (1, 1), (2, 3): a register does not fix them"
+        "fixed-position artefacts from position embeddings that stand out at (1, 1), (2, 3): "
+        "a register does not fix them"
+    )
+    standing = found.embedding_positions
+    assert [(each.row, each.column, each.ratio) for each in standing] == [
+        (each.row, each.column, each.embedding_ratio) for each in positions
+    ]
+    assert f"up to {max(each.ratio for each in standing):.1f} x the median norm: (1, 1), (2, 3)." in " ".join(
+        found.notes
     )
     (channel, share), *_ = found.embedding.massive_channels
     assert channel == 7
@@ -147,7 +155,11 @@ def test_a_prefix_token_takes_the_role(photos):
     assert role.token == 2
     assert role.ratio == found.blocks[role.block].after_mlp.prefix_ratio[2] > 5
     assert role.attention == max(block.prefix_attention[2] for block in found.blocks) >= 1 / 21 - 1e-6  # evenly
-    assert found.verdict.startswith("no outliers: nothing to fix (their role is taken by prefix token 2, ")
+    assert role.is_register
+    assert found.trained_registers == 4
+    assert found.verdict.startswith(
+        "no outliers: nothing to fix (their role is taken by trained register (prefix token 2), "
+    )
 
 
 @pytest.mark.parametrize("name", NORM_BEFORE_MLP)
@@ -288,10 +300,213 @@ def check_place(place, state, outlier):
     assert [value for _, value in place.massive_channels] == [close(share[channel]) for channel in massive]
 
 
+# Attention ------------------------------------------------------------------------------------------------------------
+
+
+class Attention(torch.nn.Module):
+    """Two heads, with given weights (2, T, T) and values (2, T, 2), that add nothing to the stream."""
+
+    def __init__(self, weights, values):
+        super().__init__()
+        self.weights, self.values = weights, values
+
+    def forward(self, tokens, **kwargs):
+        none = tokens.new_zeros(len(tokens), *self.values.shape)
+        values = self.values.expand_as(none)
+        torch.nn.functional.scaled_dot_product_attention(none, none, values, self.weights.log())
+        return torch.zeros_like(tokens)
+
+
+def test_attention_to_outliers_by_hand(photos):
+    """Tokens 6 and 12 of 17 are outliers. Head 0 gives half of its attention to the first, and their values are zero;
+    head 1 gives nine tokens the first and eight the second, and their values have three times the norm of others."""
+    model = with_high_positions(photos)
+    weights, values = torch.full((2, 17, 17), 0.5 / 15), torch.ones(2, 17, 2) / 2**0.5
+    weights[0, :, 6], weights[0, :, 12] = 0.5, 0.0
+    weights[1], weights[1, :9, 6], weights[1, 9:, 12] = 0.04, 0.4, 0.4
+    weights[1, :9, 12] = weights[1, 9:, 6] = 0.0
+    values[0, [6, 12]] = 0.0
+    values[1, [6, 12]] = torch.tensor([[3.0, 0.0], [0.0, 3.0]])
+    model.blocks[2].attn = Attention(weights, values)
+    found = look(model, photos)
+    assert [(each.row, each.column) for each in found.outliers.fixed_positions] == [(1, 1), (2, 3)]
+    block = found.blocks[2]
+    first, second = block.heads
+    close = lambda value: pytest.approx(value, rel=1e-5)
+    assert (first.outlier_attention, second.outlier_attention) == (close(0.5), close(0.4))
+    assert block.outlier_attention == close(0.45)
+    assert (first.value_ratio, second.value_ratio) == (0.0, close(3.0))
+    assert block.value_ratio == close(0.4 / 0.9 * 3.0)
+    assert first.broadcast_rank is None  # nothing is taken, so there is no direction
+    shares = [3 / (3 + 8**0.5), 8**0.5 / (3 + 8**0.5)]
+    assert second.broadcast_rank == close(math.exp(-sum(share * math.log(share) for share in shares)))
+    assert block.broadcast_rank is None or block.broadcast_rank == second.broadcast_rank
+    columns = []
+    for key in range(16):
+        near = [1 + n for n in range(16) if abs(n // 4 - key // 4) <= 1 and abs(n % 4 - key % 4) <= 1]
+        far = [query for query in range(17) if query not in near]
+        columns.append(weights[:, far, 1 + key].mean())
+    columns = torch.stack(columns)
+    assert block.column_ratio == close(float(columns.max() / columns.median()))
+
+
+def test_which_queries_are_far_from_which_patches():
+    far = from_afar(torch.tensor([0, 1, 6, 7]), (2, 3), 1)  # CLS, the first and the last patch, a register
+    assert far.tolist() == [[True] * 6, [False, False, True] * 2, [True, False, False] * 2, [True] * 6]
+
+
+@pytest.mark.parametrize("name", ["timm_clip", "hf_clip", "open_clip", "open_clip_sequence_first", "hf_dinov2"])
+@pytest.mark.parametrize("no_op", [True, False])
+def test_a_no_op_sink_is_told_from_one_that_broadcasts(name, no_op, photos):
+    model = fresh(name)
+    ((block, units),) = plant(model, photos, num_neurons=4).neurons.items()
+    tower = find_tower(model)
+    direction = tower.blocks[block].mlps[0].columns[:, units[0]].detach()
+    direction = direction / direction.norm()
+    if no_op:
+        for each in tower.blocks:  # values see nothing of what outliers are
+            (weight,) = values_of(each.module, name)
+            weight -= torch.outer(weight @ direction, direction)
+    found = look(model, photos)
+    sink = found.outliers.sink
+    assert sink.kind == ("no-op" if no_op else "broadcast")
+    assert sink.block > block
+    assert sink.head < 2  # half of the heads are planted to attend to outliers
+    assert sink.head_attention == found.blocks[sink.block].heads[sink.head].outlier_attention > 0.1
+    assert sink.value_ratio < 0.15 if no_op else sink.value_ratio > 0.4
+    words = "a no-op sink." if no_op else f"effectively {sink.broadcast_rank:.1f} dimensions of a head."
+    assert found.notes[1].endswith(words)
+
+
+@torch.no_grad()
+def values_of(block, name):
+    """The weight (C, C) by which a block makes values, to be changed in place."""
+    for key, parameter in block.named_parameters():
+        parameter.requires_grad_(False)
+        if key.endswith(("qkv.weight", "in_proj_weight")):
+            yield parameter[2 * parameter.shape[1] :]
+        elif key.endswith(("v_proj.weight", "value.weight")):
+            yield parameter
+
+
+def test_a_sample_stands_for_all_tokens():
+    tokens, share = sample(5 + 200 + 2, 5, 205)  # five prefix tokens, two registers
+    assert tokens[:7].tolist() == [0, 1, 2, 3, 4, 205, 206]
+    patches = tokens[7:]
+    assert len(patches) == len(set(patches.tolist())) == 64
+    assert ((patches >= 5) & (patches < 205)).all()
+    assert share.sum() == pytest.approx(1.0)
+    assert share[0] == pytest.approx(1 / 207)
+    assert share[-1] == pytest.approx(200 / 64 / 207)
+    sample.cache_clear()
+    assert torch.equal(sample(207, 5, 205)[0], tokens)
+    few, share = sample(17, 1, 17)
+    assert sorted(few.tolist()) == list(range(17))
+    assert share.tolist() == pytest.approx([1 / 17] * 17)
+
+
+@pytest.mark.parametrize("name", ["timm_clip", "hf_clip", "open_clip"])
+def test_a_sample_of_the_queries_gives_nearly_what_all_give(name, photos, monkeypatch):
+    torch.manual_seed(0)
+    model = fresh(name)
+    plant(model, photos, num_neurons=4)
+    whole = look(model, photos)
+    monkeypatch.setattr("testreg.measure.observation.NUM_QUERIES", 6)
+    sample.cache_clear()
+    found = look(model, photos)
+    sample.cache_clear()
+    assert found.attention_queries == whole.attention_queries == 64
+    for block, expected in zip(found.blocks, whole.blocks, strict=True):
+        assert block.after_mlp == expected.after_mlp
+        assert block.outlier_attention == pytest.approx(expected.outlier_attention, abs=0.02)
+        assert block.prefix_attention == pytest.approx(expected.prefix_attention, abs=0.02)
+    block, expected = (each.blocks[whole.outliers.sink.block] for each in (found, whole))
+    assert block.heads != expected.heads  # it is a sample
+    assert block.value_ratio == pytest.approx(expected.value_ratio, rel=0.05)
+
+
+def test_attention_need_not_be_measured(planted, photos):
+    tower = find_tower(planted)
+    found = conclude(planted, [observe(tower, photos.split(16), OutlierRule(), attention=False)], OutlierRule())
+    whole = look(planted, photos)
+    assert all(block.heads is block.outlier_attention is block.column_ratio is None for block in found.blocks)
+    assert found.attention_queries is found.outliers.sink is None
+    assert [block.after_mlp for block in found.blocks] == [block.after_mlp for block in whole.blocks]
+    assert found.verdict == whole.verdict
+
+
+# Positions ------------------------------------------------------------------------------------------------------------
+
+
+def fine_model():
+    """A model with a grid of 8 x 8 patches, whose border is less than half of them."""
+    torch.manual_seed(0)
+    return timm.create_model("vit_base_patch16_224", **{**TIMM, "patch_size": 8}).eval()
+
+
+def adding(row_and_column_of):
+    """A hook of an MLP that adds a huge vector at a position of each image."""
+
+    def write(module, args, out):
+        positions = [row_and_column_of(number) for number in range(len(out))]
+        patches = torch.tensor([1 + 8 * row + column for row, column in positions])
+        return out.index_put((torch.arange(len(out)), patches), torch.linspace(-100, 100, 48))
+
+    return write
+
+
+def plain_images():
+    """In which no patch is more than another."""
+    return torch.randn(45, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def test_fixed_positions_in_the_border_are_named():
+    model = fine_model()
+    model.blocks[1].mlp.register_forward_hook(adding(lambda number: (0, 7)))
+    found = look(model, plain_images())
+    assert [each.in_border for each in found.outliers.fixed_positions] == [True]
+    assert found.outliers.border_share == 1.0
+    assert found.verdict == (
+        "fixed-position artefacts in the border from block 1 (MLP) at (0, 7): a register does not fix them"
+    )
+    with torch.no_grad():
+        model.pos_embed[0, [1 + 8 * 3 + 4, 1 + 8 * 7 + 2], 7] = 50.0
+    found = look(model, plain_images())
+    assert {(each.row, each.column): each.in_border for each in found.outliers.fixed_positions}[3, 4] is False
+    assert "in the border" not in found.verdict
+
+
+def test_outliers_anywhere_in_the_border():
+    model = fine_model()
+    model.blocks[1].mlp.register_forward_hook(adding(lambda number: (number % 8, 7 * (number % 2))))
+    found = look(model, plain_images(), batch_size=16)
+    assert found.outliers.fixed_positions == []
+    assert found.outliers.border_share == 1.0
+    assert found.kind == "movable"
+    assert "100% of them lie in the outermost rows and columns." in found.notes
+
+
+def test_a_border_of_most_patches_says_nothing(photos):
+    found = look(with_high_positions(photos), photos)
+    assert found.outliers.border_share is None
+    assert not any(each.in_border for each in found.outliers.fixed_positions)
+
+
+def test_position_embeddings_that_no_block_shows(photos):
+    model = with_high_positions(photos)
+    model.blocks[0].register_forward_hook(lambda module, args, out: torch.nn.functional.normalize(out, dim=-1))
+    found = look(model, photos)
+    assert found.kind == "none"
+    assert [(each.row, each.column) for each in found.embedding_positions] == [(1, 1), (2, 3)]
+    assert found.notes[0].startswith("Position embeddings stand out in front of the first block")
+    assert look(model, photos[:4]).embedding_positions == []
+    assert look(build("timm_vit"), photos).embedding_positions == []
+
+
 def test_neighbour_cosine_of_a_single_patch_or_row():
-    assert neighbour_cosine(torch.ones(1, 1, 4), (1, 1)).tolist() == [[0.0]]
+    assert neighbour_cosine(torch.ones(1, 1, 4), torch.full((1, 1), 2.0), (1, 1)).tolist() == [[0.0]]
     row = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]]])
-    assert neighbour_cosine(row, (1, 3)).tolist() == [[0.0, 0.5, 1.0]]
+    assert neighbour_cosine(row, row.norm(dim=-1), (1, 3)).tolist() == [[0.0, 0.5, 1.0]]
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
@@ -329,8 +544,14 @@ def test_json(planted, photos, tmp_path):
 
 
 def test_the_table_has_a_line_for_each_block(planted, photos):
-    lines = look(planted, photos).table().splitlines()
-    assert [line.split()[0] for line in lines[2:]] == ["embedding", "0", "1", "2", "3"]
+    found = look(planted, photos)
+    lines = found.table().splitlines()
+    assert [line.split()[0] for line in lines[2:7]] == ["embedding", "0", "1", "2", "3"]
+    assert [line.split()[0] for line in lines[10:14]] == ["0", "1", "2", "3"]
+    terms = [term for term, _ in LEGEND + ATTENTION_LEGEND]
+    assert [line.split("  ")[1] for line in lines[15:]] == terms
+    unseen = [dataclasses.replace(block, outlier_attention=None) for block in found.blocks]
+    assert len(dataclasses.replace(found, blocks=unseen).table().splitlines()) == 7 + 1 + len(LEGEND)
 
 
 def test_the_table_fits_a_terminal(planted, photos):
@@ -347,10 +568,12 @@ def test_the_table_fits_a_terminal(planted, photos):
         normal_cosine=-0.25,
         prefix_ratio=[54321.0],
     )
-    block = testreg.measure.diagnosis.BlockDiagnosis(enormous, enormous, 1.0, [0.5, 0.5])
+    heads = [AttentionHead(1.0, 123456.0, 123456.0)] * 99
+    block = BlockDiagnosis(enormous, enormous, 1.0, [0.5, 0.5], 123456.0, 123456.0, 123456.0, heads)
     table = dataclasses.replace(found, embedding=enormous, blocks=[block] * 100).table().splitlines()
     assert max(map(len, table)) <= 80
-    assert " ".join(table[-1].split()) == "99 1e+06 1e+05 1e+07 54321 98765 100 100 -0.25 -0.50 100 100"
+    assert " ".join(table[102].split()) == "99 1e+06 1e+05 1e+07 54321 98765 100 100 -0.25 -0.50"
+    assert " ".join(table[205].split()) == "99 100 100 100 1e+05 1e+05 1e+05"
 
 
 def test_a_diagnosis_in_three_lines(planted, photos):

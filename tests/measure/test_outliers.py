@@ -83,3 +83,48 @@ def test_open_clip_attention_does_not_depend_on_the_token_order():
 def test_entropy():
     torch.testing.assert_close(entropy(torch.full((8,), 0.05)), torch.tensor(8.0).log())
     assert entropy(torch.tensor([0.0, 0.5, 0.0])).item() == 0
+
+
+def test_the_mixture_rule_takes_the_upper_of_two_components():
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.exp(0.1 * torch.randn(3, 200, generator=generator))
+    norms = normal.clone()
+    norms[0, :60] *= 20  # a third of the patches: the median and its deviation hold, but not for more than half
+    norms[1, 5], norms[1, 77] = 4.0, 40.0
+    outliers = norms > OutlierRule(mixture=True).limit(norms)
+    assert outliers[0].tolist() == [True] * 60 + [False] * 140
+    assert outliers[1].nonzero().flatten().tolist() == [5, 77]
+    assert not outliers[2].any()
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("deviation", [0.01, 0.2, 0.6])
+def test_one_component_has_no_outliers(deviation, seed):
+    normal = deviation * torch.randn(16, 256, generator=torch.Generator().manual_seed(seed))
+    assert (OutlierRule(mixture=True).limit(normal.exp()) == float("inf")).all()
+
+
+@pytest.mark.parametrize(
+    ("norms", "outliers"),
+    [
+        ([1.0], []),
+        ([1.0, 9.0], []),  # half of them are not the exception
+        ([2.0] * 16, []),
+        ([0.0] * 16, []),
+        ([0.0] + [1.0] * 15, []),  # an exception below
+        ([1.0] * 15 + [1.5], []),  # less than twice as much
+        ([1.0] * 15 + [5.0], [15]),
+        ([7.0, *[1.0] * 13, 5.0, 0.0], [0, 14]),
+    ],
+)
+def test_the_mixture_of_few_norms(norms, outliers):
+    norms = torch.tensor(norms)
+    limit = OutlierRule(mixture=True).limit(norms)
+    assert limit.shape == (1,)
+    assert (norms > limit).nonzero().flatten().tolist() == outliers
+
+
+def test_a_mixture_has_no_threshold():
+    with pytest.raises(ValueError, match="not both"):
+        OutlierRule(mixture=True, threshold=3.0)
+    assert OutlierRule(mixture=True).describe().startswith("norm in the upper of two components")

@@ -9,6 +9,7 @@ from test_report import HOSTILE, Page, browser, opened  # noqa: F401
 from tiny import build, fresh
 
 import testreg
+from testreg.measure.diagnosis import ATTENTION_LEGEND, LEGEND
 from testreg.report.diagnosis import write_diagnosis_report
 
 
@@ -37,7 +38,11 @@ def test_the_page_says_what_was_found_and_what_to_do(planted, photos, tmp_path):
     assert not {"script", "link", "iframe", "object"} & set(seen.tags)
     assert "before" not in seen.text
     rows = re.findall(r"<tr><td>(\d)</td><td>(.*?)</td>", text)
-    assert rows == [(str(i), f"{block.after_mlp.median_norm:.4g}") for i, block in enumerate(found.blocks)]
+    stream = [(str(i), f"{block.after_mlp.median_norm:.4g}") for i, block in enumerate(found.blocks)]
+    attention = [(str(i), f"{100 * sum(block.prefix_attention):.4g}") for i, block in enumerate(found.blocks)]
+    assert rows == stream + attention
+    for term, meaning in LEGEND + ATTENTION_LEGEND:
+        assert f"{term} {meaning}" in seen.text or f"{term}{meaning}" in seen.text
 
 
 def test_the_images_with_most_outliers_are_shown(planted, photos, tmp_path):

@@ -1,0 +1,123 @@
+"""What calibration makes of models with trained registers, where the answer is known.
+
+    python scripts/trained_registers.py            # about ten minutes on one core
+
+Models are small, random and *planted* (`planting`), as in `scripts/proof.py`, with four trained registers each:
+
+- a mechanism makes outliers of patches, as if the trained registers had not taken their role. Does `testreg.calibrate`,
+  told nothing, find the neurons, and are the outliers gone on crops that it did not see?
+- neurons make a trained register what outliers are in other models, and heads attend to it. Does `testreg.diagnose`
+  say that there is nothing to fix, and does `testreg.calibrate` leave the model alone?
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import timm
+import torch
+import transformers
+from planting import Mechanism, plant, plant_on_register
+from proof import (
+    CALIBRATION_CROPS,
+    HF,
+    HF_MLP,
+    SPLIT,
+    STRENGTH,
+    TEST_CROPS,
+    TIMM,
+    as_set,
+    crops,
+    distance,
+    moved,
+    observe,
+)
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import testreg
+from testreg.calibration.errors import NoOutliersError
+from testreg.families import find_tower
+
+DEPTH = 8
+MECHANISMS: tuple[Mechanism, ...] = ("direct", "triggers", "spread")
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "timm reg4": lambda: timm.create_model("vit_base_patch14_reg4_dinov2", num_classes=0, depth=DEPTH, **TIMM),
+    "DINOv2 with registers": lambda: transformers.Dinov2WithRegistersModel(
+        transformers.Dinov2WithRegistersConfig(num_hidden_layers=DEPTH, num_register_tokens=4, **HF)
+    ),
+    "DINOv3": lambda: transformers.DINOv3ViTModel(
+        transformers.DINOv3ViTConfig(num_hidden_layers=DEPTH, num_register_tokens=4, **HF_MLP)
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="models of each kind")
+    seeds = range(parser.parse_args().seeds)
+    torch.set_num_threads(1)
+    images, unseen = crops(0, SPLIT, CALIBRATION_CROPS), crops(SPLIT, 384, TEST_CROPS)
+    print("| model | mechanism | seed | planted | moved, of planted | outliers before | left | cosine of patches |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name in tqdm(MODELS, desc="outliers on patches", disable=None):
+        for mechanism in MECHANISMS:
+            for seed in seeds:
+                print(on_patches(name, mechanism, seed, images, unseen), flush=True)
+    print("\n| model | seed | diagnosis | calibrate | register, CLS / median norm | attention to it |")
+    print("|---|---|---|---|---|---|")
+    for name in MODELS:
+        for seed in seeds:
+            print(on_register(name, seed, images), flush=True)
+
+
+@torch.no_grad()
+def random_model(name: str, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    model = MODELS[name]().eval()
+    for block in find_tower(model).blocks:
+        for parameter in block.module.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=STRENGTH / parameter.shape[1] ** 0.5)
+    return model
+
+
+def on_patches(name: str, mechanism: Mechanism, seed: int, images: Tensor, unseen: Tensor) -> str:
+    """A row of the first table."""
+    model = random_model(name, seed)
+    planted = plant(model, images, mechanism=mechanism, seed=seed)
+    chosen = as_set(testreg.calibrate(model, images, progress=False).by_block())
+    with planted.silenced(model):
+        _, _, truth = observe(model, unseen)
+    before, _, _ = observe(model, unseen)
+    with moved(model, chosen):
+        after, _, patches = observe(model, unseen)
+    neurons, most = as_set(planted.neurons), before.sum((1, 2)).max()
+    cosine = 1 - float(distance(patches, truth).mean())
+    fraction, left = float(most / before[0].numel()), float(after.sum((1, 2)).max() / most)
+    own = f"{len(chosen)}, {len(chosen & neurons)}"
+    return f"| {name} | {mechanism} | {seed} | {len(neurons)} | {own} | {fraction:.1%} | {left:.1%} | {cosine:.3f} |"
+
+
+def on_register(name: str, seed: int, images: Tensor) -> str:
+    """A row of the second table."""
+    model = random_model(name, seed)
+    plant_on_register(model, images, register=seed % 4, seed=seed)
+    found = testreg.diagnose(model, images, progress=False)
+    try:
+        testreg.calibrate(model, images, progress=False)
+        left_alone = "finds neurons"
+    except NoOutliersError:
+        left_alone = "leaves it alone"
+    roles = [role for role in found.prefix_roles if role.is_register]
+    (role,) = roles or [None]
+    ratios = "-" if role is None else f"{role.ratio:.1f}, {found.blocks[role.block].after_mlp.prefix_ratio[0]:.1f}"
+    drawn = "-" if role is None or role.attention is None else f"{role.attention:.0%}"
+    return f"| {name} | {seed} | {found.verdict} | {left_alone} | {ratios} | {drawn} |"
+
+
+if __name__ == "__main__":
+    main()
