@@ -15,9 +15,12 @@ from testreg.measure.maps import attention as attention
 from testreg.measure.maps import features as features
 from testreg.measure.maps import strip_registers as strip_registers
 from testreg.measure.outliers import OutlierRule as OutlierRule
+from testreg.measure.static import make_static as make_static
 from testreg.neurons import RegisterNeurons as RegisterNeurons
 from testreg.neurons import UnverifiedNeuronsWarning as UnverifiedNeuronsWarning
 from testreg.neurons import bundled as bundled
+from testreg.patching.static import fold as fold
+from testreg.patching.steering import steered as steered
 from testreg.register import disabled as disabled
 from testreg.register import is_patched as is_patched
 from testreg.register import patch as patch
@@ -26,5 +29,6 @@ from testreg.register import registers as registers
 from testreg.register import unpatch as unpatch
 from testreg.report.comparison import Comparison as Comparison
 from testreg.report.comparison import compare as compare
+from testreg.static import StaticRegisters as StaticRegisters
 
 __version__: str

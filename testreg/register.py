@@ -21,11 +21,14 @@ from torch import Tensor, nn
 
 from testreg.families import find_tower
 from testreg.neurons import AnyNeurons, resolve
+from testreg.patching.activations import MaxOver, Zero, largest, silenced, with_channels
 from testreg.patching.index import index_tensor
 from testreg.patching.notices import log_bundled, warn_of_other_weights, warn_of_unverified
 from testreg.patching.placement import overrides
 from testreg.patching.running import recording
-from testreg.patching.state import MaxOver, Patch, Zero, check_options, find_patch
+from testreg.patching.state import Patch, check_options, find_patch, patch_of
+from testreg.patching.steering import check_target
+from testreg.static import AnyStatic, resolve_static
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -59,24 +62,13 @@ def shift(
     """
     index = index_tensor(units, hidden)
     activations = hidden.index_select(-1, index)  # (B, T+R, K)
-    magnitude = activations.abs()
-    if valid is not None:
-        magnitude = magnitude.masked_fill(~valid.unsqueeze(-1), -1)
-    if max_over == "neuron":
-        peak = activations.gather(1, magnitude.max(1, keepdim=True).indices)  # (B, 1, K)
-    else:
-        joint = magnitude.flatten(1).max(1, keepdim=True).indices
-        peak = activations.flatten(1).gather(1, joint).unsqueeze(-1).expand(-1, 1, len(units))
+    peak = largest(activations, max_over, valid)  # (B, 1, K)
     if num_registers > 1:
         owned = index_tensor(owners, hidden) == torch.arange(num_registers, device=hidden.device).unsqueeze(-1)
         peak = torch.where(owned, peak, peak.new_zeros(()))  # (B, R, K)
-    if patches is not None and zero == "patches":
-        moved = activations.masked_fill(patches.unsqueeze(-1), 0)
-    else:
-        moved = activations.clone()
-        moved[:, num_prefix if zero == "patches" else 0 :].zero_()  # strict export fails on `= 0`
+    moved = silenced(activations, zero, num_prefix, patches)
     moved[:, -num_registers:] = peak
-    return hidden.index_copy(-1, index, moved) if torch.is_grad_enabled() else hidden.index_copy_(-1, index, moved)
+    return with_channels(hidden, index, moved)
 
 
 def patch(
@@ -87,6 +79,8 @@ def patch(
     num_registers: int = 1,
     max_over: MaxOver = "neuron",
     zero: Zero = "patches",
+    static: AnyStatic = None,
+    target: Tensor | None = None,
 ) -> M:
     """Give `model` test-time registers, in place (arXiv 2506.08010, Algorithm 2).
 
@@ -101,6 +95,8 @@ def patch(
         num_registers: R, the extra tokens, at most 256. The neurons are shared out among them by rank (paper A.5).
         max_over: "neuron" moves the largest value of each neuron (paper), "layer" one for the block (released code).
         zero: where the moved neurons are zero: on "patches" (released code), or on "all" tokens, CLS included (paper).
+        static: constants in place of what the registers hold, from `testreg.make_static`, or the path of their file.
+        target: a mask of patches that take the register's place in every forward, as in `testreg.steered`.
 
     Returns:
         The same object. Its outputs keep their shapes, its state_dict its keys. Hooks inside of a block see T+R tokens:
@@ -111,14 +107,20 @@ def patch(
         RuntimeError: the model is patched already.
     """
     check_options(num_registers, max_over, zero)
+    if target is not None:
+        check_target(target)
     tower = find_tower(model)
     if is_patched(tower.module):
         raise RuntimeError("the model is already patched: call testreg.unpatch(model) first to patch it anew")
     chosen = resolve(neurons, model).truncate(top_k)
     chosen.check_fits(tower.depth, tower.mlp_width)
+    if (constant := resolve_static(static)) is not None:
+        if target is not None:
+            raise ValueError("pass static or target: where neurons are steered onto patches there are no registers")
+        constant.check_fits(tower, chosen, num_registers)
     warn_of_other_weights(chosen, model, tower)
     warn_of_unverified(chosen)
-    state = Patch(tower.module, chosen, num_registers, max_over, zero, tower.num_prefix)
+    state = Patch(tower.module, chosen, num_registers, max_over, zero, tower.num_prefix, target, constant)
     state.install(overrides(tower, state, shift))
     if neurons is None:
         log_bundled(chosen, model)
@@ -191,10 +193,3 @@ def is_patched(model: nn.Module) -> bool:
         False
     """
     return find_patch(model) is not None
-
-
-def patch_of(model: nn.Module) -> Patch:
-    """The patch of a patched model: its neurons and options. Raises RuntimeError if there is none."""
-    if (found := find_patch(model)) is None:
-        raise RuntimeError("the model is not patched")
-    return found

@@ -417,6 +417,24 @@ def shift_by_hand(
     return moved
 
 
+def steer_by_hand(
+    hidden: Tensor, units: Sequence[int], target: Tensor, *, num_prefix: int, max_over: str, zero: str
+) -> Tensor:
+    """The peak of each unit at the patches that `target` (B, N) names, and nothing at the others."""
+    images, tokens, _ = hidden.shape
+    moved = hidden.clone()
+    for image in range(images):
+        for unit in units:
+            candidates = [unit] if max_over == "neuron" else units
+            peak = max((hidden[image, t, u] for t in range(tokens) for u in candidates), key=lambda value: abs(value))
+            for token in range(tokens):
+                if token >= num_prefix:
+                    moved[image, token, unit] = peak if target[image, token - num_prefix] else 0
+                elif zero == "all":
+                    moved[image, token, unit] = 0
+    return moved
+
+
 def forward_by_hand(
     name: str,
     model: nn.Module,
@@ -426,13 +444,18 @@ def forward_by_hand(
     num_registers: int = 1,
     max_over: str = "neuron",
     zero: str = "patches",
+    target: Tensor | None = None,
+    static: Tensor | None = None,
     attentions: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """The tokens that leave each block of the *unpatched* `model`, had it registers; (block, unit) in rank order.
 
-    `attentions` is given the weights of each block, register included.
+    `target` (B, N) says which patches take the place of the register, `static` (L, R, C) what registers enter each
+    block. `attentions` is given the weights of each block, register included.
     """
     layout = LAYOUTS[name]
+    if target is not None:
+        num_registers = 0
     x = block_outputs(name, model, images).entry
     registers = torch.zeros(len(images), num_registers, x.shape[-1], dtype=x.dtype)
     if layout.entry_norm is not None:
@@ -450,13 +473,22 @@ def forward_by_hand(
     outputs = []
     for index, module in enumerate(layout.blocks(model)):
         block = layout.read(module)
+        if static is not None:
+            x = torch.cat([x[:, : x.shape[1] - num_registers], static[index].expand(len(x), -1, -1)], dim=1)
         attended, weights = attend(layer_norm(x, block.norm1), block, turn)
         if attentions is not None:
             attentions.append(weights)
         after_attention = x + attended * block.scale1
         hidden = block.hidden(layer_norm(x if block.parallel else after_attention, block.norm2))
-        owners = {unit: rank % num_registers for rank, (at, unit) in enumerate(ranking) if at == index}
-        if owners:
+        units = [unit for at, unit in ranking if at == index]
+        owners = {unit: rank % max(num_registers, 1) for rank, (at, unit) in enumerate(ranking) if at == index}
+        if target is not None:
+            hidden = steer_by_hand(hidden, units, target, num_prefix=layout.prefix, max_over=max_over, zero=zero)
+        elif static is not None:
+            hidden = hidden.clone()
+            for unit in units:
+                hidden[:, layout.prefix if zero == "patches" else 0 :, unit] = 0
+        elif owners:
             hidden = shift_by_hand(
                 hidden,
                 owners,
@@ -468,5 +500,5 @@ def forward_by_hand(
         if block.middle_norm is not None:
             hidden = layer_norm(hidden, block.middle_norm)
         x = after_attention + apply(hidden, block.fc2) * block.scale2
-        outputs.append(x[:, :-num_registers])
+        outputs.append(x[:, : x.shape[1] - num_registers])
     return outputs

@@ -32,6 +32,7 @@ from torchvision.transforms.v2 import functional as tv
 import testreg
 from testreg.cli import calibrate, main, show
 from testreg.cli.running import Run
+from testreg.cli.show import _box, _target
 from testreg.measure.ranking import Score
 from testreg.patching.notices import warn_of_unverified
 
@@ -144,6 +145,35 @@ def test_show_draws_a_picture(folder, calibrated, tmp_path, capsys):
     with Image.open(output) as picture:
         assert picture.width > 1000
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 100
+
+
+def test_show_steers_outliers_onto_a_box(folder, calibrated, tmp_path):
+    photos, output = [str(folder / "photos" / f"{i:02}.png") for i in range(12)], tmp_path / "picture.png"
+    command = ["show", str(folder / "model"), *photos, "--neurons", str(calibrated), "-o", str(output)]
+    norms = {}
+    for name, more in (("register", []), ("steered", ["--steer", "0,0,0.5,0.3"])):
+        assert main([*command, *more, "--json", str(tmp_path / f"{name}.json")]) == 0
+        norms[name] = json.loads((tmp_path / f"{name}.json").read_text())
+    assert norms["steered"]["steered_onto"] == [0, 0, 0.5, 0.3]
+    assert norms["register"]["steered_onto"] is None
+    assert norms["steered"]["before"] == norms["register"]["before"]
+    assert norms["steered"]["after"]["max_over_median"] > 1.2 * norms["register"]["after"]["max_over_median"]
+
+
+def test_a_box_is_of_patches_that_it_touches():
+    target = _target(_box("0,0.25,0.5,0.3"), (4, 4))
+    assert target.shape == (1, 4, 4)
+    assert target.nonzero().tolist() == [[0, 1, 0], [0, 1, 1]]
+    assert _target(_box("0,0,1,1"), (3, 5)).all()
+
+
+@pytest.mark.parametrize(
+    "box", ["0,0,1", "a,0,1,1", "0,0,112,112", "0.5,0,0.5,1", "0,1,1,0.5", "nan,0,1,1", "-1,0,1,1"]
+)
+def test_no_boxes(box, tmp_path):
+    with pytest.raises(ValueError, match="--steer takes"):
+        _box(box)
+    assert main(["show", "no such model", "none.png", "-o", str(tmp_path / "p.png"), f"--steer={box}"]) == 1
 
 
 @records

@@ -20,7 +20,7 @@ from testreg import RegisterNeurons, UnverifiedNeuronsWarning
 from testreg.demo.run import planted_neurons
 from testreg.families import find_tower, fingerprint
 from testreg.neurons import bundled, config_folder, describe_model, resolve
-from testreg.register import patch_of
+from testreg.patching.state import patch_of
 
 RANKING = ((5, 599, 7.0), (5, 1869, 4.5), (4, 2028, 2.25), (3, 1074, 1.2))
 

@@ -30,7 +30,8 @@ from torch.utils.checkpoint import checkpoint
 
 import testreg
 from testreg import RegisterNeurons, disabled, is_patched, patch, unpatch
-from testreg.register import patch_of, shift
+from testreg.patching.state import patch_of
+from testreg.register import shift
 
 # In rank order, mixed over all blocks, so that sharing them out to registers in another order would show.
 RANKING = ((1, 3), (2, 127), (1, 120), (2, 0), (1, 77), (0, 5), (3, 9), (2, 64))

@@ -227,8 +227,10 @@ def _rank(views: Sequence[View], found: View, options: Options, out_of_time: Cal
         return all(gathered(all(view.is_read for view in views)))
 
     def is_stable() -> bool:
-        with_outliers = sum(view.statistics.num_with_outliers for view in views).min()  # of either half
-        if options.stability is None or (done < views[0].end_of_first and with_outliers < MIN_RANKED):
+        if options.stability is None:
+            return False
+        with_outliers = torch.stack([view.statistics.num_with_outliers for view in views]).sum(0)  # of either half
+        if done < views[0].end_of_first and with_outliers.min() < MIN_RANKED:
             return False
         return stability_of(views, options.score, _last_blocks(found, options)[0])[0] >= options.stability
 

@@ -155,7 +155,7 @@ class View:
             progress_bar("diagnosing", len(self.first), self.options.progress) as bar,
             recorded_norms(self.tower) as norms,
         ):
-            seen = observe(self.tower, batches, rule, ignored=self.ignored, on_images=bar.update)
+            seen = observe(self.tower, batches, rule, ignored=self.ignored, attention=False, on_images=bar.update)
         self.norms = dict(zip((number for number, _ in self.first), _by_image(norms, self.tower.depth), strict=True))
         return conclude(self.model, gathered(seen), rule, block=self.options.block)
 

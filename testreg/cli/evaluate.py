@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from inspect import Parameter
 from typing import Any
 
@@ -50,7 +51,8 @@ def _command(task: str) -> Any:
         Parameter("model", Parameter.KEYWORD_ONLY, annotation=Model),
     ]
     evaluate.__signature__ = inspect.Signature([*leading, *signature_of(task).parameters.values()])  # type: ignore[attr-defined]
-    evaluate.__doc__ = (inspect.getdoc(function_of(task)) or "").partition("\n\nArgs:")[0]
+    text = (inspect.getdoc(function_of(task)) or "").partition("\n\nArgs:")[0]
+    evaluate.__doc__ = re.sub(r"(?<!\n)\n(?!\n)", " ", text)  # lines are broken anew, to the width of the terminal
     app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["--help", "-h"]})
     add_command(app, evaluate, name=task)
     return typer.main.get_command(app)

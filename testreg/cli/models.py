@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from testreg.io.loading import LoadedModel
     from testreg.neurons import RegisterNeurons
-    from testreg.patching.state import MaxOver, Zero
+    from testreg.patching.activations import MaxOver, Zero
 
 
 def chosen_device(name: str | None) -> torch.device:
@@ -53,7 +53,8 @@ def patch_with(
     zero: Zero,
 ) -> RegisterNeurons:
     """Patch the model, unless it is a patched checkpoint already; returns its register neurons."""
-    from testreg.register import is_patched, patch, patch_of
+    from testreg.patching.state import patch_of
+    from testreg.register import is_patched, patch
 
     if is_patched(loaded.model):
         if neurons is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,6 +27,7 @@ from testreg.cli.running import Run
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
 MAX_SHOWN = 64  # images in one picture, each of which is a row of it
 
@@ -46,6 +48,14 @@ def show(
     block: Annotated[
         int | None, typer.Option(help="block whose norms are drawn (default: where calibration saw outliers)")
     ] = None,
+    steer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BOX",
+            help="LEFT,TOP,RIGHT,BOTTOM in fractions of the picture that the model sees (it is drawn): outliers are "
+            "moved onto the patches that this box touches, in place of the register",
+        ),
+    ] = None,
     image_size: ImageSize = None,
     device: Device = None,
     dtype: DType = None,
@@ -53,9 +63,14 @@ def show(
 ) -> None:
     """Picture of a model before and after."""
     check_file(output, *PICTURES)
+    box = None if steer is None else _box(steer)
+
+    from contextlib import nullcontext
 
     import torch
 
+    from testreg.families import find_tower
+    from testreg.patching.steering import steered
     from testreg.report import maps
 
     photos = _photos(images)
@@ -65,10 +80,14 @@ def show(
     used = patch_with(loaded, neurons, top_k=top_k, num_registers=num_registers, max_over=max_over, zero=zero)
     drawn = used.calibration.get("detection_block", -1) if block is None else block
     batch = torch.stack([loaded.transform(photo) for photo in photos])
-    with run.phase(f"measuring {len(photos)} images"):
+    steering = (
+        nullcontext() if box is None else steered(loaded.model, _target(box, find_tower(loaded.model).grid(batch)))
+    )
+    with run.phase(f"measuring {len(photos)} images"), steering:
         before, after = maps.compare(loaded.model, batch, drawn)
     run.say(maps.table(before, after))
-    save_picture(maps.figure(batch, before, after, f"{loaded.name}, norms after block {drawn}"), output)
+    title = f"{loaded.name}, norms after block {drawn}{'' if steer is None else f', steered onto {steer}'}"
+    save_picture(maps.figure(batch, before, after, title), output)
     run.answer(f"picture:    {output}")
     run.write(
         {
@@ -76,10 +95,35 @@ def show(
             "model": loaded.name,
             "neurons": used.by_block(),
             "block": drawn,
+            "steered_onto": box,
             "before": maps.figures_of(before),
             "after": maps.figures_of(after),
         }
     )
+
+
+def _box(text: str) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of a box, as fractions of a picture's width and height."""
+    parts = text.split(",")
+    try:
+        left, top, right, bottom = (float(part) for part in parts)
+    except ValueError:
+        raise ValueError(f"--steer takes LEFT,TOP,RIGHT,BOTTOM, such as 0,0,0.5,0.5, got {text!r}") from None
+    if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+        raise ValueError(
+            f"--steer takes fractions of the picture, 0 to 1, left before right and top before bottom, got {text}"
+        )
+    return left, top, right, bottom
+
+
+def _target(box: tuple[float, float, float, float], grid: tuple[int, int]) -> Tensor:
+    """The patches (1, h, w) that a box touches."""
+    import torch
+
+    (left, top, right, bottom), (rows, columns) = box, grid
+    target = torch.zeros(1, rows, columns, dtype=torch.bool)
+    target[0, int(top * rows) : math.ceil(bottom * rows), int(left * columns) : math.ceil(right * columns)] = True
+    return target
 
 
 def _photos(paths: Sequence[Path]) -> list[Image]:

@@ -17,7 +17,7 @@ from testreg.evaluation.figures import Panel, rows_of
 from testreg.evaluation.libraries import library
 from testreg.evaluation.maps import mapped_images, one_split
 from testreg.evaluation.overlap import IGNORED, overlap
-from testreg.evaluation.preparing import Fit, Square, normalisation_of
+from testreg.evaluation.preparing import AS_THEY_ARE, Fit, Square, normalisation_of
 from testreg.evaluation.result import Result
 from testreg.evaluation.run import Column, Model, Run, Settings
 from testreg.evaluation.samples import drawn
@@ -56,15 +56,16 @@ def evaluate(
     settings_ = Settings(**settings)
     first, last = _range(foreground)
     samples = drawn(one_split(mapped_images(data)), settings_.num_images, settings_.seed)
-    run = Run("attention-seg", model, data, settings_, neurons=neurons, against=against, image_size=size)
     fit: Fit = "squash" if align else "crop"
-    plain_colours = normalisation_of(run.columns[0].transform)
     truths: list[Array] = []
     for sample in samples:
         mask = torch.from_numpy(sample.target.read())[None]
-        values = Square(plain_colours, size).fitted(mask, nearest=True)[0].numpy()
+        values = Square(AS_THEY_ARE, size).fitted(mask, nearest=True)[0].numpy()
         truth = ((values >= first) & (values <= last)).astype(np.int8)
         truths.append(np.where(values == ignore, IGNORED, truth) if ignore is not None else truth)
+    if not any((truth == 1).any() for truth in truths):
+        raise ValueError(f"no mask has foreground: a value of {foreground or 'more than 0'} (--foreground)")
+    run = Run("attention-seg", model, data, settings_, neurons=neurons, against=against, image_size=size)
 
     def compute(column: Column, images: Tensor) -> dict[str, Tensor]:
         attention = attention_to_patches(column.tower, images, block).mean(1)  # (B, N)
@@ -78,7 +79,7 @@ def evaluate(
         scores[column.name] = score([each["attention"] for each in found[column.name]], truths)
 
     def panels(i: int) -> list[Panel]:
-        pixels = Square(plain_colours, size, fit).fitted(tv.pil_to_tensor(samples[i].open())).permute(1, 2, 0).numpy()
+        pixels = Square(AS_THEY_ARE, size, fit).fitted(tv.pil_to_tensor(samples[i].open())).permute(1, 2, 0).numpy()
         drawn_maps = {name: scaled(each[i]["attention"], size).numpy() for name, each in found.items()}
         maps = [Panel(name, values, colours="inferno") for name, values in drawn_maps.items()]
         return [Panel("image", pixels), Panel("truth", pixels, over=truths[i], limits=(-1, 1)), *maps]

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 import torch
 from torch import Tensor
 
-from testreg.evaluation.samples import Sample, of_file
+from testreg.evaluation.samples import Sample, is_turned, of_file, size_of
 from testreg.files import plain, read_text
+from testreg.io.decoding import FORMATS
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 LAYOUTS = (
     "VOC (JPEGImages/, Annotations/*.xml) or COCO (annotations/instances_SPLIT.json, images in SPLIT/ or images/SPLIT/)"
@@ -55,9 +59,10 @@ def boxed_images(data: str | os.PathLike[str], names: str | os.PathLike[str] | N
         samples = _voc(folder, chosen)
     elif files := sorted((folder / "annotations").glob("instances_*.json")):
         chosen = _listed(None if names is None else Path(names))
-        samples = [sample for file in files for sample in _coco(folder, file, chosen)]
-        if missing := (chosen or set()) - {sample.image.stem for sample in samples if isinstance(sample.image, Path)}:
+        found = [pair for file in files for pair in _coco(folder, file, chosen)]
+        if missing := (chosen or set()) - {stem for stem, _ in found}:
             raise ValueError(f"{names} names {plain(min(missing))}, which has no annotations in {folder}")
+        samples = [sample for _, sample in found]
     else:
         raise ValueError(f"{folder} has no boxes: they are read from {LAYOUTS}")
     samples = [sample for sample in samples if len(sample.target.boxes)]
@@ -86,7 +91,7 @@ def _voc(folder: Path, chosen: set[str] | None) -> list[Sample[Objects]]:
             raise FileNotFoundError(f"there is no image {folder / 'JPEGImages' / plain(stem)}.jpg")
         if not file.is_file():
             raise FileNotFoundError(f"{images[stem]} has no annotations: there is no file {file}")
-        samples.append(of_file(images[stem], _voc_objects(file)))
+        samples.append(_annotated(images[stem], _voc_objects(file), file))
     return samples
 
 
@@ -103,7 +108,8 @@ def _voc_objects(file: Path) -> Objects:
 _EDGES = ("xmin", "ymin", "xmax", "ymax")
 
 
-def _coco(folder: Path, file: Path, chosen: set[str] | None) -> list[Sample[Objects]]:
+def _coco(folder: Path, file: Path, chosen: set[str] | None) -> list[tuple[str, Sample[Objects]]]:
+    """The chosen images of a list of instances, each behind its name without suffix."""
     split = file.stem.removeprefix("instances_")
     try:
         data = json.loads(read_text(file))
@@ -126,10 +132,40 @@ def _coco(folder: Path, file: Path, chosen: set[str] | None) -> list[Sample[Obje
     if root is None:
         raise FileNotFoundError(f"no images for {file}: there is no folder {folders[0]} or {folders[1]}")
     return [
-        of_file(root / name, Objects(_checked(found, f"{file}, {plain(name)}"), size))
+        (Path(name).stem, _annotated(root / name, Objects(_checked(found, f"{file}, {plain(name)}"), size), file))
         for name, size, found in named
         if chosen is None or Path(name).stem in chosen
     ]
+
+
+@dataclass(frozen=True)
+class _Unturned:
+    """An image file as its pixels lie, whatever its EXIF tag says: as those saw it who drew the boxes."""
+
+    file: Path
+
+    def read(self) -> Image:
+        from PIL import Image
+
+        with Image.open(self.file, formats=FORMATS) as image:
+            return image.convert("RGB")
+
+
+def _annotated(image: Path, objects: Objects, annotations: Path) -> Sample[Objects]:
+    """The sample of an image, its pixels as the boxes count them.
+
+    Raises:
+        OSError: there is no such image, or it is not readable.
+        ValueError: its size is not that of the annotations.
+    """
+    sample, size = of_file(image, objects), size_of(image)
+    if size == objects.size:
+        return sample
+    if is_turned(image) and size == objects.size[::-1]:
+        return replace(sample, image=_Unturned(image))
+    raise ValueError(
+        f"{image} has {size[0]} x {size[1]} pixels, but {annotations} says {objects.size[0]} x {objects.size[1]}"
+    )
 
 
 def _checked(boxes: Sequence[Sequence[float]], where: str) -> Tensor:

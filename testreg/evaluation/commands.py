@@ -21,10 +21,11 @@ _IN_PYTHON = {
     "settings",
     "progress",
 }  # or with an option of its own
-_HELP = {
+_HELP = {  # of what has no text of its own, or one that is for Python
     "neurons": "register neurons: JSON, a bundled name, or none",
     "against": "another model to hold against it, e.g. one with trained registers",
     "figures": "write the task's pictures there",
+    "device": "cpu, cuda, cuda:1, mps (default: the best there is)",
 }
 
 
@@ -38,15 +39,16 @@ def signature_of(task: str) -> inspect.Signature:
     import typer
 
     def option(name: str, kind: Any, default: Any, text: str) -> Parameter:
-        shown = Annotated[kind, typer.Option(help=text, show_default=default is not None)]
+        said = re.sub(r"[;.] None for (.*)$", r" (default: \1)", _HELP.get(name, text))
+        shown = Annotated[kind, typer.Option(help=said, show_default=default is not None)]
         return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=shown)
 
     texts = argument_texts(inspect.getdoc(function_of(task)) or "")
     common = [
         option("data", str, Parameter.empty, texts["data"]),
-        option("neurons", str | None, None, _HELP["neurons"]),
-        option("against", str | None, None, _HELP["against"]),
-        option("figures", Path | None, None, _HELP["figures"]),
+        option("neurons", str | None, None, ""),
+        option("against", str | None, None, ""),
+        option("figures", Path | None, None, ""),
     ]
     own = [option(each.name, each.annotation, each.default, text) for each, text in _arguments(function_of(task))]
     settings = [option(each.name, _from_text(each), each.default, text) for each, text in _arguments(Settings)]

@@ -56,8 +56,9 @@ def evaluate(
 
     Args:
         data: NYUd (lists *_train.txt and *_test.txt), or images/ or rgb/ beside depth/ with PNGs of 16 bits.
-        size: squash images to a square of that side; None leaves them at their own size.
-        iterations, warm_up: steps, and how many of them warm up.
+        size: squash images to a square of that side; None for their own size.
+        iterations: steps of the fit.
+        warm_up: how many of them warm up.
         fit_batch: images of a step.
         every: the probe with the best relative error on val, of one every so many steps, counts, as in the protocol.
         augment: training images rotated, flipped, cropped to 416 x 544, with other colours, and computed anew in each
@@ -71,6 +72,7 @@ def evaluate(
     train, val = (drawn(samples, settings_.num_images, settings_.seed) for samples in splits)
     truths = [metres(sample.target, unit) for sample in val]
     scored = [within(truth, nyu_crop, sample.target.name) for truth, sample in zip(truths, val, strict=True)]
+    targets = [] if augment else [within(metres(each.target, unit), False, each.target.name) for each in train]
     run = Run("depth", model, data, settings_, neurons=neurons, against=against, image_size=size or "any")
     scores: dict[str, Scores] = {}
     predicted: dict[str, list[Tensor]] = {}
@@ -84,7 +86,6 @@ def evaluate(
             batches = augmented_batches(run, column, train, crop, _dense, **schedule)
         else:
             kept = run.features(column, train, whole, _kept, {})
-            targets = [metres(sample.target, unit) for sample in train]
             batches = kept_batches(run, column, kept, targets, **schedule)
         asked = run.features(column, val, whole, _kept_with_flip, {})
         with torch.random.fork_rng():

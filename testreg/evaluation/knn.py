@@ -9,14 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from testreg.evaluation.bootstrap import Scores, mean_of
+from testreg.evaluation.bootstrap import Scores
+from testreg.evaluation.classification import global_features, top_1_and_5
 from testreg.evaluation.labels import labelled_images
 from testreg.evaluation.maps import two_splits
-from testreg.evaluation.preparing import IMAGENET_ZOOM, Square, normalisation_of
 from testreg.evaluation.result import Result
-from testreg.evaluation.run import Column, Model, Run, Settings
+from testreg.evaluation.run import Model, Run, Settings
 from testreg.evaluation.samples import drawn
-from testreg.measure.tokens import global_token, normed_tokens
 from testreg.neurons import AnyNeurons
 
 QUERIES = 1024  # images that are compared with all of train at a time
@@ -54,8 +53,8 @@ def evaluate(
     labels, truth = (torch.tensor([sample.target for sample in each]) for each in (train, val))
     scores: dict[str, Scores] = {}
     for column in run.columns:
-        prepare = Square(normalisation_of(column.transform), size, "crop", IMAGENET_ZOOM)
-        known, asked = (run.features(column, each, prepare, features, {}).stacked("token") for each in (train, val))
+        found = (global_features(run, column, each, size).stacked("cls")[:, 0] for each in (train, val))
+        known, asked = (F.normalize(each, dim=-1) for each in found)
         votes = torch.cat([vote(part, known, labels, k, temperature) for part in asked.split(QUERIES)])
         scores[column.name] = top_1_and_5(votes, truth)
     return run.result(
@@ -63,21 +62,8 @@ def evaluate(
     )
 
 
-def features(column: Column, images: Tensor) -> dict[str, Tensor]:
-    """The global token (B, C) of images, of length 1."""
-    token = global_token(normed_tokens(column.tower, images)[0].float(), column.tower)
-    return {"token": F.normalize(token, dim=-1)}
-
-
 def vote(asked: Tensor, known: Tensor, labels: Tensor, k: int, temperature: float) -> Tensor:
     """What `asked` (n, C) get for each class (n, classes) from their neighbours among `known` (m, C), of length 1."""
     similarity, nearest = (asked @ known.T).topk(k)
     weights = (similarity / temperature).softmax(-1)
     return torch.zeros(len(asked), int(labels.max()) + 1).scatter_add_(1, labels[nearest], weights)
-
-
-def top_1_and_5(logits: Tensor, truth: Tensor) -> Scores:
-    """The share of images whose class (n,) is the first, or among the first five, of the logits (n, classes)."""
-    order = logits.topk(min(5, logits.shape[1])).indices
-    right = order == truth[:, None]
-    return {"top1": mean_of(right[:, 0].double()), "top5": mean_of(right.any(1).double())}

@@ -12,18 +12,16 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from testreg.evaluation.bootstrap import Scores
+from testreg.evaluation.classification import BLOCKS, features, global_features, top_1_and_5
 from testreg.evaluation.fitting import augmented_batches, kept_batches
-from testreg.evaluation.knn import top_1_and_5
 from testreg.evaluation.labels import labelled_images
 from testreg.evaluation.maps import two_splits
-from testreg.evaluation.preparing import IMAGENET_ZOOM, Normalisation, Square, normalisation_of, pixels_of
+from testreg.evaluation.preparing import Normalisation, normalisation_of, pixels_of
 from testreg.evaluation.result import Result
-from testreg.evaluation.run import Column, Model, Run, Settings
+from testreg.evaluation.run import Model, Run, Settings
 from testreg.evaluation.samples import Sample, drawn
-from testreg.measure.tokens import global_token, normed_tokens
 from testreg.neurons import AnyNeurons
 
-BLOCKS = 4
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)  # for 256 images a batch
 
 
@@ -64,15 +62,15 @@ def evaluate(
     scores: dict[str, Scores] = {}
     chosen: dict[str, str] = {}
     for column in run.columns:
-        normalise = normalisation_of(column.transform)
-        prepare = Square(normalise, size, "crop", IMAGENET_ZOOM)
         schedule = {"iterations": iterations, "batch_size": fit_batch}
         if augment:
-            batches = augmented_batches(run, column, train, _Crop(normalise, size), features, **schedule)
+            batches = augmented_batches(
+                run, column, train, _Crop(normalisation_of(column.transform), size), features, **schedule
+            )
         else:
-            kept = run.features(column, train, prepare, features, {})
+            kept = global_features(run, column, train, size)
             batches = kept_batches(run, column, kept, [torch.tensor(each.target) for each in train], **schedule)
-        asked = run.features(column, val, prepare, features, {})
+        asked = global_features(run, column, val, size)
         with torch.random.fork_rng():
             torch.manual_seed(settings_.seed)
             probes = Probes(asked[0]["cls"].shape[-1], classes, fit_batch).to(column.tower.device)
@@ -94,14 +92,6 @@ def evaluate(
         },
         details={"chosen": chosen},
     )
-
-
-def features(column: Column, images: Tensor) -> dict[str, Tensor]:
-    """The global tokens of the last blocks (B, 4, C), the last block's first, and the mean of its patches (B, C)."""
-    tower = column.tower
-    tokens = normed_tokens(tower, images, min(BLOCKS, tower.depth))[::-1]
-    cls = torch.stack([global_token(each.float(), tower) for each in tokens], dim=1)
-    return {"cls": cls, "mean": tokens[0][:, tower.patches(images)].float().mean(1)}
 
 
 class Probes(nn.Module):

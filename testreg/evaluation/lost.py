@@ -99,7 +99,7 @@ def evaluate(
         bias: added to every product of two patches.
         sweep: choose among the last 4 blocks, q, k and v, and 11 biases of [-1, 0] on features of length 1, on half of
             the images, and report the other half; what the other arguments say is reported beside it.
-        size: squash images to a square of that side; None leaves them at their own size, padded to whole patches.
+        size: squash images to a square of that side; None for their own size, padded to whole patches.
         settings: see `testreg.evaluation.run.Settings`.
     """
     settings_ = Settings(**settings)

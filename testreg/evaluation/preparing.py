@@ -48,6 +48,10 @@ class Normalisation:
         return tv.normalize(pixels, list(self.mean), list(self.std))
 
 
+AS_THEY_ARE = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+"""Leaves colours in [0, 1]."""
+
+
 def normalisation_of(transform: Transform) -> Normalisation:
     """What a model's preprocessing does to colours: read off what it makes of a black and of a white image.
 

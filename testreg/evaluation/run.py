@@ -25,7 +25,8 @@ from testreg.io.loading import LoadedModel, load_model
 from testreg.io.preprocessing import OwnTransform, Transform
 from testreg.io.progress import progress_bar
 from testreg.neurons import AnyNeurons, resolve
-from testreg.register import disabled, is_patched, patch_of, patched
+from testreg.patching.state import patch_of
+from testreg.register import disabled, is_patched, patched
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -174,7 +175,8 @@ class Run:
         Args:
             prepare: makes the model's input of an image; None for its own preprocessing.
             compute: from the column and images (B, 3, h, w) to named tensors (B, ...).
-            key: what the features depend on besides the model, the images and their preparation.
+            key: what the features depend on besides the model, the images and their preparation. Tasks that read the
+                same features name another `task` in it.
 
         Raises:
             OSError, ValueError: an image cannot be read, or the model does not take it.
@@ -269,7 +271,10 @@ def _columns(loaded: LoadedModel, neurons: AnyNeurons) -> list[Column]:
 def _patch_of(model: nn.Module) -> dict[str, Any]:
     """The neurons and options of a patched model's registers, for JSON."""
     state = patch_of(model)
-    return {"neurons": state.neurons.by_block(), **state.options}
+    if state.target is not None:
+        raise ValueError("the model is patched with a target, which belongs to other images: patch it without")
+    states = {} if state.static is None else {"static_states": state.static.digest}
+    return {"neurons": state.neurons.by_block(), **state.options, **states}
 
 
 def _explained(compute: Callable[[Column, Tensor], Mapping[str, Tensor]], column: Column) -> Compute:

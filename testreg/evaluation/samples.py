@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 S = TypeVar("S")
+V = TypeVar("V")
+
+ORIENTATION = 0x0112  # the EXIF tag
 
 
 class Reader(Protocol):
@@ -75,12 +78,21 @@ def size_of(file: Path) -> tuple[int, int]:
     Raises:
         OSError: it is no readable image.
     """
+    width, height = _read(file, lambda image: image.size)
+    return (width, height) if is_turned(file) else (height, width)
+
+
+def is_turned(file: Path) -> bool:
+    """Whether the EXIF tag of an image file makes its rows columns."""
+    return _read(file, lambda image: image.getexif().get(ORIENTATION, 1)) >= 5
+
+
+def _read(file: Path, read: Callable[[Image], V]) -> V:
     from PIL import Image
 
     try:
         with Image.open(file, formats=FORMATS) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5  # the orientations that lie on their side
-            return (image.width, image.height) if turned else (image.height, image.width)
+            return read(image)
     except (OSError, SyntaxError, ValueError) as error:
         raise OSError(f"{file} is not a readable image: {error}") from error
 

@@ -55,7 +55,8 @@ def evaluate(
     Args:
         data: ADE20k (images/training, annotations/training, ...), or images and masks in other folders.
         size: side of training crops and of windows.
-        iterations, warm_up: steps, and how many of them warm up.
+        iterations: steps of the fit.
+        warm_up: how many of them warm up.
         fit_batch: crops of a step.
         augment: training crops at random scales and places, flipped, with other colours, which are computed anew in
             each step; if not, the middle of each image is computed once and kept.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,8 +25,8 @@ from testreg.evaluation.preparing import Normalisation, Square, normalisation_of
 from testreg.evaluation.result import Result
 from testreg.evaluation.run import Column, Model, Run, Settings
 from testreg.evaluation.samples import Sample, drawn, images_under, of_file
-from testreg.evaluation.steering import steered
 from testreg.neurons import AnyNeurons
+from testreg.patching.steering import steered
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -96,11 +96,8 @@ def evaluate(
             for kind, each in shown.items()
         }
         if column.name == "patched" and written:
-            assert column.patch is not None
-            plain = run.columns[0]  # since the defence takes the register's place
-            moved = _moved(column.patch["neurons"])
             boxed = [_in_state(each, "boxed", size) for each in samples]
-            defended = run.features(plain, boxed, WithBox(normalise, size), moved, {"onto": column.patch})
+            defended = run.features(column, boxed, WithBox(normalise, size), _steered, {"onto": "the word"})
             seen["defended"] = defended.stacked("embedding") @ texts.T
         label = torch.tensor([each.target.label for each in samples])
         word = torch.tensor([each.target.word for each in samples])
@@ -231,13 +228,8 @@ def _embedded(column: Column, images: Tensor) -> Mapping[str, Tensor]:
     return {"embedding": encode_images(column, images)}
 
 
-def _moved(neurons: Mapping[int, Sequence[int]]) -> Callable[[Column, Tensor], Mapping[str, Tensor]]:
-    """Embeddings of images (B, 4, h, w) with the neurons' activations moved onto the patches that the word touches."""
-
-    def compute(column: Column, images: Tensor) -> Mapping[str, Tensor]:
-        tower, pixels = column.tower, images[:, :3]
-        touched = F.max_pool2d(images[:, 3:], tower.patch_size, tower.patch_size).flatten(1) > 0  # (B, N)
-        with steered(tower, neurons, touched.to(tower.device)):
-            return {"embedding": encode_images(column, pixels)}
-
-    return compute
+def _steered(column: Column, images: Tensor) -> Mapping[str, Tensor]:
+    """Embeddings of images (B, 4, h, w) whose outliers are moved onto the patches that the word touches."""
+    touched = F.max_pool2d(images[:, 3:], column.tower.patch_size, column.tower.patch_size)[:, 0] > 0
+    with steered(column.model, touched):
+        return {"embedding": encode_images(column, images[:, :3])}

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from testreg.evaluation.bootstrap import Scores
+from testreg.evaluation.classification import top_1_and_5
 from testreg.evaluation.clip import Tokenizer, encode_images, names_of, texts_of
-from testreg.evaluation.knn import top_1_and_5
 from testreg.evaluation.labels import labelled_images
 from testreg.evaluation.maps import one_split
 from testreg.evaluation.result import Result

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,11 +25,14 @@ from testreg.io import formats
 from testreg.io.install import PENDING, RECORD, installing, is_interrupted, recover
 from testreg.io.trust import check_folder, is_file_name, one_line, read_json
 from testreg.neurons import RegisterNeurons
-from testreg.patching.state import MAX_REGISTERS
-from testreg.register import is_patched, patch, patch_of
+from testreg.patching.state import MAX_REGISTERS, patch_of
+from testreg.register import is_patched, patch
+from testreg.static import Form, StaticRegisters
 
 FORMAT = "testreg-checkpoint"
 VERSION = 1
+STATIC = "testreg.static.safetensors"
+"""The static registers, if the model has these."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,16 @@ class Record:
     model_args: dict[str, Any]
     """What torchvision, which writes no config, is rebuilt from."""
     options: dict[str, Any]
-    """Arguments of `patch`."""
+    """Arguments of `patch`; "static" is the form of its static registers, which an older testreg refuses."""
     neurons: RegisterNeurons
 
     @property
     def weights(self) -> list[str]:
-        return [name for name in self.files if name.endswith(".safetensors")]
+        return [name for name in self.files if name.endswith(".safetensors") and name != STATIC]
+
+    @property
+    def is_static(self) -> bool:
+        return "static" in self.options
 
     def to_json(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -95,10 +102,10 @@ def _is_name(name: object) -> bool:
 
 
 def _are_options(value: object) -> bool:
-    if not isinstance(value, dict) or value.keys() != {"num_registers", "max_over", "zero"}:
+    if not isinstance(value, dict) or value.keys() - {"static"} != {"num_registers", "max_over", "zero"}:
         return False
-    registers = value["num_registers"]
-    rules = (value["max_over"] in ("neuron", "layer"), value["zero"] in ("patches", "all"))
+    registers, form = value["num_registers"], value.get("static", "token")
+    rules = (value["max_over"] in ("neuron", "layer"), value["zero"] in ("patches", "all"), form in get_args(Form))
     return type(registers) is int and 1 <= registers <= MAX_REGISTERS and all(rules)
 
 
@@ -143,7 +150,8 @@ def save(
             (`hf auth login`).
 
     Raises:
-        ValueError: the model is not patched, or its library could not rebuild it from what it would write.
+        ValueError: the model is not patched, or with a target, or its library could not rebuild it from what it would
+            write.
         FileExistsError: `folder` holds something else than a checkpoint of testreg.
         OSError: the checkpoint could not be written, or another process is saving into `folder`; or it was written, but
             could not be pushed.
@@ -157,18 +165,25 @@ def save(
     """
     if not is_patched(model):
         raise ValueError(f"this {type(model).__name__} is not patched: call testreg.patch(model, ...) before saving it")
+    state = patch_of(model)
+    if state.target is not None:
+        raise ValueError(
+            "this model is patched with a target, which belongs to images: patch it without, and say where its "
+            "outliers go with testreg.steered(model, target)"
+        )
     if push_to_hub is not None:
         check_can_push(push_to_hub)
     target = Path(folder).resolve()
     recover(target)
     stale = _replaceable_files(target)
-    state = patch_of(model)
     library = formats.library_of(model)
     try:
         with installing(target, stale) as stage:
             args = formats.write(model, library, stage, arch=arch, model_args=model_args)
             if processor is not None:
                 processor.save_pretrained(stage)
+            if state.static is not None:
+                state.static.save(stage / STATIC)
             files = sorted(os.listdir(stage))
             record = Record(library, type(model).__name__, _source(model), files, args, state.options, state.neurons)
             (stage / RECORD).write_text(
@@ -241,6 +256,7 @@ def load(
     folder = _local_folder(name)
     record = Record.load(folder)
     _check_files(folder, record)
+    static = StaticRegisters.load(folder / STATIC) if record.is_static else None
     if model is None:
         model = _rebuild(folder, record)
         _check_neurons(folder, record, model)
@@ -256,7 +272,7 @@ def load(
     model.testreg_source = record.source or str(folder)  # type: ignore[assignment]
     if device is not None:
         model.to(device)
-    return patch(model.eval(), record.neurons, **record.options)
+    return patch(model.eval(), record.neurons, **{**record.options, "static": static})
 
 
 def _local_folder(name: str | os.PathLike[str]) -> Path:

@@ -85,7 +85,8 @@ def attribution_of(tower: Tower, images: Tensor, detection: Detection, *, norms:
     patches, grid = tower.patches(images), tower.grid(images)
     outlier = detection.outliers(norms[..., : patches.stop], tower.num_prefix, grid)[..., patches]
     outlier &= detection.counts(tower.depth).to(outlier.device)[:, None, None]
-    found = Attribution(*torch.zeros(3, len(images), tower.depth, tower.mlp_width), outlier)
+    share, energy_at_outliers, energy = torch.zeros(3, len(images), tower.depth, tower.mlp_width)
+    found = Attribution(share, energy_at_outliers, energy, outlier)
     size = math.prod(grid) * tower.depth * tower.width
     per_batch = max(1, MEMORY // (4 * TENSORS * size))
     having = outlier.any(0).any(-1).cpu().nonzero().flatten()

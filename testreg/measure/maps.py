@@ -64,7 +64,7 @@ def attention(
     batch = image_batch(model, images, transform)
     with tower.evaluating():
         if query is None and not tower.num_prefix and block % tower.depth == tower.depth - 1:
-            query = "pool" if pooling(tower, batch[:1]) else "mean"
+            query = "pool" if pooling(tower, batch) else "mean"
         maps = [attention_to_patches(tower, part, block, query) for part in batch.split(batch_size)]
     return torch.cat(maps).unflatten(-1, tower.grid(batch))
 
@@ -147,7 +147,7 @@ def strip_registers(model: nn.Module, tensor: Tensor, lengths: list[int] | None 
         ValueError: the tensor has another shape, or a packed sequence comes without its lengths.
     """
     patch = find_patch(model)
-    if patch is None or patch.disabled_by or is_carrying(tensor):
+    if patch is None or not patch.next_mode.has_registers or is_carrying(tensor):
         return tensor
     tower = find_tower(model)
     layout = Layout(patch.num_registers, tower.sequence_first, lengths)

@@ -40,7 +40,7 @@ class AttentionWeights(Override):
         if running.layout is None:
             _find_layout_of_recomputed(*args, *kwargs.values())
         out = self.original(*args, **kwargs)
-        if not self.patch.enabled or not isinstance(out, tuple) or len(out) < 2:
+        if not self.patch.mode.has_registers or not isinstance(out, tuple) or len(out) < 2:
             return out
         weights = out[1]
         if isinstance(weights, Tensor):
@@ -73,7 +73,7 @@ class PositionBias(Override):
     method: str
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.patch.enabled:
+        if not self.patch.mode.has_registers:
             return self.original(*args, **kwargs)
         if self.count in kwargs:
             kwargs[self.count] -= self.patch.num_registers

@@ -22,13 +22,15 @@ from testreg.patching.riding import (
     carry_nothing,
     check_shape,
     forward_of,
-    has_registers_from_start,
     keep_forward,
+    mode_from_start,
     registers_for,
 )
-from testreg.patching.running import Forward, record, running, running_block_of, running_with_layout
+from testreg.patching.running import Forward, Mode, record, running, running_block_of, running_with_layout
 from testreg.patching.shift import ShiftBefore
 from testreg.patching.state import Patch
+from testreg.patching.static import STATE
+from testreg.patching.steering import check_target_fits
 
 
 @dataclass(eq=False)
@@ -50,18 +52,20 @@ class RegisterBlock(Override):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.parameters = _parameters(self.module)
+        self.bare = self.plain.replace(num_registers=0)
         self.last = self.index == self.tower.depth - 1
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # one graph for each state: dynamo guards on the count
-            enabled = self.patch.disabled_by == 0
-            return self._with_registers(args, kwargs) if enabled else self.original(*args, **kwargs)
+        if torch.compiler.is_compiling():  # one graph for each mode: dynamo guards on what decides it
+            mode = self.patch.next_mode
+            return self._with_registers(args, kwargs) if mode.has_registers else self._without(mode, args, kwargs)
         forward, replaced = self._forward_of(args[0] if args else kwargs.get(self.parameters[0]))
         with running_block_of(forward):
-            if forward.has_registers:
+            if forward.mode.has_registers:
                 out = self._with_registers(args, kwargs, replaced)
             else:
-                out = self._without(forward, *args, **kwargs)
+                out = self._without(forward.mode, args, kwargs)
+                self._tell_next(forward, out)
         if self.last:
             end(forward)
         return out
@@ -72,20 +76,19 @@ class RegisterBlock(Override):
             return self._as_one_node(tokens, arguments)
         self._check_tokens(tokens)
         self._check_shifts()
-        layout = (self.tower.family.layout or padded)(self.tower.module, self.plain, arguments)
-        sequence = self._enter(tokens, layout) if self.index == 0 else self._arrive(tokens, layout, replaced)
+        layout = self._layout(self.plain, arguments)
+        if self.index == 0:
+            self._check_use(tokens, layout)
+        if self.patch.static is not None:
+            sequence = self._with_constants(tokens, layout, replaced)
+        else:
+            sequence = self._enter(tokens, layout) if self.index == 0 else self._arrive(tokens, layout, replaced)
         out = self._original(sequence, self._extended(arguments, layout), layout)
         return self._hand_on(out, sequence, layout)
 
     def _enter(self, tokens: Tensor, layout: Layout) -> Tensor:
         """The tokens with registers of zeros; in CLIP-like towers these pass the norm before the blocks too."""
-        if layout is self.plain and not torch.compiler.is_compiling():
-            self.patch.verified_use.check(tokens.shape[layout.dim] - self.patch.num_prefix, tokens)
-        register = tokens.new_zeros(1, 1, tokens.shape[-1])
-        if self.tower.entry_norm is not None:
-            # .forward: hooks saw this norm already
-            register = self.tower.entry_norm.forward(register).to(tokens.dtype)
-        return layout.extend(tokens, layout.dim, register.flatten())
+        return layout.extend(tokens, layout.dim, first_register(self.tower, tokens))
 
     def _arrive(self, tokens: Tensor, layout: Layout, replaced: bool) -> Tensor:
         """The tokens with the registers that the block before has left."""
@@ -102,6 +105,17 @@ class RegisterBlock(Override):
             )
         # Whoever waits for the gradient of the tokens (FSDP, Grad-CAM, autograd.grad) must see it come by.
         return layout.join(tokens, registers)
+
+    def _with_constants(self, tokens: Tensor, layout: Layout, replaced: bool) -> Tensor:
+        """The tokens with static registers, whatever the block before has left."""
+        states = getattr(self.module, STATE).to(tokens.dtype)  # (R, C)
+        if layout.sequence_first:
+            states = states.unsqueeze(1)
+        sequence = None if replaced or layout.lengths is not None else carried_sequence(tokens)
+        if sequence is None or torch.is_grad_enabled() or sequence.requires_grad:
+            return layout.extend(tokens, layout.dim, states)
+        sequence.narrow(layout.dim, tokens.shape[layout.dim], layout.num_registers).copy_(states)  # saves a copy
+        return sequence
 
     def _registers_for(self, tokens: Tensor) -> Tensor:
         """The registers that the block before has left, for tokens that replace its own."""
@@ -120,8 +134,27 @@ class RegisterBlock(Override):
             )
         return registers
 
+    def _without(self, mode: Mode, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The block on the T tokens alone: as it was, or with the neurons moved among them."""
+        if not mode.is_patched:
+            return self.original(*args, **kwargs)
+        tokens, arguments = self._by_name(args, kwargs)
+        if isinstance(tokens, torch.fx.Proxy):
+            return self._as_one_node(tokens, arguments)
+        self._check_tokens(tokens)
+        self._check_shifts()
+        layout = self._layout(self.bare, arguments)
+        if self.index == 0:
+            self._check_use(tokens, layout)
+            if mode.target is not None:
+                self._check_target(mode.target, tokens, layout)
+        return self._original(tokens, arguments, layout)
+
+    def _layout(self, plain: Layout, arguments: dict[str, Any]) -> Layout:
+        return (self.tower.family.layout or padded)(self.tower.module, plain, arguments)
+
     def _original(self, sequence: Tensor, arguments: dict[str, Any], layout: Layout) -> Any:
-        if layout is self.plain and running.layout is None and running.recomputed is None:
+        if (layout is self.plain or layout is self.bare) and running.layout is None and running.recomputed is None:
             return self.original(sequence, **arguments)
         with running_with_layout(layout):
             return self.original(sequence, **arguments)
@@ -149,24 +182,22 @@ class RegisterBlock(Override):
 
     def _forward_of(self, tokens: Any) -> tuple[Forward, bool]:
         """The forward that this block is part of, and whether someone has replaced the tokens."""
-        now = self.patch.disabled_by == 0
+        now = self.patch.next_mode
         if self.index == 0:
-            has_registers = has_registers_from_start(tokens, now) if isinstance(tokens, Tensor) else now
-            return begin(self.patch, self.holders, has_registers), False
+            mode = mode_from_start(tokens, now) if isinstance(tokens, Tensor) else now
+            return begin(self.patch, self.holders, mode), False
         if not isinstance(tokens, Tensor):
             return begin(self.patch, self.holders, now, object()), False
         return forward_of(tokens, self.patch, self.holders, self.index, now)
 
-    def _without(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
-        """The block as it was, which tells the next one that there are no registers."""
-        out = self.original(*args, **kwargs)
+    def _tell_next(self, forward: Forward, out: Any) -> None:
+        """Let the block's output tell the next block that there are no registers."""
         tokens = out[0] if isinstance(out, tuple) else out
         if isinstance(tokens, Tensor):
             if self.last:
                 keep_forward(tokens, forward, self.index)
             else:
                 carry_nothing(tokens, self.plain, forward, self.index)
-        return out
 
     def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The tokens, and the other arguments by name."""
@@ -202,6 +233,20 @@ class RegisterBlock(Override):
             )
         return value
 
+    def _check_use(self, tokens: Tensor, layout: Layout) -> None:
+        if (layout is self.plain or layout is self.bare) and not torch.compiler.is_compiling():
+            self.patch.verified_use.check(tokens.shape[layout.dim] - self.patch.num_prefix, tokens)
+
+    def _check_target(self, target: Tensor, tokens: Tensor, layout: Layout) -> None:
+        if layout.lengths is not None:
+            raise NotImplementedError(
+                "images are packed in one sequence here, in which a target mask has no place: steer them one at a time "
+                "with a tower that takes a batch"
+            )
+        num_images, num_tokens = layout.batch_first(tokens).shape[:2]
+        patches = num_tokens - self.patch.num_prefix if layout.patches is None else int(layout.patches.sum())
+        check_target_fits(target, num_images, patches)
+
     def _check_tokens(self, tokens: Any) -> None:
         if not isinstance(tokens, Tensor):
             raise NotImplementedError(
@@ -223,6 +268,14 @@ class RegisterBlock(Override):
                 f"block {self.index} made {tuple(sequence.shape)} of {tuple(entered.shape)}: where tokens are merged "
                 "or pruned, the register cannot be told from them"
             )
+
+
+def first_register(tower: Tower, tokens: Tensor) -> Tensor:
+    """The register (C,) that enters block 0, for tokens of this kind: zeros, or what CLIP's norm makes of zeros."""
+    register = tokens.new_zeros(1, 1, tokens.shape[-1])
+    if tower.entry_norm is not None:
+        register = tower.entry_norm.forward(register).to(tokens.dtype)  # .forward: hooks saw this norm already
+    return register.flatten()
 
 
 def _parameters(module: nn.Module) -> tuple[str, ...]:

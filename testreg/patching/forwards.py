@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from testreg.patching.running import Forward, Home, is_recomputing, running
+from testreg.patching.running import Forward, Home, Mode, is_recomputing, running
 
 
 def is_running(forward: Forward) -> bool:
@@ -40,14 +40,12 @@ def end(forward: Forward) -> None:
     running.forwards = tuple(each for each in running.forwards if each is not forward)
 
 
-def begin(
-    patch: object, holders: frozenset[type[nn.Module]], has_registers: bool, origin: object | None = None
-) -> Forward:
+def begin(patch: object, holders: frozenset[type[nn.Module]], mode: Mode, origin: object | None = None) -> Forward:
     """A forward that begins in this thread, or goes on in it if it has an origin."""
     if running.forwards:
         homes = set(_homes())
         running.forwards = tuple(each for each in running.forwards if each.home in homes)
-    forward = Forward(patch, has_registers, _home(holders))
+    forward = Forward(patch, mode, _home(holders))
     if origin is not None:
         forward.origin = origin
     elif not is_recomputing():

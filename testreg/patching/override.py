@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(eq=False)
@@ -41,6 +41,24 @@ class Override:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
+
+
+@dataclass(eq=False)
+class Constant:
+    """A tensor that a module holds while it is patched: it moves with the module, and is not in its state_dict."""
+
+    module: nn.Module
+    name: str
+    value: Tensor
+
+    def install(self) -> None:
+        self.module.register_buffer(self.name, self.value, persistent=False)
+
+    def installed(self) -> bool:
+        return self.name in self.module._buffers
+
+    def remove(self) -> None:
+        delattr(self.module, self.name)
 
 
 @dataclass(frozen=True)

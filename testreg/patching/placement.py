@@ -10,17 +10,20 @@ from testreg.families import Block, Tower
 from testreg.patching.attention import AttentionWeights, PositionBias
 from testreg.patching.block import RegisterBlock
 from testreg.patching.layout import Layout
-from testreg.patching.override import Override
+from testreg.patching.override import Constant, Override
 from testreg.patching.shift import ShiftBefore
 from testreg.patching.state import Patch
+from testreg.patching.static import static_parts
 
 
-def overrides(tower: Tower, patch: Patch, shift: Callable[..., Tensor]) -> Iterator[Override]:
+def overrides(tower: Tower, patch: Patch, shift: Callable[..., Tensor]) -> Iterator[Override | Constant]:
     """`shift` in front of every fc2 with register neurons, and what lets registers ride through each block."""
     layout = Layout(patch.num_registers, tower.sequence_first)
     units = patch.neurons.by_block()
     blocks = {block.module for block in tower.blocks}
     holders = frozenset(type(each) for each in tower.module.modules() if blocks <= set(each.modules()))
+    if patch.static is not None:
+        yield from static_parts(tower, patch, patch.static)
     for i, block in enumerate(tower.blocks):
         shifts = tuple(_shifts(block, i, units.get(i, []), patch, layout, shift))
         yield from shifts

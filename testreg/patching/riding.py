@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from testreg.patching.forwards import begin, forward_behind, is_latest, is_running
 from testreg.patching.layout import Layout
-from testreg.patching.running import Forward, is_recomputing
+from testreg.patching.running import AS_IT_WAS, Forward, Mode, is_recomputing
 
 _CARRIED = "_testreg_carried"  # attribute of the tokens between two blocks: the whole sequence, or False
 _HANDED = "_testreg_handed"  # attribute of the tokens between two blocks, unless these are compiled: a `Handed`
 _REPLACES = "_testreg_replaces"  # attribute of what has taken the place of the tokens: a `Replacement`
-_DECIDED = "_testreg_decided"  # attribute of the tokens that enter block 0: whether that forward has registers
+_DECIDED = "_testreg_decided"  # attribute of the tokens that enter block 0: a `Decided`
 
 
 class _Unsaved:
@@ -61,6 +61,13 @@ class Handed(_Unsaved):
         unclaimed = not self.arrived and self.sequence is not None and self.forward.index == self.index
         if unclaimed and is_running(self.forward):
             self.forward.kept = self.registers().detach()
+
+
+class Decided(_Unsaved):
+    """Tells what the forward that began with the tokens is."""
+
+    def __init__(self, mode: Mode) -> None:
+        self.mode = mode
 
 
 class Replacement(_Unsaved):
@@ -111,26 +118,27 @@ def carried_sequence(tokens: Tensor) -> Tensor | None:
     return carried if isinstance(carried, Tensor) else None
 
 
-def has_registers_from_start(tokens: Tensor, now: bool) -> bool:
-    """Whether the forward that starts with these tokens has registers: `now` decides.
+def mode_from_start(tokens: Tensor, now: Mode) -> Mode:
+    """The mode of the forward that starts with these tokens: `now` decides.
 
     Gradient checkpointing that recomputes block 0 gets the answer that was given in the forward.
     """
     if is_recomputing():
-        return getattr(tokens, _DECIDED, now)
+        decided = getattr(tokens, _DECIDED, None)
+        return decided.mode if isinstance(decided, Decided) else now
     if torch.is_grad_enabled():
-        setattr(tokens, _DECIDED, now)
+        setattr(tokens, _DECIDED, Decided(now))
     return now
 
 
 def forward_of(
-    tokens: Tensor, patch: object, holders: frozenset[type[nn.Module]], index: int, now: bool
+    tokens: Tensor, patch: object, holders: frozenset[type[nn.Module]], index: int, now: Mode
 ) -> tuple[Forward, bool]:
     """The forward in which a block behind the first gets these tokens, and whether they replace what was handed on.
 
     Tokens of a forward that runs belong to it. All others replace those that the block before has handed on in the
     forward from which the block is called. If there is none, they come from another thread or process, from a compiled
-    block, or from a forward that a backward pass recomputes. `now`: whether forwards that begin have registers.
+    block, or from a forward that a backward pass recomputes. `now`: the mode of forwards that begin.
     """
     handed = _handed(tokens)
     if handed is not None and handed.forward.patch is patch and _goes_on(handed.forward):
@@ -139,16 +147,18 @@ def forward_of(
     copied = handed is None and hasattr(tokens, _HANDED)
     if (forward := forward_behind(patch, index)) is not None:
         replaces = handed is not None or copied or not hasattr(tokens, _CARRIED)  # a compiled block hands on no more
-        if replaces and not forward.has_registers and torch.is_grad_enabled():
+        if replaces and not forward.mode.has_registers and torch.is_grad_enabled():
             _replacement(tokens).found[forward] = None
         return forward, replaces
     if (forward := _recomputed(tokens, handed, patch)) is not None:
-        return begin(patch, holders, forward.has_registers, forward.origin), True
+        return begin(patch, holders, forward.mode, forward.origin), True
     if handed is not None:
         handed.arrived = True
-        return begin(patch, holders, handed.forward.has_registers, handed.forward.origin), False
+        return begin(patch, holders, handed.forward.mode, handed.forward.origin), False
     carried = getattr(tokens, _CARRIED, None)
-    return begin(patch, holders, now if carried is None else carried is not False, object()), carried is None
+    if carried is not None and (carried is False) == now.has_registers:
+        now = AS_IT_WAS if carried is False else Mode()
+    return begin(patch, holders, now, object()), carried is None
 
 
 def _goes_on(forward: Forward) -> bool:

@@ -14,6 +14,21 @@ from torch import Tensor
 
 from testreg.patching.layout import Layout
 
+
+@dataclass(frozen=True, eq=False)
+class Mode:
+    """What a forward computes, from its first block to its last."""
+
+    is_patched: bool = True
+    """Whether register neurons are moved, or silenced."""
+    has_registers: bool = True
+    """Whether the blocks see T+R tokens."""
+    target: Tensor | None = None
+    """(B, h, w) or (1, h, w) bool, the patches that the neurons are moved to; None: they are not steered."""
+
+
+AS_IT_WAS = Mode(is_patched=False, has_registers=False)
+
 Home = tuple[int, CodeType]
 """A function call that runs: its frame by identity alone, since a reference would keep all of its variables alive."""
 
@@ -23,8 +38,8 @@ class Forward:
     """One pass of a thread through the blocks of a patched tower."""
 
     patch: object
-    has_registers: bool
-    """Whether it has registers. It ends as it began, whether `testreg.disabled` begins or ends meanwhile."""
+    mode: Mode
+    """It ends as it began, whether `testreg.disabled` or `testreg.steered` begin or end meanwhile."""
     home: Home
     """The function call that calls the blocks."""
     origin: object = field(default_factory=object)
@@ -67,6 +82,8 @@ class Running(threading.local):
     recomputed: Layout | None = None
     """The layout of the padded or packed block that gradient checkpointing recomputes from within."""
     recorders: tuple[Recorder, ...] = ()
+    steered: tuple[tuple[object, Mode], ...] = ()
+    """The `testreg.steered` blocks that are open, with the patch of each, the innermost last."""
 
 
 running = Running()

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from testreg.patching.layout import Layout
 from testreg.patching.override import Override
-from testreg.patching.running import layout_now
+from testreg.patching.running import Mode, layout_now
 from testreg.patching.state import Patch
+from testreg.patching.static import silence
+from testreg.patching.steering import steer
 
 
 @dataclass(eq=False)
@@ -46,24 +48,13 @@ class ShiftBefore(Override):
         return self.current is not self.module and self.module not in set(self.current.modules())
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.patch.enabled:
-            hidden = self._shifted(hidden)
+        if (mode := self.patch.mode).is_patched:
+            hidden = self._shifted(hidden, mode)
         return self.original(hidden, *args, **kwargs)
 
-    def _shifted(self, hidden: Tensor) -> Tensor:
+    def _shifted(self, hidden: Tensor, mode: Mode) -> Tensor:
         layout = layout_now(self.plain)
-        shifted = [
-            self.shift(
-                images,
-                self.channels,
-                self.owners,
-                num_prefix=self.patch.num_prefix,
-                valid=layout.valid,
-                patches=layout.patches,
-                **self.patch.options,
-            )
-            for images in layout.images(hidden)
-        ]
+        shifted = [self._moved(images, mode, layout) for images in layout.images(hidden)]
         if not torch.is_grad_enabled():
             return hidden  # was edited in place
         moved = layout.of_images(shifted, hidden)
@@ -71,3 +62,18 @@ class ShiftBefore(Override):
             return moved
         hidden.copy_(moved)  # an adapter around the linear (LoRA) reads the same activation
         return hidden
+
+    def _moved(self, hidden: Tensor, mode: Mode, layout: Layout) -> Tensor:
+        patch = self.patch
+        among: dict[str, Any] = {
+            "num_prefix": patch.num_prefix,
+            "max_over": patch.max_over,
+            "zero": patch.zero,
+            "valid": layout.valid,
+            "patches": layout.patches,
+        }
+        if mode.target is not None:
+            return steer(hidden, self.channels, mode.target, **among)
+        if patch.static is not None:
+            return silence(hidden, self.channels, num_prefix=patch.num_prefix, zero=patch.zero, patches=layout.patches)
+        return self.shift(hidden, self.channels, self.owners, num_registers=patch.num_registers, **among)

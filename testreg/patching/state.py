@@ -6,18 +6,17 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from testreg.neurons import RegisterNeurons, shown
+from testreg.patching.activations import MaxOver, Zero
 from testreg.patching.notices import VerifiedUse
-from testreg.patching.override import REFUSALS, Override
-from testreg.patching.running import is_recomputing, running
-
-MaxOver = Literal["neuron", "layer"]
-Zero = Literal["patches", "all"]
+from testreg.patching.override import REFUSALS, Constant, Override
+from testreg.patching.running import AS_IT_WAS, Mode, is_recomputing, running
+from testreg.static import StaticRegisters
 
 MAX_REGISTERS = 256  # as many as an image of 224 pixels has patches
 
@@ -43,6 +42,13 @@ def find_patch(model: nn.Module) -> Patch | None:
     return next((patch for patch in patches if patch is not None), None)
 
 
+def patch_of(model: nn.Module) -> Patch:
+    """The patch of a patched model: its neurons and options. Raises RuntimeError if there is none."""
+    if (found := find_patch(model)) is None:
+        raise RuntimeError("the model is not patched")
+    return found
+
+
 @dataclass(eq=False)
 class Patch:
     """What `patch` did to a tower; kept on it until `unpatch`."""
@@ -53,16 +59,22 @@ class Patch:
     max_over: MaxOver
     zero: Zero
     num_prefix: int
+    target: Tensor | None = None
+    """(B, h, w) bool, where the neurons fire, without registers, in forwards that nobody steers otherwise."""
+    static: StaticRegisters | None = None
+    """The registers, if they are constants."""
     disabled_by: int = 0
     """How many `disabled` blocks are open, in all threads."""
     traced: tuple[int, Tensor, Tensor] | None = None
     """While a forward is compiled: a block whose tokens a hook may replace, these, and their registers (B, R, C)."""
 
     def __post_init__(self) -> None:
-        self.overrides: list[Override] = []
+        self.overrides: list[Override | Constant] = []
         self.verified_use = VerifiedUse(self.neurons)
+        no_tokens = self.target is not None or (self.static is not None and self.static.form == "bias")
+        self.own_mode = Mode(has_registers=not no_tokens, target=self.target)
 
-    def install(self, overrides: Iterable[Override]) -> None:
+    def install(self, overrides: Iterable[Override | Constant]) -> None:
         self.overrides = list(overrides)  # all are made before the first is installed
         for override in self.overrides:
             override.install()
@@ -81,8 +93,9 @@ class Patch:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The arguments that make the same patch again."""
-        return {"num_registers": self.num_registers, "max_over": self.max_over, "zero": self.zero}
+        """The arguments that make the same patch again, for JSON; of static registers, the form."""
+        options = {"num_registers": self.num_registers, "max_over": self.max_over, "zero": self.zero}
+        return options if self.static is None else {**options, "static": self.static.form}
 
     @property
     def owner(self) -> dict[tuple[int, int], int]:
@@ -90,15 +103,26 @@ class Patch:
         return {(block, unit): i % self.num_registers for i, (block, unit, _) in enumerate(self.neurons.ranking)}
 
     @property
-    def enabled(self) -> bool:
-        """Whether the block that this thread is in has registers.
+    def next_mode(self) -> Mode:
+        """What forwards compute that start now in this thread."""
+        if self.disabled_by > 0:
+            return AS_IT_WAS
+        mode = self.own_mode
+        for patch, steered in running.steered:
+            if patch is self:
+                mode = steered
+        return mode
 
-        An MLP or attention that is called by itself, outside its block, gets tokens without registers. It is inside
-        although nothing says so where it is compiled, and where a backward pass recomputes the block from within.
+    @property
+    def mode(self) -> Mode:
+        """What the block computes that this thread is in.
+
+        An MLP or attention that is called by itself, outside its block, is as it was. It is inside although nothing
+        says so where it is compiled, and where a backward pass recomputes the block from within.
         """
         if running.forward is not None:
-            return running.forward.has_registers
-        return self.disabled_by == 0 and (torch.compiler.is_compiling() or is_recomputing())
+            return running.forward.mode
+        return self.next_mode if torch.compiler.is_compiling() or is_recomputing() else AS_IT_WAS
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scenes import RANDOM, masks, tiny_model, write_image, write_map
+from scenes import RANDOM, SIZES, masks, tiny_model, write_image, write_map
 
 from testreg.evaluation import attention_seg
 from testreg.evaluation.attention_seg import scaled, score
@@ -70,7 +70,7 @@ def test_foreground_is_a_range_of_values(tmp_path: Path) -> None:
     options = {"size": 64, "progress": False}
     by_default = attention_seg.evaluate(tiny_model(), tmp_path, **options)
     assert attention_seg.evaluate(tiny_model(), tmp_path, foreground="1-90", **options).metrics == by_default.metrics
-    other = attention_seg.evaluate(tiny_model(), tmp_path, foreground="2-90", **options)
+    other = attention_seg.evaluate(tiny_model(), tmp_path, foreground="0-1", **options)  # no image has background
     assert np.isnan(other.metrics["plain"]["map"])
     assert other.to_json()["plain"]["map"] is None
     with pytest.raises(ValueError, match="foreground must be FIRST-LAST"):
@@ -171,9 +171,15 @@ def broken_mask(folder: Path) -> str:
     return r"1.png is not a readable image"
 
 
+def no_foreground(folder: Path) -> str:
+    for i in range(4):
+        write_map(folder / "masks" / f"{i}.png", np.zeros(SIZES[i], dtype=np.uint8))
+    return r"no mask has foreground: a value of more than 0 \(--foreground\)"
+
+
 @pytest.mark.parametrize(
     "spoil",
-    [missing_folder, no_masks, no_images, missing_image, mask_of_another_size, broken_mask],
+    [missing_folder, no_masks, no_images, missing_image, mask_of_another_size, broken_mask, no_foreground],
     ids=lambda spoil: spoil.__name__,
 )
 def test_bad_data_is_one_error_before_a_model_is_loaded(spoil: object, tmp_path: Path) -> None:

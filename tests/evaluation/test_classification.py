@@ -13,10 +13,11 @@ from scenes import RANDOM, image_bytes, labelled, tiny_model
 
 from testreg.evaluation import knn, linear
 from testreg.evaluation.bootstrap import mean_of
+from testreg.evaluation.classification import BLOCKS, features, top_1_and_5
 from testreg.evaluation.fitting import _draws
-from testreg.evaluation.knn import top_1_and_5, vote
+from testreg.evaluation.knn import vote
 from testreg.evaluation.labels import class_names, labelled_images
-from testreg.evaluation.linear import BLOCKS, RATES, Probes
+from testreg.evaluation.linear import RATES, Probes
 from testreg.families import find_tower
 from testreg.io.processes import process_group
 from testreg.measure.tokens import normed_tokens
@@ -90,7 +91,7 @@ def test_features_are_those_of_the_last_blocks() -> None:
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         run_column = type("Column", (), {"tower": find_tower(loaded.model)})
-        found = linear.features(run_column, images)  # type: ignore[arg-type]
+        found = features(run_column, images)  # type: ignore[arg-type]
         last = loaded.model.forward_features(images)
         blocks = loaded.model.get_intermediate_layers(images, n=4, return_prefix_tokens=True, norm=True)
     assert torch.allclose(found["cls"][:, 0], last[:, 0], atol=1e-5)
@@ -233,3 +234,12 @@ def test_processes_fit_the_same_probe(tmp_path: Path) -> None:
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found["plain"] == pytest.approx(alone.to_json()["plain"])
         assert found["details"] == alone.to_json()["details"]
+
+
+def test_knn_and_linear_share_their_features(tmp_path: Path) -> None:
+    folder, kept = labelled(tmp_path / "data"), tmp_path / "kept"
+    options: dict[str, Any] = {"size": 64, "cache": kept, "progress": False}
+    knn.evaluate(tiny_model(), folder, k=2, **options)
+    files = {file: file.stat().st_mtime_ns for file in kept.rglob("*.safetensors")}
+    linear.evaluate(tiny_model(), folder, augment=False, iterations=2, fit_batch=2, **options)
+    assert {file: file.stat().st_mtime_ns for file in kept.rglob("*.safetensors")} == files

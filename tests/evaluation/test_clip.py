@@ -17,11 +17,8 @@ from testreg.evaluation.clip import class_embeddings, encode_texts, names_of, to
 from testreg.evaluation.labels import Labelled
 from testreg.evaluation.preparing import Normalisation
 from testreg.evaluation.samples import Sample
-from testreg.evaluation.steering import steered
 from testreg.evaluation.typographic import Attack, WithBox, _in_state, written_on
-from testreg.families import find_tower
 from testreg.io.loading import LoadedModel
-from testreg.measure.hooks import recording_inputs
 
 OPTIONS: dict[str, Any] = {"progress": False, "resamples": 5}
 
@@ -125,31 +122,6 @@ def test_the_word_can_be_painted_over_and_found(tmp_path: Path) -> None:
     assert len({_in_state(sample, kind, 64).name for kind in ("clean", "attacked", "painted", "boxed")}) == 4
     made = WithBox(Normalisation((0.0,) * 3, (1.0,) * 3), 64)(_in_state(sample, "boxed", 64).open())
     assert (made[3] == 1).numpy().tolist() == word.tolist()
-
-
-@pytest.mark.parametrize("name", ["hf_clip", "open_clip_sequence_first"])
-def test_activations_are_moved_onto_the_mask(name: str) -> None:
-    tower = find_tower(tiny_model(name).model)
-    mask = torch.zeros(2, 16, dtype=torch.bool)
-    mask[0, 3], mask[1, 5:7] = True, True
-    fc2, seen = tower.blocks[1].mlps[0].fc2, list[torch.Tensor]()
-    images = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        with recording_inputs([fc2], lambda index, hidden: seen.append(tower.batch_first(hidden))):
-            tower.run(images)
-        with (
-            steered(tower, {1: [7]}, mask),
-            recording_inputs([fc2], lambda index, hidden: seen.append(tower.batch_first(hidden))),
-        ):
-            tower.run(images)
-    before, moved = seen
-    for i in range(2):
-        peak = before[i, before[i, :, 7].abs().argmax(), 7]
-        assert torch.allclose(moved[i, 1:, 7], mask[i] * peak)
-        assert moved[i, 0, 7] == before[i, 0, 7]  # CLS keeps its own
-    others = [unit for unit in range(192) if unit != 7]
-    assert torch.equal(moved[..., others], before[..., others])
-    assert not fc2._forward_pre_hooks
 
 
 def test_attacks_with_and_without_defence(tmp_path: Path) -> None:

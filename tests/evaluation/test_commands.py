@@ -32,6 +32,7 @@ def test_every_argument_is_an_option_with_a_help(task: str) -> None:
     for name, option in options.items():
         kind, shown = get_args(option.annotation)[:2]
         assert len(shown.help) > 5, name
+        assert "None" not in shown.help, name  # which a command line does not have
         assert get_origin(kind) is Literal or kind in (bool, int, float, str) or type(None) in get_args(kind)
 
 

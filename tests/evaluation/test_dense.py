@@ -208,6 +208,12 @@ def test_bad_depth(tmp_path: Path) -> None:
         depth.evaluate("no such model", folder, **OPTIONS)
     with pytest.raises(ValueError, match=r"has no depth between 0.001 and 10 m: is unit \(--unit\) right"):
         depth.evaluate("no such model", folder, nyu_crop=False, unit=1.0, **OPTIONS)
+    first = min((folder / "depth").iterdir())  # of train
+    whole = first.read_bytes()
+    write_map(first, np.zeros((64, 64), dtype=np.uint16))
+    with pytest.raises(ValueError, match=rf"{first.name} has no depth between"):
+        depth.evaluate("no such model", folder, nyu_crop=False, augment=False, **OPTIONS)
+    first.write_bytes(whole)
     with pytest.raises(ValueError, match=r"holds no maps: it must hold images/ or rgb/ and depth/"):
         depth.evaluate("no such model", folder / "rgb", **OPTIONS)
 

@@ -40,6 +40,18 @@ def test_every_task_has_help(task: str, capsys: pytest.CaptureFixture[str]) -> N
     assert "--data" in capsys.readouterr().out
 
 
+def test_help_is_broken_where_the_terminal_ends(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "dumb")
+    with pytest.raises(SystemExit):
+        main(["evaluate", "depth", "--help"])
+    output = capsys.readouterr().out
+    paragraph = output[output.index("Each patch, joined") : output.index("Metrics are of each")]
+    assert all(len(line.strip()) > 50 for line in paragraph.splitlines()[:-1])
+
+
 def test_an_unknown_task_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["evaluate", "chess", "demo"])

@@ -4,8 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from scenes import RANDOM, SIZES, coco, tiny_model, voc, write_coco, write_image
 
@@ -74,7 +76,8 @@ def test_both_layouts_have_the_same_boxes(layout: object, tmp_path: Path) -> Non
 
 def test_crowds_do_not_count_and_images_without_boxes_are_left_out(tmp_path: Path) -> None:
     coco(tmp_path, 3)
-    images = [{"id": i, "file_name": f"{i}.png", "width": 64, "height": 64} for i in range(3)]
+    sizes = {i: {"height": height, "width": width} for i, (height, width) in enumerate(SIZES[:3])}
+    images = [{"id": i, "file_name": f"{i}.png", **size} for i, size in sizes.items()]
     boxes = [{"image_id": 0, "bbox": [0, 0, 5, 5], "iscrowd": 1}, {"image_id": 1, "bbox": [0, 0, 5, 5], "iscrowd": 0}]
     write_coco(tmp_path, images, boxes)
     assert [Path(str(each.image)).stem for each in boxed_images(tmp_path)] == ["1"]
@@ -167,20 +170,42 @@ def empty_box(folder: Path) -> str:
     return "0.png has a box that is empty or not finite"
 
 
+def other_size(folder: Path) -> str:
+    write_image(folder / "val2017" / "0.png", 0, (32, 48))
+    return "0.png has 32 x 48 pixels, but .*instances_val2017.json says 64 x 96"
+
+
+def unreadable_image(folder: Path) -> str:
+    (folder / "val2017" / "2.png").write_bytes(b"no picture")
+    return "2.png is not a readable image"
+
+
 def no_boxes(folder: Path) -> str:
     write_coco(folder, [{"id": 0, "file_name": "0.png", "width": 96, "height": 64}], [])
     return "no image in .* has a box"
 
 
-BAD = [missing_folder, no_layout, missing_image, missing_images, broken_json, other_json, stray_annotation]
+BAD_JSON = [broken_json, other_json, stray_annotation, empty_box, no_boxes]
+BAD_IMAGES = [missing_folder, no_layout, missing_image, missing_images, other_size, unreadable_image]
 
 
-@pytest.mark.parametrize("spoil", [*BAD, empty_box, no_boxes], ids=lambda spoil: spoil.__name__)
+@pytest.mark.parametrize("spoil", [*BAD_JSON, *BAD_IMAGES], ids=lambda spoil: spoil.__name__)
 def test_bad_data_is_one_error_before_a_model_is_loaded(spoil: object, tmp_path: Path) -> None:
     folder = coco(tmp_path / "coco")
     message = spoil(folder)  # type: ignore[operator]
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises((ValueError, OSError), match=message):
         lost.evaluate("no such model", folder, progress=False)
+
+
+def test_boxes_are_of_the_pixels_as_they_lie(tmp_path: Path) -> None:
+    """Who annotated VOC and COCO did not turn images as their EXIF tag says."""
+    folder = coco(tmp_path, 1)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rows are columns
+    pixels = Image.open(folder / "val2017" / "0.png")
+    pixels.save(folder / "val2017" / "0.png", exif=exif)
+    (found,) = boxed_images(folder)
+    assert np.array_equal(np.asarray(found.open()), np.asarray(pixels))
 
 
 def test_bad_annotations_of_voc(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from testreg.families import find_tower
 from testreg.io.checkpoints import load, save
 from testreg.io.install import installing, recover
 from testreg.io.loading import load_model
-from testreg.register import patch_of
+from testreg.patching.state import patch_of
 
 RANKED = RegisterNeurons(((1, 77, 3.0), (2, 64, 2.0), (1, 3, 1.0)), provenance={"by": "hand"})
 OPEN_CLIP: dict[str, Any] = {
@@ -796,3 +796,36 @@ def test_weights_that_were_tampered_with(tmp_path: Path) -> None:
                     unpatch(model).load_state_dict(state)
         assert path.read_bytes() == case
     assert refused > len(cases)
+
+
+# Static registers, targets -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "form"), [("hf_vit", "token"), ("torchvision_vit", "bias"), ("open_clip", "bias")])
+def test_static_registers_are_saved_and_loaded(name: str, form: Any, tmp_path: Path) -> None:
+    static = testreg.StaticRegisters(torch.randn(4, 1, 48), RANKED.by_block(), form)
+    model = saved(name, tmp_path, static=static)
+    assert "testreg.static.safetensors" in os.listdir(tmp_path)
+    given = make(name) if name == "torchvision_vit" else None
+    loaded = load(tmp_path, given)
+    assert patch_of(loaded).options == {**patch_of(model).options, "static": form}
+    assert patch_of(loaded).static.states.equal(static.states)  # type: ignore[union-attr]
+    torch.testing.assert_close(output(loaded), output(model), rtol=0, atol=0)
+    assert list(model.state_dict()) == list(make(name).state_dict())
+
+
+def test_a_checkpoint_without_its_static_registers_is_refused(tmp_path: Path) -> None:
+    saved("hf_vit", tmp_path, static=testreg.StaticRegisters(torch.randn(4, 1, 48), RANKED.by_block()))
+    (tmp_path / "testreg.static.safetensors").write_bytes(b"truncated")
+    with pytest.raises(ValueError, match=r"testreg\.static\.safetensors is damaged"):
+        load(tmp_path)
+    (tmp_path / "testreg.static.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"testreg\.static\.safetensors is missing"):
+        load(tmp_path)
+
+
+def test_a_target_is_not_saved(tmp_path: Path) -> None:
+    model = patch(make("hf_vit"), RANKED, target=torch.ones(1, 4, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"patched with a target.*testreg\.steered"):
+        save(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()

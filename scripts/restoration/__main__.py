@@ -1,0 +1,142 @@
+"""What registers restore in a real pretrained network into which register neurons are planted.
+
+The network is one without outliers of its own. A mechanism is planted into it (`scripts/planting`), and `calibrate`,
+told nothing, looks for the neurons. The untouched network is the truth.
+
+    python scripts/restoration MODEL --images PHOTOS --test OTHERS -o JSON [--tasks all --data DATASETS] [--picture PNG]
+
+Ways: `testreg` moves what calibration chooses by itself; `paper` what the paper's score (mean |activation|) ranks
+first, told the true number of neurons; `random` as many random neurons of the same blocks as testreg chose; `zeroing`
+silences what testreg moves. Of each way the first table says how many outliers are left, and how near CLS and patches
+come to the untouched network, on images that neither planting nor calibration has seen; `planted neurons` moves all
+that were planted. `--scores` adds what other scores rank first, told the true number.
+
+With `--tasks`, the tasks of `testreg evaluate` are done by all of these, as tasks.py says: DATASETS holds the folders
+that it names, and CIFAR-10 as parquet files. Planted networks, neurons and features are kept in `--work`, so that a run
+that was interrupted goes on. All of this is of a planted network: it says nothing about how often real ones have such
+neurons.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from planting import Mechanism
+
+import testreg
+from restoration import closeness, picture, tables, tasks
+from restoration.networks import Networks
+from testreg.evaluation.features import cache_folder
+from testreg.files import replacing
+from testreg.io.images import ImageStream
+from testreg.io.loading import load_model
+from testreg.io.preprocessing import OwnTransform
+from testreg.measure.ranking import Score
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    untouched = load_model(args.model).model.eval()
+    work = args.work / f"{args.mechanism}-{args.seed}"
+    work.mkdir(parents=True, exist_ok=True)
+    networks = Networks(args.model, untouched, prepared(untouched, args.images), args.mechanism, args.seed, work)
+    made: dict[str, Any] = {
+        "format": "testreg-restoration",
+        "model": args.model,
+        "mechanism": args.mechanism,
+        "seed": args.seed,
+        "calibrated_on": len(networks.photographs),
+        "compared_on": args.num_test,
+        "ways": ways(networks, prepared(untouched, args.test)[: args.num_test], args.scores),
+        "tasks": {},
+    }
+    write(args.output, made)
+    print(tables.of_ways(made), flush=True)
+    if args.picture:
+        picture.save(networks, args.picture)
+    others = {"untouched": untouched}
+    if args.tasks:
+        others["zeroing"] = zeroed_copy(networks)
+    moved, settings = networks.moved(["activation"]), {"cache": args.work / "features"}
+    if args.num_images is not None:
+        settings["num_images"] = args.num_images
+    for name in args.tasks:
+        made["tasks"][name] = tasks.evaluated(name, networks.planted, moved, others, args.data, **settings)
+        write(args.output, made)
+        print(tables.of_tasks(made), flush=True)
+
+
+def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("model", help="a network without outliers, of 12 blocks or more, such as hf:FOLDER")
+    parser.add_argument("--images", required=True, help="folder of photographs: plant and calibrate")
+    parser.add_argument("--test", required=True, help="folder of others: compare with the untouched network")
+    parser.add_argument("--num-test", type=int, default=48)
+    parser.add_argument("--mechanism", choices=get_args(Mechanism), default="spread")
+    parser.add_argument("--seed", type=int, default=0, help="of what is planted")
+    parser.add_argument("--scores", nargs="*", choices=get_args(Score), default=["activation"], metavar="SCORE")
+    parser.add_argument("--tasks", nargs="+", choices=["all", *tasks.TASKS], default=[], metavar="TASK")
+    parser.add_argument("--data", type=Path, help="folder of the tasks' data sets")
+    parser.add_argument("--num-images", type=int, help="at most so many of each split, for a quick look at the tasks")
+    parser.add_argument("--picture", type=Path, help="file for a picture of the three networks")
+    parser.add_argument("--work", type=Path, default=cache_folder().parent / "restoration", help="what is kept")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="JSON for the results")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args(arguments)
+    if "all" in args.tasks:
+        args.tasks = list(tasks.TASKS)
+    if args.tasks and args.data is None:
+        parser.error("--tasks needs --data, the folder of their data sets")
+    return args
+
+
+def prepared(model: nn.Module, folder: str) -> Tensor:
+    """The images of a folder, (n, 3, h, w), as the model's own library prepares them."""
+    return torch.stack([image for _, image in ImageStream(folder, OwnTransform(model)).numbered()])
+
+
+def ways(networks: Networks, unseen: Tensor, scores: list[Score]) -> dict[str, Any]:
+    """Of each network, how near it comes to the untouched one on images that nobody has seen."""
+    model, planted = networks.planted, networks.planted_neurons
+    untouched, before = closeness.observe(networks.untouched, unseen), closeness.observe(model, unseen)
+    made = {
+        "nothing moved": closeness.counts({}, planted) | closeness.figures(before, before, untouched),
+        "untouched network": closeness.counts({}, planted) | closeness.figures(before, untouched, untouched),
+    }
+    for way, neurons in {**networks.moved(scores), "planted neurons": planted}.items():
+        with testreg.patched(model, neurons):
+            after = closeness.observe(model, unseen)
+        made[way] = closeness.counts(neurons, planted) | closeness.figures(before, after, untouched)
+    with networks.zeroed():
+        after = closeness.observe(model, unseen)
+    made["zeroing"] = closeness.counts(networks.chosen, planted) | closeness.figures(before, after, untouched)
+    return made
+
+
+def zeroed_copy(networks: Networks) -> nn.Module:
+    """The planted network without what testreg chose."""
+    with networks.zeroed() as model:
+        return deepcopy(model)
+
+
+def write(file: Path, made: dict[str, Any]) -> None:
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""What registers hold on images, as constants: one pass over images of the patched model."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from testreg.families import find_tower
+from testreg.io.images import Images, ImageStream, batched
+from testreg.io.preprocessing import OwnTransform, Transform
+from testreg.io.processes import add, rank, summed, world_size
+from testreg.io.progress import progress_bar
+from testreg.neurons import AnyNeurons, describe_model
+from testreg.patching.block import first_register
+from testreg.patching.state import patch_of
+from testreg.register import is_patched, patched, registers
+from testreg.static import Form, StaticRegisters
+
+
+@torch.no_grad()
+def make_static(
+    model: nn.Module,
+    images: Images,
+    neurons: AnyNeurons = None,
+    *,
+    form: Form = "token",
+    transform: Transform | None = None,
+    batch_size: int = 16,
+    num_images: int | None = None,
+    workers: int = 0,
+    seed: int = 0,
+    progress: bool = True,
+    **options: Any,
+) -> StaticRegisters:
+    """The mean state of the registers at each block over `images`, to be constants (arXiv 2506.08010, A.2).
+
+    With them, `patch` moves nothing: the register neurons are silent on the patches, and what they used to write is
+    read from the constants. The model is left as it was. The processes of torch.distributed share the images: all must
+    call this, and all get the same result.
+
+    Example:
+        >>> static = testreg.make_static(model, "photos/", planted, progress=False)
+        >>> outputs = testreg.patch(model, planted, static=static)(images)
+
+    Args:
+        model: a vision tower, or any model that contains one. If it is patched already, leave `neurons` out.
+        images: as in `testreg.diagnose`; about 1000 in the paper.
+        neurons: as in `testreg.patch`.
+        form: "token" for constant tokens, in every family; "bias" for a key and a value in attention and no token,
+            where that is nn.MultiheadAttention (open_clip, OpenAI CLIP, torchvision). Both give the patches the same.
+        transform, batch_size, num_images, workers, seed: as in `testreg.diagnose`.
+        options: `top_k`, `num_registers`, `max_over` and `zero`, as in `testreg.patch`.
+
+    Raises:
+        ValueError: an argument does not fit the model, or its registers are constants already; no image could be read.
+    """
+    already = is_patched(model)
+    if already and (neurons is not None or options):
+        raise ValueError("the model is patched already: leave neurons and options out, or call testreg.unpatch first")
+    if already and (patch_of(model).static is not None or not patch_of(model).next_mode.has_registers):
+        raise ValueError("the model computes no registers: patch it without static and target, and not disabled")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    stream = ImageStream(images, transform or OwnTransform(model), num_images=num_images, workers=workers, seed=seed)
+    batches = batched((image for _, image in stream.numbered(0, rank(), world_size())), batch_size)
+    tower = find_tower(model)
+    sums: dict[str, Tensor] = {}
+    size: list[int] = []
+    with (
+        nullcontext() if already else patched(model, neurons, **options),
+        tower.evaluating(),
+        progress_bar("averaging registers", stream.length, progress) as bar,
+    ):
+        used = patch_of(model)
+        for batch in batches:
+            with registers(model) as after_block:
+                tower.run(batch)
+            add(sums, {"states": torch.stack(after_block).double().sum(1), "images": torch.tensor(len(batch))})
+            size = size or list(batch.shape[-2:])
+            bar.update(len(batch))
+    total = summed(sums)
+    if not total:
+        raise stream.nothing_read()
+    number = int(total["images"])
+    after = total["states"] / number  # (L, R, C)
+    first = first_register(tower, torch.zeros(1, after.shape[-1], device=tower.device, dtype=tower.dtype))
+    means = torch.cat([first.cpu().double().expand_as(after[:1]), after[:-1]])
+    return StaticRegisters(
+        states=means.float(),
+        neurons=used.neurons.by_block(),
+        form=form,
+        model=describe_model(model, tower),
+        images={"number": number, "source": stream.source, "image_size": size},
+    )

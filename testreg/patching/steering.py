@@ -1,0 +1,121 @@
+"""Registers onto patches of one's choice: the register neurons fire there, and on no other patch.
+
+Outliers sit where the register neurons fire (arXiv 2506.08010, section 5): so a mask says where, and the model needs
+no register meanwhile.
+
+Shapes: B images, T tokens of each, P of them prefix tokens, h x w patches, K neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from testreg.patching.activations import MaxOver, Zero, largest, silenced, with_channels
+from testreg.patching.index import index_tensor
+from testreg.patching.running import Mode, running
+from testreg.patching.state import patch_of
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def steer(
+    hidden: Tensor,
+    units: Sequence[int],
+    target: Tensor,
+    *,
+    num_prefix: int,
+    max_over: MaxOver,
+    zero: Zero,
+    valid: Tensor | None = None,
+    patches: Tensor | None = None,
+) -> Tensor:
+    """Copy the largest activation of each register neuron to the patches of a mask, and silence it on the others.
+
+    Args:
+        hidden: (B, T, H) input of an MLP's second linear.
+        units: the K register neurons, as channels of `hidden`.
+        target: (B, h, w) bool, or (1, h, w) for all images.
+        max_over, zero: as in `patch`.
+        valid: (B, T) bool, which tokens are no padding and may give the value; None: all.
+        patches: (1, T) bool, which tokens are patches; None: all behind the prefix.
+
+    Returns:
+        (B, T, H). Where gradients are off, `hidden` itself, edited in place.
+    """
+    index = index_tensor(units, hidden)
+    activations = hidden.index_select(-1, index)  # (B, T, K)
+    peak = largest(activations, max_over, valid)  # (B, 1, K)
+    silent = silenced(activations, zero, num_prefix, patches)
+    chosen = _tokens(target.to(hidden.device), num_prefix, patches).unsqueeze(-1)  # (B, T, 1)
+    return with_channels(hidden, index, torch.where(chosen, peak, silent))
+
+
+def _tokens(target: Tensor, num_prefix: int, patches: Tensor | None) -> Tensor:
+    """Which tokens (B, T) the patches of a mask are."""
+    mask = target.flatten(1)
+    if patches is None:
+        return torch.cat([mask.new_zeros(len(mask), num_prefix), mask], 1)
+    return patches.new_zeros(len(mask), patches.shape[-1]).masked_scatter(patches, mask)
+
+
+def check_target(target: object) -> None:
+    """Raise TypeError or ValueError unless it is a mask (B, h, w) of booleans."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"a target mask is a tensor (B, h, w) of booleans, got {type(target).__name__}")
+    if target.ndim != 3 or target.dtype is not torch.bool or not target.numel():
+        raise ValueError(
+            f"a target mask is (B, h, w) booleans, one for each patch, got {target.dtype} {tuple(target.shape)}"
+        )
+
+
+def check_target_fits(target: Tensor, num_images: int, num_patches: int) -> None:
+    """Raise ValueError unless the mask is one of so many images with so many patches."""
+    masks, rows, columns = target.shape
+    if masks not in (1, num_images):
+        raise ValueError(
+            f"the target mask {tuple(target.shape)} is of {masks} images, and the batch has {num_images}: pass one "
+            "mask for each image, or (1, h, w) for all"
+        )
+    if rows * columns != num_patches:
+        raise ValueError(
+            f"the target mask has {rows} x {columns} = {rows * columns} patches, and the images have {num_patches}: "
+            "it must have their grid, height and width in pixels divided by the patch size"
+        )
+
+
+@contextmanager
+def steered(model: M, target: Tensor) -> Iterator[M]:
+    """Within the `with` block, forwards of a patched model have its outliers where `target` says (section 5).
+
+    There is no register then: the largest activation of each register neuron is copied to the patches of the mask, and
+    the neuron is silent on the others. Where the mask of an image is empty, the activations go nowhere: that is not the
+    unpatched model but ablation, which costs accuracy, since the network looks for what these neurons write.
+
+    It holds for the forwards that this thread starts, as a mask belongs to a batch; one that runs ends as it began.
+    Contexts nest, and the innermost counts; under `testreg.disabled` the model is as it was.
+
+    Args:
+        target: (B, h, w) bool, the grid of patches of each image of the batch, or (1, h, w) for all images.
+
+    Raises:
+        RuntimeError: the model is not patched.
+        TypeError, ValueError: it is no such mask; or, in the forward, one of other images or another grid.
+
+    Example:
+        >>> target = torch.zeros(1, 4, 4, dtype=torch.bool)
+        >>> target[0, 0, :2] = True  # two patches at the top left
+        >>> with testreg.patched(model, planted), testreg.steered(model, target):
+        ...     outputs = model(images)
+    """
+    check_target(target)
+    own = patch_of(model), Mode(has_registers=False, target=target)
+    running.steered = (*running.steered, own)
+    try:
+        yield model
+    finally:
+        running.steered = tuple(each for each in running.steered if each is not own)

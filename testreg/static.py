@@ -1,0 +1,166 @@
+"""Static registers: constant states in place of what a model computes in them, and their safetensors file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from testreg.families import Tower, fingerprint
+from testreg.files import check_format, plain, regular_file, replacing, shown
+from testreg.neurons import RegisterNeurons
+
+FORMAT = "testreg-static"
+VERSION = 1
+SUFFIX = ".static.safetensors"
+_KEYS = {"format", "version", "neurons", "form", "model", "images"}
+
+Form = Literal["token", "bias"]
+
+
+@dataclass(frozen=True, eq=False)
+class StaticRegisters:
+    """The state in which registers enter each block, as constants: their mean over images (arXiv 2506.08010, A.2).
+
+    `testreg.make_static` makes them, and `testreg.patch(model, neurons, static=...)` puts them in place of the
+    registers that a model computes. They belong to the weights and to the register neurons that they were made with.
+
+    Example:
+        >>> static = testreg.make_static(model, images, planted, progress=False)
+        >>> static.states.shape
+        torch.Size([4, 1, 48])
+        >>> static.save("neurons.json")  # beside it: neurons.static.safetensors
+        >>> testreg.StaticRegisters.load("neurons.json").states.equal(static.states)
+        True
+
+    Raises:
+        ValueError: states of another shape, or not finite; an unknown form.
+    """
+
+    states: Tensor
+    """(L, R, C) float32, for the L blocks."""
+    neurons: Mapping[int, Sequence[int]]
+    """The register neurons: {block: units}."""
+    form: Form = "token"
+    """"token": R tokens that each block gets anew. "bias": a key and a value in each attention, and no token: where
+    attention is nn.MultiheadAttention, and R is 1."""
+    model: Mapping[str, Any] = field(default_factory=dict)
+    """The checkpoint, as in `RegisterNeurons.model`."""
+    images: Mapping[str, Any] = field(default_factory=dict)
+    """What the mean is over: their number, source and size."""
+
+    def __post_init__(self) -> None:
+        if self.states.ndim != 3 or not self.states.numel() or not self.states.is_floating_point():
+            raise ValueError(
+                f"the states of registers are (L, R, C), got {self.states.dtype} {tuple(self.states.shape)}"
+            )
+        if self.states.device.type != "meta" and not self.states.isfinite().all():
+            raise ValueError("the states of registers are not all finite")
+        if self.form not in get_args(Form):
+            raise ValueError(f"form must be 'token' or 'bias', got {shown(self.form)}")
+
+    @property
+    def digest(self) -> str:
+        """A short hash of the states."""
+        return hashlib.sha256(self.states.cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+
+    @property
+    def num_registers(self) -> int:
+        """R"""
+        return self.states.shape[1]
+
+    def check_fits(self, tower: Tower, neurons: RegisterNeurons, num_registers: int) -> None:
+        """Raise ValueError unless the states are of registers as a patch of the tower has them."""
+        depth, own, width = self.states.shape
+        expected = tower.depth, tower.blocks[0].mlps[0].fc2_linear.out_features
+        if (depth, width) != expected:
+            raise ValueError(
+                f"these static registers are for {depth} blocks of width {width}, and this model has {expected[0]} of "
+                f"{expected[1]}"
+            )
+        if own != num_registers:
+            raise ValueError(f"there are {own} static registers: pass num_registers={own}, got {num_registers}")
+        made_of = self.model.get("fingerprint", "unknown")
+        if "unknown" not in (made_of, here := fingerprint(tower)) and made_of != here:
+            raise ValueError(
+                f"these static registers are of {plain(self.model.get('name', 'another checkpoint'))}, whose weights "
+                "are not those of this model: make them with testreg.make_static(model, images)"
+            )
+        if _sorted(self.neurons) != _sorted(neurons.by_block()):
+            raise ValueError(
+                "these static registers were made with other register neurons than those given: make them anew with "
+                "testreg.make_static(model, images, neurons)"
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file, replaced whole or not at all; of a neuron JSON's path, the one beside it.
+
+        Example:
+            `neurons.json` stands for `neurons.static.safetensors`.
+        """
+        described = {
+            "format": FORMAT,
+            "version": VERSION,
+            "form": self.form,
+            "neurons": {str(block): list(units) for block, units in self.neurons.items()},
+            "model": dict(self.model),
+            "images": dict(self.images),
+        }
+        with replacing(companion(path)) as temporary:
+            save_file({"states": self.states.contiguous()}, temporary, {FORMAT: json.dumps(described)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> StaticRegisters:
+        """Read what `save` wrote.
+
+        Raises:
+            OSError: no such file, or not a regular one.
+            ValueError: it is damaged, or holds something else.
+        """
+        file = regular_file(companion(path))
+        source = plain(file, longest=None)
+        try:
+            with safe_open(file, "pt") as opened:
+                text, names = (opened.metadata() or {}).get(FORMAT, "null"), opened.keys()
+                states = opened.get_tensor("states") if "states" in names else torch.empty(0)
+            data = check_format(
+                json.loads(text), FORMAT, VERSION, _KEYS, source=source, expected="a file of static registers"
+            )
+            neurons = {int(block): [int(unit) for unit in units] for block, units in data["neurons"].items()}
+            return cls(states, neurons, data["form"], dict(data["model"]), dict(data["images"]))
+        except SafetensorError as error:
+            raise ValueError(f"{source} is damaged or truncated: {error}") from None
+        except (AttributeError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{source} is no valid file of static registers: {plain(error)}") from None
+
+
+AnyStatic = StaticRegisters | str | os.PathLike[str] | None
+"""Whatever `resolve_static` makes static registers of."""
+
+
+def resolve_static(static: AnyStatic) -> StaticRegisters | None:
+    """What the `static` argument of `patch` means. Raises OSError, TypeError or ValueError if nothing valid."""
+    if static is None or isinstance(static, StaticRegisters):
+        return static
+    if not isinstance(static, str | os.PathLike):
+        raise TypeError(f"static must be a StaticRegisters, a path or None, got {type(static).__name__}")
+    return StaticRegisters.load(static)
+
+
+def companion(path: str | os.PathLike[str]) -> Path:
+    """The file of static registers beside a neuron JSON; any other path is that of the file itself."""
+    file = Path(path)
+    return file.with_suffix(SUFFIX) if file.suffix == ".json" else file
+
+
+def _sorted(neurons: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
+    return {block: sorted(units) for block, units in neurons.items() if units}
