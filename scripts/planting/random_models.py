@@ -284,9 +284,12 @@ def plant_on_register(
     count, home = tower.num_trained_registers, tower.depth // 2 if block is None else block
     if not 0 <= register < count:
         raise ValueError(f"the model has {count} trained registers, and none with number {register}")
+    if not isinstance(tower.embedding, nn.Conv2d):
+        raise ValueError(f"planting needs a convolution that embeds the patches, which {tower.family.name} has not")
     generator = torch.Generator().manual_seed(seed)
     for scale in (mlp.scale for each in tower.blocks for mlp in each.mlps if mlp.scale is not None):
         scale.fill_(1.0)
+    _separate_brightness(tower.embedding, images, generator)  # so that no patch is an outlier by itself
     outlier, *own = _directions(1 + count, site.width, generator)
     (tokens,) = (each for each in tower.module.parameters() if each.shape == (1, count, site.width))
     tokens[0] = site.look().norms[0].median() * torch.stack(own)  # a random model has them all alike

@@ -29,8 +29,8 @@ class OutlierRule:
     With `mixture`, the limit is where the log norms of an image part into two Gaussians, if they do: outliers are those
     of the upper one. No k is needed, and outliers may be up to half of the patches. Of all ways to part the sorted
     norms in two, the one of the largest classification likelihood is taken (Celeux and Govaert, 1992), and only if it
-    beats one Gaussian by the Bayesian information criterion (Schwarz, 1978). The means must be `min_ratio` apart. An
-    image that does not part has no outliers: its limit is infinite.
+    beats one Gaussian by the Bayesian information criterion (Schwarz, 1978). The means must be `min_ratio` apart, and
+    an outlier as far from the lower mean. An image that does not part has no outliers: its limit is infinite.
 
     Example:
         >>> norms = torch.tensor([9.0, 10.0, 11.0, 10.0, 9.5, 80.0])  # of the patches of an image
@@ -76,8 +76,8 @@ class OutlierRule:
 
 
 def parting(norms: Tensor, min_ratio: float) -> Tensor:
-    """Norms (..., N) of an image's patches -> the largest (..., 1) of the lower of two Gaussians that their logarithms
-    part into, as `OutlierRule` says; infinite where they do not part."""
+    """Norms (..., N) of an image's patches -> the norm (..., 1) at which their logarithms part into two Gaussians, as
+    `OutlierRule` says; infinite where they do not part."""
     ordered, count = norms.sort(-1).values, norms.shape[-1]
     logs = ordered.cpu().double()
     logs = (logs / logs.median(-1, keepdim=True).values).clamp(min=LOWEST_RATIO).log()
@@ -100,7 +100,11 @@ def parting(norms: Tensor, min_ratio: float) -> Tensor:
     apart = (upper_mean - lower_mean >= math.log(min_ratio)) & (2 * below > count)
     none = gain.new_zeros(*gain.shape[:-1], 1)  # so that there is one to take the largest of
     gain, index = torch.cat([gain.masked_fill(~apart, -math.inf), none], -1).max(-1, keepdim=True)
-    return ordered.gather(-1, index.to(ordered.device)).masked_fill(gain.to(ordered.device) <= 0, math.inf)
+    index, parts = index.to(ordered.device), (gain > 0).to(ordered.device)
+    # A wide upper component takes the largest of the normal norms with it: these are not far enough from their mean.
+    mean = torch.cat([lower_mean, none], -1).exp().to(ordered).gather(-1, index)
+    mean = mean * ordered.median(-1, keepdim=True).values
+    return torch.maximum(ordered.gather(-1, index), min_ratio * mean).masked_fill(~parts, math.inf)
 
 
 @dataclass(frozen=True)
