@@ -231,7 +231,7 @@ def _attention_table(found: Diagnosis) -> Table | None:
         *("block", "attention to prefix tokens, %", "to outliers, %", "in the head with most, %", "which"),
         *("column ratio", "value of outliers / median", "rank of what is taken from them"),
     )
-    rows = []
+    rows: list[tuple[float | None, ...]] = []
     for i, block in enumerate(found.blocks):
         shares = [head.outlier_attention for head in block.heads or ()]
         if not shares or block.outlier_attention is None:
