@@ -16,7 +16,7 @@ import timm
 import tiny
 import torch
 import transformers
-from coverage import dinov2
+from imitations import dinov2
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import Tensor, nn
 

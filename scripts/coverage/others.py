@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import torchvision
+from imitations import clip, dinov2, radio
 from torch import Tensor, nn
 
-from coverage import dinov2, imitations
 from coverage.registry import Architecture, images
 
 TORCHVISION = {"vit_b_16": 16, "vit_b_32": 32, "vit_l_16": 16, "vit_l_32": 32, "vit_h_14": 14}
@@ -37,8 +37,8 @@ def architectures() -> Iterator[Architecture]:
         yield _architecture("hub", name, build, _run_dino, SIDE * patch)
     for name, options in DINOV2.items():
         yield _architecture("hub", name, partial(dinov2.DinoVisionTransformer, **options), _run_dinov2, dinov2.IMAGE)
-    radio = partial(imitations.Radio, SIDE * 16, 16, WIDTH, DEPTH, HEADS)
-    yield _architecture("hub", "radio", radio, lambda model, batch: {"forward": model(batch)}, SIDE * 16)
+    build = partial(radio.Radio, SIDE * 16, 16, WIDTH, DEPTH, HEADS)
+    yield _architecture("hub", "radio", build, lambda model, batch: {"forward": model(batch)}, SIDE * 16)
     for name, patch in CLIP.items():
         yield _architecture("hub", name, partial(_clip, patch), _run_clip, SIDE * patch)
 
@@ -82,7 +82,7 @@ def _run_dinov2(model: Any, batch: Tensor) -> dict[str, Any]:
 
 
 def _clip(patch: int) -> nn.Module:
-    return imitations.CLIP(imitations.VisionTransformer(SIDE * patch, patch, WIDTH, DEPTH, HEADS), CONTEXT, VOCABULARY)
+    return clip.CLIP(clip.VisionTransformer(SIDE * patch, patch, WIDTH, DEPTH, HEADS), CONTEXT, VOCABULARY)
 
 
 def _run_clip(model: Any, batch: Tensor) -> dict[str, Any]:

