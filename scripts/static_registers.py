@@ -2,7 +2,7 @@
 
     python scripts/static_registers.py MODEL --images PHOTOS --test OTHERS [--mechanisms spread triggers ...]
 
-As in `scripts/restoration.py`, a mechanism is planted into a network without outliers, and the untouched network is the
+As in `scripts/restoration`, a mechanism is planted into a network without outliers, and the untouched network is the
 truth; all ways move the planted neurons. `register` is the computed one. `static` is its mean over PHOTOS, with the
 neurons silent on the patches, or (`all`) on all tokens; both forms give the same here. `silent` is no register at all.
 Times are of a torchvision ViT-B/16 of random weights, which has both forms: CPU time, sides in turns in one process,
