@@ -836,7 +836,7 @@ def test_a_thousand_patches_leave_nothing_behind() -> None:
         ({"neurons": None}, ValueError, "(?s)does not say which checkpoint.*[Cc]alibrate"),
         ({"top_k": 0}, ValueError, "top_k must be at least 1"),
         ({"top_k": 99}, ValueError, "top_k=99, but the list holds 8 neurons"),
-        ({"top_k": 2}, ValueError, "no scores, so it cannot be cut"),
+        ({"top_k": 2}, ValueError, "no scores, so it cannot be truncated"),
     ],
 )
 def test_bad_arguments_leave_the_model_alone(
