@@ -531,8 +531,8 @@ def test_calibrate_writes_the_report_and_the_figures(folder, tmp_path, capsys):
     assert "4 register neurons: all of the outlier patches are gone" in text
     assert {path.name for path in figures.iterdir()} == {"norms.png", "histograms.png", "curve.png", "maps.png"}
     out = capsys.readouterr().out
-    assert "measured on 21 others at 64 x 64" in out
-    assert "measured on 21 others at 96 x 96" in out
+    assert "measured on 29 others at 64 x 64" in out
+    assert "measured on 29 others at 96 x 96" in out
     assert out.endswith(f"{report}\n{figures}\n")
 
 
