@@ -81,7 +81,7 @@ class StaticRegisters:
     def check_fits(self, tower: Tower, neurons: RegisterNeurons, num_registers: int) -> None:
         """Raise ValueError unless the states are of registers as a patch of the tower has them."""
         depth, own, width = self.states.shape
-        expected = tower.depth, tower.blocks[0].mlps[0].fc2_linear.out_features
+        expected = tower.depth, tower.width
         if (depth, width) != expected:
             raise ValueError(
                 f"these static registers are for {depth} blocks of width {width}, and this model has {expected[0]} of "

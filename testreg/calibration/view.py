@@ -20,6 +20,7 @@ from testreg.io.images import Images, ImageStream, batched
 from testreg.io.preprocessing import OwnTransform, Transform
 from testreg.io.processes import gathered, rank, world_size
 from testreg.io.progress import progress_bar
+from testreg.measure.attribution import counted_outliers
 from testreg.measure.conclusion import conclude
 from testreg.measure.diagnosis import Diagnosis
 from testreg.measure.hooks import recorded_norms
@@ -169,15 +170,14 @@ class View:
 
     def statistics_with(self, moved: Sequence[Neuron]) -> Statistics:
         """The statistics of the first images of all processes once some neurons are moved, over both halves."""
-        with_outliers = [item for item in self.first if self.has_outliers(item[0])]  # others have none that were hidden
+        with_outliers = [item for item in self.first if self._has_outliers(*item)]  # others have none that were hidden
         with patched(self.model, unscored(moved)):
             return self._statistics_of(iter(with_outliers[:NUM_RANKED_AGAIN]), lambda count: None, {}).total()
 
-    def has_outliers(self, number: int) -> bool:
-        """Whether the first image with this number has outliers, after the blocks that count."""
-        norms = self.norms[number]
-        outlier = self.detection.outliers(norms, self.tower.num_prefix, self.grid)
-        return bool(outlier[self.detection.counts(self.tower.depth).to(norms.device)].any())
+    def _has_outliers(self, number: int, image: Tensor) -> bool:
+        """Whether one of the first images has outliers, after the blocks that count."""
+        norms = self.norms[number].unsqueeze(1)
+        return bool(counted_outliers(self.tower, image.unsqueeze(0), norms, self.detection).any())
 
     def _statistics_of(
         self,

@@ -11,7 +11,6 @@ move such a neuron would take it from all patches. So a second figure says how m
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,17 +81,23 @@ def attribution_of(tower: Tower, images: Tensor, detection: Detection, *, norms:
     """
     norms = token_norms(tower, images) if norms is None else norms
     check_finite(norms, images)
-    patches, grid = tower.patches(images), tower.grid(images)
-    outlier = detection.outliers(norms[..., : patches.stop], tower.num_prefix, grid)[..., patches]
-    outlier &= detection.counts(tower.depth).to(outlier.device)[:, None, None]
+    outlier = counted_outliers(tower, images, norms, detection)
     share, energy_at_outliers, energy = torch.zeros(3, len(images), tower.depth, tower.mlp_width)
     found = Attribution(share, energy_at_outliers, energy, outlier)
-    size = math.prod(grid) * tower.depth * tower.width
+    size = outlier.shape[-1] * tower.depth * tower.width
     per_batch = max(1, MEMORY // (4 * TENSORS * size))
     having = outlier.any(0).any(-1).cpu().nonzero().flatten()
     for part in having.split(per_batch) if len(having) else ():
         _attribute(tower, images[part], outlier[:, part], detection, found, part)
     return found
+
+
+def counted_outliers(tower: Tower, images: Tensor, norms: Tensor, detection: Detection) -> Tensor:
+    """Which patches (L, B, N) of images (B, 3, h, w) are outliers, by norms (L, B, T) of their tokens, after the blocks
+    that the detection counts; none after others."""
+    patches = tower.patches(images)
+    outlier = detection.outliers(norms[..., : patches.stop], tower.num_prefix, tower.grid(images))[..., patches]
+    return outlier & detection.counts(tower.depth).to(outlier.device)[:, None, None]
 
 
 def _attribute(

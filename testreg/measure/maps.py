@@ -113,9 +113,9 @@ def _feature_map(tower: Tower, images: Tensor, block: int, norm: bool) -> Tensor
         tokens = tokens.reshape(1, -1, tokens.shape[-1])
     patches = tokens[:, tower.patches(images)]
     if norm:
-        if tower.final_norm is None:
+        if (final_norm := tower.final_norm) is None:
             raise ValueError(f"{type(tower.module).__name__} has no norm behind its last block: pass norm=False")
-        patches = tower.final_norm(patches)
+        patches = final_norm(patches)
     return patches.mT.unflatten(-1, tower.grid(images))
 
 

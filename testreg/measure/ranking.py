@@ -55,12 +55,11 @@ class Statistics:
 
     @classmethod
     def zeros(cls, tower: Tower) -> Statistics:
-        width = tower.width
         neurons = (2, tower.depth, tower.mlp_width)
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(
             ("share", "energy_at_outliers", "energy", "magnitude", "activation", "normal_activation"), neurons
         )
-        shapes["direction"] = (2, width)
+        shapes["direction"] = (2, tower.width)
         return cls(**{each.name: torch.zeros(shapes.get(each.name, (2,))) for each in fields(cls)})
 
     def tensors(self) -> dict[str, Tensor]:

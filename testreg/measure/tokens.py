@@ -27,7 +27,8 @@ def normed_tokens(tower: Tower, images: Tensor, depth: int = 1) -> list[Tensor]:
 
 def behind_norm(tower: Tower, tokens: Tensor) -> Tensor:
     """The tokens (B, T, C) of a block, behind the tower's final norm if it has one."""
-    return tokens if tower.final_norm is None else tower.final_norm(tokens)
+    norm = tower.final_norm
+    return tokens if norm is None else norm(tokens)
 
 
 def global_token(tokens: Tensor, tower: Tower) -> Tensor:
