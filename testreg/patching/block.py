@@ -74,11 +74,7 @@ class RegisterBlock(Override):
         tokens, arguments = self._by_name(args, kwargs)
         if isinstance(tokens, torch.fx.Proxy):
             return self._as_one_node(tokens, arguments)
-        self._check_tokens(tokens)
-        self._check_shifts()
-        layout = self._layout(self.plain, arguments)
-        if self.index == 0:
-            self._check_use(tokens, layout)
+        layout = self._checked_layout(tokens, arguments, self.plain)
         if self.patch.static is not None:
             sequence = self._with_constants(tokens, layout, replaced)
         else:
@@ -141,17 +137,19 @@ class RegisterBlock(Override):
         tokens, arguments = self._by_name(args, kwargs)
         if isinstance(tokens, torch.fx.Proxy):
             return self._as_one_node(tokens, arguments)
-        self._check_tokens(tokens)
-        self._check_shifts()
-        layout = self._layout(self.bare, arguments)
-        if self.index == 0:
-            self._check_use(tokens, layout)
-            if mode.target is not None:
-                self._check_target(mode.target, tokens, layout)
+        layout = self._checked_layout(tokens, arguments, self.bare)
+        if self.index == 0 and mode.target is not None:
+            self._check_target(mode.target, tokens, layout)
         return self._original(tokens, arguments, layout)
 
-    def _layout(self, plain: Layout, arguments: dict[str, Any]) -> Layout:
-        return (self.tower.family.layout or padded)(self.tower.module, plain, arguments)
+    def _checked_layout(self, tokens: Any, arguments: dict[str, Any], plain: Layout) -> Layout:
+        """Where the tokens of a call lie; an error if the block cannot be run on them."""
+        self._check_tokens(tokens)
+        self._check_shifts()
+        layout = (self.tower.family.layout or padded)(self.tower.module, plain, arguments)
+        if self.index == 0:
+            self._check_use(tokens, layout)
+        return layout
 
     def _original(self, sequence: Tensor, arguments: dict[str, Any], layout: Layout) -> Any:
         if (layout is self.plain or layout is self.bare) and running.layout is None and running.recomputed is None:
