@@ -1,4 +1,4 @@
-"""Processes that share a run as those of torchrun do, but forked, so that none of them imports torch anew."""
+"""Processes that share a run: those of torchrun, and forked ones, which need not import torch anew."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +33,8 @@ def environment_of(count: int) -> dict[str, str]:
 
 def in_processes(count: int, work: Callable[[int], object], folder: Path) -> list[Ended]:
     """Call `work(rank)` in each of `count` processes; what they print is kept in `folder` meanwhile.
+
+    `work` must not differentiate: autograd refuses to in a fork of a process that has compiled something.
 
     The exit code of a rank is 1 after an error, minus the number of the signal if one killed it, and what `work` gave
     to `sys.exit` if it called that.
@@ -62,3 +66,10 @@ def in_processes(count: int, work: Callable[[int], object], folder: Path) -> lis
         for file in texts:
             file.unlink()
     return ended
+
+
+def torchrun(count: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run `testreg` with these arguments in `count` processes of torchrun."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*launcher, "-m", "testreg", *arguments], capture_output=True, text=True, env=environment)

@@ -25,7 +25,7 @@ import timm
 import torch
 from PIL import Image
 from planting import plant
-from ranks import in_processes
+from ranks import torchrun
 from tiny import IMAGE, TIMM, TIMM_RECORDS, fresh, photograph_crops
 from torchvision.transforms.v2 import functional as tv
 
@@ -473,11 +473,10 @@ def test_two_processes_find_what_one_finds(folder, tmp_path):
     assert main([*command, "-o", str(tmp_path / "one.json")]) == 0
     state = ["--resume", str(tmp_path / "state.safetensors")]
     shared = [*command, "-o", str(tmp_path / "two.json"), *state]
-    ended = in_processes(2, lambda rank: sys.exit(main(shared)), tmp_path)
-    assert [each.code for each in ended] == [0, 0], ended[0].err + ended[1].err
+    done = torchrun(2, shared)
+    assert done.returncode == 0, done.stderr
     one, two = (testreg.RegisterNeurons.load(tmp_path / f"{name}.json") for name in ("one", "two"))
-    assert "register neurons, and the ranking" in ended[0].out
-    assert ended[1].out == ""
+    assert done.stdout.count("register neurons, and the ranking") == 1
     assert one.by_block() == two.by_block()
     scores = [{neuron[:2]: neuron[2] for neuron in each.ranking} for each in (one, two)]
     common = scores[0].keys() & scores[1].keys()
@@ -492,14 +491,8 @@ def test_two_processes_find_what_one_finds(folder, tmp_path):
 
 
 def test_of_two_processes_of_torchrun_one_says_what_was_diagnosed(folder, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "testreg"]
     arguments = ["diagnose", str(folder / "model"), "--images", str(folder / "photos"), "--device", "cpu"]
-    done = subprocess.run(
-        [*launcher, *arguments, "--json", str(tmp_path / "diagnosis.json")],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = torchrun(2, [*arguments, "--json", str(tmp_path / "diagnosis.json")])
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("outliers from block 2 (MLP)") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["diagnosis.json"]

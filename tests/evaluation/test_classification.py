@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import in_processes
+from ranks import torchrun
 from scenes import RANDOM, image_bytes, labelled, tiny_model
 
+from testreg.cli import main
 from testreg.evaluation import knn, linear
 from testreg.evaluation.bootstrap import mean_of
 from testreg.evaluation.classification import BLOCKS, features, top_1_and_5
@@ -19,7 +20,6 @@ from testreg.evaluation.knn import vote
 from testreg.evaluation.labels import class_names, labelled_images
 from testreg.evaluation.linear import RATES, Probes
 from testreg.families import find_tower
-from testreg.io.processes import process_group
 from testreg.measure.tokens import normed_tokens
 
 OPTIONS: dict[str, Any] = {"progress": False, "resamples": 5, "size": 64}
@@ -220,20 +220,15 @@ def test_means_of_nothing_are_not_defined() -> None:
 
 
 def test_processes_fit_the_same_probe(tmp_path: Path) -> None:
-    labelled(tmp_path / "data")
-    options = {"iterations": 3, "fit_batch": 6, **OPTIONS}
-    alone = linear.evaluate(tiny_model(), tmp_path / "data", cache=tmp_path / "alone", **options)
-
-    def work(rank: int) -> None:
-        with process_group("cpu"):
-            result = linear.evaluate(tiny_model(), tmp_path / "data", cache=tmp_path / "shared", **options)
-        result.save(tmp_path / f"{rank}.json")
-
-    assert [each.code for each in in_processes(2, work, tmp_path)] == [0, 0]
-    for rank in (0, 1):
-        found = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert found["plain"] == pytest.approx(alone.to_json()["plain"])
-        assert found["details"] == alone.to_json()["details"]
+    command = ["evaluate", "linear", "demo", "--data", str(labelled(tmp_path / "data")), "--neurons", "none"]
+    command += ["--iterations", "3", "--fit-batch", "6", "--size", "56", "--resamples", "5", "--device", "cpu"]
+    alone, shared = tmp_path / "alone.json", tmp_path / "shared.json"
+    assert main([*command, "--cache", str(tmp_path / "alone"), "--json", str(alone)]) == 0
+    done = torchrun(2, [*command, "--cache", str(tmp_path / "shared"), "--json", str(shared)])
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads(file.read_text()) for file in (alone, shared))
+    assert two["plain"] == pytest.approx(one["plain"])
+    assert two["details"] == one["details"]
 
 
 def test_knn_and_linear_share_their_features(tmp_path: Path) -> None:
