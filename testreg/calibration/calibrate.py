@@ -54,7 +54,7 @@ def calibrate(
     max_change: float | None = None,
     budget: float | None = None,
     head: Head | None = None,
-    held_out: int = 64,
+    held_out: int = 48,
     stability: float | None = 0.95,
     resume: str | os.PathLike[str] | None = None,
     batch_size: int = 16,

@@ -50,7 +50,7 @@ def calibrate(
     budget: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="stop measuring then (default: never)")
     ] = None,
-    held_out: Annotated[int, typer.Option(help="images to choose and verify on")] = 64,
+    held_out: Annotated[int, typer.Option(help="images to choose and verify on")] = 48,
     resume: Annotated[
         Path | None, typer.Option(metavar="FILE", help="keep the state there (safetensors); go on from it")
     ] = None,
