@@ -26,13 +26,16 @@ from testreg.measure.conclusion import conclude
 from testreg.measure.diagnosis import Diagnosis
 from testreg.measure.hooks import recorded_norms
 from testreg.measure.observation import observe
-from testreg.measure.outliers import MIN_FRACTION, Detection
+from testreg.measure.outliers import MIN_FRACTION, Detection, token_norms
 from testreg.measure.ranking import Score, Statistics, overlap, scores, statistics_of
 from testreg.neurons import Neuron, unscored
 from testreg.register import is_patched, patched
 
 NUM_DIAGNOSED = 96  # of the first images, or as many as are not held out
-CHUNK = 48  # images between two checks of whether the ranking is stable, and between two saved states
+FIRST_CHUNK = (
+    16  # of the first images, between two checks of whether the ranking is stable, and between two saved states
+)
+CHUNK = 64  # the same of later ones, which processes have yet to read
 NUM_CHOOSING = 16  # held-out images on which sets of neurons are compared; the rest verifies the one that was chosen
 NUM_RANKED_AGAIN = 16  # of the first images that have outliers, by a process, once some neurons are moved
 MIN_VERIFYING = 16  # fewer images verify nothing: one more or less of their outliers decides
@@ -100,6 +103,17 @@ class View:
             raise ValueError(
                 f"{self.stream.source} has a single image, and none to hold out: give more, or held_out=0 and top_k"
             )
+
+    @torch.no_grad()
+    def run_one(self) -> None:
+        """Run the model on the first image."""
+        token_norms(self.tower, self.first[0][1].image.unsqueeze(0)).cpu()  # waits for a GPU
+
+    def keep_first(self, number: int) -> None:
+        """Use no more than so many of the first images."""
+        for part in (self.first, self.held_out):
+            part[:] = [item for item in part if item[0] < number]
+        self.unranked = deque(self.first)
 
     @property
     def is_split(self) -> bool:

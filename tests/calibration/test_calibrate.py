@@ -21,6 +21,7 @@ from testreg.calibration.errors import ImmovableOutliersError, NoOutliersError
 from testreg.calibration.result import Choice
 from testreg.calibration.selection import Selection
 from testreg.calibration.view import CHUNK, held_out_images
+from testreg.cli.calibrate import found as described
 from testreg.families import find_tower
 from testreg.measure.diagnosis import Outliers
 from testreg.measure.outliers import Detection, OutlierRule, token_norms
@@ -387,9 +388,20 @@ def test_ranking_ends_when_it_is_stable(planted, photos):
     assert (early.calibration["images"], early.calibration["held_out"]) == (96, 48)
     whole = calibrate(model, many, stability=None, progress=False)
     assert whole.calibration["images"] == 360 - 48
+
+
+def test_a_budget_cuts_short_what_it_does_not_pay_for(planted, photos):
+    model, _ = planted
+    many = photos.flip(0).repeat(8, 1, 1, 1)
     at_once = calibrate(model, many, budget=1e-9, progress=False)
-    assert at_once.calibration["images"] == 24
+    assert (at_once.calibration["images"], at_once.calibration["held_out"]) == (8, 8)
     assert len(at_once.calibration["curve"]) == 1
+    assert at_once.calibration["out_of_time"] == ["images", "ranking", "choosing"]
+    assert not at_once.verified
+    assert "with a larger --budget it would use more than 16 images, rank more images" in described(at_once)
+    enough = calibrate(model, many, budget=1e9, progress=False)
+    assert "out_of_time" not in enough.calibration
+    assert enough.ranking == calibrate(model, many, progress=False).ranking
 
 
 class Interrupted(torch.utils.data.Dataset):
@@ -414,7 +426,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(score, planted, photos, t
     with pytest.raises(KeyboardInterrupt):
         calibrate(model, Interrupted(many, 230), resume=state, **options)
     with safe_open(state, "pt") as file:
-        assert json.loads(file.metadata()["testreg"])["done"] == 230 // CHUNK * CHUNK
+        assert json.loads(file.metadata()["testreg"])["done"] == 144 + CHUNK
     resumed = calibrate(model, Interrupted(many, 150), resume=state, **options)  # 150 was read
     assert resumed.by_block() == whole.by_block()
     scores = [{neuron[:2]: neuron[2] for neuron in each.ranking} for each in (resumed, whole)]
