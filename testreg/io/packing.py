@@ -1,4 +1,4 @@
-"""Images that are kept in memory while others are run, a byte a value where nothing is lost by that."""
+"""Images that are kept in memory while others are run: large ones a byte a value, where nothing is lost by that."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 LEVELS = 256  # of a pixel of 8 bits
+SMALL = 2**20  # bytes up to which an image is kept as it is: packing one takes a few milliseconds
 
 
 @dataclass(frozen=True, eq=False)
 class PackedImage:
-    """An image (C, h, w) that takes a quarter of its memory, if it was made of pixels of 8 bits.
+    """An image (C, h, w) that takes a quarter of its memory, if it is large and was made of pixels of 8 bits.
 
     However these were normalised, each channel then has at most 256 different values: kept are a table of them, and for
     each pixel its row there. An image with more values, such as one that was resized after it was normalised, is kept
@@ -27,6 +28,8 @@ class PackedImage:
     @classmethod
     def of(cls, image: Tensor) -> PackedImage:
         """Pack an image (C, h, w)."""
+        if image.nbytes <= SMALL:
+            return cls(image)
         found = [channel.unique(return_inverse=True) for channel in image]
         if any(len(values) > LEVELS for values, _ in found):
             return cls(image)

@@ -3,9 +3,15 @@
 import pytest
 import torch
 
+from testreg.io import packing
 from testreg.io.packing import PackedImage
 
 MEAN, STD = torch.tensor([0.48, 0.46, 0.41]), torch.tensor([0.27, 0.26, 0.28])
+
+
+@pytest.fixture(autouse=True)
+def _all_are_large(monkeypatch):
+    monkeypatch.setattr(packing, "SMALL", 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -28,3 +34,9 @@ def test_an_image_of_more_values_is_kept_as_it_is():
     few[:, 1, 0] = 1.0  # 256
     assert PackedImage.of(few).rows.dtype is torch.uint8
     assert torch.equal(PackedImage.of(few).image, few)
+
+
+def test_a_small_image_is_kept_as_it_is(monkeypatch):
+    image = torch.zeros(3, 8, 8)
+    monkeypatch.setattr(packing, "SMALL", image.nbytes)
+    assert PackedImage.of(image).image is image
