@@ -14,6 +14,7 @@ from benchmark.measuring import Row, compared, in_turns
 from benchmark.models import build, neurons, one_more_token, random_images, twin
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TRAINING_BATCH = 8
 
 
 def forward(args: argparse.Namespace) -> Iterator[Row]:
@@ -39,7 +40,7 @@ def training(args: argparse.Namespace) -> Iterator[Row]:
 
     for dtype in args.dtype:
         models = sides_of(build(args, DTYPES[dtype]))
-        images = random_images(8, models["plain"])
+        images = random_images(TRAINING_BATCH, models["plain"])
         sides = {side: functools.partial(step, model.train(), images) for side, model in models.items()}
         times = in_turns(sides, args.device, max(3, args.repeats // 3))
         yield {"dtype": dtype, "mode": "eager", "batch": len(images), **compared(times)}

@@ -25,7 +25,7 @@ from benchmark.models import MadeImages, small_planted
 from testreg.io.processes import process_group
 
 NUM_IMAGES, KILLED_AT = 512, 300  # the number of the image at which a process is killed: ranking has begun at 64
-DEADLINE = 300.0  # seconds after which processes that did not end are killed
+DEADLINE = 600.0  # seconds after which processes that did not end are killed
 
 
 def processes(args: argparse.Namespace) -> Iterator[Row]:
@@ -54,28 +54,29 @@ def processes(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def killed(args: argparse.Namespace) -> Iterator[Row]:
-    """Seconds from the SIGKILL of one of 4 processes, while they rank, until all are gone."""
-    for started in ("torchrun", "by hand"):
-        for victim in (0, 1):
-            with tempfile.TemporaryDirectory() as name:
-                folder, command = Path(name), this(name, victim)
-                commands = [[*torchrun(4), *command]] if started == "torchrun" else [[sys.executable, *command]] * 4
-                port = free_port()
-                running = []
-                for index, each in enumerate(commands):
-                    own = {} if started == "torchrun" else rank_variables(index, len(commands), port)
-                    with (folder / f"{index}.err").open("w") as log:
-                        running.append(subprocess.Popen(each, env=environment() | own, stdout=log, stderr=log))
-                codes = [_code_of(process) for process in running]
-                seconds = time.time() - float((folder / "killed").read_text())
-                yield {
-                    "started": started,
-                    "victim": victim,
-                    "seconds": round(seconds, 1),
-                    "exit_codes": ",".join(map(str, codes)),
-                    "said_why": sum("another of the 4 processes" in log.read_text() for log in folder.glob("*.err")),
-                    "half_written": len(half_written(folder)),
-                }
+    """Seconds from the SIGKILL of one of 3 processes, while they rank, until all are gone."""
+    for started, victim in (("torchrun", 1), ("by hand", 0), ("by hand", 1)):
+        with tempfile.TemporaryDirectory() as name:
+            folder, command, port = Path(name), this(name, victim), free_port()
+            if started == "torchrun":
+                commands = [([*torchrun(3), *command], environment())]
+            else:
+                commands = [([sys.executable, *command], environment() | told(rank, 3, port)) for rank in range(3)]
+            running = []
+            for index, (each, variables) in enumerate(commands):
+                with (folder / f"{index}.err").open("w") as log:
+                    running.append(subprocess.Popen(each, env=variables, stdout=log, stderr=log))
+            codes = [_code_of(process) for process in running]
+            seconds = time.time() - float((folder / "killed").read_text())
+            logs = [log.read_text() for log in folder.glob("*.err")]
+            yield {
+                "started": started,
+                "victim": victim,
+                "seconds": round(seconds, 1),
+                "exit_codes": " ".join(map(str, codes)),
+                "said_why": sum("another of the 3 processes has ended" in log for log in logs),
+                "half_written": len(half_written(folder)),
+            }
 
 
 def half_written(folder: Path) -> list[Path]:
@@ -102,7 +103,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-def rank_variables(rank: int, count: int, port: int) -> dict[str, str]:
+def told(rank: int, count: int, port: int) -> dict[str, str]:
     """What torchrun would tell a process."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
     return {"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in numbers.items()}}
