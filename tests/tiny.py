@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import open_clip
 import timm
@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from testreg.demo.run import PHOTOGRAPHS, crops
 from testreg.io.decoding import open_image
+from testreg.io.packing import PackedImage
 from testreg.io.sources import image_paths
 
 TIMM_RECORDS = tuple(map(int, timm.__version__.split(".")[:3])) >= (1, 0, 31)  # the arguments that made a model
@@ -128,3 +129,7 @@ def photograph_crops() -> Tensor:
     images = [tv.equalize(tv.pil_to_tensor(open_image(path))) for path in image_paths(PHOTOGRAPHS)]
     whole = torch.stack([tv.resize(image, [192, 192], antialias=True) for image in images]).float() / 127.5 - 1
     return crops(whole, 64, 64)
+
+
+def packed(images: Iterable[Tensor]) -> list[PackedImage]:
+    return [PackedImage.of(image) for image in images]

@@ -36,9 +36,9 @@ SHORT = {"augment": False, "fit_batch": 4}  # the features of each image are com
 
 TASKS: dict[str, Task] = {
     "attention-seg": Task(attention_seg.evaluate, "coco256", {"num_images": 100, "foreground": "1-90", "ignore": 0}),
-    "knn": Task(knn.evaluate, "", {"size": 112, "num_images": 300}),
+    "knn": Task(knn.evaluate, "", {"size": 112, "num_images": 1000}),
     "linear": Task(
-        linear.evaluate, "", {"size": 112, "num_images": 300, "augment": False, "iterations": 200, "fit_batch": 64}
+        linear.evaluate, "", {"size": 112, "num_images": 1000, "augment": False, "iterations": 200, "fit_batch": 64}
     ),
     "segment": Task(segment.evaluate, "coco256", {"size": 112, "iterations": 200, "warm_up": 10, **SHORT}),
     "depth": Task(
@@ -47,8 +47,8 @@ TASKS: dict[str, Task] = {
         {"size": 112, "nyu_crop": False, "iterations": 120, "warm_up": 12, "every": 30, **SHORT},
     ),
     "tokens": Task(tokens.evaluate, "", {"size": 112, "num_images": 200, "num_c": 6, "epochs": 10}),
-    "lost": Task(lost.evaluate, "coco256", {"feature": "v", "size": 448, "num_images": 64}),
-    "lost-sweep": Task(lost.evaluate, "coco256", {"feature": "v", "size": 224, "num_images": 64, "sweep": True}),
+    "lost": Task(lost.evaluate, "coco256", {"feature": "v", "size": 448}),
+    "lost-sweep": Task(lost.evaluate, "coco256", {"feature": "v", "size": 224, "num_images": 128, "sweep": True}),
 }
 
 

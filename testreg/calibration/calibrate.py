@@ -9,21 +9,21 @@ until the ranking is stable. Which image goes where depends on its number alone,
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from testreg.calibration.budget import Budget
 from testreg.calibration.errors import ImmovableOutliersError, NoOutliersError
 from testreg.calibration.evaluation import Effect, Evaluator, worst_of
 from testreg.calibration.options import Head, Options
 from testreg.calibration.result import Checks, Choice, facts_before_ranking, result
 from testreg.calibration.resume import State
 from testreg.calibration.selection import MAX_MEASUREMENTS, MAX_NEURONS, Candidates, select
-from testreg.calibration.view import CHUNK, View, evaluating, mean_scores, stability_of, views_of
+from testreg.calibration.view import CHUNK, FIRST_CHUNK, View, evaluating, mean_scores, stability_of, views_of
 from testreg.io.images import Images
 from testreg.io.preprocessing import Transform
 from testreg.io.processes import gathered
@@ -54,7 +54,7 @@ def calibrate(
     max_change: float | None = None,
     budget: float | None = None,
     head: Head | None = None,
-    held_out: int = 64,
+    held_out: int = 48,
     stability: float | None = 0.95,
     resume: str | os.PathLike[str] | None = None,
     batch_size: int = 16,
@@ -95,7 +95,9 @@ def calibrate(
         target: outliers that may be left after any block, as a fraction of those before.
         max_change: how much features may change (1 - cosine, see `testreg.calibration.evaluation.Effect`); None for
             any.
-        budget: seconds after which no more images are ranked and no more sets of neurons measured.
+        budget: seconds that the calibration may take, roughly. A model that is too slow for the first images
+            gets fewer, by the time that one takes; and once the seconds have passed no more images are ranked, and no
+            more sets of neurons measured. "out_of_time" in the facts says which of these happened.
         head: model, images (B, 3, h, w) -> scores (B, classes), such as `lambda model, images: model(images)`: how
             often it agrees with itself without registers is measured. The images are on the model's device and in its
             dtype.
@@ -143,28 +145,21 @@ def calibrate(
         seed=seed,
         progress=progress,
     )
-    out_of_time = _timer(options.budget)
+    budget_left = Budget(options.budget)
     views = views_of(model, images, options)
     options = views[0].options  # with blocks counted from the front
     with evaluating(views):
         for view in views:
             view.split()
+        number = budget_left.images(views[0].end_of_first, lambda: [view.run_one() for view in views])
+        for view in views:
+            view.keep_first(number)
         found = _detect(views, options)
-        _rank(views, found, options, out_of_time)
+        _rank(views, found, options, budget_left)
         evaluators = [view.evaluators() for view in views] if options.held_out else []
-        choice = _choose(views, found, [choosing for choosing, _ in evaluators], options, out_of_time)
+        choice = _choose(views, found, [choosing for choosing, _ in evaluators], options, budget_left)
         checks = _verify(views, choice, [verifying for _, verifying in evaluators], options)
-    return result(views, found, choice, checks, options)
-
-
-def _timer(budget: float | None) -> Callable[[], bool]:
-    """A function that says whether more than `budget` seconds have passed since now, in any of the processes."""
-    started = time.monotonic()
-
-    def out_of_time() -> bool:
-        return budget is not None and any(gathered(time.monotonic() - started > budget))
-
-    return out_of_time
+    return result(views, found, choice, checks, options, budget_left.cut)
 
 
 # Detect ---------------------------------------------------------------------------------------------------------------
@@ -212,7 +207,7 @@ def _nothing_to_move(diagnoses: Sequence[Diagnosis], options: Options) -> NoOutl
 # Rank -----------------------------------------------------------------------------------------------------------------
 
 
-def _rank(views: Sequence[View], found: View, options: Options, out_of_time: Callable[[], bool]) -> None:
+def _rank(views: Sequence[View], found: View, options: Options, budget: Budget) -> None:
     """Add images to the views' statistics, chunk by chunk, until the ranking by them is stable."""
     state = None
     if options.resume is not None:
@@ -235,8 +230,8 @@ def _rank(views: Sequence[View], found: View, options: Options, out_of_time: Cal
         return stability_of(views, options.score, _last_blocks(found, options)[0])[0] >= options.stability
 
     with progress_bar("ranking", views[0].stream.length, options.progress) as bar:
-        while not done or not (is_read() or out_of_time() or is_stable()):
-            done += CHUNK
+        while not done or not (is_read() or is_stable() or budget.is_spent("ranking")):
+            done += FIRST_CHUNK if done < views[0].end_of_first else CHUNK
             for view in views:
                 view.add_statistics(view.take_unranked(done), bar.update if view is views[0] else lambda count: None)
             if state is not None:
@@ -261,7 +256,7 @@ def _choose(
     found: View,
     evaluators: Sequence[Evaluator],
     options: Options,
-    out_of_time: Callable[[], bool],
+    budget: Budget,
 ) -> Choice:
     """As many of the best neurons as the user says, or the fewest with which the target is met, or nearly so."""
     first_last, later_last = _last_blocks(found, options)
@@ -287,7 +282,13 @@ def _choose(
             is_selective = torch.stack([selectivity(each) for each in found]).amin(0) >= SELECTIVE
             return Candidates(candidates, {neuron for neuron in candidates if is_selective[neuron[:2]]})
 
-        selection = select(rank, measure, target=options.target, max_change=options.max_change, out_of_time=out_of_time)
+        selection = select(
+            rank,
+            measure,
+            target=options.target,
+            max_change=options.max_change,
+            out_of_time=lambda: budget.is_spent("choosing"),
+        )
     last = max(first_last, *(block for block, _, _ in selection.neurons))
     return Choice(selection.neurons, ranking, last, selection)
 

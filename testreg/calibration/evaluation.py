@@ -18,6 +18,7 @@ from testreg.calibration.options import Head
 from testreg.calibration.prefix import Prefix
 from testreg.families import Tower
 from testreg.io.images import batched
+from testreg.io.packing import PackedImage
 from testreg.io.processes import Sums, add, gathered, rank, summed
 from testreg.measure.hooks import recorded_norms, recorded_tokens
 from testreg.measure.outliers import MIN_FRACTION, Detection, check_finite, ignored_patches
@@ -71,7 +72,7 @@ def worst_of(effects: Sequence[Effect]) -> Effect:
 class Baseline:
     """What the plain model makes of a batch. L blocks, B images, N patches, K of them sampled, C width."""
 
-    images: Tensor  # (B, 3, h, w)
+    images: tuple[PackedImage, ...]
     limit: Tensor  # (L, B, 1), norm above which a patch is an outlier
     counted: Tensor  # (N,), patches that may be outliers
     outlier: Tensor  # (L, B, N)
@@ -83,7 +84,7 @@ class Baseline:
     def take(self, images: list[int]) -> Baseline:
         """The same of some of the images."""
         return Baseline(
-            images=self.images[images],
+            images=tuple(self.images[i] for i in images),
             limit=self.limit[:, images],
             counted=self.counted,
             outlier=self.outlier[:, images],
@@ -104,7 +105,7 @@ class Evaluator:
     all outliers between the onset and its first neuron are left.
 
     Args:
-        images: tensors (3, h, w), few enough to be kept.
+        images: few enough to be kept.
         onset: the block after which the outliers are there.
         head: model, images (B, 3, h, w) on the model's device and in its dtype -> scores (B, classes).
 
@@ -117,7 +118,7 @@ class Evaluator:
         self,
         model: nn.Module,
         tower: Tower,
-        images: Sequence[Tensor],
+        images: Sequence[PackedImage],
         detection: Detection,
         onset: int,
         *,
@@ -126,8 +127,9 @@ class Evaluator:
         seed: int = 0,
     ) -> None:
         self.model, self.tower, self.detection, self.onset, self.head = model, tower, detection, onset, head
-        self.grid = next(grid for grid in gathered(tower.grid(images[0][None]) if images else None) if grid)
-        self._compare_with([self._baseline(batch, seed) for batch in batched(images, batch_size)])
+        self.grid = next(grid for grid in gathered(tower.grid(images[0].image[None]) if images else None) if grid)
+        batches = [tuple(images[start : start + batch_size]) for start in range(0, len(images), batch_size)]
+        self._compare_with([self._baseline(batch, seed) for batch in batches])
 
     def _compare_with(self, baselines: Sequence[Baseline]) -> None:
         self.baselines = baselines
@@ -227,8 +229,9 @@ class Evaluator:
         classes = None if self.head is None else _classes(scores, len(images))
         return norms[..., patches], last[0][:, : patches.stop].float(), classes
 
-    def _baseline(self, images: Tensor, seed: int) -> Baseline:
-        """What the plain model makes of images (B, 3, h, w)."""
+    def _baseline(self, packed: tuple[PackedImage, ...], seed: int) -> Baseline:
+        """What the plain model makes of a batch."""
+        images = _unpacked(packed)
         norms, tokens, classes = self._run(images)
         limit = self.detection.rule.limit(norms)
         outlier = norms > limit  # (L, B, N)
@@ -238,7 +241,7 @@ class Evaluator:
         sampled = order.expand(len(images), -1).masked_fill(outlier.any(0), -1).topk(number).indices
         outlier = outlier & counted
         return Baseline(
-            images=images,
+            images=packed,
             limit=limit,
             counted=counted,
             outlier=outlier,
@@ -261,7 +264,7 @@ class Evaluator:
 
     def _compare(self, plain: Baseline, sums: Sums) -> None:
         """Add to the sums how the patched model differs from the plain one on a batch."""
-        norms, tokens, classes = self._run(plain.images)
+        norms, tokens, classes = self._run(_unpacked(plain.images))
         norms = self.prefix.norms_of(norms)
         # By both limits: norms may grow evenly, so that none stands out, or even out, so that small ones do.
         outlier = norms > torch.maximum(plain.limit, self.detection.rule.limit(norms))
@@ -278,6 +281,12 @@ class Evaluator:
         if plain.classes is not None and classes is not None:
             added["agreed"] = (plain.classes == classes).sum()
         add(sums, added)
+
+
+def _unpacked(packed: Sequence[PackedImage]) -> Tensor:
+    """A batch (B, 3, h, w)."""
+    (images,) = batched((each.image for each in packed), len(packed))
+    return images
 
 
 def _classes(scores: Tensor, num_images: int) -> Tensor:

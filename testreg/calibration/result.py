@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from testreg.calibration.budget import Cut
 from testreg.calibration.evaluation import Effect, Evaluator
 from testreg.calibration.options import Options
 from testreg.calibration.selection import Selection
@@ -60,13 +61,19 @@ class Checks:
 
 
 def result(
-    views: Sequence[View], found: View, choice: Choice, checks: Checks | None, options: Options
+    views: Sequence[View],
+    found: View,
+    choice: Choice,
+    checks: Checks | None,
+    options: Options,
+    out_of_time: Sequence[Cut],
 ) -> RegisterNeurons:
     """The list of neurons that a calibration gives.
 
     Args:
         found: the first view that has outliers.
         checks: None if no images were held out.
+        out_of_time: what the budget cut short.
     """
     overlapping, compared = stability_of(views, options.score, choice.last, len(choice.neurons))
     total = found.statistics.total()
@@ -91,6 +98,7 @@ def result(
             "outlier_fraction": float(total.num_outliers / total.num_patches),
             "images_with_outliers": int(total.num_with_outliers),
             "stability": {"overlap": overlapping, "neurons": compared},
+            **({"out_of_time": list(out_of_time)} if out_of_time else {}),
             **({} if choice.selection is None else _facts_of_choice(choice.selection)),
             **({} if checks is None else _facts_of_checks(views, choice, checks, options)),
             "made_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from testreg.calibration.view import CHUNK, View
+from testreg.calibration.view import FIRST_CHUNK, View
 from testreg.families import fingerprint
 from testreg.files import replacing
 from testreg.io.processes import gathered, rank
@@ -99,7 +99,7 @@ class State:
                     f"{_short(self.run.get(key))}. Name another file, or delete it to start anew"
                 )
         done = saved.get("done")
-        if type(done) is not int or not 0 < done <= sys.maxsize or done % CHUNK:
+        if type(done) is not int or not 0 < done <= sys.maxsize or done % FIRST_CHUNK:
             raise self._damage(f"it cannot have ended at image {_short(done)}")
         return done, [self._statistics(tensors, i, done) for i in range(len(self.views))]
 

@@ -14,7 +14,9 @@ TOLERANCE = 0.02  # of the outliers' excess norm: sets that differ by less remov
 SAME_CHANGE = 0.01  # sets whose changes of features differ by less change the same
 ALIKE = 0.7  # of the weakest chosen neuron's score: what scores so much is taken with it
 AIM = 0.2  # of the target: a population that is rare among these images may be frequent in others
-FEW = 8  # neurons after which a round ends that was only begun for that, if they help nothing
+FEW = (
+    8  # neurons: so many may be tried one by one, and end a round that was begun for few outliers, if they help nothing
+)
 MAX_NEURONS = 512  # that one round adds to a set; InternViT-6B needed 300
 MAX_MEASUREMENTS = 64  # of sets of neurons, in one selection
 MAX_ROUNDS = 8
@@ -81,6 +83,8 @@ def select(
     4. Fewer neurons may bring all outliers under the limit, and leave some of what these did to other patches. That
        shows in what changes if all selective candidates of any weight are moved as well. If it is more than
        `SAME_CHANGE`, they are added, and those dropped again without which as much changes.
+    5. Of a set of at most `FEW`, each neuron is tried by itself: one that does nothing alone, and whose being left does
+       nothing either, fires at outliers without causing them. It is dropped.
 
     Args:
         rank: the neurons that are moved -> others, ranked on the model that is patched with them.
@@ -104,6 +108,7 @@ def select(
     kept, effect = search.without_idle(added, search.rounds[-1].effect, same_change=False)
     kept, effect = search.with_alike(kept, effect)
     kept, effect = search.completed(kept, effect)
+    kept, effect = search.without_bystanders(kept, effect)
     return Selection(
         neurons=kept,
         effect=effect,
@@ -251,6 +256,21 @@ class _Search:
         if changes_the_same(found, effect):
             return neurons, effect
         return self.without_idle(whole, found, same_change=True)
+
+    def without_bystanders(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[tuple[Neuron, ...], Effect]:
+        """The neurons, which have this effect, less those that do nothing, neither alone nor beside the others."""
+        best, kept = effect, neurons
+        for neuron in neurons if 1 < len(neurons) <= FEW else ():
+            without = tuple(other for other in kept if other is not neuron)
+            if not without or self.is_over():
+                break
+            found = self.measured(without)
+            if not self.is_as_good(found, best) or not changes_the_same(found, best) or self.is_over():
+                continue
+            alone = self.measured((neuron,))
+            if min(alone.remaining, alone.excess) > 1 - TOLERANCE:
+                kept, effect = without, found
+        return kept, effect
 
     def _with(
         self, others: Sequence[Neuron], neurons: tuple[Neuron, ...], effect: Effect

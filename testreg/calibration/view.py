@@ -17,6 +17,7 @@ from testreg.calibration.evaluation import Evaluator
 from testreg.calibration.options import Options
 from testreg.families import Tower, find_tower, fingerprint
 from testreg.io.images import Images, ImageStream, batched
+from testreg.io.packing import PackedImage
 from testreg.io.preprocessing import OwnTransform, Transform
 from testreg.io.processes import gathered, rank, world_size
 from testreg.io.progress import progress_bar
@@ -25,13 +26,16 @@ from testreg.measure.conclusion import conclude
 from testreg.measure.diagnosis import Diagnosis
 from testreg.measure.hooks import recorded_norms
 from testreg.measure.observation import observe
-from testreg.measure.outliers import MIN_FRACTION, Detection
+from testreg.measure.outliers import MIN_FRACTION, Detection, token_norms
 from testreg.measure.ranking import Score, Statistics, overlap, scores, statistics_of
 from testreg.neurons import Neuron, unscored
 from testreg.register import is_patched, patched
 
-NUM_DIAGNOSED = 64  # of the first images, or as many as are not held out
-CHUNK = 32  # images between two checks of whether the ranking is stable, and between two saved states
+NUM_DIAGNOSED = 96  # of the first images, or as many as are not held out
+FIRST_CHUNK = (
+    16  # of the first images, between two checks of whether the ranking is stable, and between two saved states
+)
+CHUNK = 64  # the same of later ones, which processes have yet to read
 NUM_CHOOSING = 16  # held-out images on which sets of neurons are compared; the rest verifies the one that was chosen
 NUM_RANKED_AGAIN = 16  # of the first images that have outliers, by a process, once some neurons are moved
 MIN_VERIFYING = 16  # fewer images verify nothing: one more or less of their outliers decides
@@ -45,9 +49,9 @@ class View:
     tower: Tower
     stream: ImageStream
     options: Options
-    first: list[tuple[int, Tensor]] = field(default_factory=list)
+    first: list[tuple[int, PackedImage]] = field(default_factory=list)
     """The first images of this process that diagnosis and ranking use, each with its number in the stream."""
-    held_out: list[tuple[int, Tensor]] = field(default_factory=list)
+    held_out: list[tuple[int, PackedImage]] = field(default_factory=list)
     end_of_first: int = 0
     """All images with lower numbers have been split into `first` and `held_out`."""
 
@@ -65,7 +69,7 @@ class View:
 
     @property
     def grid(self) -> tuple[int, int]:
-        return self.tower.grid(self.first[0][1])
+        return self.tower.grid(self.first[0][1].image)
 
     @property
     def blocks_with_outliers(self) -> list[int]:
@@ -86,10 +90,10 @@ class View:
         """
         held_out = self.options.held_out
         self.go_to(0)
-        self.end_of_first = max(2 * held_out, NUM_DIAGNOSED)
+        self.end_of_first = max(2 * held_out, held_out + NUM_DIAGNOSED)
         for number, image in self.take(self.end_of_first):
             part = self.held_out if is_held_out(number, held_out) else self.first
-            part.append((number, image))
+            part.append((number, PackedImage.of(image)))
         self.unranked = deque(self.first)
         if 0 in gathered(len(self.first)):
             if world_size() > 1:
@@ -99,6 +103,17 @@ class View:
             raise ValueError(
                 f"{self.stream.source} has a single image, and none to hold out: give more, or held_out=0 and top_k"
             )
+
+    @torch.no_grad()
+    def run_one(self) -> None:
+        """Run the model on the first image."""
+        token_norms(self.tower, self.first[0][1].image.unsqueeze(0)).cpu()  # waits for a GPU
+
+    def keep_first(self, number: int) -> None:
+        """Use no more than so many of the first images."""
+        for part in (self.first, self.held_out):
+            part[:] = [item for item in part if item[0] < number]
+        self.unranked = deque(self.first)
 
     @property
     def is_split(self) -> bool:
@@ -111,7 +126,7 @@ class View:
         evaluator = Evaluator(
             self.model,
             self.tower,
-            [image for _, image in self.held_out],
+            [packed for _, packed in self.held_out],
             self.detection,
             self.onset,
             batch_size=self.options.batch_size,
@@ -140,7 +155,8 @@ class View:
     def take_unranked(self, end: int) -> Iterator[tuple[int, Tensor]]:
         """The images for ranking that are numbered below `end` and were not taken yet."""
         while self.unranked and self.unranked[0][0] < end:
-            yield self.unranked.popleft()
+            number, packed = self.unranked.popleft()
+            yield number, packed.image
         yield from self.take(end)
 
     @property
@@ -150,7 +166,7 @@ class View:
 
     def diagnose(self) -> Diagnosis:
         """The diagnosis of the first images of all processes, without outliers at the `ignored` positions."""
-        batches = batched((image for _, image in self.first), self.options.batch_size)
+        batches = batched((packed.image for _, packed in self.first), self.options.batch_size)
         rule = self.options.outlier_rule
         with (
             progress_bar("diagnosing", len(self.first), self.options.progress) as bar,
@@ -169,10 +185,17 @@ class View:
         self.statistics += self._statistics_of(numbered, on_images, self.norms)
 
     def statistics_with(self, moved: Sequence[Neuron]) -> Statistics:
-        """The statistics of the first images of all processes once some neurons are moved, over both halves."""
-        with_outliers = [item for item in self.first if self._has_outliers(*item)]  # others have none that were hidden
+        """The statistics of the first images of all processes once some neurons are moved, over both halves.
+
+        Images without outliers are left out: they have none that were hidden.
+        """
+        with_outliers = (
+            (number, packed.image) for number, packed in self.first if self._has_outliers(number, packed.image)
+        )
         with patched(self.model, unscored(moved)):
-            return self._statistics_of(iter(with_outliers[:NUM_RANKED_AGAIN]), lambda count: None, {}).total()
+            return self._statistics_of(
+                itertools.islice(with_outliers, NUM_RANKED_AGAIN), lambda count: None, {}
+            ).total()
 
     def _has_outliers(self, number: int, image: Tensor) -> bool:
         """Whether one of the first images has outliers, after the blocks that count."""

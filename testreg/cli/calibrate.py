@@ -48,9 +48,9 @@ def calibrate(
         float | None, typer.Option(help="how much features may change, 1 - cosine (default: any)")
     ] = None,
     budget: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="stop measuring then (default: never)")
+        float | None, typer.Option(metavar="SECONDS", help="take about so long (default: as long as it takes)")
     ] = None,
-    held_out: Annotated[int, typer.Option(help="images to choose and verify on")] = 64,
+    held_out: Annotated[int, typer.Option(help="images to choose and verify on")] = 48,
     resume: Annotated[
         Path | None, typer.Option(metavar="FILE", help="keep the state there (safetensors); go on from it")
     ] = None,
@@ -187,6 +187,13 @@ def found(neurons: RegisterNeurons) -> str:
             f"the target of {facts['target']:.1%} was not reached: this set came closest. More images, another "
             "--max-block or a higher --target may help; testreg diagnose says what kind of outliers they are"
         )
+    if cut := facts.get("out_of_time"):
+        would = {
+            "images": f"use more than {facts['images'] + facts['held_out']} images",
+            "ranking": "rank more images, until halves of them agree",
+            "choosing": "measure more sets of neurons",
+        }
+        lines.append(f"out of time: with a larger --budget it would {', '.join(would[each] for each in cut)}")
     agreement = facts.get("chosen", {}).get("agreement")
     if agreement is not None and agreement < HIGH_AGREEMENT:
         lines.append(f"the head agrees with itself on {agreement:.1%} of the images, with and without registers")

@@ -28,14 +28,14 @@ def largest(activations: Tensor, max_over: MaxOver, valid: Tensor | None) -> Ten
 
 
 def silenced(activations: Tensor, zero: Zero, num_prefix: int, patches: Tensor | None) -> Tensor:
-    """A copy of the activations that is zero on the patches, or on "all" tokens.
+    """The activations, zero on the patches, or on "all" tokens; edited in place where gradients are off.
 
     Args:
         patches: (1, T) bool, which tokens are patches; None: all behind the prefix.
     """
     if patches is not None and zero == "patches":
         return activations.masked_fill(patches.unsqueeze(-1), 0)
-    silent = activations.clone()
+    silent = activations.clone() if torch.is_grad_enabled() else activations
     silent[:, num_prefix if zero == "patches" else 0 :].zero_()  # strict export fails on `= 0`
     return silent
 

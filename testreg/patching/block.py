@@ -26,7 +26,7 @@ from testreg.patching.riding import (
     mode_from_start,
     registers_for,
 )
-from testreg.patching.running import Forward, Mode, record, running, running_block_of, running_with_layout
+from testreg.patching.running import Forward, Mode, record, running, running_with_layout
 from testreg.patching.shift import ShiftBefore
 from testreg.patching.state import Patch
 from testreg.patching.static import STATE
@@ -60,12 +60,15 @@ class RegisterBlock(Override):
             mode = self.patch.next_mode
             return self._with_registers(args, kwargs) if mode.has_registers else self._without(mode, args, kwargs)
         forward, replaced = self._forward_of(args[0] if args else kwargs.get(self.parameters[0]))
-        with running_block_of(forward):
+        outer, running.forward = running.forward, forward  # not a context manager: 5 microseconds a block
+        try:
             if forward.mode.has_registers:
                 out = self._with_registers(args, kwargs, replaced)
             else:
                 out = self._without(forward.mode, args, kwargs)
                 self._tell_next(forward, out)
+        finally:
+            running.forward = outer
         if self.last:
             end(forward)
         return out
@@ -199,6 +202,8 @@ class RegisterBlock(Override):
 
     def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The tokens, and the other arguments by name."""
+        if len(args) == 1 and not kwargs:
+            return args[0], {}
         if len(args) > len(self.parameters):
             raise NotImplementedError(f"block {self.index} takes arguments without a name, which testreg does not know")
         # torch.compile takes any `strict` for True in older releases: so the lengths are made equal.

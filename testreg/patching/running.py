@@ -95,16 +95,6 @@ def layout_now(plain: Layout) -> Layout:
 
 
 @contextmanager
-def running_block_of(forward: Forward) -> Iterator[None]:
-    """Within the `with` block this thread is in a block of that forward."""
-    outer, running.forward = running.forward, forward
-    try:
-        yield
-    finally:
-        running.forward = outer
-
-
-@contextmanager
 def running_with_layout(layout: Layout) -> Iterator[None]:
     """Within the `with` block this thread is in a block of that layout."""
     outer, running.layout = running.layout, layout

@@ -20,7 +20,8 @@ from testreg.calibration.calibrate import calibrate
 from testreg.calibration.errors import ImmovableOutliersError, NoOutliersError
 from testreg.calibration.result import Choice
 from testreg.calibration.selection import Selection
-from testreg.calibration.view import held_out_images
+from testreg.calibration.view import CHUNK, held_out_images
+from testreg.cli.calibrate import found as described
 from testreg.families import find_tower
 from testreg.measure.diagnosis import Outliers
 from testreg.measure.outliers import Detection, OutlierRule, token_norms
@@ -375,7 +376,7 @@ def test_held_out_images_have_no_part_in_the_ranking(planted, photos):
     first_run, second_run = (calibrate(model, images, progress=False) for images in (photos, odd_changed))
     assert first_run.ranking == second_run.ranking
     assert first_run.calibration["chosen"] != second_run.calibration["chosen"]
-    read_again = held_out_images(photos, None, held_out=64, num_images=None, seed=0)
+    read_again = held_out_images(photos, None, held_out=48, num_images=None, seed=0)
     assert torch.equal(torch.stack(read_again), photos[1::2])
 
 
@@ -384,12 +385,23 @@ def test_ranking_ends_when_it_is_stable(planted, photos):
     many = photos.repeat(8, 1, 1, 1)  # 360
     early = calibrate(model, many, progress=False)
     assert early.calibration["stability"]["overlap"] == 1.0
-    assert (early.calibration["images"], early.calibration["held_out"]) == (64, 64)
+    assert (early.calibration["images"], early.calibration["held_out"]) == (96, 48)
     whole = calibrate(model, many, stability=None, progress=False)
-    assert whole.calibration["images"] == 360 - 64
+    assert whole.calibration["images"] == 360 - 48
+
+
+def test_a_budget_cuts_short_what_it_does_not_pay_for(planted, photos):
+    model, _ = planted
+    many = photos.flip(0).repeat(8, 1, 1, 1)
     at_once = calibrate(model, many, budget=1e-9, progress=False)
-    assert at_once.calibration["images"] == 16
+    assert (at_once.calibration["images"], at_once.calibration["held_out"]) == (8, 8)
     assert len(at_once.calibration["curve"]) == 1
+    assert at_once.calibration["out_of_time"] == ["images", "ranking", "choosing"]
+    assert not at_once.verified
+    assert "with a larger --budget it would use more than 16 images, rank more images" in described(at_once)
+    enough = calibrate(model, many, budget=1e9, progress=False)
+    assert "out_of_time" not in enough.calibration
+    assert enough.ranking == calibrate(model, many, progress=False).ranking
 
 
 class Interrupted(torch.utils.data.Dataset):
@@ -414,7 +426,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(score, planted, photos, t
     with pytest.raises(KeyboardInterrupt):
         calibrate(model, Interrupted(many, 230), resume=state, **options)
     with safe_open(state, "pt") as file:
-        assert json.loads(file.metadata()["testreg"])["done"] == 224
+        assert json.loads(file.metadata()["testreg"])["done"] == 144 + CHUNK
     resumed = calibrate(model, Interrupted(many, 150), resume=state, **options)  # 150 was read
     assert resumed.by_block() == whole.by_block()
     scores = [{neuron[:2]: neuron[2] for neuron in each.ranking} for each in (resumed, whole)]

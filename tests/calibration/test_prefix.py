@@ -1,7 +1,7 @@
 import pytest
 import torch
 from planting import plant
-from tiny import BUILDERS, SPREAD_MLP, fresh, photograph_crops
+from tiny import BUILDERS, SPREAD_MLP, fresh, packed, photograph_crops
 
 from testreg.calibration.evaluation import Evaluator
 from testreg.calibration.prefix import Prefix
@@ -17,7 +17,7 @@ def evaluator_of(name, head=None):
     planted = plant(model, images, num_neurons=6, two_blocks=True)
     tower = find_tower(model)
     neurons = [(block, unit, None) for block, units in planted.neurons.items() for unit in units]
-    return Evaluator(model, tower, list(images), Detection(RULE, 2), 1, batch_size=5, head=head), neurons
+    return Evaluator(model, tower, packed(images), Detection(RULE, 2), 1, batch_size=5, head=head), neurons
 
 
 def assert_alike(one, other):

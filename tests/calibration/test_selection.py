@@ -168,7 +168,9 @@ def test_selective_neurons_are_dropped_by_blocks_and_others_one_by_one():
     busy = [(1, unit, 1 - unit / 100) for unit in range(4)]  # of which 3 is idle
     selective = [(block, unit, 0.9 - unit / 100) for block, unit in ((2, 4), (2, 5), (3, 6), (3, 7))]
     found = select(once((*busy, *selective), set(selective)), model, target=0.05)
-    assert {unit for _, unit, _ in found.neurons} == {0, 1, 2, 6, 7}  # block 3 is needed, so 6 may come along
+    assert [unit for _, unit, _ in found.rounds[0].added] == list(range(8))
+    assert {2, 4, 5} not in model.measured  # a block goes as a whole
+    assert {unit for _, unit, _ in found.neurons} == {0, 1, 2, 7}  # block 3 is needed, but 6 does nothing there
 
 
 def test_selective_neurons_of_no_weight_are_not_added():
@@ -194,6 +196,23 @@ def test_selective_neurons_that_score_alike_are_taken_with_those_that_were_chose
     harmful = Model([0, 1])
     harmful.costly = {2}
     assert len(select(once(candidates, set(candidates)), harmful, target=0.05, max_change=0.05).neurons) == 2
+
+
+def test_of_a_few_neurons_each_must_do_something_alone_or_beside_the_others():
+    selective = [(2, unit, 0.9 - unit / 100) for unit in range(4)]
+    measured = []
+
+    def measure(neurons):
+        """0 and 1 take the outliers away together, 2 alone takes a few and adds nothing to these, 3 does nothing."""
+        units = {unit for _, unit, _ in neurons}
+        measured.append(units)
+        left = 0.0 if {0, 1} <= units else 0.7 if 2 in units else 1.0
+        return Effect(len(units), left, 5, left, 0.01, 0.01, None)
+
+    found = select(once(selective[::-1], set(selective)), measure, target=0.05)
+    assert {unit for _, unit, _ in found.rounds[0].added} == {0, 1, 2, 3}
+    assert {unit for _, unit, _ in found.neurons} == {0, 1, 2}
+    assert {3} in measured
 
 
 def test_there_must_be_candidates():

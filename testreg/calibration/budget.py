@@ -1,0 +1,54 @@
+"""The seconds that a calibration may take, and what they were too few for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Literal
+
+from testreg.io.processes import gathered
+
+FORWARDS = 4  # of an image, that a calibration takes in all: 2 to 4, and more where the search is long
+FEWEST = 16  # images, however little time there is
+
+Cut = Literal["images", "ranking", "choosing"]
+
+
+class Budget:
+    """The seconds that a calibration may take from now on, in the slowest of the processes; None for any number."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds = seconds
+        self.started = time.monotonic()
+        self.cut: list[Cut] = []
+        """What would have gone on with more time: fewer images than the first were used, ranking ended before it was
+        stable, or sets of neurons were not measured."""
+
+    def is_spent(self, doing: Cut) -> bool:
+        """Whether the time is over, which cuts short what is being done."""
+        if self.seconds is None or not any(gathered(time.monotonic() - self.started > self.seconds)):
+            return False
+        self._remember(doing)
+        return True
+
+    def images(self, first: int, forward: Callable[[], object]) -> int:
+        """How many of the `first` images can be used, an even number, if `forward` runs one image.
+
+        One image says how long others will take: so diagnosis, ranking, choice and verification all get their share,
+        where a deadline alone would leave nothing for what comes last.
+        """
+        if self.seconds is None:
+            return first
+        forward()  # warms up
+        start = time.perf_counter()
+        forward()
+        shares = gathered(time.perf_counter() - start)
+        number = 2 * int(len(shares) * self.seconds / (2 * FORWARDS * max(shares)))
+        if number >= first:
+            return first
+        self._remember("images")
+        return min(first, max(FEWEST, number))
+
+    def _remember(self, doing: Cut) -> None:
+        if doing not in self.cut:
+            self.cut.append(doing)

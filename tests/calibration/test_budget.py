@@ -1,0 +1,53 @@
+"""What a budget pays for, by a clock that is turned by hand."""
+
+import pytest
+
+from testreg.calibration import budget
+from testreg.calibration.budget import Budget
+
+
+class Clock:
+    """In the place of `time`: forwards turn it on."""
+
+    now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    perf_counter = monotonic
+
+    def forward(self):
+        self.now += 0.5
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(budget, "time", clock)
+    return clock
+
+
+@pytest.mark.parametrize(
+    ("seconds", "images"),
+    [(None, 144), (288.0, 144), (287.0, 142), (80.0, 40), (79.0, 38), (32.0, 16), (10.0, 16), (1e-9, 16)],
+)
+def test_an_image_costs_four_forwards(seconds, images, clock):
+    spent = Budget(seconds)
+    assert spent.images(144, clock.forward) == images
+    assert spent.cut == ([] if images == 144 else ["images"])
+
+
+def test_there_are_no_more_than_there_were(clock):
+    assert Budget(1e-9).images(10, clock.forward) == 10
+
+
+def test_what_is_cut_short_is_remembered_once(clock):
+    spent = Budget(2.0)
+    assert not spent.is_spent("ranking")
+    clock.now = 2.5
+    assert spent.is_spent("ranking")
+    assert spent.is_spent("choosing")
+    assert spent.is_spent("choosing")
+    assert spent.cut == ["ranking", "choosing"]
+    clock.now = 1e9
+    assert not Budget(None).is_spent("ranking")
