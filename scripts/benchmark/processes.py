@@ -24,7 +24,7 @@ from benchmark.measuring import Row
 from benchmark.models import MadeImages, small_planted
 from testreg.io.processes import process_group
 
-NUM_IMAGES, KILLED_AT = 512, 300  # the number of the image at which a process is killed: ranking has begun at 64
+NUM_IMAGES, KILLED_AT = 512, 300  # the number of the image at which a process is killed: ranking has begun
 DEADLINE = 600.0  # seconds after which processes that did not end are killed
 
 

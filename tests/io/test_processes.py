@@ -131,7 +131,7 @@ def test_a_process_that_is_killed_while_it_ranks(photos, tmp_path):
     """The other ends with an error, and the state that was written before goes on to what a single process finds."""
     model, state = fresh("timm_clip"), tmp_path / "state.safetensors"
     plant(model, photos, num_neurons=4)
-    images = photos.repeat(4, 1, 1, 1)  # 180, of which 64 are read before ranking begins
+    images = photos.repeat(4, 1, 1, 1)  # 180, of which 96 are read before ranking begins
 
     class Deadly(torch.utils.data.Dataset):
         def __len__(self):
