@@ -125,3 +125,37 @@ def test_a_process_that_is_killed_ends_the_other(tmp_path):
     first, second = in_processes(2, work, tmp_path)
     assert "RuntimeError: another of the 2 processes has ended, or does not answer" in first.err
     assert (first.code, second.code) == (1, -signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_while_it_ranks(photos, tmp_path):
+    """The other ends with an error, and the state that was written before goes on to what a single process finds."""
+    model, state = fresh("timm_clip"), tmp_path / "state.safetensors"
+    plant(model, photos, num_neurons=4)
+    images = photos.repeat(4, 1, 1, 1)  # 180, of which 96 are read before ranking begins
+
+    class Deadly(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(images)
+
+        def __getitem__(self, index):
+            if index >= 128:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return images[index]
+
+    # by activation, which takes no backward pass: see in_processes
+    options = {"score": "activation", "top_k": 4, "held_out": 0, "stability": None, "progress": False}
+
+    def work(own_rank):
+        with process_group("cpu"):
+            testreg.calibrate(model, Deadly() if own_rank == 1 else images, resume=state, **options)
+
+    first, second = in_processes(2, work, tmp_path)
+    assert "RuntimeError: another of the 2 processes has ended, or does not answer" in first.err
+    assert (first.code, second.code) == (1, -signal.SIGKILL)
+    assert list(tmp_path.iterdir()) == [state]
+    resumed = testreg.calibrate(model, images, resume=state, **options)
+    alone = testreg.calibrate(model, images, **options)
+    assert resumed.by_block() == alone.by_block()
+    for (*neuron, score), (*expected, expected_score) in zip(resumed.ranking[:4], alone.ranking[:4], strict=True):
+        assert neuron == expected
+        assert score == pytest.approx(expected_score, rel=1e-5)

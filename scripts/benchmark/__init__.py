@@ -1,0 +1,1 @@
+"""What testreg costs, measured."""

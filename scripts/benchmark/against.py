@@ -1,0 +1,206 @@
+"""testreg against hooks that keep all activations, and against a checkout of the paper's released code.
+
+The released code is not installable: `--against FOLDER` takes a checkout of github nickjiang2378/test-time-registers
+(commit 860df43), whose folder `shared` does not depend on the model. What a model must provide is told here, as that
+code asks for it: the modules whose outputs are logged or changed, a forward, and a preprocessing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as tv
+
+import testreg
+from benchmark.calibration import rank
+from benchmark.measuring import Row, compared, in_own_process, in_turns, peak_memory
+from benchmark.models import build, neurons, one_more_token, random_images, twin
+from testreg.io.images import ImageStream
+
+SHARED = ("algorithms", "hook_manager")  # the modules of the checkout that are used
+NUM_IMAGES, THRESHOLD = 64, 3.0  # norm of an outlier, over the median of its image's patches
+
+
+def against(args: argparse.Namespace) -> Iterator[Row]:
+    """A patched forward of one image, and a calibration pass of 64; each pass in a process of its own."""
+    released = None if args.against is None else modules_of(args.against)
+    plain = build(args, torch.float32)
+    forwards = {
+        "plain": plain,
+        "testreg": testreg.patch(twin(plain), neurons(plain)),
+        **({} if released is None else {"released": patched_by(released, twin(plain), neurons(plain))}),
+        "noise": twin(plain),
+    }
+    image = random_images(1, plain)
+    with torch.inference_mode():
+        sides = {side: functools.partial(model, image) for side, model in forwards.items()}
+        yield {"forward": "one image", **compared(in_turns(sides, args.device, args.repeats))}
+    passes = [side for side in PASSES if side != "released" or released is not None]
+    with tempfile.TemporaryDirectory() as folder:
+        for index, picture in enumerate(random_images(NUM_IMAGES, plain)):
+            tv.to_pil_image(picture.cpu()).save(Path(folder, f"{index}.png"))
+        plain_s = 0.0
+        for side in passes:
+            seconds, peak = in_own_process(measure_pass, args, side, Path(folder))
+            plain_s = plain_s or seconds
+            ratio = round(seconds / plain_s, 2)
+            yield {"pass": f"{side:27}", "cpu_s": round(seconds, 1), "ratio": ratio, "peak_MiB": round(peak)}
+
+
+def measure_pass(args: argparse.Namespace, side: str, images: Path) -> tuple[float, float]:
+    """CPU seconds of the pass, and the peak memory of the process in MiB."""
+    model = build(args, torch.float32, with_outliers=True)
+    start = time.process_time()
+    PASSES[side](model, images, args)
+    return time.process_time() - start, peak_memory(args.device)
+
+
+def plain_pass(model: nn.Module, images: Path, args: argparse.Namespace) -> None:
+    stream = ImageStream(images, tensor_of).numbered()
+    with torch.inference_mode():
+        for _, image in stream:
+            model(image.unsqueeze(0).to(args.device))
+
+
+def testreg_pass(model: nn.Module, images: Path, args: argparse.Namespace, *, score: str) -> None:
+    rank(model, images, transform=tensor_of, score=score)
+
+
+def tensor_of(picture: Image.Image) -> Tensor:
+    return tv.to_dtype(tv.pil_to_tensor(picture), torch.float32, scale=True)
+
+
+# ---- hooks that keep all activations --------------------------------------------------------------------------------
+
+
+def scores_by_hooks(model: nn.Module, images: Path, args: argparse.Namespace) -> Tensor:
+    """Mean |activation| (L, H) at outliers, of a timm model, by hooks that keep all activations in numpy.
+
+    As the released code does, it runs one image at a time, and keeps the attention maps, block outputs and hidden
+    activations of all blocks; this is a straightforward programme of that kind, and not the released one.
+    """
+    kept: dict[str, list[np.ndarray]] = {"maps": [], "outputs": [], "hidden": []}
+    for block in with_attention_maps(model).blocks:
+        for name, module in (("maps", block.attn.attn_drop), ("outputs", block), ("hidden", block.mlp.act)):
+            module.register_forward_hook(lambda _, inputs, output, to=kept[name]: to.append(output.cpu().numpy()))
+    scores = []
+    for _, image in ImageStream(images, tensor_of).numbered():
+        with torch.no_grad():
+            model(image.unsqueeze(0).to(args.device))
+        norms = np.linalg.norm(kept["outputs"][-1][0], axis=-1)  # (T,)
+        are_outliers = norms > THRESHOLD * np.median(norms)
+        if are_outliers.any():
+            scores.append(np.abs(np.concatenate(kept["hidden"])[:, are_outliers]).mean(1))
+        for arrays in kept.values():
+            arrays.clear()
+    return torch.from_numpy(np.mean(scores, axis=0))
+
+
+def with_attention_maps(model: nn.Module) -> nn.Module:
+    """`model`, whose attention is computed step by step, so that its maps exist."""
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    return model
+
+
+# ---- the released code ----------------------------------------------------------------------------------------------
+
+
+def modules_of(folder: Path) -> dict[str, ModuleType]:
+    """The modules of a checkout that are used, by their names.
+
+    Raises:
+        SystemExit: it is no such checkout.
+    """
+    looked_for = " and ".join(f"shared/{name}.py" for name in SHARED)
+    missing = [name for name in SHARED if not (folder / "shared" / f"{name}.py").is_file()]
+    if missing:
+        raise SystemExit(
+            f"--against {folder}: {'it has no shared/' + missing[0] + '.py' if folder.is_dir() else 'no such folder'}; "
+            f"looked for a checkout of github nickjiang2378/test-time-registers, which has {looked_for}"
+        )
+    sys.path.insert(0, str(folder.resolve()))
+    try:
+        return {name: importlib.import_module(f"shared.{name}") for name in SHARED}
+    finally:
+        sys.path.pop(0)
+
+
+def manager_of(released: dict[str, ModuleType], model: nn.Module) -> Any:
+    """The checkout's hook manager for a timm model."""
+
+    class Manager(released["hook_manager"].HookManager):
+        def num_layers(self) -> int:
+            return len(model.blocks)
+
+        def layer_output_component(self, layer: int) -> nn.Module:
+            return model.blocks[layer]
+
+        def neuron_activation_component(self, layer: int) -> nn.Module:
+            return model.blocks[layer].mlp.act
+
+        def attn_post_softmax_component(self, layer: int) -> nn.Module:
+            return model.blocks[layer].attn.attn_drop
+
+    return Manager(model)
+
+
+def patched_by(released: dict[str, ModuleType], model: nn.Module, neurons: dict[int, list[int]]) -> nn.Module:
+    """`model` with one register by the checkout's hooks, which change the first image of a batch only."""
+    manager = manager_of(released, one_more_token(model))
+    manager.reinit(mode=released["hook_manager"].HookMode.INTERVENE)
+    manager.intervene_register_neurons(num_registers=1, neurons_to_ablate=neurons)
+    manager.finalize()
+    return model
+
+
+def released_pass(model: nn.Module, images: Path, args: argparse.Namespace) -> list[tuple[int, int, float]]:
+    """The checkout's ranking: (block, unit, score), the best first."""
+    released = modules_of(args.against)
+
+    def run(model: nn.Module, image: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(image)
+
+    state = {
+        "model": with_attention_maps(model),
+        "hook_manager": manager_of(released, model),
+        "run_model": run,
+        "preprocess": tensor_of,
+        "num_layers": len(model.blocks),
+        "num_neurons_per_layer": model.blocks[0].mlp.fc2.in_features,
+    }
+    threshold = outlier_norm(model, images, args)
+    return released["algorithms"].find_register_neurons(
+        state, str(images), register_norm_threshold=threshold, device=args.device, processed_image_cnt=NUM_IMAGES
+    )
+
+
+def outlier_norm(model: nn.Module, images: Path, args: argparse.Namespace) -> float:
+    """The norm after the last block above which a patch of the first image is an outlier."""
+    _, image = next(ImageStream(images, tensor_of).numbered())
+    with torch.no_grad():
+        norms = model.forward_intermediates(image.unsqueeze(0).to(args.device), output_fmt="NLC")[1][-1].norm(dim=-1)
+    return THRESHOLD * norms.median().item()
+
+
+PASSES: dict[str, Callable[[nn.Module, Path, argparse.Namespace], object]] = {
+    "plain forwards": plain_pass,
+    "testreg, score activation": functools.partial(testreg_pass, score="activation"),
+    "testreg, score attribution": functools.partial(testreg_pass, score="attribution"),
+    "hooks keep all activations": scores_by_hooks,
+    "released": released_pass,
+}

@@ -1,0 +1,137 @@
+"""Calibration against plain forwards: a pass, its memory, the whole of it, and many images."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from planting import plant_into
+from torch import Tensor, nn
+
+import testreg
+from benchmark.forward import DTYPES
+from benchmark.measuring import Row, compared, in_own_process, in_turns, peak_memory
+from benchmark.models import NUM_NEURONS, MadeImages, build, random_images, small_planted
+from testreg.io.images import ImageStream
+from testreg.io.loading import load_model
+from testreg.io.preprocessing import OwnTransform
+
+
+def calibration(args: argparse.Namespace) -> Iterator[Row]:
+    """A calibration pass against plain forwards of the same preprocessed images in the same batches."""
+    num_images, batch_size, turns = (16, 8, 3) if args.quick else (32, 16, max(3, args.repeats // 3))
+    for dtype in args.dtype[:1] if args.quick else args.dtype:
+        model = build(args, DTYPES[dtype], with_outliers=True)
+        batches = random_images(num_images, model).split(batch_size)
+
+        def plain_pass(model: nn.Module = model, batches: tuple[Tensor, ...] = batches) -> None:
+            with torch.inference_mode():
+                for images in batches:
+                    model(images)
+
+        sides = {
+            "plain": plain_pass,
+            "calibration": functools.partial(rank, model, batches, batch_size=batch_size),
+            "noise": plain_pass,
+        }
+        times = in_turns(sides, args.device, turns)
+        yield {"dtype": dtype, "images": num_images, "batch": batch_size, **compared(times)}
+
+
+def rank(model: nn.Module, images: Any, **options: Any) -> testreg.RegisterNeurons:
+    """Diagnosis and ranking; choosing neurons is forwards of the patched model, whose cost is measured elsewhere."""
+    return testreg.calibrate(model, images, top_k=NUM_NEURONS, held_out=0, stability=None, progress=False, **options)
+
+
+def memory(args: argparse.Namespace) -> Iterator[Row]:
+    """Peak memory of calibration, each in a process of its own."""
+    for num_images in (16, 160):
+        yield in_own_process(measure_memory, args, num_images)
+
+
+def measure_memory(args: argparse.Namespace, num_images: int) -> Row:
+    model, batch_size = build(args, torch.float32, with_outliers=True), 16
+    with torch.inference_mode():
+        model(random_images(batch_size, model))
+    plain = peak_memory(args.device)
+    # made one batch at a time, so that the images themselves do not count
+    images = (random_images(batch_size, model) for _ in range(num_images // batch_size))
+    rank(model, images, batch_size=batch_size)
+    peak = peak_memory(args.device)
+    return {"images": num_images, "batch": batch_size, "plain_MiB": round(plain), "calibration_MiB": round(peak)}
+
+
+class Counted(torch.utils.data.Dataset[Tensor]):
+    """Images (3, h, w), and how many of them were read."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images, self.read = images, set[int]()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        self.read.add(index)
+        return self.images[index]
+
+
+def search(args: argparse.Namespace) -> Iterator[Row]:
+    """The whole of a calibration with its defaults against plain forwards of the images it reads, in CPU time."""
+    untouched = load_model(args.pretrained).model.eval().to(args.device)
+    images = torch.stack([image for _, image in ImageStream(args.images, OwnTransform(untouched)).numbered()])
+
+    def plain_pass(model: nn.Module) -> float:
+        start = time.process_time()
+        with torch.inference_mode():
+            for batch in images[:64].split(16):
+                model(batch.to(args.device))
+        return (time.process_time() - start) / 64
+
+    for mechanism in args.mechanisms:
+        model, counted = copy.deepcopy(untouched), Counted(images)
+        plant_into(model, images[:64], mechanism=mechanism)
+        plain_pass(model)  # warms up
+        before, start = plain_pass(model), time.process_time()
+        found = testreg.calibrate(model, counted, progress=False)
+        seconds, after = time.process_time() - start, plain_pass(model)
+        plain = (before + after) / 2 * len(counted.read)
+        yield {
+            "mechanism": mechanism,
+            "images": len(counted.read),
+            "plain_s": round(plain, 1),
+            "calibrate_s": round(seconds, 1),
+            "ratio": round(seconds / plain, 2),
+            "noise": round(after / before, 3),
+            "neurons": found.top_k,
+            "met": found.calibration["target_met"],
+        }
+
+
+def scale(args: argparse.Namespace) -> Iterator[Row]:
+    """Calibration on ever more images, by a small model: CPU time, and the peak memory of a process of its own."""
+    for settings in ("all ranked", "defaults"):
+        for num_images in (16, 64) if args.quick else (16, 64, 256, 1024, 4096):
+            yield {"settings": settings, **in_own_process(measure_scale, settings, num_images)}
+
+
+def measure_scale(settings: str, num_images: int) -> Row:
+    model, images = small_planted(), MadeImages(num_images)
+    rank(model, MadeImages(8))  # warms up
+    start = time.process_time()
+    if settings == "all ranked":
+        rank(model, images)
+    else:
+        testreg.calibrate(model, images, progress=False)
+    seconds = time.process_time() - start
+    return {
+        "images": num_images,
+        "read": len(images.read),
+        "cpu_s": round(seconds, 2),
+        "ms_an_image": round(1e3 * seconds / len(images.read), 2),
+        "peak_MiB": round(peak_memory("cpu")),
+    }
