@@ -31,23 +31,23 @@ class Budget:
         self._remember(doing)
         return True
 
-    def images(self, first: int, forward: Callable[[], object]) -> int:
-        """How many of the `first` images can be used, an even number, if `forward` runs one image.
+    def images(self, first: int, forward: Callable[[], object]) -> int | None:
+        """How many of the `first` images can be used, an even number, if `forward` runs one; None for all of them.
 
         One image says how long others will take: so diagnosis, ranking, choice and verification all get their share,
         where a deadline alone would leave nothing for what comes last.
         """
         if self.seconds is None:
-            return first
+            return None
         forward()  # warms up
         start = time.perf_counter()
         forward()
         shares = gathered(time.perf_counter() - start)
         number = 2 * int(len(shares) * self.seconds / (2 * FORWARDS * max(shares)))
-        if number >= first:
-            return first
+        if max(FEWEST, number) >= first:
+            return None
         self._remember("images")
-        return min(first, max(FEWEST, number))
+        return max(FEWEST, number)
 
     def _remember(self, doing: Cut) -> None:
         if doing not in self.cut:

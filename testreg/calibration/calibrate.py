@@ -151,9 +151,10 @@ def calibrate(
     with evaluating(views):
         for view in views:
             view.split()
-        number = budget_left.images(views[0].end_of_first, lambda: [view.run_one() for view in views])
-        for view in views:
-            view.keep_first(number)
+        number = budget_left.images(views[0].num_first, lambda: [view.run_one() for view in views])
+        if number is not None:
+            for view in views:
+                view.keep_first(number)
         found = _detect(views, options)
         _rank(views, found, options, budget_left)
         evaluators = [view.evaluators() for view in views] if options.held_out else []

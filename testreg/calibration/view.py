@@ -32,10 +32,8 @@ from testreg.neurons import Neuron, unscored
 from testreg.register import is_patched, patched
 
 NUM_DIAGNOSED = 96  # of the first images, or as many as are not held out
-FIRST_CHUNK = (
-    16  # of the first images, between two checks of whether the ranking is stable, and between two saved states
-)
-CHUNK = 64  # the same of later ones, which processes have yet to read
+FIRST_CHUNK = 16  # images between two checks of whether the ranking is stable, and between two saved states
+CHUNK = 64  # the same behind the first images, which processes have yet to read
 NUM_CHOOSING = 16  # held-out images on which sets of neurons are compared; the rest verifies the one that was chosen
 NUM_RANKED_AGAIN = 16  # of the first images that have outliers, by a process, once some neurons are moved
 MIN_VERIFYING = 16  # fewer images verify nothing: one more or less of their outliers decides
@@ -114,6 +112,11 @@ class View:
         for part in (self.first, self.held_out):
             part[:] = [item for item in part if item[0] < number]
         self.unranked = deque(self.first)
+
+    @property
+    def num_first(self) -> int:
+        """How many of the first images all processes could read."""
+        return sum(gathered(len(self.first) + len(self.held_out)))
 
     @property
     def is_split(self) -> bool:
