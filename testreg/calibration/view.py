@@ -108,7 +108,8 @@ class View:
         token_norms(self.tower, self.first[0][1].image.unsqueeze(0)).cpu()  # waits for a GPU
 
     def keep_first(self, number: int) -> None:
-        """Use no more than so many of the first images."""
+        """Use no more than so many of the first images, and none behind these."""
+        self.next = None
         for part in (self.first, self.held_out):
             part[:] = [item for item in part if item[0] < number]
         self.unranked = deque(self.first)

@@ -16,6 +16,7 @@ from tiny import BUILDERS, SPREAD_MLP, TIMM, build, fresh
 from torch.utils.data import DataLoader, TensorDataset
 
 import testreg
+from testreg.calibration.budget import Budget
 from testreg.calibration.calibrate import calibrate
 from testreg.calibration.errors import ImmovableOutliersError, NoOutliersError
 from testreg.calibration.result import Choice
@@ -390,15 +391,21 @@ def test_ranking_ends_when_it_is_stable(planted, photos):
     assert whole.calibration["images"] == 360 - 48
 
 
-def test_a_budget_cuts_short_what_it_does_not_pay_for(planted, photos):
+def test_a_budget_cuts_short_what_it_does_not_pay_for(planted, photos, monkeypatch):
     model, _ = planted
     many = photos.flip(0).repeat(8, 1, 1, 1)
     at_once = calibrate(model, many, budget=1e-9, progress=False)
     assert (at_once.calibration["images"], at_once.calibration["held_out"]) == (8, 8)
     assert len(at_once.calibration["curve"]) == 1
-    assert at_once.calibration["out_of_time"] == ["images", "ranking", "choosing"]
+    assert at_once.calibration["out_of_time"] == ["images", "choosing"]
     assert not at_once.verified
-    assert "with a larger --budget it would use more than 16 images, rank more images" in described(at_once)
+    assert "with a larger --budget it would use more than 16 images, measure more sets" in described(at_once)
+    monkeypatch.setattr(Budget, "images", lambda *_: None)
+    assert calibrate(model, many, budget=1e-9, progress=False).calibration["out_of_time"] == ["ranking", "choosing"]
+    monkeypatch.setattr(Budget, "images", lambda *_: 40)
+    some = calibrate(model, many, budget=1e9, stability=None, progress=False)
+    assert (some.calibration["images"], some.calibration["held_out"]) == (20, 20)
+    monkeypatch.undo()
     enough = calibrate(model, many, budget=1e9, progress=False)
     assert "out_of_time" not in enough.calibration
     assert enough.ranking == calibrate(model, many, progress=False).ranking
