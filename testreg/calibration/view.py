@@ -64,6 +64,8 @@ class View:
         self.detection: Detection
         self.onset: int
         """The block after which the outliers are there."""
+        self.next: tuple[int, Tensor] | None
+        """The next image of this process that was not read yet; None behind the last."""
 
     @property
     def grid(self) -> tuple[int, int]:

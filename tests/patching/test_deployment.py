@@ -21,8 +21,6 @@ from testreg import RegisterNeurons, disabled, is_patched, patch, unpatch
 from testreg.families import find_tower
 from testreg.neurons import describe_model
 
-ONE_OF_EACH_LIBRARY = ("timm_vit", "timm_dinov3", "hf_clip", "hf_dinov2", "hf_dinov3", "open_clip", "torchvision_vit")
-
 
 @functools.cache
 def neurons(family: str) -> RegisterNeurons:
@@ -88,9 +86,7 @@ def test_compile_takes_any_image_size_and_follows_patch_and_unpatch() -> None:
     close(forward(images(*shapes[1])), clean[1])
 
 
-@pytest.mark.parametrize(
-    ("family", "strict"), [("timm_dinov3", False), ("timm_dinov3", True), ("hf_clip", True), ("torchvision_vit", True)]
-)
+@pytest.mark.parametrize(("family", "strict"), [("timm_dinov3", False), ("hf_clip", True), ("torchvision_vit", True)])
 @torch.no_grad()
 def test_an_exported_program_decomposes_and_survives_a_file(family: str, strict: bool) -> None:
     if TORCH_2_9 and family == "torchvision_vit":
@@ -106,7 +102,7 @@ def test_an_exported_program_decomposes_and_survives_a_file(family: str, strict:
         close(loaded(images(size)), outputs(model, images(size)))
 
 
-@pytest.mark.parametrize("family", ONE_OF_EACH_LIBRARY)
+@pytest.mark.parametrize("family", ["timm_vit", "hf_clip", "open_clip"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @torch.no_grad()
 def test_onnx_takes_any_batch_size(family: str, tmp_path: Path) -> None:
