@@ -195,9 +195,8 @@ class View:
 
         Images without outliers are left out: they have none that were hidden.
         """
-        with_outliers = (
-            (number, packed.image) for number, packed in self.first if self._has_outliers(number, packed.image)
-        )
+        numbered = ((number, packed.image) for number, packed in self.first)
+        with_outliers = (item for item in numbered if self._has_outliers(*item))
         with patched(self.model, unscored(moved)):
             return self._statistics_of(
                 itertools.islice(with_outliers, NUM_RANKED_AGAIN), lambda count: None, {}

@@ -37,7 +37,7 @@ class PackedImage:
 
     @property
     def image(self) -> Tensor:
-        """The image (C, h, w), bit for bit."""
+        """The image (C, h, w), value for value."""
         if not self.values:
             return self.rows
         return torch.stack([values[rows.int()] for values, rows in zip(self.values, self.rows, strict=True)])
