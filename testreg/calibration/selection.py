@@ -3,15 +3,18 @@ stay where it is, and complete the set with what belongs to it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from testreg.calibration.evaluation import Effect
 from testreg.measure.ranking import MATTERS
 from testreg.neurons import Neuron
 
 TOLERANCE = 0.02  # of the outliers' excess norm: sets that differ by less remove them equally well
-SAME_CHANGE = 0.01  # sets whose changes of features differ by less change the same
+SAME_CHANGE = 0.01  # sets whose changes of features differ by less change the same,
+SAME_SHARE = 0.02  # or by a smaller share of the change: it may be large, where most of a feature was the artefact
 ALIKE = 0.7  # of the weakest chosen neuron's score: what scores so much is taken with it
 AIM = 0.2  # of the target: a population that is rare among these images may be frequent in others
 FEW = (
@@ -81,8 +84,8 @@ def select(
        those that were chosen of their block, if they score 70 % of the weakest of these or more, and nothing is the
        worse for it.
     4. Fewer neurons may bring all outliers under the limit, and leave some of what these did to other patches. That
-       shows in what changes if all selective candidates of any weight are moved as well. If it is more than
-       `SAME_CHANGE`, they are added, and those dropped again without which as much changes.
+       shows in what changes if all selective candidates of any weight are moved as well. If it is more (by over
+       `SAME_CHANGE` and over 2 % of the change), they are added, and those dropped again without which as much changes.
     5. Of a set of at most `FEW`, each neuron is tried by itself: one that does nothing alone, and whose being left does
        nothing either, fires at outliers without causing them. It is dropped.
 
@@ -119,10 +122,8 @@ def select(
 
 def changes_the_same(one: Effect, other: Effect) -> bool:
     """Whether two sets of neurons change features by the same amount, but for the tolerance."""
-    return (
-        abs(one.change_pooled - other.change_pooled) <= SAME_CHANGE
-        and abs(one.change_patches - other.change_patches) <= SAME_CHANGE
-    )
+    is_same = partial(math.isclose, rel_tol=SAME_SHARE, abs_tol=SAME_CHANGE)
+    return is_same(one.change_pooled, other.change_pooled) and is_same(one.change_patches, other.change_patches)
 
 
 def _score(neuron: Neuron) -> float:

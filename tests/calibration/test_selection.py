@@ -215,6 +215,21 @@ def test_of_a_few_neurons_each_must_do_something_alone_or_beside_the_others():
     assert {3} in measured
 
 
+@pytest.mark.parametrize(("by_the_second", "chosen"), [(0.008, {0}), (0.012, {0}), (0.03, {0, 1})])
+def test_what_a_neuron_changes_is_compared_with_what_all_of_them_change(by_the_second, chosen):
+    """The first takes all outliers away, and changes most of a feature: 0.9."""
+    both = [(2, 0, 0.9), (2, 1, 0.5)]
+
+    def measure(neurons):
+        units = {unit for _, unit, _ in neurons}
+        left = 0.0 if 0 in units else 1.0
+        change = (0.9 if 0 in units else 0.0) + (by_the_second if 1 in units else 0.0)
+        return Effect(len(units), left, 5, left, change, change, None)
+
+    found = select(once(both, set(both)), measure, target=0.05)
+    assert {unit for _, unit, _ in found.neurons} == chosen
+
+
 def test_there_must_be_candidates():
     with pytest.raises(ValueError, match="no candidates"):
         select(once(()), Populations(({0}, {1})), target=0.05)
