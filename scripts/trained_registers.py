@@ -23,6 +23,8 @@ from proof import (
     CALIBRATION_CROPS,
     HF,
     HF_MLP,
+    IMAGE,
+    PATCH,
     SPLIT,
     STRENGTH,
     TEST_CROPS,
@@ -41,14 +43,17 @@ from testreg.calibration.errors import NoOutliersError
 from testreg.families import find_tower
 
 DEPTH = 8
+SIZES = {"image_size": IMAGE, "patch_size": PATCH}
 MECHANISMS: tuple[Mechanism, ...] = ("direct", "triggers", "spread")
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "timm reg4": lambda: timm.create_model("vit_base_patch14_reg4_dinov2", num_classes=0, depth=DEPTH, **TIMM),
+    "timm reg4": lambda: timm.create_model(
+        "vit_base_patch14_reg4_dinov2", depth=DEPTH, img_size=IMAGE, patch_size=PATCH, **TIMM
+    ),
     "DINOv2 with registers": lambda: transformers.Dinov2WithRegistersModel(
-        transformers.Dinov2WithRegistersConfig(num_hidden_layers=DEPTH, num_register_tokens=4, **HF)
+        transformers.Dinov2WithRegistersConfig(num_hidden_layers=DEPTH, num_register_tokens=4, **SIZES, **HF)
     ),
     "DINOv3": lambda: transformers.DINOv3ViTModel(
-        transformers.DINOv3ViTConfig(num_hidden_layers=DEPTH, num_register_tokens=4, **HF_MLP)
+        transformers.DINOv3ViTConfig(num_hidden_layers=DEPTH, num_register_tokens=4, **SIZES, **HF_MLP)
     ),
 }
 
