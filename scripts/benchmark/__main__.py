@@ -4,6 +4,7 @@
     python scripts/benchmark --quick              # a first look: batch 1, eager, few repeats
     python scripts/benchmark --only forward --device cuda --json numbers.json
     python scripts/benchmark --only search --pretrained hf:FOLDER --images PHOTOS
+    python scripts/benchmark --only budget --model vit_large_patch14_dinov2 --budget 600 --threads 2
     python scripts/benchmark --only against --against CHECKOUT
 
 The parts:
@@ -12,6 +13,7 @@ The parts:
   model with one token more: that much a register costs whoever adds it.
 - `calibration`: diagnosis and ranking. `search`: the whole of `calibrate` with its defaults, as CPU time, over that of
   plain forwards of the images it reads: of a pretrained network without outliers, into which a mechanism is planted.
+- `budget`: the whole of `calibrate`, if it may take so many seconds.
 - `memory`, `scale`: peak memory, and the time of up to 4096 images by a small planted model.
 - `processes`, `killed`: the same calibration by several processes, and what becomes of them when one is killed.
 - `import`: `import testreg` and `testreg --help`.
@@ -39,7 +41,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmark.against import against
-from benchmark.calibration import calibration, memory, scale, search
+from benchmark.calibration import budget, calibration, memory, scale, search
 from benchmark.forward import DTYPES, forward, training
 from benchmark.imports import imports
 from benchmark.measuring import Row, printed
@@ -52,6 +54,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "calibration": calibration,
     "memory": memory,
     "search": search,
+    "budget": budget,
     "scale": scale,
     "processes": processes,
     "killed": killed,
@@ -90,6 +93,7 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pretrained", help="for search: the name of a network of 12 blocks or more, without outliers")
     parser.add_argument("--images", help="for search: a folder of photographs")
     parser.add_argument("--mechanisms", nargs="+", default=["triggers", "spread"], metavar="MECHANISM")
+    parser.add_argument("--budget", type=float, default=600, metavar="SECONDS", help="for budget (%(default)s)")
     parser.add_argument("--against", type=Path, metavar="FOLDER", help="for against: a checkout of the released code")
     parser.add_argument("--batch", nargs="+", type=int, help="batch sizes of the forward (1 8)")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="(fp32 bf16)")

@@ -112,6 +112,25 @@ def search(args: argparse.Namespace) -> Iterator[Row]:
         }
 
 
+def budget(args: argparse.Namespace) -> Iterator[Row]:
+    """The seconds that a calibration takes, and what it did in them, where it may take so many."""
+    model = build(args, torch.float32, with_outliers=True)
+    images = (random_images(1, model)[0] for _ in range(200))
+    start = time.perf_counter()
+    found = testreg.calibrate(model, images, budget=args.budget, progress=False)
+    seconds, facts = time.perf_counter() - start, found.calibration
+    yield {
+        "budget_s": args.budget,
+        "wall_s": round(seconds),
+        "ranked": facts["images"],
+        "held_out": facts["held_out"],
+        "sets": len(facts["curve"]),
+        "neurons": found.top_k,
+        "met": facts["target_met"],
+        "cut": " and ".join(facts.get("out_of_time", ())) or "nothing",
+    }
+
+
 def scale(args: argparse.Namespace) -> Iterator[Row]:
     """Calibration on ever more images, by a small model: CPU time, and the peak memory of a process of its own."""
     for settings in ("all ranked", "defaults"):
