@@ -20,13 +20,18 @@ class Budget:
     def __init__(self, seconds: float | None) -> None:
         self.seconds = seconds
         self.started = time.monotonic()
+        self.forward_seconds = 0.0
+        """That an image takes, of many that the processes share; measured by `images`."""
         self.cut: list[Cut] = []
         """What would have gone on with more time: fewer images than the first were used, ranking ended before it was
         stable, or sets of neurons were not measured."""
 
-    def is_spent(self, doing: Cut) -> bool:
-        """Whether the time is over, which cuts short what is being done."""
-        if self.seconds is None or not any(gathered(time.monotonic() - self.started > self.seconds)):
+    def is_spent(self, doing: Cut, forwards_to_come: int = 0) -> bool:
+        """Whether no more time is left than so many forwards of an image take, which cuts short what is being done."""
+        if self.seconds is None:
+            return False
+        left = self.seconds - (time.monotonic() - self.started) - forwards_to_come * self.forward_seconds
+        if not any(gathered(left < 0)):
             return False
         self._remember(doing)
         return True
@@ -43,7 +48,8 @@ class Budget:
         start = time.perf_counter()
         forward()
         shares = gathered(time.perf_counter() - start)
-        number = 2 * int(len(shares) * self.seconds / (2 * FORWARDS * max(shares)))
+        self.forward_seconds = max(shares) / len(shares)
+        number = 2 * int(self.seconds / (2 * FORWARDS * self.forward_seconds))
         if max(FEWEST, number) >= first:
             return None
         self._remember("images")

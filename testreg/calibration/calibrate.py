@@ -23,10 +23,19 @@ from testreg.calibration.options import Head, Options
 from testreg.calibration.result import Checks, Choice, facts_before_ranking, result
 from testreg.calibration.resume import State
 from testreg.calibration.selection import MAX_MEASUREMENTS, MAX_NEURONS, Candidates, select
-from testreg.calibration.view import CHUNK, FIRST_CHUNK, View, evaluating, mean_scores, stability_of, views_of
+from testreg.calibration.view import (
+    CHUNK,
+    FIRST_CHUNK,
+    NUM_RANKED_AGAIN,
+    View,
+    evaluating,
+    mean_scores,
+    stability_of,
+    views_of,
+)
 from testreg.io.images import Images
 from testreg.io.preprocessing import Transform
-from testreg.io.processes import gathered
+from testreg.io.processes import gathered, world_size
 from testreg.io.progress import progress_bar
 from testreg.measure.diagnosis import Diagnosis
 from testreg.measure.outliers import Detection, OutlierRule
@@ -34,6 +43,7 @@ from testreg.measure.ranking import SELECTIVE, Score, best, selectivity
 from testreg.neurons import Neuron, RegisterNeurons
 
 NEGLIGIBLE = 0.01  # neurons that score less than this share of the best are not measured
+FORWARDS_TO_RANK = 3  # of an image, that ranking by it takes: forward, backward and what is read of both
 MIN_RANKED = 8  # images with outliers that either half must have, or the first images are all ranked
 MIN_LISTED = 1000  # neurons that the list keeps, so that it can be truncated anew
 
@@ -158,7 +168,7 @@ def calibrate(
         found = _detect(views, options)
         _rank(views, found, options, budget_left)
         evaluators = [view.evaluators() for view in views] if options.held_out else []
-        choice = _choose(views, found, [choosing for choosing, _ in evaluators], options, budget_left)
+        choice = _choose(views, found, evaluators, options, budget_left)
         checks = _verify(views, choice, [verifying for _, verifying in evaluators], options)
     return result(views, found, choice, checks, options, budget_left.cut)
 
@@ -255,7 +265,7 @@ def _last_blocks(found: View, options: Options) -> tuple[int, int]:
 def _choose(
     views: Sequence[View],
     found: View,
-    evaluators: Sequence[Evaluator],
+    evaluators: Sequence[tuple[Evaluator, Evaluator]],
     options: Options,
     budget: Budget,
 ) -> Choice:
@@ -269,13 +279,18 @@ def _choose(
         )
     if options.top_k is not None:
         return Choice(ranking[: options.top_k], ranking, first_last, None)
+    # What is left to do once no more time is to be spent: one more set of neurons, if it was begun, and to verify.
+    one_more = sum(each.num_images for each in evaluators[0])
+    ranked_again = FORWARDS_TO_RANK * NUM_RANKED_AGAIN * world_size()
     with progress_bar("choosing", MAX_MEASUREMENTS, options.progress, unit="set") as bar:
 
         def measure(neurons: Sequence[Neuron]) -> Effect:
             bar.update()
-            return worst_of([each.effect(neurons) for each in evaluators])
+            return worst_of([choosing.effect(neurons) for choosing, _ in evaluators])
 
         def rank(moved: Sequence[Neuron]) -> Candidates:
+            if moved and budget.is_spent("choosing", forwards_to_come=ranked_again + one_more):
+                return Candidates(())
             found = [view.statistics_with(moved) if moved else view.statistics.total() for view in views]
             scores = mean_scores(views, options.score, found)
             last = later_last if moved else first_last
@@ -288,7 +303,7 @@ def _choose(
             measure,
             target=options.target,
             max_change=options.max_change,
-            out_of_time=lambda: budget.is_spent("choosing"),
+            out_of_time=lambda: budget.is_spent("choosing", forwards_to_come=one_more),
         )
     last = max(first_last, *(block for block, _, _ in selection.neurons))
     return Choice(selection.neurons, ranking, last, selection)

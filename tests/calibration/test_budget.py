@@ -53,3 +53,12 @@ def test_what_is_cut_short_is_remembered_once(clock):
     assert spent.cut == ["ranking", "choosing"]
     clock.now = 1e9
     assert not Budget(None).is_spent("ranking")
+
+
+def test_time_is_kept_for_what_has_to_come(clock):
+    spent = Budget(100.0)
+    spent.images(144, clock.forward)  # of half a second each
+    clock.now = 60.0
+    assert not spent.is_spent("choosing", forwards_to_come=79)
+    assert spent.is_spent("choosing", forwards_to_come=81)
+    assert not Budget(None).is_spent("choosing", forwards_to_come=81)
