@@ -11,6 +11,7 @@ The parts:
 
 - `forward`, `training`: a forward, and a forward and backward, of the patched model. `one_more_token` is the plain
   model with one token more: that much a register costs whoever adds it.
+- `operations`: what a patched forward does more than a plain one, from a profile.
 - `calibration`: diagnosis and ranking. `search`: the whole of `calibrate` with its defaults, as CPU time, over that of
   plain forwards of the images it reads: of a pretrained network without outliers, into which a mechanism is planted.
 - `budget`: the whole of `calibrate`, if it may take so many seconds.
@@ -45,11 +46,13 @@ from benchmark.calibration import budget, calibration, memory, scale, search
 from benchmark.forward import DTYPES, forward, training
 from benchmark.imports import imports
 from benchmark.measuring import Row, printed
+from benchmark.operations import operations
 from benchmark.processes import killed, processes
 from testreg.files import replacing
 
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "forward": forward,
+    "operations": operations,
     "training": training,
     "calibration": calibration,
     "memory": memory,

@@ -223,10 +223,13 @@ def test_rows_are_printed_and_written(
     monkeypatch.setattr("benchmark.forward.TRAINING_BATCH", 1)
     output = tmp_path / "numbers.json"
     options = ["--model", "vit_tiny_patch16_224", "--quick", "--dtype", "fp32", "--repeats", "1"]
-    main(["--only", "forward", "training", *options, "--json", str(output)])
+    main(["--only", "forward", "training", "operations", *options, "--json", str(output)])
     written = json.loads(output.read_text())
     for part in ("forward", "training"):
         (row,) = written[part]
         assert row["batch"] == 1
         assert {"plain_ms", "patched_ms", "ratio", "one_more_token", "noise"} <= row.keys()
     assert "one_more_token" in capsys.readouterr().out
+    calls = {row["operation"].strip(): row["more_calls"] for row in written["operations"]}
+    assert calls["aten::index_copy_"] == 6  # in the blocks with register neurons
+    assert "aten::addmm" not in calls

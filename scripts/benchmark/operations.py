@@ -1,0 +1,69 @@
+"""What a patched forward does that a plain one does not, operation by operation."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmark.forward import DTYPES, sides_of
+from benchmark.measuring import Row
+from benchmark.models import build, random_images
+
+SIDES = ("plain", "patched")
+Times = dict[str, float]  # milliseconds of all calls of an operation in one forward
+
+
+def operations(args: argparse.Namespace) -> Iterator[Row]:
+    """The calls of each operation in a plain and in a patched forward, and the time of the calls in the latter.
+
+    The few milliseconds that a register costs drown in the noise of whole forwards. These are the operations
+    themselves, on the processor: calls that the plain forward makes as well count with the mean time of all calls. The
+    profiler adds a microsecond or so to each.
+    """
+    for dtype in args.dtype:
+        models = sides_of(build(args, DTYPES[dtype]))
+        images = random_images(args.batch[0], models["plain"])
+        with torch.inference_mode():
+            found = {side: profiled(functools.partial(models[side], images), args.repeats) for side in SIDES}
+        plain, patched = (found[side] for side in SIDES)
+        more = {name: calls - plain[0].get(name, 0) for name, calls in patched[0].items()}
+        own = {
+            name: patched[1][name] * number / patched[0][name] for name, number in sorted(more.items()) if number > 0
+        }
+        whole = sum(plain[1].values())
+        for name in sorted(own, key=own.__getitem__, reverse=True):
+            yield {
+                "dtype": dtype,
+                "operation": f"{name:24}",
+                "more_calls": more[name],
+                "ms": round(own[name], 3),
+                "of_the_forward": f"{own[name] / whole:.4%}",
+            }
+        total = sum(own.values())
+        yield {
+            "dtype": dtype,
+            "operation": f"{'all of them':24}",
+            "more_calls": sum(more[name] for name in own),
+            "ms": round(total, 3),
+            "of_the_forward": f"{total / whole:.4%}",
+        }
+
+
+def profiled(run: Callable[[], object], repeats: int) -> tuple[dict[str, int], Times]:
+    """Calls of each operation in one forward, and their time in milliseconds: the median over the forwards."""
+    times: dict[str, list[float]] = defaultdict(list)
+    calls: dict[str, int] = {}
+    run()  # warms up
+    for _ in range(repeats):
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            run()
+        for event in profiler.key_averages():
+            times[event.key].append(event.self_cpu_time_total / 1e3)
+            calls[event.key] = event.count
+    return calls, {name: statistics.median(each) for name, each in times.items()}
