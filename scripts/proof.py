@@ -11,8 +11,8 @@ blocks, and in whether one position is an artefact besides, which no neuron make
 embeddings that can do it). Clean models have nothing planted but decoys, in every other seed; those with an artefact at
 a fixed position, likewise. The other mechanisms are those of `planting/mechanisms.py`, in models of 8 to 10 blocks.
 
-The report has seeds of its own, on which nothing is to be tuned: `--development` is for that. Seed 0 of the other
-mechanisms than `direct` was spent that way, so their report begins with 1.
+The report has seeds of its own, on which nothing is to be tuned: `--development` is for that. Lower ones than those of
+the report were looked at while the choice was made.
 
 The rows of the tables:
 
@@ -62,8 +62,8 @@ from testreg.measure.ranking import Score
 DEPTH, WIDTH, HEADS, PATCH, IMAGE = 6, 64, 4, 8, 112  # 14 x 14 patches
 DEPTHS = 8, 9, 10  # of models with the other mechanisms than `direct`
 DEVELOPMENT = 1000  # the first seed; of the report:
-FIRST_SEED = {"direct": 0}
-OTHER_FIRST_SEED = 1
+FIRST_SEED = {"direct": 10}
+OTHER_FIRST_SEED = 3
 SEEDS = {"direct": 10}  # models of each family, unless told otherwise; of the other mechanisms:
 OTHER_SEEDS = 2
 STRENGTH = 0.7  # of the random weights of blocks, in units of 1 / sqrt(inputs): blocks matter, and make no outliers

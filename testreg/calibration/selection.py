@@ -111,6 +111,7 @@ def select(
     kept, effect = search.without_idle(added, search.rounds[-1].effect, same_change=False)
     kept, effect = search.with_alike(kept, effect)
     kept, effect = search.completed(kept, effect)
+    kept, effect = search.without_busy(kept, effect)
     kept, effect = search.without_bystanders(kept, effect)
     return Selection(
         neurons=kept,
@@ -208,38 +209,27 @@ class _Search:
     ) -> tuple[tuple[Neuron, ...], Effect]:
         """Neurons that have this effect, less those that can stay where they are, and the effect of moving the rest.
 
-        Those that are busy elsewhere too are tried first, all at once, and then their halves. Selective ones take
-        nothing from other patches, so of these it is enough to try whole blocks, from the last, where neurons may fire
-        at outliers without causing them; and in blocks that are needed, those that score less than half of the best.
+        Selective ones take nothing from other patches, so of these it is enough to try whole blocks, from the last,
+        where neurons may fire at outliers without causing them; and in blocks that are needed, those that score less
+        than half of the best.
 
         Args:
             same_change: whether features must change as much without them.
         """
-        best, kept = effect, neurons
-        selective = {neuron for of_round in self.selective for neuron in of_round}
-
-        def dropped(chunk: Sequence[Neuron]) -> bool:
-            nonlocal kept, effect
-            without = tuple(neuron for neuron in kept if neuron not in chunk)
-            if not chunk or not without or self.is_over():
-                return False
-            found = self.measured(without)
-            if not self.is_as_good(found, best) or (same_change and not changes_the_same(found, best)):
-                return False
-            kept, effect = without, found
-            return True
-
-        untried = [[neuron for neuron in neurons if neuron not in selective]]
-        while untried:
-            chunk = untried.pop()
-            if not dropped(chunk) and (half := len(chunk) // 2):
-                untried += [chunk[:half], chunk[half:]]  # the later half first
-        for block in sorted({block for block, _, _ in kept}, reverse=True):
-            of_block = [neuron for neuron in kept if neuron in selective and neuron[0] == block]
-            if of_block and not dropped(of_block):
+        drop = _Drop(self, neurons, effect, same_change)
+        drop.busy()
+        for block in sorted({block for block, _, _ in drop.kept}, reverse=True):
+            of_block = [neuron for neuron in drop.kept if neuron in drop.selective and neuron[0] == block]
+            if of_block and not drop.dropped(of_block):
                 most = max(_score(neuron) for neuron in of_block)
-                dropped([neuron for neuron in of_block if _score(neuron) < most / 2])
-        return kept, effect
+                drop.dropped([neuron for neuron in of_block if _score(neuron) < most / 2])
+        return drop.kept, drop.effect
+
+    def without_busy(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[tuple[Neuron, ...], Effect]:
+        """Neurons that have this effect, less those that are busy elsewhere and can stay there, and the effect."""
+        drop = _Drop(self, neurons, effect, same_change=False)
+        drop.busy()
+        return drop.kept, drop.effect
 
     def with_alike(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[tuple[Neuron, ...], Effect]:
         """The neurons, which have this effect, with selective ones that score alike, and the effect of them all."""
@@ -259,19 +249,18 @@ class _Search:
         return self.without_idle(whole, found, same_change=True)
 
     def without_bystanders(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[tuple[Neuron, ...], Effect]:
-        """The neurons, which have this effect, less those that do nothing, neither alone nor beside the others."""
-        best, kept = effect, neurons
-        for neuron in neurons if 1 < len(neurons) <= FEW else ():
-            without = tuple(other for other in kept if other is not neuron)
-            if not without or self.is_over():
-                break
-            found = self.measured(without)
-            if not self.is_as_good(found, best) or not changes_the_same(found, best) or self.is_over():
-                continue
-            alone = self.measured((neuron,))
-            if min(alone.remaining, alone.excess) > 1 - TOLERANCE:
-                kept, effect = without, found
-        return kept, effect
+        """The neurons, which have this effect, less those that do nothing, neither alone nor beside the others.
+
+        Of more than `FEW`, only those of the last block are tried: what fires because of outliers comes last.
+        """
+        drop = _Drop(self, neurons, effect, same_change=True)
+        last = max(block for block, _, _ in neurons)
+        tried = neurons if len(neurons) <= FEW else [neuron for neuron in neurons if neuron[0] == last]
+        for neuron in tried if 1 < len(tried) <= FEW else ():
+            alone = self.measured((neuron,)) if drop.is_needless([neuron]) and not self.is_over() else None
+            if alone is not None and min(alone.remaining, alone.excess) > 1 - TOLERANCE:
+                drop.dropped([neuron])
+        return drop.kept, drop.effect
 
     def _with(
         self, others: Sequence[Neuron], neurons: tuple[Neuron, ...], effect: Effect
@@ -283,6 +272,53 @@ class _Search:
             return neurons, effect
         found = self.measured((*neurons, *added.values()))
         return ((*neurons, *added.values()), found) if self.is_as_good(found, effect) else (neurons, effect)
+
+
+@dataclass
+class _Drop:
+    """Drops neurons of a set that can stay where they are."""
+
+    search: _Search
+    kept: tuple[Neuron, ...]
+    effect: Effect
+    """Of moving those that are kept."""
+    same_change: bool
+    """Whether features must change as much without a neuron that is selective. What moving others changes is their own
+    doing."""
+
+    def __post_init__(self) -> None:
+        self.best = self.effect
+        self.selective = {neuron for of_round in self.search.selective for neuron in of_round}
+
+    def busy(self) -> None:
+        """Drop what can stay of the neurons that are busy elsewhere too: all at once, or their halves, and so on."""
+        untried = [[neuron for neuron in self.kept if neuron not in self.selective]]
+        while untried:
+            chunk = untried.pop()
+            if not self.dropped(chunk) and (half := len(chunk) // 2):
+                untried += [chunk[:half], chunk[half:]]  # the later half first
+
+    def dropped(self, chunk: Sequence[Neuron]) -> bool:
+        """Drop these if the set is as good without them; returns whether it is."""
+        without = self._without(chunk)
+        if without is None:
+            return False
+        self.kept, self.effect = without
+        return True
+
+    def is_needless(self, chunk: Sequence[Neuron]) -> bool:
+        """Whether the set would be as good without these."""
+        return self._without(chunk) is not None
+
+    def _without(self, chunk: Sequence[Neuron]) -> tuple[tuple[Neuron, ...], Effect] | None:
+        without = tuple(neuron for neuron in self.kept if neuron not in chunk)
+        if not chunk or not without or self.search.is_over():
+            return None
+        found = self.search.measured(without)
+        must_change = self.same_change and self.selective.issuperset(chunk)
+        if not self.search.is_as_good(found, self.best) or (must_change and not changes_the_same(found, self.best)):
+            return None
+        return without, found
 
 
 @dataclass

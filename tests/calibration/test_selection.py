@@ -215,6 +215,38 @@ def test_of_a_few_neurons_each_must_do_something_alone_or_beside_the_others():
     assert {3} in measured
 
 
+def test_of_many_neurons_those_of_the_last_block_must_do_something():
+    causes = [(1, unit, 0.9 - unit / 100) for unit in range(8)] + [(2, 0, 0.8)]
+    echo = (2, 1, 0.85)
+    candidates = sorted([*causes, echo], key=lambda neuron: -neuron[2])
+
+    def measure(neurons):
+        left = 1 - len({neuron[:2] for neuron in neurons} - {echo[:2]}) / len(causes)
+        return Effect(len(neurons), left, 5, left, 0.01, 0.01, None)
+
+    found = select(once(candidates, set(candidates)), measure, target=0.05)
+    assert echo in found.rounds[0].added
+    assert set(found.neurons) == set(causes)
+
+
+def test_a_neuron_that_is_busy_elsewhere_is_dropped_once_others_do_without_it():
+    """It takes most outliers away because it changes everything; a later round finds those that make them."""
+    busy, others = (0, 0, 0.9), [(2, unit, 0.8 - unit / 100) for unit in range(5)]
+
+    def rank(moved):
+        return Candidates([neuron for neuron in (busy, *others) if neuron not in moved], set(others))
+
+    def measure(neurons):
+        units = {unit for block, unit, _ in neurons if block == 2}
+        left = (5 - len(units)) / 5 * (0.05 if busy in neurons else 1.0)
+        change = 0.9 if busy in neurons else 0.05
+        return Effect(len(neurons), left, 5, left, change, change, None)
+
+    found = select(rank, measure, target=0.05)
+    assert found.rounds[0].added == (busy,)
+    assert set(found.neurons) == set(others)
+
+
 @pytest.mark.parametrize(("by_the_second", "chosen"), [(0.008, {0}), (0.012, {0}), (0.03, {0, 1})])
 def test_what_a_neuron_changes_is_compared_with_what_all_of_them_change(by_the_second, chosen):
     """The first takes all outliers away, and changes most of a feature: 0.9."""
