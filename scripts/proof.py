@@ -186,7 +186,7 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
     size = IMAGE // args.patch_size * args.patch_size
-    images, unseen = crops(0, SPLIT, CALIBRATION_CROPS, size), crops(SPLIT, 384, TEST_CROPS, size)
+    images, unseen = crops(0, SPLIT, args.crops, size), crops(SPLIT, 384, TEST_CROPS, size)
     for mechanism in args.mechanisms:
         first = DEVELOPMENT if args.development else FIRST_SEED.get(mechanism, OTHER_FIRST_SEED)
         count = args.seeds or SEEDS.get(mechanism, OTHER_SEEDS)
@@ -291,6 +291,12 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--patch-size", type=int, default=PATCH, help="of the same models, in pixels (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--crops",
+        type=int,
+        default=CALIBRATION_CROPS,
+        help="for calibration, of each photograph (default: %(default)s)",
     )
     parser.add_argument(
         "--seeds", type=int, help=f"models of each family (default: {SEEDS['direct']} of direct, {OTHER_SEEDS} else)"
