@@ -86,8 +86,9 @@ def select(
     4. Fewer neurons may bring all outliers under the limit, and leave some of what these did to other patches. That
        shows in what changes if all selective candidates of any weight are moved as well. If it is more (by over
        `SAME_CHANGE` and over 2 % of the change), they are added, and those dropped again without which as much changes.
-    5. Of a set of at most `FEW`, each neuron is tried by itself: one that does nothing alone, and whose being left does
-       nothing either, fires at outliers without causing them. It is dropped.
+    5. Those that are busy elsewhere are tried again, now that others have come to the set. Then each neuron is tried by
+       itself, or, if they are more than `FEW`, each of the last block: one that does nothing alone, and whose being
+       left does nothing either, fires at outliers without causing them. It is dropped.
 
     Args:
         rank: the neurons that are moved -> others, ranked on the model that is patched with them.
