@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from typing import Literal
 
@@ -50,6 +51,12 @@ class Budget:
         shares = gathered(time.perf_counter() - start)
         self.forward_seconds = max(shares) / len(shares)
         number = 2 * int(self.seconds / (2 * FORWARDS * self.forward_seconds))
+        if number < FEWEST <= first:
+            warnings.warn(
+                f"a budget of {self.seconds:g} seconds does not pay for {FEWEST} images, the fewest that are used: these "
+                f"take {FEWEST * FORWARDS * self.forward_seconds:.0f} or so",
+                stacklevel=3,
+            )
         if max(FEWEST, number) >= first:
             return None
         self._remember("images")

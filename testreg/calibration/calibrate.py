@@ -280,7 +280,7 @@ def _choose(
     if options.top_k is not None:
         return Choice(ranking[: options.top_k], ranking, first_last, None)
     # What is left to do once no more time is to be spent: one more set of neurons, if it was begun, and to verify.
-    one_more = sum(each.num_images for each in evaluators[0])
+    one_more = sum(each.num_images for each in set(evaluators[0]))
     ranked_again = FORWARDS_TO_RANK * NUM_RANKED_AGAIN * world_size()
     with progress_bar("choosing", MAX_MEASUREMENTS, options.progress, unit="set") as bar:
 

@@ -134,6 +134,8 @@ class Evaluator:
     def _compare_with(self, baselines: Sequence[Baseline]) -> None:
         self.baselines = baselines
         self.prefix = Prefix(self.tower)
+        self.known: dict[frozenset[tuple[int, int]], Effect] = {}
+        """What sets of neurons were found to do."""
         sums: Sums = {}
         for plain in baselines:
             pooled, patches = plain.features[:, 0], plain.features[:, 1:].flatten(0, 1)
@@ -190,7 +192,13 @@ class Evaluator:
         return float(self.before["outliers"][self.detection.block] / self.before["patches"])
 
     def effect(self, neurons: Sequence[Neuron]) -> Effect:
-        """What moving these neurons to a register does."""
+        """What moving these neurons to a register does; the images are run once for each set."""
+        moved = frozenset((block, unit) for block, unit, _ in neurons)
+        if moved not in self.known:
+            self.known[moved] = self._measured(neurons)
+        return self.known[moved]
+
+    def _measured(self, neurons: Sequence[Neuron]) -> Effect:
         sums: Sums = {}
         first = min((block for block, _, _ in neurons), default=0)
         with self.prefix.reused(first), patched(self.model, unscored(neurons)):

@@ -31,10 +31,16 @@ def clock(monkeypatch):
     ("seconds", "images"),
     [(None, None), (288.0, None), (287.0, 142), (80.0, 40), (79.0, 38), (32.0, 16), (10.0, 16), (1e-9, 16)],
 )
+@pytest.mark.filterwarnings("ignore:a budget of")
 def test_an_image_costs_four_forwards(seconds, images, clock):
     spent = Budget(seconds)
     assert spent.images(144, clock.forward) == images
     assert spent.cut == ([] if images is None else ["images"])
+
+
+def test_a_budget_that_is_too_small_says_so(clock):
+    with pytest.warns(UserWarning, match="of 10 seconds does not pay for 16 images, .* these take 32 or so"):
+        Budget(10.0).images(144, clock.forward)
 
 
 def test_there_are_no_more_than_there_were(clock):

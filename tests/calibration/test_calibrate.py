@@ -394,7 +394,8 @@ def test_ranking_ends_when_it_is_stable(planted, photos):
 def test_a_budget_cuts_short_what_it_does_not_pay_for(planted, photos, monkeypatch):
     model, _ = planted
     many = photos.flip(0).repeat(8, 1, 1, 1)
-    at_once = calibrate(model, many, budget=1e-9, progress=False)
+    with pytest.warns(UserWarning, match="does not pay for 16 images"):
+        at_once = calibrate(model, many, budget=1e-9, progress=False)
     assert (at_once.calibration["images"], at_once.calibration["held_out"]) == (8, 8)
     assert len(at_once.calibration["curve"]) == 1
     assert at_once.calibration["out_of_time"] == ["images", "choosing"]

@@ -156,6 +156,20 @@ def test_moving_nothing_that_matters_changes_nothing():
     assert everything.excess < 0.01
 
 
+def test_a_set_is_run_once():
+    images, runs = list(photograph_crops()[:8]), []
+    model = fresh("timm_clip")
+    neurons = [(2, unit, None) for unit in plant(model, torch.stack(images), num_neurons=4).neurons[2]]
+    whole = Evaluator(model, find_tower(model), packed(images), Detection(RULE, 2), 2, batch_size=8)
+    model.blocks[3].register_forward_hook(lambda *_: runs.append(1))
+    effect = whole.effect(neurons)
+    assert whole.effect([(block, unit, 0.5) for block, unit, _ in neurons[::-1]]) == effect
+    assert len(runs) == 1
+    half, _ = whole.split(4)
+    half.effect(neurons)  # its images are others
+    assert len(runs) == 2
+
+
 def test_the_given_head_is_asked():
     images = list(photograph_crops()[:8])
     model = fresh("timm_clip")
