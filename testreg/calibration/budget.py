@@ -53,8 +53,8 @@ class Budget:
         number = 2 * int(self.seconds / (2 * FORWARDS * self.forward_seconds))
         if number < FEWEST <= first:
             warnings.warn(
-                f"a budget of {self.seconds:g} seconds does not pay for {FEWEST} images, the fewest that are used: these "
-                f"take {FEWEST * FORWARDS * self.forward_seconds:.0f} or so",
+                f"a budget of {self.seconds:g} seconds does not pay for {FEWEST} images, the fewest that are used: "
+                f"these take {FEWEST * FORWARDS * self.forward_seconds:.0f} or so",
                 stacklevel=3,
             )
         if max(FEWEST, number) >= first:
