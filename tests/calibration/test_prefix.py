@@ -20,6 +20,12 @@ def evaluator_of(name, head=None):
     return Evaluator(model, tower, packed(images), Detection(RULE, 2), 1, batch_size=5, head=head), neurons
 
 
+def measured(evaluator, neurons):
+    """The effect of a set, measured anew even if it is known."""
+    evaluator.known.clear()
+    return evaluator.effect(neurons)
+
+
 def assert_alike(one, other):
     assert (one.neurons, one.worst_block) == (other.neurons, other.worst_block)
     for name in ("remaining", "excess", "change_pooled", "change_patches"):
@@ -31,10 +37,10 @@ def test_effects_are_what_they_would_be_without_it(name):
     evaluator, neurons = evaluator_of(name)
     late = [neuron for neuron in neurons if neuron[0] == 2]
     sets = [late, late[:1], neurons, late, [(0, 5, None), *late], neurons[:2]]
-    reused = [evaluator.effect(each) for each in sets]
+    reused = [measured(evaluator, each) for each in sets]
     for each, effect in zip(sets, reused, strict=True):
         evaluator.prefix = Prefix(evaluator.tower)
-        assert_alike(effect, evaluator.effect(each))
+        assert_alike(effect, measured(evaluator, each))
     assert all("forward" not in vars(block.module) for block in evaluator.tower.blocks)
 
 
@@ -50,38 +56,38 @@ def test_blocks_in_front_of_all_moved_neurons_run_once():
         counting(index)
     late = [neuron for neuron in neurons if neuron[0] == 2]
     for _ in range(3):
-        evaluator.effect(late)
+        measured(evaluator, late)
     assert runs == [2, 2, 6, 6]  # two batches
-    evaluator.effect(neurons)  # of block 1 too, so that less is kept
+    measured(evaluator, neurons)  # of block 1 too, so that less is kept
     assert runs == [4, 4, 8, 8]
-    evaluator.effect(late)
+    measured(evaluator, late)
     assert runs == [4, 6, 10, 10]
 
 
 def test_a_failure_leaves_nothing_behind():
     evaluator, neurons = evaluator_of("timm_clip")
     late = [neuron for neuron in neurons if neuron[0] == 2]
-    expected = evaluator.effect(late)
+    expected = measured(evaluator, late)
     handle = evaluator.tower.blocks[3].module.register_forward_pre_hook(lambda *given: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        evaluator.effect(late[:1])
+        measured(evaluator, late[:1])
     handle.remove()
     assert all("forward" not in vars(block.module) for block in evaluator.tower.blocks)
-    assert_alike(evaluator.effect(late), expected)
+    assert_alike(measured(evaluator, late), expected)
 
 
 def test_the_kept_tokens_are_not_edited():
     """A block may edit the tokens that it gets, in place."""
     evaluator, neurons = evaluator_of("timm_clip")
     late = [neuron for neuron in neurons if neuron[0] == 2]
-    plain = evaluator.effect(late)
+    plain = measured(evaluator, late)
 
     def edit(module, args):
         args[0].mul_(1.5)
 
     evaluator.tower.blocks[2].module.register_forward_pre_hook(edit)
     evaluator.prefix = Prefix(evaluator.tower)
-    first, second = evaluator.effect(late), evaluator.effect(late)
+    first, second = measured(evaluator, late), measured(evaluator, late)
     assert_alike(first, second)
     assert abs(first.change_patches - plain.change_patches) > 1e-4
 
@@ -90,5 +96,5 @@ def test_the_kept_tokens_are_not_edited():
 def test_heads_see_the_same_features():
     evaluator, neurons = evaluator_of("timm_clip", head=lambda model, images: model(images))
     late = [neuron for neuron in neurons if neuron[0] == 2]
-    first, second = evaluator.effect(late), evaluator.effect(late)
+    first, second = measured(evaluator, late), measured(evaluator, late)
     assert first.agreement == second.agreement is not None
