@@ -239,10 +239,14 @@ def fidelities(
     patch_size: int,
     ways: Sequence[str],
 ) -> list[Fidelity]:
-    """What each way makes of one model with a mechanism."""
+    """What each way makes of one model with a mechanism; nothing where it cannot be planted."""
     model = random_model(family, seed, DEPTHS[seed % len(DEPTHS)], patch_size)
     fixed_position = FIXED if family in WITH_POSITIONS and seed % 4 >= 2 else None
-    planted = plant(model, images, mechanism=mechanism, decoys=True, fixed_position=fixed_position, seed=seed)
+    try:
+        planted = plant(model, images, mechanism=mechanism, decoys=True, fixed_position=fixed_position, seed=seed)
+    except ValueError as error:
+        print(f"{family}, seed {seed}, is left out: {error}", flush=True)
+        return []
     neurons = as_set(planted.neurons)
     chosen: dict[str, set[Neuron]] = {"planted": neurons, "untouched": set()}
     if "testreg" in ways:

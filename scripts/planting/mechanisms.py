@@ -169,6 +169,9 @@ def plant_population(
         read: a feature and the inputs (B, N, C) of an MLP -> the direction (C,) along which these have it.
         directions: what triggers and what amplifiers write, unit vectors (C,).
         fraction: share of the patches that become outliers.
+
+    Raises:
+        ValueError: outliers that are to fade do not arise.
     """
     marker, outlier = directions
     fraction *= population.share
@@ -214,6 +217,10 @@ def plant_population(
         full = site.look(directions)
         excess = (full.along - off.along)[block, ..., 1]  # (B, N)
         fires = excess > off.norms[block].median()
+        if not fires.any():
+            raise ValueError(
+                f"no outliers reach block {block} on these images, so none can fade there: try another seed"
+            )
         background = off.inputs[block]
         reads = _filter(off, block, [(full.inputs[block] - background)[fires].mean(0)])
         bias = -ACTIVATION * (1 + 2 * (background @ reads).mean())

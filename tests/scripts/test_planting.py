@@ -290,6 +290,11 @@ def test_planting_into_a_network_keeps_the_rest(photos):
         assert outliers_of(tower, photos).sum((1, 2)).max() < 0.05 * outlier.sum((1, 2)).max()
 
 
+def test_outliers_that_do_not_arise_cannot_fade(photos):
+    with pytest.raises(ValueError, match="none can fade there: try another seed"):
+        plant(deep_model("timm_vit"), photos[:1].expand(8, -1, -1, -1) * 0, mechanism="fading")
+
+
 def test_mechanisms_need_blocks(photos):
     with pytest.raises(ValueError, match="needs 8 blocks"):
         plant(fresh("timm_vit"), photos, mechanism="spread")
