@@ -87,8 +87,8 @@ def select(
        shows in what changes if all selective candidates of any weight are moved as well. If it is more (by over
        `SAME_CHANGE` and over 2 % of the change), they are added, and those dropped again without which as much changes.
     5. Those that are busy elsewhere are tried again, now that others have come to the set. Then each neuron is tried by
-       itself, or, if they are more than `FEW`, each of the last block: one that does nothing alone, and whose being
-       left does nothing either, fires at outliers without causing them. It is dropped.
+       itself, or, if they are more than `FEW`, each of the last block: one whose being left does nothing, and which
+       alone takes less than a tenth of the outliers, fires at them without causing them. It is dropped.
 
     Args:
         rank: the neurons that are moved -> others, ranked on the model that is patched with them.
@@ -250,7 +250,7 @@ class _Search:
         return self.without_idle(whole, found, same_change=True)
 
     def without_bystanders(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[tuple[Neuron, ...], Effect]:
-        """The neurons, which have this effect, less those that do nothing, neither alone nor beside the others.
+        """The neurons, which have this effect, less those that do nothing beside the others, and little alone.
 
         Of more than `FEW`, only those of the last block are tried: what fires because of outliers comes last.
         """
@@ -259,7 +259,7 @@ class _Search:
         tried = neurons if len(neurons) <= FEW else [neuron for neuron in neurons if neuron[0] == last]
         for neuron in tried if 1 < len(tried) <= FEW else ():
             alone = self.measured((neuron,)) if drop.is_needless([neuron]) and not self.is_over() else None
-            if alone is not None and min(alone.remaining, alone.excess) > 1 - TOLERANCE:
+            if alone is not None and min(alone.remaining, alone.excess) > 1 - MATTERS:
                 drop.dropped([neuron])
         return drop.kept, drop.effect
 

@@ -203,10 +203,10 @@ def test_of_a_few_neurons_each_must_do_something_alone_or_beside_the_others():
     measured = []
 
     def measure(neurons):
-        """0 and 1 take the outliers away together, 2 alone takes a few and adds nothing to these, 3 does nothing."""
+        """0 and 1 take the outliers away together, 2 alone takes a few and adds nothing to these, 3 next to nothing."""
         units = {unit for _, unit, _ in neurons}
         measured.append(units)
-        left = 0.0 if {0, 1} <= units else 0.7 if 2 in units else 1.0
+        left = 0.0 if {0, 1} <= units else 0.7 if 2 in units else 0.95 if 3 in units else 1.0
         return Effect(len(units), left, 5, left, 0.01, 0.01, None)
 
     found = select(once(selective[::-1], set(selective)), measure, target=0.05)
