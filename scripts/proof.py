@@ -185,7 +185,7 @@ class Verdict:
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
-    size = IMAGE // args.patch_size * args.patch_size
+    size = image_size(args.patch_size)
     images, unseen = crops(0, SPLIT, args.crops, size), crops(SPLIT, 384, TEST_CROPS, size)
     for mechanism in args.mechanisms:
         first = DEVELOPMENT if args.development else FIRST_SEED.get(mechanism, OTHER_FIRST_SEED)
@@ -318,7 +318,12 @@ def parse_args() -> argparse.Namespace:
 # Images and models ----------------------------------------------------------------------------------------------------
 
 
-def crops(left: int, right: int, count: int, image_size: int = IMAGE) -> Tensor:
+def image_size(patch_size: int) -> int:
+    """The side of the images in pixels: IMAGE, cut to whole patches."""
+    return IMAGE // patch_size * patch_size
+
+
+def crops(left: int, right: int, count: int, size: int = IMAGE) -> Tensor:
     """Random crops (5 * count, 3, h, w) between two columns of the photographs, equalised, some of them mirrored."""
     generator = torch.Generator().manual_seed(left)
 
@@ -329,9 +334,9 @@ def crops(left: int, right: int, count: int, image_size: int = IMAGE) -> Tensor:
     for path in image_paths(PHOTOGRAPHS):
         photograph = tv.pil_to_tensor(open_image(path))[..., left:right]
         for _ in range(count):
-            size = IMAGE + below(right - left - IMAGE + 1)
-            crop = tv.crop(photograph, below(384 - size + 1), below(right - left - size + 1), size, size)
-            crop = tv.resize(tv.equalize(crop), [image_size, image_size], antialias=True)
+            side = IMAGE + below(right - left - IMAGE + 1)
+            crop = tv.crop(photograph, below(384 - side + 1), below(right - left - side + 1), side, side)
+            crop = tv.resize(tv.equalize(crop), [size, size], antialias=True)
             found.append(tv.horizontal_flip(crop) if below(2) else crop)
     return torch.stack(found).float() / 127.5 - 1
 
@@ -365,7 +370,7 @@ def plain_model(name: str, seed: int, images: Tensor, *, fixed: bool) -> nn.Modu
 @torch.no_grad()
 def random_model(name: str, seed: int, depth: int = DEPTH, patch_size: int = PATCH) -> nn.Module:
     torch.manual_seed(seed)
-    model = FAMILIES[name](depth, IMAGE // patch_size * patch_size, patch_size).eval()
+    model = FAMILIES[name](depth, image_size(patch_size), patch_size).eval()
     for block in find_tower(model).blocks:
         for parameter in block.module.parameters():
             if parameter.ndim == 2:

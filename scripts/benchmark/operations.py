@@ -16,7 +16,6 @@ from benchmark.measuring import Row
 from benchmark.models import build, random_images
 
 SIDES = ("plain", "patched")
-Times = dict[str, float]  # milliseconds of all calls of an operation in one forward
 
 
 def operations(args: argparse.Namespace) -> Iterator[Row]:
@@ -31,31 +30,21 @@ def operations(args: argparse.Namespace) -> Iterator[Row]:
         images = random_images(args.batch[0], models["plain"])
         with torch.inference_mode():
             found = {side: profiled(functools.partial(models[side], images), args.repeats) for side in SIDES}
-        plain, patched = (found[side] for side in SIDES)
-        more = {name: calls - plain[0].get(name, 0) for name, calls in patched[0].items()}
-        own = {
-            name: patched[1][name] * number / patched[0][name] for name, number in sorted(more.items()) if number > 0
-        }
-        whole = sum(plain[1].values())
-        for name in sorted(own, key=own.__getitem__, reverse=True):
+        (plain_calls, plain_ms), (calls, ms) = (found[side] for side in SIDES)
+        more = {name: number for name in calls if (number := calls[name] - plain_calls.get(name, 0)) > 0}
+        own = {name: ms[name] * number / calls[name] for name, number in more.items()}
+        rows = sorted(((name, more[name], own[name]) for name in own), key=lambda row: -row[2])
+        for name, number, milliseconds in [*rows, ("all of them", sum(more.values()), sum(own.values()))]:
             yield {
                 "dtype": dtype,
                 "operation": f"{name:24}",
-                "more_calls": more[name],
-                "ms": round(own[name], 3),
-                "of_the_forward": f"{own[name] / whole:.4%}",
+                "more_calls": number,
+                "ms": round(milliseconds, 3),
+                "of_the_forward": f"{milliseconds / sum(plain_ms.values()):.4%}",
             }
-        total = sum(own.values())
-        yield {
-            "dtype": dtype,
-            "operation": f"{'all of them':24}",
-            "more_calls": sum(more[name] for name in own),
-            "ms": round(total, 3),
-            "of_the_forward": f"{total / whole:.4%}",
-        }
 
 
-def profiled(run: Callable[[], object], repeats: int) -> tuple[dict[str, int], Times]:
+def profiled(run: Callable[[], object], repeats: int) -> tuple[dict[str, int], dict[str, float]]:
     """Calls of each operation in one forward, and their time in milliseconds: the median over the forwards."""
     times: dict[str, list[float]] = defaultdict(list)
     calls: dict[str, int] = {}

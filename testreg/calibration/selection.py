@@ -258,8 +258,10 @@ class _Search:
         last = max(block for block, _, _ in neurons)
         tried = neurons if len(neurons) <= FEW else [neuron for neuron in neurons if neuron[0] == last]
         for neuron in tried if 1 < len(tried) <= FEW else ():
-            alone = self.measured((neuron,)) if drop.is_needless([neuron]) and not self.is_over() else None
-            if alone is not None and min(alone.remaining, alone.excess) > 1 - MATTERS:
+            if not drop.is_needless([neuron]) or self.is_over():
+                continue
+            alone = self.measured((neuron,))
+            if min(alone.remaining, alone.excess) > 1 - MATTERS:
                 drop.dropped([neuron])
         return drop.kept, drop.effect
 
