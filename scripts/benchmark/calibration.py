@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import itertools
+import operator
+import statistics
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 
 import testreg
 from benchmark.forward import DTYPES
-from benchmark.measuring import Row, compared, in_own_process, in_turns, peak_memory
+from benchmark.measuring import Row, compared, count_operations, cpu_seconds, in_own_process, in_turns, peak_memory
 from benchmark.models import NUM_NEURONS, MadeImages, build, random_images, small_planted
 from testreg.io.images import ImageStream
 from testreg.io.loading import load_model
@@ -81,32 +84,40 @@ class Counted(torch.utils.data.Dataset[Tensor]):
 
 
 def search(args: argparse.Namespace) -> Iterator[Row]:
-    """The whole of a calibration with its defaults against plain forwards of the images it reads, in CPU time."""
+    """The whole of a calibration with its defaults against plain forwards of the images it reads: in operations, which
+    are the same on every machine, and in CPU time, of which the plain side is measured before and after each turn."""
     untouched = load_model(args.pretrained).model.eval().to(args.device)
     images = torch.stack([image for _, image in ImageStream(args.images, OwnTransform(untouched)).numbered()])
+    some = images[:64]
 
-    def plain_pass(model: nn.Module) -> float:
-        start = time.process_time()
+    def plain_pass(model: nn.Module) -> None:
         with torch.inference_mode():
-            for batch in images[:64].split(16):
+            for batch in some.split(16):
                 model(batch.to(args.device))
-        return (time.process_time() - start) / 64
+
+    def calibrate(model: nn.Module, images: Counted) -> testreg.RegisterNeurons:
+        return testreg.calibrate(model, images, progress=False)
 
     for mechanism in args.mechanisms:
         model, counted = copy.deepcopy(untouched), Counted(images)
-        plant_into(model, images[:64], mechanism=mechanism)
-        plain_pass(model)  # warms up
-        before, start = plain_pass(model), time.process_time()
-        found = testreg.calibrate(model, counted, progress=False)
-        seconds, after = time.process_time() - start, plain_pass(model)
-        plain = (before + after) / 2 * len(counted.read)
+        plant_into(model, some, mechanism=mechanism)
+        found, operations = count_operations(calibrate, model, counted)
+        parts = len(counted.read) / len(some)
+        operations /= count_operations(plain_pass, model)[1] * parts
+        times = [cpu_seconds(plain_pass, model)]
+        for _ in range(max(1, args.repeats // 10)):
+            times += [cpu_seconds(calibrate, model, counted), cpu_seconds(plain_pass, model)]
+        plain, whole = [parts * seconds for seconds in times[::2]], times[1::2]
+        around = [(before + after) / 2 for before, after in itertools.pairwise(plain)]
         yield {
             "mechanism": mechanism,
             "images": len(counted.read),
-            "plain_s": round(plain, 1),
-            "calibrate_s": round(seconds, 1),
-            "ratio": round(seconds / plain, 2),
-            "noise": round(after / before, 3),
+            "operations": round(operations, 2),
+            "plain_s": round(statistics.median(plain), 1),
+            "calibrate_s": round(statistics.median(whole), 1),
+            "ratio": round(statistics.median(map(operator.truediv, whole, around)), 2),
+            "noise": f"{min(plain) / max(plain):.2f}",
+            "turns": len(whole),
             "neurons": found.top_k,
             "met": found.calibration["target_met"],
         }

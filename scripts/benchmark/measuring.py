@@ -9,12 +9,23 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+T = TypeVar("T")
 Row = dict[str, Any]
 Run = Callable[[], object]
+
+ATTENTION_ON_CPU = {  # which torch does not count by itself
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda query, key, value, *others, **options: sdpa_flop_count(query, key, value)
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda gradient, query, key, value, *others, **options: sdpa_backward_flop_count(gradient, query, key, value)
+    ),
+}
 
 
 def in_turns(sides: dict[str, Run], device: str, turns: int) -> dict[str, list[float]]:
@@ -63,6 +74,21 @@ def compared(times: dict[str, list[float]]) -> Row:
 
 def _ratios(times: dict[str, list[float]], base: str, side: str) -> list[float]:
     return [b / a for a, b in zip(times[base], times[side], strict=True)]
+
+
+def cpu_seconds(run: Callable[..., object], *arguments: object) -> float:
+    """CPU time of `run(*arguments)`, of all threads."""
+    start = time.process_time()
+    run(*arguments)
+    return time.process_time() - start
+
+
+def count_operations(run: Callable[..., T], *arguments: object) -> tuple[T, float]:
+    """What `run(*arguments)` returns, and the floating-point operations of its matrix products, convolutions and
+    attention."""
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
+        returned = run(*arguments)
+    return returned, float(counter.get_total_flops())
 
 
 def in_own_process(measure: Callable[..., Any], *arguments: object) -> Any:

@@ -200,10 +200,9 @@ class Evaluator:
 
     def _measured(self, neurons: Sequence[Neuron]) -> Effect:
         sums: Sums = {}
-        first = min((block for block, _, _ in neurons), default=0)
-        with self.prefix.reused(first), patched(self.model, unscored(neurons)):
+        with self.prefix.reused(neurons), patched(self.model, unscored(neurons)):
             for batch, baseline in enumerate(self.baselines):
-                self.prefix.batch = batch
+                self.prefix.begin(batch)
                 self._compare(baseline, sums)
         after, before = summed(sums), self.before
         least = MIN_FRACTION * float(before["patches"])  # what is as good as none, divided by, means nothing
@@ -273,7 +272,7 @@ class Evaluator:
     def _compare(self, plain: Baseline, sums: Sums) -> None:
         """Add to the sums how the patched model differs from the plain one on a batch."""
         norms, tokens, classes = self._run(_unpacked(plain.images))
-        norms = self.prefix.norms_of(norms)
+        norms = self.prefix.finish(norms)
         # By both limits: norms may grow evenly, so that none stands out, or even out, so that small ones do.
         outlier = norms > torch.maximum(plain.limit, self.detection.rule.limit(norms))
         before, after = (

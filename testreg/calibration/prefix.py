@@ -1,8 +1,10 @@
-"""The blocks in front of all moved neurons: what they give is the same whatever is moved, so it is computed once."""
+"""What a block of a patched tower gets depends on the neurons that are moved in front of it. So of sets of neurons that
+have these in common, only the first is run through the blocks before."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,35 +13,57 @@ import torch
 from torch import Tensor
 
 from testreg.families import Tower
+from testreg.neurons import Neuron
 from testreg.patching.override import Override
+
+MAX_KEPT = 8  # inputs of blocks, of each batch
+
+Key = tuple[int, frozenset[tuple[int, int]]]
+"""A block, and the neurons that are moved in front of it."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the blocks in front of another made of a batch."""
+
+    output: Any
+    """That of the last of them, registers included."""
+    norms: Tensor
+    """Norms (depth, B, N) of the patches after each of them."""
 
 
 class Prefix:
-    """Keeps what the first blocks of a patched tower give for each batch, registers included; later forwards of the
-    batch get it from there."""
+    """Keeps what blocks of a patched tower get in each batch: a later forward begins at the last block whose input is
+    known.
+
+    That is kept of blocks with moved neurons, where the next set may differ: of at most `MAX_KEPT`. Those of the latest
+    sets stay, and of one set those of its first blocks, which most of the others share.
+    """
 
     def __init__(self, tower: Tower) -> None:
         self.tower = tower
-        self.depth = 0
-        """The number of blocks whose output is kept."""
+        self.kept: dict[int, OrderedDict[Key, Kept]] = {}
+        """By the number of the batch; the latest last."""
+        self.keys: list[Key] = []
+        """Those of the running set, by block."""
         self.batch = 0
         """The number of the batch that runs."""
-        self.outputs: dict[int, Any] = {}
-        """What the last of these blocks gave, by the number of the batch."""
-        self.norms: dict[int, Tensor] = {}
-        """Norms (depth, B, T) after these blocks, by the number of the batch."""
+        self.first = 0
+        """The first block that runs."""
+        self.start: Kept | None = None
+        """What the blocks before it have made of the batch."""
+        self.made: dict[int, Any] = {}
+        """What the running forward has made for blocks with moved neurons, by their numbers."""
 
     @contextmanager
-    def reused(self, depth: int) -> Iterator[None]:
-        """Within the context, the first blocks are not run again for batches that have passed them.
-
-        The model is patched within it, with neurons that lie behind the first `depth` blocks.
-        """
-        if not 0 < self.depth <= depth:  # what was kept has neurons in it, or there is nothing yet
-            self.depth = depth
-            self.outputs.clear()
-            self.norms.clear()
-        kept = [KeptBlock(block.module, self, index) for index, block in enumerate(self.tower.blocks[: self.depth])]
+    def reused(self, neurons: Sequence[Neuron]) -> Iterator[None]:
+        """Within the context, in which the model is patched with these neurons, blocks are not run whose output is
+        known. Each forward is between `begin` and `finish`."""
+        moved = frozenset((block, unit) for block, unit, _ in neurons)
+        depths = range(self.tower.depth)
+        self.keys = [(depth, frozenset(neuron for neuron in moved if neuron[0] < depth)) for depth in depths]
+        blocks = {block for block, _ in moved}
+        kept = [KeptBlock(self.tower.blocks[i].module, self, i, i + 1 in blocks) for i in depths[:-1]]
         for each in kept:
             each.install()
         try:
@@ -48,27 +72,41 @@ class Prefix:
             for each in kept:
                 each.remove()
 
-    def norms_of(self, recorded: Tensor) -> Tensor:
-        """Norms (L, B, T) of the running batch, after blocks that were not run again those of its first forward."""
-        if not self.depth:
-            return recorded
-        first = self.norms.setdefault(self.batch, recorded[: self.depth])
-        return torch.cat([first, recorded[self.depth :]])
+    def begin(self, batch: int) -> None:
+        """The next forward is of this batch."""
+        kept = self.kept.setdefault(batch, OrderedDict())
+        self.first = max((key[0] for key in self.keys if key in kept), default=0)
+        self.batch, self.start, self.made = batch, kept.get(self.keys[self.first]), {}
+
+    def finish(self, recorded: Tensor) -> Tensor:
+        """Norms (L, B, N) of the batch, also after blocks that did not run, from those that its forward recorded."""
+        norms = recorded if self.start is None else torch.cat([self.start.norms, recorded[self.first :]])
+        kept = self.kept[self.batch]
+        kept |= {self.keys[index]: Kept(output, norms[:index]) for index, output in self.made.items()}
+        for key in reversed(self.keys):
+            if key in kept:
+                kept.move_to_end(key)
+        while len(kept) > MAX_KEPT:
+            kept.popitem(last=False)
+        return norms
 
 
 @dataclass(eq=False)
 class KeptBlock(Override):
-    """One of the first blocks: it runs at the first forward of a batch, and then hands on what all of them made."""
+    """A block that is run only if its output is not known."""
 
     prefix: Prefix
     index: int
+    is_kept: bool
+    """Whether its output is kept: neurons are moved in the next block."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if (kept := self.prefix.outputs.get(self.prefix.batch)) is not None:
-            return _copied(kept)
+        prefix = self.prefix
+        if prefix.start is not None and self.index < prefix.first:
+            return _copied(prefix.start.output)
         out = self.original(*args, **kwargs)
-        if self.index == self.prefix.depth - 1:
-            self.prefix.outputs[self.prefix.batch] = _copied(out)
+        if self.is_kept and len(prefix.made) < MAX_KEPT:
+            prefix.made[self.index + 1] = _copied(out)
         return out
 
 

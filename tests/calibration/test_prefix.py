@@ -3,6 +3,7 @@ import torch
 from planting import plant
 from tiny import BUILDERS, SPREAD_MLP, fresh, packed, photograph_crops
 
+from testreg.calibration import prefix
 from testreg.calibration.evaluation import Evaluator
 from testreg.calibration.prefix import Prefix
 from testreg.families import find_tower
@@ -44,24 +45,46 @@ def test_effects_are_what_they_would_be_without_it(name):
     assert all("forward" not in vars(block.module) for block in evaluator.tower.blocks)
 
 
-def test_blocks_in_front_of_all_moved_neurons_run_once():
+def counting_blocks(tower):
+    """The list that counts how often each block of a tower is run from now on."""
+    runs = [0] * tower.depth
+    for index, block in enumerate(tower.blocks):
+        block.module.attn.register_forward_hook(lambda *given, i=index: runs.__setitem__(i, runs[i] + 1))
+    return runs
+
+
+def test_blocks_run_once_for_sets_that_have_the_same_neurons_in_front_of_them():
     evaluator, neurons = evaluator_of("timm_clip")
-    runs = [0] * evaluator.tower.depth
+    runs = counting_blocks(evaluator.tower)
+    early, late = ([neuron for neuron in neurons if neuron[0] == block] for block in (1, 2))
+    expected = [0] * 4
+    for moved, first in [
+        (late, 0),
+        (late, 2),
+        (late[:1], 2),
+        (neurons, 0),
+        ([*early, late[0]], 2),  # the same as the set before, but for a neuron of block 2
+        (early, 2),
+        ([*early, (3, 7, None)], 2),
+        ([*early, (3, 8, None)], 3),
+        ([early[0], *late], 1),
+        (late[1:], 2),  # still known
+        (neurons, 2),
+    ]:
+        measured(evaluator, moved)
+        expected = [count + 2 * (index >= first) for index, count in enumerate(expected)]  # two batches
+        assert runs == expected, (moved, first)
 
-    def counting(index):
-        attention = evaluator.tower.blocks[index].module.attn
-        attention.register_forward_hook(lambda *given: runs.__setitem__(index, runs[index] + 1))
 
-    for index in range(evaluator.tower.depth):
-        counting(index)
-    late = [neuron for neuron in neurons if neuron[0] == 2]
-    for _ in range(3):
-        measured(evaluator, late)
-    assert runs == [2, 2, 6, 6]  # two batches
-    measured(evaluator, neurons)  # of block 1 too, so that less is kept
-    assert runs == [4, 4, 8, 8]
-    measured(evaluator, late)
-    assert runs == [4, 6, 10, 10]
+def test_few_inputs_are_kept(monkeypatch):
+    monkeypatch.setattr(prefix, "MAX_KEPT", 2)
+    evaluator, neurons = evaluator_of("timm_clip")  # of blocks 1 and 2
+    runs = counting_blocks(evaluator.tower)
+    for last in (7, 8):
+        measured(evaluator, [*neurons, (3, last, None)])
+    assert runs == [2, 2, 4, 4]
+    kept = evaluator.prefix.kept
+    assert [[block for block, _ in of_batch] for of_batch in kept.values()] == [[2, 1], [2, 1]]  # not of block 3
 
 
 def test_a_failure_leaves_nothing_behind():

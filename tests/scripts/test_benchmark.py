@@ -13,7 +13,7 @@ import timm
 import torch
 from benchmark.__main__ import main
 from benchmark.against import modules_of, patched_by, released_pass, scores_by_hooks
-from benchmark.measuring import compared, in_own_process
+from benchmark.measuring import compared, count_operations, in_own_process
 from benchmark.models import MadeImages, one_more_token, twin
 from benchmark.processes import half_written
 from PIL import Image
@@ -122,6 +122,19 @@ def planted() -> tuple[nn.Module, set[tuple[int, int]]]:
     model = timm.create_model("vit_base_patch16_224", **{**TIMM, "patch_size": 8, "num_classes": 0}).eval()
     neurons = plant(model, brightness(), num_neurons=4).neurons
     return model, {(block, unit) for block, units in neurons.items() for unit in units}
+
+
+def test_operations_are_those_of_products_and_attention():
+    linear, query = nn.Linear(6, 5), torch.randn(2, 3, 10, 4, requires_grad=True)  # images, heads, tokens, width
+
+    @torch.enable_grad()
+    def run():
+        attended = torch.nn.functional.scaled_dot_product_attention(query, query, query)
+        with torch.no_grad():
+            return linear(torch.randn(7, 6)), torch.autograd.grad(attended.sum(), query)
+
+    product = 2 * 3 * 10 * 10 * 4 * 2  # of queries and keys; a forward has two of these, its backward five
+    assert count_operations(run)[1] == 7 * 6 * 5 * 2 + (2 + 5) * product
 
 
 def test_one_more_token_is_in_the_blocks_alone() -> None:
