@@ -33,6 +33,7 @@ in `measure`.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import typing
 from collections import Counter
@@ -367,10 +368,15 @@ def plain_model(name: str, seed: int, images: Tensor, *, fixed: bool) -> nn.Modu
     return model
 
 
-@torch.no_grad()
 def random_model(name: str, seed: int, depth: int = DEPTH, patch_size: int = PATCH) -> nn.Module:
+    return with_random_blocks(functools.partial(FAMILIES[name], depth, image_size(patch_size), patch_size), seed)
+
+
+@torch.no_grad()
+def with_random_blocks(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """A model whose weights are random, those of the blocks as large as trained ones."""
     torch.manual_seed(seed)
-    model = FAMILIES[name](depth, image_size(patch_size), patch_size).eval()
+    model = build().eval()
     for block in find_tower(model).blocks:
         for parameter in block.module.parameters():
             if parameter.ndim == 2:

@@ -26,7 +26,6 @@ from proof import (
     IMAGE,
     PATCH,
     SPLIT,
-    STRENGTH,
     TEST_CROPS,
     TIMM,
     as_set,
@@ -34,13 +33,13 @@ from proof import (
     distance,
     moved,
     observe,
+    with_random_blocks,
 )
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import testreg
 from testreg.calibration.errors import NoOutliersError
-from testreg.families import find_tower
 
 DEPTH = 8
 SIZES = {"image_size": IMAGE, "patch_size": PATCH}
@@ -79,20 +78,9 @@ def main() -> None:
             print(on_register(name, seed, images), flush=True)
 
 
-@torch.no_grad()
-def random_model(name: str, seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    model = MODELS[name]().eval()
-    for block in find_tower(model).blocks:
-        for parameter in block.module.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=STRENGTH / parameter.shape[1] ** 0.5)
-    return model
-
-
 def on_patches(name: str, mechanism: Mechanism, seed: int, images: Tensor, unseen: Tensor) -> str:
     """A row of the first table."""
-    model = random_model(name, seed)
+    model = with_random_blocks(MODELS[name], seed)
     planted = plant(model, images, mechanism=mechanism, seed=seed)
     chosen = as_set(testreg.calibrate(model, images, progress=False).by_block())
     with planted.silenced(model):
@@ -109,7 +97,7 @@ def on_patches(name: str, mechanism: Mechanism, seed: int, images: Tensor, unsee
 
 def on_register(name: str, seed: int, images: Tensor) -> str:
     """A row of the second table."""
-    model = random_model(name, seed)
+    model = with_random_blocks(MODELS[name], seed)
     plant_on_register(model, images, register=seed % 4, seed=seed)
     found = testreg.diagnose(model, images, progress=False)
     try:
