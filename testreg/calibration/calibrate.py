@@ -44,7 +44,7 @@ from testreg.neurons import Neuron, RegisterNeurons
 
 NEGLIGIBLE = 0.01  # neurons that score less than this share of the best are not measured
 FORWARDS_TO_RANK = 3  # of an image, that ranking by it takes: forward, backward and what is read of both
-MIN_RANKED = 8  # images with outliers that either half must have, or the first images are all ranked
+MIN_RANKED = 16  # images with outliers, a quarter of them in either half, or the first images are all ranked
 MIN_LISTED = 1000  # neurons that the list keeps, so that it can be truncated anew
 
 
@@ -236,7 +236,7 @@ def _rank(views: Sequence[View], found: View, options: Options, budget: Budget) 
         if options.stability is None:
             return False
         with_outliers = torch.stack([view.statistics.num_with_outliers for view in views]).sum(0)  # of either half
-        if done < views[0].end_of_first and with_outliers.min() < MIN_RANKED:
+        if done < views[0].end_of_first and min(with_outliers.sum(), 4 * with_outliers.min()) < MIN_RANKED:
             return False
         return stability_of(views, options.score, _last_blocks(found, options)[0])[0] >= options.stability
 
