@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -282,7 +283,10 @@ def _choose(
     # What is left to do once no more time is to be spent: one more set of neurons, if it was begun, and to verify.
     one_more = sum(each.num_images for each in set(evaluators[0]))
     ranked_again = FORWARDS_TO_RANK * NUM_RANKED_AGAIN * world_size()
-    with progress_bar("choosing", MAX_MEASUREMENTS, options.progress, unit="set") as bar:
+    with ExitStack() as stack:
+        for choosing, _ in evaluators:
+            stack.enter_context(choosing.comparing())
+        bar = stack.enter_context(progress_bar("choosing", MAX_MEASUREMENTS, options.progress, unit="set"))
 
         def measure(neurons: Sequence[Neuron]) -> Effect:
             bar.update()

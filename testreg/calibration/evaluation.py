@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,6 +26,7 @@ from testreg.measure.outliers import MIN_FRACTION, Detection, check_finite, igno
 from testreg.neurons import Neuron, unscored
 from testreg.register import patched
 
+KEPT = 2**28  # bytes of tokens between blocks that are kept while sets are compared
 NORMAL_PATCHES = 64  # of an image, whose change is measured
 
 
@@ -133,7 +135,7 @@ class Evaluator:
 
     def _compare_with(self, baselines: Sequence[Baseline]) -> None:
         self.baselines = baselines
-        self.prefix = Prefix(self.tower)
+        self.prefix = Prefix(self.tower)  # keeps nothing
         self.known: dict[frozenset[tuple[int, int]], Effect] = {}
         """What sets of neurons were found to do."""
         sums: Sums = {}
@@ -190,6 +192,15 @@ class Evaluator:
     def outlier_fraction(self) -> float:
         """Fraction of the patches that are outliers after the detection block."""
         return float(self.before["outliers"][self.detection.block] / self.before["patches"])
+
+    @contextmanager
+    def comparing(self) -> Iterator[None]:
+        """Within the context, what several sets of neurons share is computed once, as far as `KEPT` bytes hold it."""
+        self.prefix = Prefix(self.tower, KEPT // max(1, len(self.baselines)))
+        try:
+            yield
+        finally:
+            self.prefix = Prefix(self.tower)
 
     def effect(self, neurons: Sequence[Neuron]) -> Effect:
         """What moving these neurons to a register does; the images are run once for each set."""

@@ -16,8 +16,6 @@ from testreg.families import Tower
 from testreg.neurons import Neuron
 from testreg.patching.override import Override
 
-MAX_KEPT = 8  # inputs of blocks, of each batch
-
 Key = tuple[int, frozenset[tuple[int, int]]]
 """A block, and the neurons that are moved in front of it."""
 
@@ -36,16 +34,19 @@ class Prefix:
     """Keeps what blocks of a patched tower get in each batch: a later forward begins at the last block whose input is
     known.
 
-    That is kept of blocks with moved neurons, where the next set may differ: of at most `MAX_KEPT`. Those of the latest
-    sets stay, and of one set those of its first blocks, which most of the others share.
+    Args:
+        memory: bytes that may be kept of each batch. The inputs of the latest sets stay, and of one set those of its
+            first blocks, which most of the others share.
     """
 
-    def __init__(self, tower: Tower) -> None:
-        self.tower = tower
+    def __init__(self, tower: Tower, memory: int = 0) -> None:
+        self.tower, self.memory = tower, memory
         self.kept: dict[int, OrderedDict[Key, Kept]] = {}
         """By the number of the batch; the latest last."""
         self.keys: list[Key] = []
         """Those of the running set, by block."""
+        self.shared = 0
+        """Its first block with moved neurons: what comes before is the same for all sets."""
         self.batch = 0
         """The number of the batch that runs."""
         self.first = 0
@@ -53,7 +54,7 @@ class Prefix:
         self.start: Kept | None = None
         """What the blocks before it have made of the batch."""
         self.made: dict[int, Any] = {}
-        """What the running forward has made for blocks with moved neurons, by their numbers."""
+        """The inputs of blocks that the running forward has made, by their numbers."""
 
     @contextmanager
     def reused(self, neurons: Sequence[Neuron]) -> Iterator[None]:
@@ -61,15 +62,15 @@ class Prefix:
         known. Each forward is between `begin` and `finish`."""
         moved = frozenset((block, unit) for block, unit, _ in neurons)
         depths = range(self.tower.depth)
+        self.shared = min((block for block, _ in moved), default=0)
         self.keys = [(depth, frozenset(neuron for neuron in moved if neuron[0] < depth)) for depth in depths]
-        blocks = {block for block, _ in moved}
-        kept = [KeptBlock(self.tower.blocks[i].module, self, i, i + 1 in blocks) for i in depths[:-1]]
-        for each in kept:
+        blocks = [KeptBlock(block.module, self, index) for index, block in enumerate(self.tower.blocks[:-1])]
+        for each in blocks:
             each.install()
         try:
             yield
         finally:
-            for each in kept:
+            for each in blocks:
                 each.remove()
 
     def begin(self, batch: int) -> None:
@@ -86,9 +87,14 @@ class Prefix:
         for key in reversed(self.keys):
             if key in kept:
                 kept.move_to_end(key)
-        while len(kept) > MAX_KEPT:
+        while sum(_bytes(each.output) for each in kept.values()) > self.memory:
             kept.popitem(last=False)
         return norms
+
+    def make(self, index: int, output: Any) -> None:
+        """A block gives this to the next, in the running forward."""
+        if index + 1 >= self.shared and _bytes(output) * (len(self.made) + 1) <= self.memory:
+            self.made[index + 1] = _copied(output)
 
 
 @dataclass(eq=False)
@@ -97,17 +103,14 @@ class KeptBlock(Override):
 
     prefix: Prefix
     index: int
-    is_kept: bool
-    """Whether its output is kept: neurons are moved in the next block."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         prefix = self.prefix
         if prefix.start is not None and self.index < prefix.first:
             return _copied(prefix.start.output)
-        out = self.original(*args, **kwargs)
-        if self.is_kept and len(prefix.made) < MAX_KEPT:
-            prefix.made[self.index + 1] = _copied(out)
-        return out
+        output = self.original(*args, **kwargs)
+        prefix.make(self.index, output)
+        return output
 
 
 def _copied(output: Any) -> Any:
@@ -115,3 +118,9 @@ def _copied(output: Any) -> Any:
     if isinstance(output, tuple):
         return (_copied(output[0]), *output[1:])
     return output.clone()
+
+
+def _bytes(output: Any) -> int:
+    """The size of a block's tokens."""
+    tokens: Tensor = output[0] if isinstance(output, tuple) else output
+    return tokens.nbytes

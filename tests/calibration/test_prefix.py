@@ -3,8 +3,7 @@ import torch
 from planting import plant
 from tiny import BUILDERS, SPREAD_MLP, fresh, packed, photograph_crops
 
-from testreg.calibration import prefix
-from testreg.calibration.evaluation import Evaluator
+from testreg.calibration.evaluation import KEPT, Evaluator
 from testreg.calibration.prefix import Prefix
 from testreg.families import find_tower
 from testreg.measure.outliers import Detection, OutlierRule
@@ -18,7 +17,9 @@ def evaluator_of(name, head=None):
     planted = plant(model, images, num_neurons=6, two_blocks=True)
     tower = find_tower(model)
     neurons = [(block, unit, None) for block, units in planted.neurons.items() for unit in units]
-    return Evaluator(model, tower, packed(images), Detection(RULE, 2), 1, batch_size=5, head=head), neurons
+    evaluator = Evaluator(model, tower, packed(images), Detection(RULE, 2), 1, batch_size=5, head=head)
+    evaluator.prefix = Prefix(tower, KEPT)
+    return evaluator, neurons
 
 
 def measured(evaluator, neurons):
@@ -60,31 +61,41 @@ def test_blocks_run_once_for_sets_that_have_the_same_neurons_in_front_of_them():
     expected = [0] * 4
     for moved, first in [
         (late, 0),
-        (late, 2),
+        (late, 3),
         (late[:1], 2),
         (neurons, 0),
         ([*early, late[0]], 2),  # the same as the set before, but for a neuron of block 2
         (early, 2),
-        ([*early, (3, 7, None)], 2),
-        ([*early, (3, 8, None)], 3),
+        ([*early, (3, 7, None)], 3),
         ([early[0], *late], 1),
         (late[1:], 2),  # still known
-        (neurons, 2),
+        (neurons, 3),
     ]:
         measured(evaluator, moved)
         expected = [count + 2 * (index >= first) for index, count in enumerate(expected)]  # two batches
         assert runs == expected, (moved, first)
 
 
-def test_few_inputs_are_kept(monkeypatch):
-    monkeypatch.setattr(prefix, "MAX_KEPT", 2)
+def test_only_so_much_is_kept():
     evaluator, neurons = evaluator_of("timm_clip")  # of blocks 1 and 2
+    measured(evaluator, neurons)
+    one = next(iter(evaluator.prefix.kept[0].values())).output.nbytes
+    evaluator.prefix = Prefix(evaluator.tower, 2 * one)
     runs = counting_blocks(evaluator.tower)
     for last in (7, 8):
         measured(evaluator, [*neurons, (3, last, None)])
     assert runs == [2, 2, 4, 4]
     kept = evaluator.prefix.kept
     assert [[block for block, _ in of_batch] for of_batch in kept.values()] == [[2, 1], [2, 1]]  # not of block 3
+
+
+def test_nothing_is_kept_where_sets_are_not_compared():
+    evaluator, neurons = evaluator_of("timm_clip")
+    with evaluator.comparing():
+        measured(evaluator, neurons)
+        assert [len(of_batch) for of_batch in evaluator.prefix.kept.values()] == [3, 3]
+    measured(evaluator, neurons)
+    assert not any(evaluator.prefix.kept.values())
 
 
 def test_a_failure_leaves_nothing_behind():
@@ -109,7 +120,7 @@ def test_the_kept_tokens_are_not_edited():
         args[0].mul_(1.5)
 
     evaluator.tower.blocks[2].module.register_forward_pre_hook(edit)
-    evaluator.prefix = Prefix(evaluator.tower)
+    evaluator.prefix = Prefix(evaluator.tower, KEPT)
     first, second = measured(evaluator, late), measured(evaluator, late)
     assert_alike(first, second)
     assert abs(first.change_patches - plain.change_patches) > 1e-4
