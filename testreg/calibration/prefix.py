@@ -45,11 +45,11 @@ class Prefix:
         """By the number of the batch; the latest last."""
         self.keys: list[Key] = []
         """Those of the running set, by block."""
-        self.shared = 0
-        """Its first block with moved neurons: what comes before is the same for all sets."""
+        self.first_moved = 0
+        """Its first block with moved neurons; what the blocks before get is of no use, once that is known."""
         self.batch = 0
         """The number of the batch that runs."""
-        self.first = 0
+        self.first_run = 0
         """The first block that runs."""
         self.start: Kept | None = None
         """What the blocks before it have made of the batch."""
@@ -62,7 +62,7 @@ class Prefix:
         known. Each forward is between `begin` and `finish`."""
         moved = frozenset((block, unit) for block, unit, _ in neurons)
         depths = range(self.tower.depth)
-        self.shared = min((block for block, _ in moved), default=0)
+        self.first_moved = min((block for block, _ in moved), default=0)
         self.keys = [(depth, frozenset(neuron for neuron in moved if neuron[0] < depth)) for depth in depths]
         blocks = [KeptBlock(block.module, self, index) for index, block in enumerate(self.tower.blocks[:-1])]
         for each in blocks:
@@ -76,12 +76,12 @@ class Prefix:
     def begin(self, batch: int) -> None:
         """The next forward is of this batch."""
         kept = self.kept.setdefault(batch, OrderedDict())
-        self.first = max((key[0] for key in self.keys if key in kept), default=0)
-        self.batch, self.start, self.made = batch, kept.get(self.keys[self.first]), {}
+        self.first_run = max((key[0] for key in self.keys if key in kept), default=0)
+        self.batch, self.start, self.made = batch, kept.get(self.keys[self.first_run]), {}
 
     def finish(self, recorded: Tensor) -> Tensor:
         """Norms (L, B, N) of the batch, also after blocks that did not run, from those that its forward recorded."""
-        norms = recorded if self.start is None else torch.cat([self.start.norms, recorded[self.first :]])
+        norms = recorded if self.start is None else torch.cat([self.start.norms, recorded[self.first_run :]])
         kept = self.kept[self.batch]
         kept |= {self.keys[index]: Kept(output, norms[:index]) for index, output in self.made.items()}
         for key in reversed(self.keys):
@@ -91,9 +91,9 @@ class Prefix:
             kept.popitem(last=False)
         return norms
 
-    def make(self, index: int, output: Any) -> None:
-        """A block gives this to the next, in the running forward."""
-        if index + 1 >= self.shared and _bytes(output) * (len(self.made) + 1) <= self.memory:
+    def keep(self, index: int, output: Any) -> None:
+        """Keep what a block of the running forward gives to the next, if that may be of use, and there is room."""
+        if index + 1 >= self.first_moved and _bytes(output) * (len(self.made) + 1) <= self.memory:
             self.made[index + 1] = _copied(output)
 
 
@@ -106,10 +106,10 @@ class KeptBlock(Override):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         prefix = self.prefix
-        if prefix.start is not None and self.index < prefix.first:
+        if prefix.start is not None and self.index < prefix.first_run:
             return _copied(prefix.start.output)
         output = self.original(*args, **kwargs)
-        prefix.make(self.index, output)
+        prefix.keep(self.index, output)
         return output
 
 
