@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmark.forward import DTYPES, sides_of
-from benchmark.measuring import Row
+from benchmark.measuring import Row, count_operations
 from benchmark.models import build, random_images
 
 SIDES = ("plain", "patched")
@@ -23,24 +23,29 @@ def operations(args: argparse.Namespace) -> Iterator[Row]:
 
     The few milliseconds that a register costs drown in the noise of whole forwards. These are the operations
     themselves, on the processor: calls that the plain forward makes as well count with the mean time of all calls. The
-    profiler adds a microsecond or so to each.
+    profiler adds a microsecond or so to each. What the calls that both make have to do more, for one token more, is
+    the last row, as a share of the arithmetic.
     """
     for dtype in args.dtype:
         models = sides_of(build(args, DTYPES[dtype]))
         images = random_images(args.batch[0], models["plain"])
         with torch.inference_mode():
             found = {side: profiled(functools.partial(models[side], images), args.repeats) for side in SIDES}
+            plain_sums, sums = (count_operations(models[side], images)[1] for side in SIDES)
         (plain_calls, plain_ms), (calls, ms) = (found[side] for side in SIDES)
         more = {name: number for name in calls if (number := calls[name] - plain_calls.get(name, 0)) > 0}
         own = {name: ms[name] * number / calls[name] for name, number in more.items()}
         rows = sorted(((name, more[name], own[name]) for name in own), key=lambda row: -row[2])
-        for name, number, milliseconds in [*rows, ("all of them", sum(more.values()), sum(own.values()))]:
+        total = sum(plain_ms.values())
+        token = total * (sums / plain_sums - 1)
+        rows += [("all of them", sum(more.values()), sum(own.values())), ("arithmetic of a token", 0, token)]
+        for name, number, milliseconds in rows:
             yield {
                 "dtype": dtype,
                 "operation": f"{name:24}",
                 "more_calls": number,
                 "ms": round(milliseconds, 3),
-                "of_the_forward": f"{milliseconds / sum(plain_ms.values()):.4%}",
+                "of_the_forward": f"{milliseconds / total:.4%}",
             }
 
 

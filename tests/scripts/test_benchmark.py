@@ -243,6 +243,13 @@ def test_rows_are_printed_and_written(
         assert row["batch"] == 1
         assert {"plain_ms", "patched_ms", "ratio", "one_more_token", "noise"} <= row.keys()
     assert "one_more_token" in capsys.readouterr().out
-    calls = {row["operation"].strip(): row["more_calls"] for row in written["operations"]}
-    assert calls["aten::index_copy_"] == 6  # in the blocks with register neurons
-    assert "aten::addmm" not in calls
+    rows = {row["operation"].strip(): row for row in written["operations"]}
+    assert rows["aten::index_copy_"]["more_calls"] == 6  # in the blocks with register neurons
+    assert "aten::addmm" not in rows
+
+    def arithmetic(tokens: int) -> int:  # of a ViT-Ti/16 at 224
+        block = 2 * tokens * 192 * (3 * 192 + 192 + 2 * 768) + 4 * tokens**2 * 192
+        return 12 * block + 2 * 196 * 768 * 192 + 2 * 192 * 1000
+
+    token = arithmetic(198) / arithmetic(197) - 1
+    assert rows["arithmetic of a token"]["of_the_forward"] == f"{token:.4%}"
