@@ -10,7 +10,7 @@ from typing import Literal
 from testreg.io.processes import gathered
 
 FORWARDS = 4  # of an image, that a calibration takes in all: 2 to 4, and more where the search is long
-FEWEST = 16  # images, however little time there is
+FEWEST = 8  # images, however little time there is
 
 Cut = Literal["images", "ranking", "choosing"]
 

@@ -29,7 +29,7 @@ def clock(monkeypatch):
 
 @pytest.mark.parametrize(
     ("seconds", "images"),
-    [(None, None), (288.0, None), (287.0, 142), (80.0, 40), (79.0, 38), (32.0, 16), (10.0, 16), (1e-9, 16)],
+    [(None, None), (288.0, None), (287.0, 142), (80.0, 40), (79.0, 38), (16.0, 8), (10.0, 8), (1e-9, 8)],
 )
 @pytest.mark.filterwarnings("ignore:a budget of")
 def test_an_image_costs_four_forwards(seconds, images, clock):
@@ -39,13 +39,13 @@ def test_an_image_costs_four_forwards(seconds, images, clock):
 
 
 def test_a_budget_that_is_too_small_says_so(clock):
-    with pytest.warns(UserWarning, match="of 10 seconds does not pay for 16 images, .* these take 32 or so"):
+    with pytest.warns(UserWarning, match="of 10 seconds does not pay for 8 images, .* these take 16 or so"):
         Budget(10.0).images(144, clock.forward)
 
 
 def test_there_are_no_more_than_there_were(clock):
     spent = Budget(1e-9)
-    assert spent.images(10, clock.forward) is None
+    assert spent.images(6, clock.forward) is None
     assert not spent.cut
 
 

@@ -394,13 +394,13 @@ def test_ranking_ends_when_it_is_stable(planted, photos):
 def test_a_budget_cuts_short_what_it_does_not_pay_for(planted, photos, monkeypatch):
     model, _ = planted
     many = photos.flip(0).repeat(8, 1, 1, 1)
-    with pytest.warns(UserWarning, match="does not pay for 16 images"):
+    with pytest.warns(UserWarning, match="does not pay for 8 images"):
         at_once = calibrate(model, many, budget=1e-9, progress=False)
-    assert (at_once.calibration["images"], at_once.calibration["held_out"]) == (8, 8)
+    assert (at_once.calibration["images"], at_once.calibration["held_out"]) == (4, 4)
     assert len(at_once.calibration["curve"]) == 1
     assert at_once.calibration["out_of_time"] == ["images", "choosing"]
     assert not at_once.verified
-    assert "with a larger --budget it would use more than 16 images, measure more sets" in described(at_once)
+    assert "with a larger --budget it would use more than 8 images, measure more sets" in described(at_once)
     monkeypatch.setattr(Budget, "images", lambda *_: None)
     assert calibrate(model, many, budget=1e-9, progress=False).calibration["out_of_time"] == ["ranking", "choosing"]
     monkeypatch.setattr(Budget, "images", lambda *_: 40)
