@@ -82,8 +82,11 @@ class Running(threading.local):
     recomputed: Layout | None = None
     """The layout of the padded or packed block that gradient checkpointing recomputes from within."""
     recorders: tuple[Recorder, ...] = ()
-    steered: tuple[tuple[object, Mode], ...] = ()
+    steered: tuple[tuple[object, Mode], ...]
     """The `testreg.steered` blocks that are open, with the patch of each, the innermost last."""
+
+    def __init__(self) -> None:
+        self.steered = ()  # no default of the class: compiled code would not see that this replaces it
 
 
 running = Running()

@@ -4,6 +4,8 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -306,6 +308,27 @@ def test_compiled_models_can_be_steered(family: str) -> None:
         torch.testing.assert_close(run(tower, images()), moved, rtol=1e-4, atol=1e-5)
         with steered(model, masks):
             torch.testing.assert_close(run(tower, images()), outputs(model), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+def test_compiled_models_are_steered_by_the_thread_that_says_so() -> None:
+    model = patch(build("timm_vit"), NEURONS)
+    tower = torch.compile(model, fullgraph=True, backend="eager")
+
+    @torch.no_grad()
+    def compiled(*masks: torch.Tensor) -> torch.Tensor:
+        with steered(model, *masks) if masks else nullcontext():
+            return run(tower, images())
+
+    with torch.no_grad(), steered(model, targets()):
+        expected = outputs(model)
+    for masks in ((), (targets(),), ()):  # in a thread of its own, which has steered nothing before
+        with ThreadPoolExecutor(1) as thread:
+            moved, there = thread.submit(compiled).result(), thread.submit(compiled, targets()).result()
+        torch.testing.assert_close(there, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(compiled(*masks), there if masks else moved, rtol=1e-4, atol=1e-5)
+    with steered(model, targets()), ThreadPoolExecutor(1) as thread:
+        torch.testing.assert_close(thread.submit(compiled).result(), moved, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("strict", [False, True])
