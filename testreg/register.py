@@ -173,8 +173,7 @@ def disabled(model: M) -> Iterator[M]:
 def registers(model: nn.Module) -> Iterator[list[Tensor]]:
     """Within the `with` block, the list holds the registers (B, R, C) after each block of this thread's last forward.
 
-    They are what the blocks give, before the tower's final norm. Contexts nest, and each has a list of its own. A model
-    that torch.compile has compiled leaves it empty: call the model itself.
+    They are what the blocks give, before the tower's final norm. Contexts nest, and each has a list of its own.
 
     Example:
         >>> with testreg.patched(model, planted), testreg.registers(model) as after_block:

@@ -81,12 +81,14 @@ class Running(threading.local):
     """The layout of the block that runs, if it is padded or packed."""
     recomputed: Layout | None = None
     """The layout of the padded or packed block that gradient checkpointing recomputes from within."""
-    recorders: tuple[Recorder, ...] = ()
+    recorders: tuple[Recorder, ...]
     steered: tuple[tuple[object, Mode], ...]
     """The `testreg.steered` blocks that are open, with the patch of each, the innermost last."""
 
     def __init__(self) -> None:
-        self.steered = ()  # no default of the class: compiled code would not see that this replaces it
+        # No defaults of the class: compiled code would not see that these replace them.
+        self.recorders = ()
+        self.steered = ()
 
 
 running = Running()

@@ -8,6 +8,7 @@ import math
 import pickle
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -779,6 +780,26 @@ def test_registers_nest() -> None:
     assert all(map(torch.equal, inner, recorded))
     assert len(outer) == tiny.DEPTH
     assert not torch.equal(outer[-1], inner[-1])
+
+
+def test_registers_of_a_model_that_was_compiled_before() -> None:
+    torch.compiler.reset()
+    model = testreg.patch(tiny.build("timm_vit"), tiny.NEURONS)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+
+    def lists() -> list[list[Tensor]]:
+        compiled(images((0, 1), tiny.IMAGE))
+        with testreg.registers(model) as held:
+            for numbers in ((2, 3), (0, 1)):
+                compiled(images(numbers, tiny.IMAGE))
+        with testreg.registers(model) as expected:
+            model(images((0, 1), tiny.IMAGE))
+        return [held, expected]
+
+    with ThreadPoolExecutor(1) as thread:  # of its own, in which nothing was recorded before
+        held, expected = thread.submit(lists).result()
+    assert len(held) == tiny.DEPTH
+    torch.testing.assert_close(held, expected)
 
 
 def test_registers_overlap() -> None:
