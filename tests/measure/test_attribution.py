@@ -79,9 +79,9 @@ def test_energies_by_hand(name, photos):
     unit = planted.neurons[2][0]
     for image in range(len(photos)):
         expected = squared[image, at[image], unit].sum().item()
-        assert found.energy_at_outliers[image, 2, unit] == pytest.approx(expected, rel=1e-3)
+        assert found.energy_at_outliers[image, 2, unit] == pytest.approx(expected, rel=1e-4)
         expected = squared[image, :, unit].sum().item() if at[image].any() else 0.0
-        assert found.energy[image, 2, unit] == pytest.approx(expected, rel=1e-3)
+        assert found.energy[image, 2, unit] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", [name for name in BUILDERS if "swiglu" not in name and name not in SPREAD_MLP])
