@@ -12,7 +12,6 @@ import functools
 import importlib
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +25,7 @@ from torchvision.transforms.v2 import functional as tv
 
 import testreg
 from benchmark.calibration import rank
-from benchmark.measuring import Row, compared, in_own_process, in_turns, peak_memory
+from benchmark.measuring import Row, compared, cpu_seconds, in_own_process, in_turns, peak_memory
 from benchmark.models import build, neurons, one_more_token, random_images, twin
 from testreg.io.images import ImageStream
 
@@ -63,9 +62,7 @@ def against(args: argparse.Namespace) -> Iterator[Row]:
 def measure_pass(args: argparse.Namespace, side: str, images: Path) -> tuple[float, float]:
     """CPU seconds of the pass, and the peak memory of the process in MiB."""
     model = build(args, torch.float32, with_outliers=True)
-    start = time.process_time()
-    PASSES[side](model, images, args)
-    return time.process_time() - start, peak_memory(args.device)
+    return cpu_seconds(PASSES[side], model, images, args), peak_memory(args.device)
 
 
 def plain_pass(model: nn.Module, images: Path, args: argparse.Namespace) -> None:

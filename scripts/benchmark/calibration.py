@@ -95,9 +95,7 @@ def search(args: argparse.Namespace) -> Iterator[Row]:
             for batch in some.split(16):
                 model(batch.to(args.device))
 
-    def calibrate(model: nn.Module, images: Counted) -> testreg.RegisterNeurons:
-        return testreg.calibrate(model, images, progress=False)
-
+    calibrate = functools.partial(testreg.calibrate, progress=False)
     for mechanism in args.mechanisms:
         model, counted = copy.deepcopy(untouched), Counted(images)
         plant_into(model, some, mechanism=mechanism)
@@ -152,12 +150,8 @@ def scale(args: argparse.Namespace) -> Iterator[Row]:
 def measure_scale(settings: str, num_images: int) -> Row:
     model, images = small_planted(), MadeImages(num_images)
     rank(model, MadeImages(8))  # warms up
-    start = time.process_time()
-    if settings == "all ranked":
-        rank(model, images)
-    else:
-        testreg.calibrate(model, images, progress=False)
-    seconds = time.process_time() - start
+    run = rank if settings == "all ranked" else functools.partial(testreg.calibrate, progress=False)
+    seconds = cpu_seconds(run, model, images)
     return {
         "images": num_images,
         "read": len(images.read),
