@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -82,7 +81,9 @@ class RegisterBlock(Override):
             sequence = self._with_constants(tokens, layout, replaced)
         else:
             sequence = self._enter(tokens, layout) if self.index == 0 else self._arrive(tokens, layout, replaced)
-        out = self._original(sequence, self._extended(arguments, layout), layout)
+        if arguments:
+            arguments = {name: self._extended(name, value, layout) for name, value in arguments.items()}
+        out = self._original(sequence, arguments, layout)
         return self._hand_on(out, sequence, layout)
 
     def _enter(self, tokens: Tensor, layout: Layout) -> Tensor:
@@ -149,7 +150,9 @@ class RegisterBlock(Override):
         """Where the tokens of a call lie; an error if the block cannot be run on them."""
         self._check_tokens(tokens)
         self._check_shifts()
-        layout = (self.tower.family.layout or padded)(self.tower.module, plain, arguments)
+        layout = plain
+        if arguments or self.tower.family.layout is not None:
+            layout = (self.tower.family.layout or padded)(self.tower.module, plain, arguments)
         if self.index == 0:
             self._check_use(tokens, layout)
         return layout
@@ -166,7 +169,8 @@ class RegisterBlock(Override):
         if sequence.ndim != entered.ndim:
             return out  # DINO's blocks can be asked for their attention weights instead of tokens
         self._check_length(sequence, entered)
-        record(self.patch, functools.partial(layout.registers, sequence), self.index)
+        if running.recorders:
+            record(self.patch, layout.registers(sequence), self.index)
         tokens = layout.tokens(sequence)
         if self.last:
             tokens = tokens.contiguous()
@@ -183,13 +187,11 @@ class RegisterBlock(Override):
 
     def _forward_of(self, tokens: Any) -> tuple[Forward, bool]:
         """The forward that this block is part of, and whether someone has replaced the tokens."""
-        now = self.patch.next_mode
-        if self.index == 0:
-            mode = mode_from_start(tokens, now) if isinstance(tokens, Tensor) else now
-            return begin(self.patch, self.holders, mode), False
         if not isinstance(tokens, Tensor):
-            return begin(self.patch, self.holders, now, object()), False
-        return forward_of(tokens, self.patch, self.holders, self.index, now)
+            return begin(self.patch, self.holders, self.patch.next_mode, object() if self.index else None), False
+        if self.index == 0:
+            return begin(self.patch, self.holders, mode_from_start(tokens, self.patch)), False
+        return forward_of(tokens, self.patch, self.holders, self.index)
 
     def _tell_next(self, forward: Forward, out: Any) -> None:
         """Let the block's output tell the next block that there are no registers."""
@@ -215,11 +217,8 @@ class RegisterBlock(Override):
         tracer: Any = tokens.tracer
         return tracer.create_proxy("call_module", tracer.path_of_module(self.module), (tokens,), arguments)
 
-    def _extended(self, arguments: dict[str, Any], layout: Layout) -> dict[str, Any]:
-        """The arguments beside the tokens, with rows for the registers."""
-        return {name: self._extended_argument(name, value, layout) for name, value in arguments.items()}
-
-    def _extended_argument(self, name: str, value: Any, layout: Layout) -> Any:
+    def _extended(self, name: str, value: Any, layout: Layout) -> Any:
+        """An argument beside the tokens, with rows for the registers."""
         if name == "is_causal" and value:
             raise NotImplementedError("causal attention hides the register, the last token, from all others")
         if value is None:

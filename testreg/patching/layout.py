@@ -67,7 +67,8 @@ class Layout:
     def tokens(self, sequence: Tensor) -> Tensor:
         """The tokens without the registers. Those of a batch are a view."""
         if self.lengths is None:
-            return sequence.narrow(self.dim, 0, sequence.shape[self.dim] - self.num_registers)
+            dim = self.dim
+            return sequence.narrow(dim, 0, sequence.shape[dim] - self.num_registers)
         return torch.cat([image[..., : -self.num_registers, :] for image in self._packed(sequence)], -2)
 
     def images(self, sequence: Tensor) -> list[Tensor]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from testreg.patching.forwards import begin, forward_behind, is_latest, is_running
 from testreg.patching.layout import Layout
 from testreg.patching.running import AS_IT_WAS, Forward, Mode, is_recomputing
+from testreg.patching.state import Patch
 
 _CARRIED = "_testreg_carried"  # attribute of the tokens between two blocks: the whole sequence, or False
 _HANDED = "_testreg_handed"  # attribute of the tokens between two blocks, unless these are compiled: a `Handed`
@@ -118,11 +119,12 @@ def carried_sequence(tokens: Tensor) -> Tensor | None:
     return carried if isinstance(carried, Tensor) else None
 
 
-def mode_from_start(tokens: Tensor, now: Mode) -> Mode:
-    """The mode of the forward that starts with these tokens: `now` decides.
+def mode_from_start(tokens: Tensor, patch: Patch) -> Mode:
+    """The mode of the forward that starts with these tokens.
 
     Gradient checkpointing that recomputes block 0 gets the answer that was given in the forward.
     """
+    now = patch.next_mode
     if is_recomputing():
         decided = getattr(tokens, _DECIDED, None)
         return decided.mode if isinstance(decided, Decided) else now
@@ -131,14 +133,12 @@ def mode_from_start(tokens: Tensor, now: Mode) -> Mode:
     return now
 
 
-def forward_of(
-    tokens: Tensor, patch: object, holders: frozenset[type[nn.Module]], index: int, now: Mode
-) -> tuple[Forward, bool]:
+def forward_of(tokens: Tensor, patch: Patch, holders: frozenset[type[nn.Module]], index: int) -> tuple[Forward, bool]:
     """The forward in which a block behind the first gets these tokens, and whether they replace what was handed on.
 
     Tokens of a forward that runs belong to it. All others replace those that the block before has handed on in the
     forward from which the block is called. If there is none, they come from another thread or process, from a compiled
-    block, or from a forward that a backward pass recomputes. `now`: the mode of forwards that begin.
+    block, or from a forward that a backward pass recomputes.
     """
     handed = _handed(tokens)
     if handed is not None and handed.forward.patch is patch and _goes_on(handed.forward):
@@ -155,7 +155,7 @@ def forward_of(
     if handed is not None:
         handed.arrived = True
         return begin(patch, holders, handed.forward.mode, handed.forward.origin), False
-    carried = getattr(tokens, _CARRIED, None)
+    carried, now = getattr(tokens, _CARRIED, None), patch.next_mode
     if carried is not None and (carried is False) == now.has_registers:
         now = AS_IT_WAS if carried is False else Mode()
     return begin(patch, holders, now, object()), carried is None

@@ -73,20 +73,24 @@ class Recorder:
 class Running(threading.local):
     """The state of one thread."""
 
-    forwards: tuple[Forward, ...] = ()
+    forwards: tuple[Forward, ...]
     """Those that have begun, the latest last. An abandoned one stays, without activations, until the next begins."""
-    forward: Forward | None = None
+    forward: Forward | None
     """That of the block that runs; None outside blocks, and while they are compiled."""
-    layout: Layout | None = None
+    layout: Layout | None
     """The layout of the block that runs, if it is padded or packed."""
-    recomputed: Layout | None = None
+    recomputed: Layout | None
     """The layout of the padded or packed block that gradient checkpointing recomputes from within."""
     recorders: tuple[Recorder, ...]
     steered: tuple[tuple[object, Mode], ...]
     """The `testreg.steered` blocks that are open, with the patch of each, the innermost last."""
 
     def __init__(self) -> None:
-        # No defaults of the class: compiled code would not see that these replace them.
+        # No defaults of the class: compiled code would not see what replaces them.
+        self.forwards = ()
+        self.forward = None
+        self.layout = None
+        self.recomputed = None
         self.recorders = ()
         self.steered = ()
 
@@ -115,11 +119,11 @@ def is_recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def record(patch: object, registers: Callable[[], Tensor], index: int) -> None:
+def record(patch: object, registers: Tensor, index: int) -> None:
     """Give the registers that a block leaves to the recorders of this thread that hold those of its forward."""
     for recorder in running.recorders:
         if recorder.patch is patch and (running.forward is None or recorder.origin is running.forward.origin):
-            recorder.recorded[index : index + 1] = [registers()]
+            recorder.recorded[index : index + 1] = [registers]
 
 
 @contextmanager

@@ -523,6 +523,19 @@ def test_a_masked_model_compiles_to_one_graph(grad: bool) -> None:
             torch.testing.assert_close(compiled(batch, attn_mask=mask), model.forward_features(batch, attn_mask=mask))
 
 
+def test_a_model_compiles_in_a_second_thread_after_a_masked_one() -> None:
+    def compiled_features(mask: Tensor | None) -> Tensor:
+        torch.compiler.reset()
+        return torch.compile(model.forward_features, backend="eager", fullgraph=True)(batch, attn_mask=mask)
+
+    model = testreg.patch(tiny.build("timm_vit"), tiny.NEURONS)
+    batch = images((0, 1), tiny.IMAGE)
+    compiled_features(_mask((0, 1)))
+    with ThreadPoolExecutor(1) as thread:
+        found = thread.submit(compiled_features, None).result()
+    torch.testing.assert_close(found, model.forward_features(batch))
+
+
 def _pickled(model: nn.Module) -> nn.Module:
     return pickle.loads(pickle.dumps(model))
 
