@@ -19,6 +19,7 @@ The parts:
 - `processes`, `killed`: the same calibration by several processes, and what becomes of them when one is killed.
 - `import`: `import testreg` and `testreg --help`.
 - `against`: hooks that keep all activations, and a checkout of the paper's released code.
+- `merging`: token merging, which shows what other patches of the blocks cost.
 
 Weights are random: speed does not depend on them. The sides of a comparison run in turns, in one process and on the
 same weights, so that a drifting clock or a busy neighbour meets all of them; a ratio is the median over the turns.
@@ -46,6 +47,7 @@ from benchmark.calibration import budget, calibration, memory, scale, search
 from benchmark.forward import DTYPES, forward, training
 from benchmark.imports import imports
 from benchmark.measuring import Row, printed
+from benchmark.merging import merging
 from benchmark.operations import operations
 from benchmark.processes import killed, processes
 from testreg.files import replacing
@@ -63,6 +65,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "killed": killed,
     "import": imports,
     "against": against,
+    "merging": merging,
 }
 USUAL = ("forward", "training", "calibration", "memory")
 

@@ -14,6 +14,7 @@ import torch
 from benchmark.__main__ import main
 from benchmark.against import modules_of, patched_by, released_pass, scores_by_hooks
 from benchmark.measuring import compared, count_operations, in_own_process
+from benchmark.merging import merge_for_attention, merge_for_good
 from benchmark.models import MadeImages, one_more_token, twin
 from benchmark.processes import half_written
 from PIL import Image
@@ -153,6 +154,20 @@ def test_one_more_token_is_in_the_blocks_alone() -> None:
         for model in (longer, silent):
             model.blocks[0].mlp.fc2.weight[:, 0] = 0
         torch.testing.assert_close(longer.forward_features(images), silent.forward_features(images))
+
+
+def test_merged_patches_are_fewer_in_attention_or_for_good() -> None:
+    pytest.importorskip("tomesd")
+    plain, images = build("timm_vit"), torch.rand(2, 3, 64, 64)
+    half, fewer = merge_for_attention(twin(plain), 8), merge_for_good(twin(plain), 2)
+    seen: list[int] = []
+    for block in half.blocks:
+        block.attn.qkv.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+    tokens, expected = half.forward_features(images), plain.forward_features(images)
+    assert seen == [17 - 8] * 4
+    assert tokens.shape == expected.shape
+    assert not torch.allclose(tokens, expected)
+    assert fewer.forward_features(images).shape[1] == 17 - 4 * 2
 
 
 def test_times_are_compared_turn_by_turn() -> None:
