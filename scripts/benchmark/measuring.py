@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import statistics
 import sys
@@ -58,15 +59,18 @@ def in_turns(sides: dict[str, Run], device: str, turns: int) -> dict[str, list[f
 
 
 def compared(times: dict[str, list[float]]) -> Row:
-    """Median times of the first two sides, the ratio between them, and those of all other sides to the first."""
+    """Median times of the first two sides, the ratio between them, and those of all other sides to the first.
+
+    `interval_95` is the confidence interval of the ratio. It goes by ranks, so that it holds for any distribution.
+    """
     base, other, *more = times
     ratios = sorted(_ratios(times, base, other))
-    quarter = len(ratios) // 4
+    rank = max(0, int((len(ratios) - 1) / 2 - 0.98 * math.sqrt(len(ratios))))
     return {
         f"{base}_ms": round(1e3 * statistics.median(times[base]), 3),
         f"{other}_ms": round(1e3 * statistics.median(times[other]), 3),
         "ratio": round(statistics.median(ratios), 4),
-        "middle_half": f"{ratios[quarter]:.3f}-{ratios[-1 - quarter]:.3f}",
+        "interval_95": f"{ratios[rank]:.3f}-{ratios[-1 - rank]:.3f}",
         **{side: round(statistics.median(_ratios(times, base, side)), 4) for side in more},
         "turns": len(ratios),
     }

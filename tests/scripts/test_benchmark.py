@@ -176,11 +176,13 @@ def test_times_are_compared_turn_by_turn() -> None:
         "plain_ms": 2000.0,
         "patched_ms": 2000.0,
         "ratio": 1.5,
-        "middle_half": "1.000-2.000",
+        "interval_95": "1.000-2.000",
         "floor": 1.1,
         "noise": 1.0,
         "turns": 3,
     }
+    a_hundred = {"plain": [1.0] * 100, "patched": [float(ratio) for ratio in range(1, 101)]}
+    assert compared(a_hundred)["interval_95"] == "40.000-61.000"  # the binomial distribution's 2.5 % quantile is 40
 
 
 def test_a_process_of_its_own() -> None:
