@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import multiprocessing
+import platform
+import random
 import statistics
 import sys
 import time
@@ -19,6 +22,8 @@ T = TypeVar("T")
 Row = dict[str, Any]
 Run = Callable[[], object]
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+
 ATTENTION_ON_CPU = {  # which torch does not count by itself
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
         lambda query, key, value, *others, **options: sdpa_flop_count(query, key, value)
@@ -30,10 +35,11 @@ ATTENTION_ON_CPU = {  # which torch does not count by itself
 
 
 def in_turns(sides: dict[str, Run], device: str, turns: int) -> dict[str, list[float]]:
-    """Seconds of each side in each turn; who begins a turn rotates.
+    """Seconds of each side in each turn. Its order is random, as what ran before leaves its traces in caches and heap.
 
     On one thread of a CPU they are CPU time, which busy neighbours disturb less.
     """
+    keep_freed_memory()
     on_gpu = torch.device(device).type == "cuda"
     clock = time.perf_counter if on_gpu or torch.get_num_threads() > 1 else time.process_time
 
@@ -51,11 +57,22 @@ def in_turns(sides: dict[str, Run], device: str, turns: int) -> dict[str, list[f
     calls = max(1, min(100, round(0.1 / once)))  # a short call is repeated, so that the clock's grain does not show
     names = list(sides)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(turns):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+    generator = random.Random(0)
+    for _ in range(turns):
+        for name in generator.sample(names, len(names)):
             times[name].append(seconds(sides[name], calls))
     return times
+
+
+def keep_freed_memory() -> None:
+    """Let the process keep the memory that it frees: else a side pays for getting back what another has given away.
+
+    That can be thousands of page faults in one forward and none in the next. Only glibc is known to do it.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def compared(times: dict[str, list[float]]) -> Row:

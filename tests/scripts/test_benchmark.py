@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import timm
 import torch
 from benchmark.__main__ import main
 from benchmark.against import modules_of, patched_by, released_pass, scores_by_hooks
-from benchmark.measuring import compared, count_operations, in_own_process
+from benchmark.measuring import compared, count_operations, in_own_process, keep_freed_memory
 from benchmark.merging import merge_for_attention, merge_for_good
 from benchmark.models import MadeImages, one_more_token, twin
 from benchmark.processes import half_written
@@ -183,6 +184,21 @@ def test_times_are_compared_turn_by_turn() -> None:
     }
     a_hundred = {"plain": [1.0] * 100, "patched": [float(ratio) for ratio in range(1, 101)]}
     assert compared(a_hundred)["interval_95"] == "40.000-61.000"  # the binomial distribution's 2.5 % quantile is 40
+
+
+def faults_of_a_second_tensor() -> int:
+    import resource
+
+    keep_freed_memory()
+    torch.ones(2**24)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is known to give memory back")
+def test_freed_memory_is_kept() -> None:
+    assert in_own_process(faults_of_a_second_tensor) < 1000  # 64 MiB that were given back: 16384
 
 
 def test_a_process_of_its_own() -> None:
