@@ -186,19 +186,22 @@ def test_times_are_compared_turn_by_turn() -> None:
     assert compared(a_hundred)["interval_95"] == "40.000-61.000"  # the binomial distribution's 2.5 % quantile is 40
 
 
-def faults_of_a_second_tensor() -> int:
+def fewest_faults_of_a_tensor() -> int:
+    """Page faults of the allocation of 64 MiB, which have just been freed."""
     import resource
 
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
     keep_freed_memory()
-    torch.ones(2**24)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(2**24)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    return min(faults() for _ in range(10))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is known to give memory back")
 def test_freed_memory_is_kept() -> None:
-    assert in_own_process(faults_of_a_second_tensor) < 1000  # 64 MiB that were given back: 16384
+    assert in_own_process(fewest_faults_of_a_tensor) < 1000  # 16384 where it was given back
 
 
 def test_a_process_of_its_own() -> None:
