@@ -78,7 +78,8 @@ def keep_freed_memory() -> None:
 def compared(times: dict[str, list[float]]) -> Row:
     """Median times of the first two sides, the ratio between them, and those of all other sides to the first.
 
-    `interval_95` is the confidence interval of the ratio. It goes by ranks, so that it holds for any distribution.
+    `interval_95` is the confidence interval of the ratio. It goes by ranks, so that it holds for any distribution. Of
+    fewer than 6 turns it is from the least to the greatest, which is less sure than 95 %.
     """
     base, other, *more = times
     ratios = sorted(_ratios(times, base, other))
