@@ -33,8 +33,9 @@ _RENAMED = {  # entries of the calibration, since version 1
     "max_layer": "max_block",
     "worst_layer": "worst_block",
 }
-_KEYS = {"format", "version", "neurons", "top_k", "model", "calibration", "provenance", "verified"}
+_KEYS = {"format", "version", "neurons", "top_k", "num_registers", "model", "calibration", "provenance", "verified"}
 
+MAX_REGISTERS = 256  # as many as an image of 224 pixels has patches
 MAX_NAMED = 8  # blocks, and image sizes, that a summary names
 
 Neuron = tuple[int, int, float | None]
@@ -73,6 +74,8 @@ class RegisterNeurons:
     ranking: tuple[Neuron, ...]
     top_k: int | None = None
     """How many of the ranking to use; None for all."""
+    num_registers: int = 1
+    """How many registers to use, each of which holds all of these neurons."""
     model: Mapping[str, Any] = field(default_factory=dict)
     """The checkpoint: name, names (aliases), depth, mlp_width, fingerprint. All optional."""
     calibration: Mapping[str, Any] = field(default_factory=dict)
@@ -114,6 +117,8 @@ class RegisterNeurons:
             raise ValueError(f"top_k must be a whole number of at least 1, got {shown(self.top_k)}")
         if self.top_k is not None and self.top_k > len(self.ranking):
             raise ValueError(f"top_k={shown(self.top_k)}, but the list holds {len(self.ranking)} neurons")
+        if not _is_index(self.num_registers) or not 1 <= self.num_registers <= MAX_REGISTERS:
+            raise ValueError(f"num_registers must be 1 to {MAX_REGISTERS}, got {shown(self.num_registers)}")
         _check_entries("model", self.model, _MODEL)
         _check_entries("calibration", self.calibration, _CALIBRATION)
 
@@ -236,6 +241,7 @@ class RegisterNeurons:
             "provenance": dict(self.provenance),
             "verified": self.verified,
             "top_k": self.top_k,
+            "num_registers": self.num_registers,
             "neurons": [list(neuron) for neuron in self.ranking],
         }
 
@@ -261,6 +267,7 @@ class RegisterNeurons:
             return cls(
                 ranking=tuple((block, unit, score) for block, unit, score in rows),
                 top_k=data.get("top_k"),
+                num_registers=data.get("num_registers", 1),
                 model=data.get("model", {}),
                 calibration=_with_new_names(data.get("calibration", {})),
                 provenance=data.get("provenance", {}),

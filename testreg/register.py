@@ -36,7 +36,7 @@ M = TypeVar("M", bound=nn.Module)
 def shift(
     hidden: Tensor,
     units: Sequence[int],
-    owners: Sequence[int],
+    owners: Sequence[int] | None = None,
     *,
     num_registers: int = 1,
     num_prefix: int = 1,
@@ -48,11 +48,13 @@ def shift(
     """Move the activations of register neurons onto the registers (Algorithm 2, the inner loop).
 
     For each image and neuron, the value of largest magnitude over all tokens, prefix and registers included, is given
-    to the register that owns the neuron, sign kept; the neuron becomes zero on the patches and on the other registers.
+    to every register, sign kept; the neuron becomes zero on the patches. With `owners`, each neuron goes to one of the
+    registers alone, and is zero on the others (paper A.5).
 
     Args:
         hidden: (B, T+R, H) input of an MLP's second linear: P prefix tokens, patches, R registers.
-        units, owners: the K register neurons, as channels of `hidden`, and the register, 0 to R-1, that holds each.
+        units: the K register neurons, as channels of `hidden`.
+        owners: the register, 0 to R-1, that holds each neuron; None: every register holds all.
         max_over, zero: as in `patch`.
         valid: (B, T+R) bool, which tokens are no padding and may give the value; None: all.
         patches: (1, T+R) bool, which tokens are patches; None: all behind the prefix.
@@ -63,7 +65,7 @@ def shift(
     index = index_tensor(units, hidden)
     activations = hidden.index_select(-1, index)  # (B, T+R, K)
     peak = largest(activations, max_over, valid)  # (B, 1, K)
-    if num_registers > 1:
+    if owners is not None:
         owned = index_tensor(owners, hidden) == torch.arange(num_registers, device=hidden.device).unsqueeze(-1)
         peak = torch.where(owned, peak, peak.new_zeros(()))  # (B, R, K)
     moved = silenced(activations, zero, num_prefix, patches)
@@ -76,7 +78,8 @@ def patch(
     neurons: AnyNeurons = None,
     *,
     top_k: int | None = None,
-    num_registers: int = 1,
+    num_registers: int | None = None,
+    split_neurons: bool = False,
     max_over: MaxOver = "neuron",
     zero: Zero = "patches",
     static: AnyStatic = None,
@@ -92,7 +95,9 @@ def patch(
         neurons: the register neurons: a `RegisterNeurons`, the path of its JSON, `{block: [units]}`, the name of a
             bundled list (`testreg list`), or None for the bundled list of the checkpoint that the model says it is.
         top_k: use only the best `top_k` of the list; None takes as many as the list recommends.
-        num_registers: R, the extra tokens, at most 256. The neurons are shared out among them by rank (paper A.5).
+        num_registers: R, the extra tokens, at most 256, each of which holds all of the neurons; None takes as many as
+            `static` has, or as the list recommends.
+        split_neurons: share the neurons out among the registers by rank (paper A.5), instead.
         max_over: "neuron" moves the largest value of each neuron (paper), "layer" one for the block (released code).
         zero: where the moved neurons are zero: on "patches" (released code), or on "all" tokens, CLS included (paper).
         static: constants in place of what the registers hold, from `testreg.make_static`, or the path of their file.
@@ -114,13 +119,18 @@ def patch(
         raise RuntimeError("the model is already patched: call testreg.unpatch(model) first to patch it anew")
     chosen = resolve(neurons, model).truncate(top_k)
     chosen.check_fits(tower.depth, tower.mlp_width)
-    if (constant := resolve_static(static)) is not None:
+    constant = resolve_static(static)
+    if num_registers is None:
+        num_registers = chosen.num_registers if constant is None else constant.num_registers
+    if constant is not None:
         if target is not None:
             raise ValueError("pass static or target: where neurons are steered onto patches there are no registers")
         constant.check_fits(tower, chosen, num_registers)
     warn_of_other_weights(chosen, model, tower)
     warn_of_unverified(chosen)
-    state = Patch(tower.module, chosen, num_registers, max_over, zero, tower.num_prefix, target, constant)
+    state = Patch(
+        tower.module, chosen, num_registers, split_neurons, max_over, zero, tower.num_prefix, target, constant
+    )
     state.install(overrides(tower, state, shift))
     if neurons is None:
         log_bundled(chosen, model)

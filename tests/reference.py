@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -400,9 +400,15 @@ def attend(x: Tensor, block: Block, turn: Callable[[Tensor], Tensor] = lambda x:
 
 
 def shift_by_hand(
-    hidden: Tensor, owners: dict[int, int], *, num_registers: int, num_prefix: int, max_over: str, zero: str
+    hidden: Tensor,
+    owners: Mapping[int, int | None],
+    *,
+    num_registers: int,
+    num_prefix: int,
+    max_over: str,
+    zero: str,
 ) -> Tensor:
-    """Algorithm 2 for one block; `owners` says which register holds each unit."""
+    """Algorithm 2 for one block; `owners` says which register holds each unit, None: all of them."""
     images, tokens, _ = hidden.shape
     moved = hidden.clone()
     for image in range(images):
@@ -410,7 +416,8 @@ def shift_by_hand(
             candidates = [unit] if max_over == "neuron" else list(owners)
             peak = max((hidden[image, t, u] for t in range(tokens) for u in candidates), key=lambda value: abs(value))
             for token in range(tokens):
-                if token == tokens - num_registers + owner:
+                register = token - (tokens - num_registers)
+                if register >= 0 and owner in (None, register):
                     moved[image, token, unit] = peak
                 elif token >= num_prefix or zero == "all":
                     moved[image, token, unit] = 0
@@ -442,6 +449,7 @@ def forward_by_hand(
     ranking: Sequence[tuple[int, int]],
     *,
     num_registers: int = 1,
+    split_neurons: bool = False,
     max_over: str = "neuron",
     zero: str = "patches",
     target: Tensor | None = None,
@@ -481,7 +489,11 @@ def forward_by_hand(
         after_attention = x + attended * block.scale1
         hidden = block.hidden(layer_norm(x if block.parallel else after_attention, block.norm2))
         units = [unit for at, unit in ranking if at == index]
-        owners = {unit: rank % max(num_registers, 1) for rank, (at, unit) in enumerate(ranking) if at == index}
+        owners = {
+            unit: rank % max(num_registers, 1) if split_neurons else None
+            for rank, (at, unit) in enumerate(ranking)
+            if at == index
+        }
         if target is not None:
             hidden = steer_by_hand(hidden, units, target, num_prefix=layout.prefix, max_over=max_over, zero=zero)
         elif static is not None:

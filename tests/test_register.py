@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import gc
 import io
 import json
+import math
 import pickle
 import threading
 from collections.abc import Callable, Iterator
@@ -41,7 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "zero_all": {"zero": "all"},
     "max_over_layer": {"max_over": "layer"},
     "three_registers": {"num_registers": 3},
-    "all_options": {"num_registers": 2, "zero": "all", "max_over": "layer"},
+    "all_options": {"num_registers": 2, "split_neurons": True, "zero": "all", "max_over": "layer"},
 }
 
 COMPILED = (
@@ -132,7 +134,9 @@ HIDDEN = [[1.0, -7.0, 7.0], [-6.0, 3.0, 8.0], [4.0, -1.0, 9.0], [0.0, 5.0, 6.0]]
         # No CLS: every token is a patch. A trained register: prefix, and it may hold the maximum.
         ({"num_prefix": 0}, [[0, 0, 7], [0, 0, 8], [0, 0, 9], [-6, -7, 6]]),
         ({"num_prefix": 2}, [[1, -7, 7], [-6, 3, 8], [0, 0, 9], [-6, -7, 6]]),
-        # Two registers, the last two rows: each holds its own neurons and is zero in the others'.
+        # Two registers, the last two rows: each holds all neurons.
+        ({"num_registers": 2}, [[1, -7, 7], [0, 0, 8], [-6, -7, 9], [-6, -7, 6]]),
+        # The neurons are shared out: a register holds its own, and is zero in the others'.
         ({"num_registers": 2, "owners": (0, 1)}, [[1, -7, 7], [0, 0, 8], [-6, 0, 9], [0, -7, 6]]),
         ({"num_registers": 2, "owners": (1, 0)}, [[1, -7, 7], [0, 0, 8], [0, -7, 9], [-6, 0, 6]]),
         ({"num_registers": 2, "owners": (1, 1)}, [[1, -7, 7], [0, 0, 8], [0, 0, 9], [-6, -7, 6]]),
@@ -151,7 +155,7 @@ HIDDEN = [[1.0, -7.0, 7.0], [-6.0, 3.0, 8.0], [4.0, -1.0, 9.0], [0.0, 5.0, 6.0]]
 )
 @pytest.mark.parametrize("grad", [True, False])
 def test_shift_gives_the_literal_result(options: dict[str, Any], expected: list[list[float]], grad: bool) -> None:
-    options = {"units": (0, 1), "owners": (0, 0), "hidden": HIDDEN, **options}
+    options = {"units": (0, 1), "owners": None, "hidden": HIDDEN, **options}
     one = torch.tensor(options.pop("hidden"), dtype=torch.float32)
     hidden = torch.stack([one, -one, one.roll(1, 0)])  # each image has a maximum of its own
     with torch.set_grad_enabled(grad):
@@ -195,29 +199,31 @@ def test_an_infinite_activation_goes_to_its_own_register_alone() -> None:
 def test_shift_copies_with_gradients_and_edits_in_place_without() -> None:
     hidden = torch.tensor([HIDDEN])
     before = hidden.clone()
-    moved = shift(hidden, (0, 1), (0, 0))
+    moved = shift(hidden, (0, 1))
     assert hidden.equal(before)
     assert moved.data_ptr() != hidden.data_ptr()
     with torch.no_grad():
-        assert shift(hidden, (0, 1), (0, 0)) is hidden
+        assert shift(hidden, (0, 1)) is hidden
     assert hidden.equal(moved)
 
 
 def test_shift_sends_the_gradient_of_the_register_to_the_largest_activation() -> None:
     hidden = torch.tensor([HIDDEN], requires_grad=True)
     weights = torch.arange(1.0, 13.0).view(1, 4, 3)
-    (shift(hidden, (0, 1), (0, 0)) * weights).sum().backward()
+    (shift(hidden, (0, 1)) * weights).sum().backward()
     # The register's weights are 10 and 11: 10 goes to patch 1, 11 to CLS on top of CLS's own 2.
     expected = [[1.0, 2.0 + 11.0, 3.0], [10.0, 0.0, 6.0], [0.0, 0.0, 9.0], [0.0, 0.0, 12.0]]
     assert hidden.grad is not None
     assert hidden.grad[0].tolist() == expected
 
 
-@pytest.mark.parametrize("options", [{}, {"zero": "all", "max_over": "layer"}, {"num_registers": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"zero": "all", "max_over": "layer"}, {"num_registers": 2}, {"num_registers": 2, "owners": (0, 1)}],
+)
 def test_shift_passes_gradcheck(options: dict[str, Any]) -> None:
     hidden = torch.tensor([HIDDEN], dtype=torch.float64, requires_grad=True)
-    owners = (0, 1) if "num_registers" in options else (0, 0)
-    assert torch.autograd.gradcheck(lambda h: shift(h, (0, 1), owners, **options), (hidden,))
+    assert torch.autograd.gradcheck(lambda h: shift(h, (0, 1), **options), (hidden,))
 
 
 def test_shift_leaves_what_activations_saved_for_backward() -> None:
@@ -968,7 +974,37 @@ def test_a_verified_list_on_the_meta_device() -> None:
 
 
 def test_patch_of_tells_neurons_and_options() -> None:
-    options = {"num_registers": 2, "max_over": "layer", "zero": "all"}
+    options = {"num_registers": 2, "split_neurons": True, "max_over": "layer", "zero": "all"}
     state = patch_of(nn.Sequential(patch(build("timm_vit"), NEURONS, **options)))
     assert state.options == options
     assert [neuron[:2] for neuron in state.neurons.ranking] == list(RANKING)
+
+
+def test_the_list_says_how_many_registers() -> None:
+    inputs = images()
+    recommended = dataclasses.replace(NEURONS, num_registers=3)
+    ours = patch(build("timm_vit"), recommended)
+    assert patch_of(ours).options == {
+        "num_registers": 3,
+        "split_neurons": False,
+        "max_over": "neuron",
+        "zero": "patches",
+    }
+    assert ours(inputs).equal(patch(build("timm_vit"), NEURONS, num_registers=3)(inputs))
+    assert patch_of(patch(build("timm_vit"), recommended, num_registers=1)).num_registers == 1
+
+
+def test_copies_of_a_register_weigh_as_its_logarithm_on_the_logit() -> None:
+    """R registers that hold the same are one whose attention logit has log R added to it."""
+    model, inputs = build64("timm_vit"), images(dtype=torch.float64)
+    with testreg.patched(model, NEURONS, num_registers=3):
+        expected = block_outputs("timm_vit", model, inputs)
+    mask = torch.zeros(1, 1, 1, 18, dtype=torch.float64)
+    mask[..., -1] = math.log(3)
+    attend = F.scaled_dot_product_attention
+    weighted = lambda q, k, v, *args, **kwargs: attend(q, k, v, attn_mask=mask)
+    with testreg.patched(model, NEURONS), pytest.MonkeyPatch.context() as context:
+        context.setattr(F, "scaled_dot_product_attention", weighted)
+        one = block_outputs("timm_vit", model, inputs)
+    for ours, by_hand in zip(one, expected, strict=True):
+        torch.testing.assert_close(ours, by_hand)

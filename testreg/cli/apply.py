@@ -16,6 +16,7 @@ from testreg.cli.options import (
     Model,
     Neurons,
     NumRegisters,
+    SplitNeurons,
     TopK,
     TrustRemoteCode,
     Zero,
@@ -31,7 +32,8 @@ def apply(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="folder to write")],
     neurons: Neurons = None,
     top_k: TopK = None,
-    num_registers: NumRegisters = 1,
+    num_registers: NumRegisters = None,
+    split_neurons: SplitNeurons = False,
     max_over: MaxOver = "neuron",
     zero: Zero = "patches",
     image_size: ImageSize = None,
@@ -48,7 +50,15 @@ def apply(
     loaded = load(
         run, model, chosen_device(device), image_size=image_size, dtype=dtype, trust_remote_code=trust_remote_code
     )
-    used = patch_with(loaded, neurons, top_k=top_k, num_registers=num_registers, max_over=max_over, zero=zero)
+    used = patch_with(
+        loaded,
+        neurons,
+        top_k=top_k,
+        num_registers=num_registers,
+        split_neurons=split_neurons,
+        max_over=max_over,
+        zero=zero,
+    )
     with run.waiting(f"writing {output}"):
         save(loaded.model, output, processor=loaded.processor)
     run.answer(f"{output}: patched checkpoint of {loaded.name}")

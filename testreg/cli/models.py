@@ -48,7 +48,8 @@ def patch_with(
     neurons: str | None,
     *,
     top_k: int | None,
-    num_registers: int,
+    num_registers: int | None,
+    split_neurons: bool,
     max_over: MaxOver,
     zero: Zero,
 ) -> RegisterNeurons:
@@ -60,5 +61,13 @@ def patch_with(
         if neurons is not None:
             raise ValueError(f"{loaded.name} is a patched checkpoint already: leave --neurons out")
         return patch_of(loaded.model).neurons
-    patch(loaded.model, neurons, top_k=top_k, num_registers=num_registers, max_over=max_over, zero=zero)
+    patch(
+        loaded.model,
+        neurons,
+        top_k=top_k,
+        num_registers=num_registers,
+        split_neurons=split_neurons,
+        max_over=max_over,
+        zero=zero,
+    )
     return patch_of(loaded.model).neurons

@@ -42,7 +42,12 @@ Neurons = Annotated[
     typer.Option(help="neuron JSON, a name from `testreg list`, or hf:ORG/NAME of the Hub (default: the bundled list)"),
 ]
 TopK = Annotated[int | None, typer.Option(help="use the best so many (default: as the list recommends)")]
-NumRegisters = Annotated[int, typer.Option(help="extra tokens, which share the neurons")]
+NumRegisters = Annotated[
+    int | None, typer.Option(help="extra tokens, each with all of the neurons (default: as the list recommends)")
+]
+SplitNeurons = Annotated[
+    bool, typer.Option("--split-neurons", help="share the neurons out among the registers (paper A.5)")
+]
 MaxOver = Annotated[Literal["neuron", "layer"], typer.Option("--max-over", help="layer: the released code's")]
 Zero = Annotated[Literal["patches", "all"], typer.Option("--zero", help="all: prefix tokens too")]
 

@@ -18,6 +18,7 @@ from testreg.cli.options import (
     Model,
     Neurons,
     NumRegisters,
+    SplitNeurons,
     TopK,
     TrustRemoteCode,
     Zero,
@@ -42,7 +43,8 @@ def show(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="PNG", help="picture to write")],
     neurons: Neurons = None,
     top_k: TopK = None,
-    num_registers: NumRegisters = 1,
+    num_registers: NumRegisters = None,
+    split_neurons: SplitNeurons = False,
     max_over: MaxOver = "neuron",
     zero: Zero = "patches",
     block: Annotated[
@@ -77,7 +79,15 @@ def show(
     loaded = load(
         run, model, chosen_device(device), image_size=image_size, dtype=dtype, trust_remote_code=trust_remote_code
     )
-    used = patch_with(loaded, neurons, top_k=top_k, num_registers=num_registers, max_over=max_over, zero=zero)
+    used = patch_with(
+        loaded,
+        neurons,
+        top_k=top_k,
+        num_registers=num_registers,
+        split_neurons=split_neurons,
+        max_over=max_over,
+        zero=zero,
+    )
     drawn = used.calibration.get("detection_block", -1) if block is None else block
     batch = torch.stack([loaded.transform(photo) for photo in photos])
     steering = (

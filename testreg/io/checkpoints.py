@@ -24,8 +24,8 @@ from testreg.hub.repository import SCHEME, check_can_push, fetch_checkpoint, is_
 from testreg.io import formats
 from testreg.io.install import PENDING, RECORD, installing, is_interrupted, recover
 from testreg.io.trust import check_folder, is_file_name, one_line, read_json
-from testreg.neurons import RegisterNeurons
-from testreg.patching.state import MAX_REGISTERS, patch_of
+from testreg.neurons import MAX_REGISTERS, RegisterNeurons
+from testreg.patching.state import patch_of
 from testreg.register import is_patched, patch
 from testreg.static import Form, StaticRegisters
 
@@ -102,10 +102,16 @@ def _is_name(name: object) -> bool:
 
 
 def _are_options(value: object) -> bool:
-    if not isinstance(value, dict) or value.keys() - {"static"} != {"num_registers", "max_over", "zero"}:
+    keys = {"num_registers", "split_neurons", "max_over", "zero"}
+    if not isinstance(value, dict) or value.keys() - {"static"} != keys:
         return False
     registers, form = value["num_registers"], value.get("static", "token")
-    rules = (value["max_over"] in ("neuron", "layer"), value["zero"] in ("patches", "all"), form in get_args(Form))
+    rules = (
+        isinstance(value["split_neurons"], bool),
+        value["max_over"] in ("neuron", "layer"),
+        value["zero"] in ("patches", "all"),
+        form in get_args(Form),
+    )
     return type(registers) is int and 1 <= registers <= MAX_REGISTERS and all(rules)
 
 

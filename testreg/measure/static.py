@@ -52,12 +52,15 @@ def make_static(
         form: "token" for constant tokens, in every family; "bias" for a key and a value in attention and no token,
             where that is nn.MultiheadAttention (open_clip, OpenAI CLIP, torchvision). Both give the patches the same.
         transform, batch_size, num_images, workers, seed: as in `testreg.diagnose`.
-        options: `top_k`, `num_registers`, `max_over` and `zero`, as in `testreg.patch`.
+        options: `top_k`, `num_registers`, `split_neurons`, `max_over` and `zero`, as in `testreg.patch`; of the form
+            "bias" there is one register unless `num_registers` says otherwise.
 
     Raises:
         ValueError: an argument does not fit the model, or its registers are constants already; no image could be read.
     """
     already = is_patched(model)
+    if form == "bias" and not already:
+        options = {"num_registers": 1, **options}
     if already and (neurons is not None or options):
         raise ValueError("the model is patched already: leave neurons and options out, or call testreg.unpatch first")
     if already and (patch_of(model).static is not None or not patch_of(model).next_mode.has_registers):

@@ -41,6 +41,6 @@ def _shifts(
     owner = patch.owner
     for mlp, own in block.units_by_mlp(units):
         channels = tuple(mlp.first + unit for unit in own.values())
-        owners = tuple(owner[index, unit] for unit in own)
+        owners = None if owner is None else tuple(owner[index, unit] for unit in own)
         for consumer in mlp.consumers:
             yield ShiftBefore(consumer, block.module, patch, layout, shift, channels, owners)

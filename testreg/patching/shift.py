@@ -27,7 +27,7 @@ class ShiftBefore(Override):
     shift: Callable[..., Tensor]
     """`testreg.register.shift`, the arithmetic."""
     channels: tuple[int, ...]
-    owners: tuple[int, ...]
+    owners: tuple[int, ...] | None
 
     def __post_init__(self, block: nn.Module) -> None:
         super().__post_init__()

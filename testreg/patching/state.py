@@ -11,24 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from testreg.neurons import RegisterNeurons, shown
+from testreg.neurons import MAX_REGISTERS, RegisterNeurons, shown
 from testreg.patching.activations import MaxOver, Zero
 from testreg.patching.notices import VerifiedUse
 from testreg.patching.override import REFUSALS, Constant, Override
 from testreg.patching.running import AS_IT_WAS, Mode, is_recomputing, running
 from testreg.static import StaticRegisters
 
-MAX_REGISTERS = 256  # as many as an image of 224 pixels has patches
-
 _PATCH = "_testreg_patch"  # attribute of a patched tower
 _counting = threading.Lock()  # not on the patch: a lock can be neither copied nor pickled
 
 
-def check_options(num_registers: int, max_over: str, zero: str) -> None:
+def check_options(num_registers: int | None, max_over: str, zero: str) -> None:
     """Raise ValueError unless `patch` can be called with these."""
-    if num_registers < 1:
+    if num_registers is not None and num_registers < 1:
         raise ValueError(f"num_registers must be at least 1, got {num_registers}")
-    if num_registers > MAX_REGISTERS:
+    if num_registers is not None and num_registers > MAX_REGISTERS:
         raise ValueError(f"num_registers must be at most {MAX_REGISTERS}, got {shown(num_registers)}: 1 to 4 do")
     if max_over not in ("neuron", "layer"):
         raise ValueError(f"max_over must be 'neuron' or 'layer', got {max_over!r}")
@@ -56,6 +54,7 @@ class Patch:
     tower: nn.Module
     neurons: RegisterNeurons
     num_registers: int
+    split_neurons: bool
     max_over: MaxOver
     zero: Zero
     num_prefix: int
@@ -94,12 +93,20 @@ class Patch:
     @property
     def options(self) -> dict[str, Any]:
         """The arguments that make the same patch again, for JSON; of static registers, the form."""
-        options = {"num_registers": self.num_registers, "max_over": self.max_over, "zero": self.zero}
+        options = {
+            "num_registers": self.num_registers,
+            "split_neurons": self.split_neurons,
+            "max_over": self.max_over,
+            "zero": self.zero,
+        }
         return options if self.static is None else {**options, "static": self.static.form}
 
     @property
-    def owner(self) -> dict[tuple[int, int], int]:
-        """The register of each neuron (block, unit): in the order of the ranking, each goes to the next register."""
+    def owner(self) -> dict[tuple[int, int], int] | None:
+        """The register of each neuron (block, unit) if they are shared out: in the order of the ranking, each goes to
+        the next register. None if every register holds all."""
+        if not self.split_neurons:
+            return None
         return {(block, unit): i % self.num_registers for i, (block, unit, _) in enumerate(self.neurons.ranking)}
 
     @property

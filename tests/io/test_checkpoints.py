@@ -125,7 +125,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", [*BUILDERS, *WHOLE])
 def test_loads_as_it_was_saved(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    model = saved(name, tmp_path / "out", dtype, num_registers=2, zero="all", max_over="layer")
+    model = saved(name, tmp_path / "out", dtype, num_registers=2, split_neurons=True, zero="all", max_over="layer")
     (tmp_path / "out" / "pytorch_model.bin").write_bytes(b"a pickle that nobody may open")
     bare = name == "torchvision_vit"
     loaded = load(tmp_path / "out", build(name, seed=1) if bare else None)

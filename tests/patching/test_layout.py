@@ -35,7 +35,7 @@ from testreg.patching.layout import Layout
 from testreg.register import shift
 
 NEURONS = {0: [3, 17, 21, 28, 9, 30], 1: [5, 14, 20, 2, 31, 11], 2: [1, 8]}  # many, so that padding is loudest for some
-OPTIONS = [{}, {"num_registers": 2}, {"num_registers": 2, "max_over": "layer", "zero": "all"}]
+OPTIONS = [{}, {"num_registers": 2}, {"num_registers": 2, "split_neurons": True, "max_over": "layer", "zero": "all"}]
 MIN = torch.finfo(torch.float32).min
 patched = pytest.mark.parametrize("options", OPTIONS, ids=["default", "two registers", "joint maximum, all zeroed"])
 
@@ -573,13 +573,15 @@ KNOWN = {each.name: each for each in (*timm_models.architectures(), *transformer
 class ByHand:
     """The forward of an unpatched model with explicit registers: tokens behind all others, moved by `shift_by_hand`.
 
-    `moves` says which input channels of which modules are moved, to which register.
+    `moves` says which input channels of which modules are moved, and with `split_neurons`, to which register.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], moves: Mapping[nn.Module, Mapping[int, int]], **options: Any):
         self.blocks, self.registers = blocks, list[Tensor]()
         self.options = {"num_registers": 1, "max_over": "neuron", "zero": "patches"} | options
-        for module, owners in moves.items():
+        split_neurons = self.options.pop("split_neurons", False)
+        for module, units in moves.items():
+            owners = units if split_neurons else dict.fromkeys(units)
             hook = lambda module, args, owners=owners: (shift_by_hand(args[0], owners, **self.options), *args[1:])
             module.register_forward_pre_hook(hook)
 
@@ -612,8 +614,8 @@ def test_neurons_are_numbered_through_both_mlps() -> None:
     first, second = ([block.ffns[i].mlp.fc2 for block in twin.blocks] for i in (0, 1))
     # The ranking goes to the registers in turns: 0 to the second MLP's 3, 1 to the first's 7, and again.
     moves = {second[0]: {3: 0}, first[0]: {7: 1}, second[1]: {3: 0, width - 1: 1}}
-    by_hand = ByHand(twin.blocks, moves, num_registers=2, num_prefix=1)
-    testreg.patch(model, {0: [width + 3, 7], 1: [width + 3, 2 * width - 1]}, num_registers=2)
+    by_hand = ByHand(twin.blocks, moves, num_registers=2, split_neurons=True, num_prefix=1)
+    testreg.patch(model, {0: [width + 3, 7], 1: [width + 3, 2 * width - 1]}, num_registers=2, split_neurons=True)
     torch.testing.assert_close(model.forward_features(batch), twin.norm(by_hand(entering(twin, batch))))
     assert not torch.allclose(twin.forward_features(batch), twin.norm(by_hand(entering(twin, batch))), atol=1e-3)
     with pytest.raises(ValueError, match=f"unit {2 * width} of block 0 is out of range"):
@@ -721,8 +723,8 @@ def test_registers_are_those_of_the_forward_by_hand() -> None:
     model = tiny.build("timm_vit")
     twin = copy.deepcopy(model)
     moves = {twin.blocks[1].mlp.fc2: {3: 0, 77: 1, 150: 0}, twin.blocks[2].mlp.fc2: {0: 1, 64: 0, 191: 1}}
-    by_hand = ByHand(twin.blocks, moves, num_registers=2, num_prefix=1)
-    testreg.patch(model, tiny.NEURONS, num_registers=2)
+    by_hand = ByHand(twin.blocks, moves, num_registers=2, split_neurons=True, num_prefix=1)
+    testreg.patch(model, tiny.NEURONS, num_registers=2, split_neurons=True)
     batch = images((0, 1), tiny.IMAGE)
     with testreg.registers(model) as held:
         model(images((2, 3, 4), tiny.IMAGE))

@@ -251,7 +251,7 @@ def test_tokens_that_replace_others_get_the_constants_too() -> None:
     [
         ("timm_vit", static(form="bias"), {}, "does not attend with nn.MultiheadAttention.*form='token'"),
         ("open_clip", static(2, "bias"), {"num_registers": 2}, "a place for one register, not for 2"),
-        ("timm_vit", static(2), {}, "pass num_registers=2, got 1"),
+        ("timm_vit", static(2), {"num_registers": 1}, "pass num_registers=2, got 1"),
         ("timm_vit", static(neurons={1: [4]}), {}, "made with other register neurons"),
         ("timm_vit", StaticRegisters(torch.zeros(5, 1, 48), {1: [3]}), {}, "5 blocks of width 48, .* 4 of 48"),
         ("timm_vit", static(), {"target": torch.ones(1, 4, 4, dtype=torch.bool)}, "static or target"),
