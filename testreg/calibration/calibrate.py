@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from testreg.calibration.budget import Budget
+from testreg.calibration.effects import Effect, EffectMeter, worst_of
 from testreg.calibration.errors import ImmovableOutliersError, NoOutliersError
-from testreg.calibration.evaluation import Effect, Evaluator, worst_of
 from testreg.calibration.options import Head, Options
 from testreg.calibration.result import Checks, Choice, facts_before_ranking, result
 from testreg.calibration.resume import State
@@ -43,7 +43,8 @@ from testreg.measure.outliers import Detection, OutlierRule
 from testreg.measure.ranking import SELECTIVE, Score, best, selectivity
 from testreg.neurons import Neuron, RegisterNeurons
 
-NEGLIGIBLE = 0.01  # neurons that score less than this share of the best are not measured
+NEGLIGIBLE = 0.01  # neurons that score less than this share of the best are not measured,
+NEGLIGIBLE_SELECTIVE = 0.001  # and selective ones less than this: small ones, together, may keep a sink alive
 FORWARDS_TO_RANK = 3  # of an image, that ranking by it takes: forward, backward and what is read of both
 MIN_RANKED = 16  # images with outliers, a quarter of them in either half, or the first images are all ranked
 MIN_LISTED = 1000  # neurons that the list keeps, so that it can be truncated anew
@@ -104,7 +105,7 @@ def calibrate(
         top_k: how many neurons to recommend; None chooses them by measuring, see
             `testreg.calibration.selection.select`. The list keeps more, so that it can be truncated anew.
         target: outliers that may be left after any block, as a fraction of those before.
-        max_change: how much features may change (1 - cosine, see `testreg.calibration.evaluation.Effect`); None for
+        max_change: how much features may change (1 - cosine, see `testreg.calibration.effects.Effect`); None for
             any.
         budget: seconds that the calibration may take, roughly. A model that is too slow for the first images
             gets fewer, by the time that one takes; and once the seconds have passed no more images are ranked, and no
@@ -168,9 +169,9 @@ def calibrate(
                 view.keep_first(number)
         found = _detect(views, options)
         _rank(views, found, options, budget_left)
-        evaluators = [view.evaluators() for view in views] if options.held_out else []
-        choice = _choose(views, found, evaluators, options, budget_left)
-        checks = _verify(views, choice, [verifying for _, verifying in evaluators], options)
+        meters = [view.meters() for view in views] if options.held_out else []
+        choice = _choose(views, found, meters, options, budget_left)
+        checks = _verify(views, choice, [verifying for _, verifying in meters], options)
     return result(views, found, choice, checks, options, budget_left.cut)
 
 
@@ -266,7 +267,7 @@ def _last_blocks(found: View, options: Options) -> tuple[int, int]:
 def _choose(
     views: Sequence[View],
     found: View,
-    evaluators: Sequence[tuple[Evaluator, Evaluator]],
+    meters: Sequence[tuple[EffectMeter, EffectMeter]],
     options: Options,
     budget: Budget,
 ) -> Choice:
@@ -281,16 +282,16 @@ def _choose(
     if options.top_k is not None:
         return Choice(ranking[: options.top_k], ranking, first_last, None)
     # What is left to do once no more time is to be spent: one more set of neurons, if it was begun, and to verify.
-    one_more = sum(each.num_images for each in set(evaluators[0]))
+    one_more = sum(each.num_images for each in set(meters[0]))
     ranked_again = FORWARDS_TO_RANK * NUM_RANKED_AGAIN * world_size()
     with ExitStack() as stack:
-        for choosing, _ in evaluators:
+        for choosing, _ in meters:
             stack.enter_context(choosing.comparing())
         bar = stack.enter_context(progress_bar("choosing", MAX_MEASUREMENTS, options.progress, unit="set"))
 
-        def measure(neurons: Sequence[Neuron]) -> Effect:
+        def measure(neurons: Sequence[Neuron], num_registers: int) -> Effect:
             bar.update()
-            return worst_of([choosing.effect(neurons) for choosing, _ in evaluators])
+            return worst_of([choosing.effect(neurons, num_registers) for choosing, _ in meters])
 
         def rank(moved: Sequence[Neuron]) -> Candidates:
             if moved and budget.is_spent("choosing", forwards_to_come=ranked_again + one_more):
@@ -298,9 +299,10 @@ def _choose(
             found = [view.statistics_with(moved) if moved else view.statistics.total() for view in views]
             scores = mean_scores(views, options.score, found)
             last = later_last if moved else first_last
-            candidates = best(scores, last, MAX_NEURONS, at_least=NEGLIGIBLE, without=moved)
             is_selective = torch.stack([selectivity(each) for each in found]).amin(0) >= SELECTIVE
-            return Candidates(candidates, {neuron for neuron in candidates if is_selective[neuron[:2]]})
+            ranked = best(scores, last, MAX_NEURONS, at_least=NEGLIGIBLE, without=moved)
+            selective = best(scores * is_selective, last, MAX_NEURONS, at_least=NEGLIGIBLE_SELECTIVE, without=moved)
+            return Candidates(ranked, selective)
 
         selection = select(
             rank,
@@ -310,19 +312,19 @@ def _choose(
             out_of_time=lambda: budget.is_spent("choosing", forwards_to_come=one_more),
         )
     last = max(first_last, *(block for block, _, _ in selection.neurons))
-    return Choice(selection.neurons, ranking, last, selection)
+    return Choice(selection.neurons, ranking, last, selection, selection.effect.num_registers)
 
 
 # Verify ---------------------------------------------------------------------------------------------------------------
 
 
-def _verify(views: Sequence[View], choice: Choice, evaluators: Sequence[Evaluator], options: Options) -> Checks | None:
+def _verify(views: Sequence[View], choice: Choice, meters: Sequence[EffectMeter], options: Options) -> Checks | None:
     """Measure the chosen neurons at each image size; None if no images are held out."""
-    if not evaluators:
+    if not meters:
         return None
-    effects = [each.effect(choice.neurons) for each in evaluators]
+    effects = [each.effect(choice.neurons, choice.num_registers) for each in meters]
     return Checks(
-        list(evaluators),
+        list(meters),
         effects,
         target_met=worst_of(effects).remaining <= options.target,
         on_others=choice.selection is None or all(view.is_split for view in views),

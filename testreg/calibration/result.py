@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from testreg.calibration.budget import Cut
-from testreg.calibration.evaluation import Effect, Evaluator
+from testreg.calibration.effects import Effect, EffectMeter
 from testreg.calibration.options import Options
 from testreg.calibration.selection import Selection
 from testreg.calibration.view import MIN_VERIFYING, View, stability_of
@@ -28,6 +28,7 @@ class Choice:
     """The last block whose neurons were ranked."""
     selection: Selection | None
     """How they were chosen; None if the user says how many."""
+    num_registers: int = 1
 
     @property
     def dropped(self) -> tuple[Neuron, ...]:
@@ -45,7 +46,7 @@ class Choice:
 class Checks:
     """What the chosen neurons do on the images that verify them."""
 
-    evaluators: list[Evaluator]
+    meters: list[EffectMeter]
     """One for each view."""
     effects: list[Effect]
     target_met: bool
@@ -56,7 +57,7 @@ class Checks:
     def verified(self) -> bool:
         """Whether the target was met on enough images, with outliers, that had no part in the choice."""
         # Images without an outlier would verify any list.
-        enough = all(each.num_images >= MIN_VERIFYING and each.outlier_fraction > 0 for each in self.evaluators)
+        enough = all(each.num_images >= MIN_VERIFYING and each.outlier_fraction > 0 for each in self.meters)
         return self.target_met and self.on_others and enough
 
 
@@ -80,6 +81,7 @@ def result(
     return RegisterNeurons(
         choice.neurons + choice.others,
         top_k=len(choice.neurons),
+        num_registers=choice.num_registers,
         model=describe_model(found.model, found.tower),
         calibration={
             **facts_before_ranking(found, options),
@@ -125,6 +127,7 @@ def _facts_of_choice(selection: Selection) -> dict[str, Any]:
     return {
         "curve": [asdict(effect) for effect in selection.curve],
         "chosen": asdict(selection.effect),
+        "registers": [asdict(effect) for effect in selection.registers],
         "rounds": [
             {
                 "round": number,
@@ -147,13 +150,14 @@ def _facts_of_checks(views: Sequence[View], choice: Choice, checks: Checks, opti
         "verified_at": [
             {
                 "image_size": view.diagnosis.image_size,
-                "grid": list(evaluator.grid),
+                "grid": list(meter.grid),
                 "dtype": view.dtype,
-                "images": evaluator.num_images,
-                "outlier_fraction": evaluator.outlier_fraction,
+                "images": meter.num_images,
+                "outlier_fraction": meter.outlier_fraction,
                 **asdict(effect),
+                "before": {name: getattr(meter.untouched, name) for name in ("sink", "hottest")},
             }
-            for view, evaluator, effect in zip(views, checks.evaluators, checks.effects, strict=True)
+            for view, meter, effect in zip(views, checks.meters, checks.effects, strict=True)
         ],
     }
 

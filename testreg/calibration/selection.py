@@ -1,20 +1,23 @@
-"""Choose the register neurons by measuring the patched model: add what removes the outliers, in rounds, drop what can
-stay where it is, and complete the set with what belongs to it."""
+"""Choose the register neurons by measuring the patched model: add what removes the outliers, in rounds, complete the
+set with what keeps the sink alive, choose how many registers hold it, and drop what can stay where it is."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
-from testreg.calibration.evaluation import Effect
+from testreg.calibration.effects import Effect
 from testreg.measure.ranking import MATTERS
 from testreg.neurons import Neuron
 
 TOLERANCE = 0.02  # of the outliers' excess norm: sets that differ by less remove them equally well
 SAME_CHANGE = 0.01  # sets whose changes of features differ by less change the same,
 SAME_SHARE = 0.02  # or by a smaller share of the change: it may be large, where most of a feature was the artefact
+CLEANER = 0.1, 0.02  # of a sink and of the hottest patch, as a share, and of how unlike former outliers are: sets that
+AS_CLEAN = 0.02, 0.005  # differ by less than CLEANER are not worth more neurons; to need fewer, they must be AS_CLEAN
+SAME_OUTPUTS = 0.002  # sets whose changes differ by less, or by a tenth, keep outputs equally well
 ALIKE = 0.7  # of the weakest chosen neuron's score: what scores so much is taken with it
 AIM = 0.2  # of the target: a population that is rare among these images may be frequent in others
 FEW = (
@@ -23,6 +26,10 @@ FEW = (
 MAX_NEURONS = 512  # that one round adds to a set; InternViT-6B needed 300
 MAX_MEASUREMENTS = 64  # of sets of neurons, in one selection
 MAX_ROUNDS = 8
+MAX_REGISTERS = 4  # that are tried
+
+Measure = Callable[[Sequence[Neuron], int], Effect]
+"""Neurons, and the number of registers that they are moved to -> the effect."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +38,8 @@ class Candidates:
 
     ranking: Sequence[Neuron]
     selective: Collection[Neuron] = ()
-    """Those that are active at outliers and hardly anywhere else. What moving them changes at other patches is then not
-    their own doing, but that of the outliers, which others look at."""
+    """Those that are active at outliers and hardly anywhere else, which may score too little for the ranking. What
+    moving them changes at other patches is not their own doing, but that of the outliers, which others look at."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,8 @@ class Selection:
     rounds: tuple[Round, ...]
     dropped: tuple[Neuron, ...]
     """Neurons that were added in a round, and then found to have no effect on outliers."""
+    registers: tuple[Effect, ...]
+    """Effects of 1, 2, ... registers, as far as they were measured, with the neurons before some were dropped."""
 
     @property
     def curve(self) -> tuple[Effect, ...]:
@@ -66,33 +75,39 @@ class Selection:
 
 def select(
     rank: Callable[[Sequence[Neuron]], Candidates],
-    measure: Callable[[Sequence[Neuron]], Effect],
+    measure: Measure,
     *,
     target: float,
     max_change: float | None = None,
     out_of_time: Callable[[], bool] = lambda: False,
 ) -> Selection:
-    """The fewest neurons that remove the outliers and what these do to other patches.
+    """The fewest neurons that remove the outliers, the attention sink, and what these do to other patches.
 
     1. In each round, the best 1, 2, 4, ... of a ranking are added and measured, until outliers are down to a fifth of
-       `target` and twice as many take less than `TOLERANCE` more of their excess norm; then the smallest such number is
-       found by bisection. If most outliers are gone, and twice as many take no more of the rest, what makes these was
-       hidden: the patched model is ranked anew, in the next round, as long as that helps.
-    2. Neurons that can stay where they are, all together costing less than that, are dropped: first those that are
-       busy elsewhere too, and then those of late blocks, which may fire at outliers without causing them.
-    3. Which of several neurons that do the same is needed depends on the images. So selective candidates are taken with
+       `target` and twice as many take less than `TOLERANCE` more of their excess norm. If most outliers are gone, and
+       twice as many take no more of the rest, what makes these was hidden: the patched model is ranked anew, in the
+       next round, as long as that helps.
+    2. Norms are not all: the fewest neurons without which no outlier is left may leave patches that draw attention and
+       are unlike their neighbours. So all selective candidates are added. If that leaves maps cleaner
+       (`is_as_clean`), the set is this one; else it is the smallest number of the ranking that is as good as the last.
+    3. Registers are copies, each with all of the neurons: one has less weight in the softmax of attention than the many
+       outliers had. As many are taken as change outputs least.
+    4. Neurons that can stay where they are, all together costing less than the tolerances, are dropped: first those
+       that are busy elsewhere too, then the selective ones that score least, and those of late blocks, which may fire
+       at outliers without causing them.
+    5. Which of several neurons that do the same is needed depends on the images. So selective candidates are taken with
        those that were chosen of their block, if they score 70 % of the weakest of these or more, and nothing is the
        worse for it.
-    4. Fewer neurons may bring all outliers under the limit, and leave some of what these did to other patches. That
-       shows in what changes if all selective candidates of any weight are moved as well. If it is more (by over
+    6. If the set was not completed in step 2, fewer neurons may have left some of what outliers did to other patches.
+       That shows in what changes if all selective candidates of any weight are moved as well. If it is more (by over
        `SAME_CHANGE` and over 2 % of the change), they are added, and those dropped again without which as much changes.
-    5. Those that are busy elsewhere are tried again, now that others have come to the set. Then each neuron is tried by
+    7. Those that are busy elsewhere are tried again, now that others have come to the set. Then each neuron is tried by
        itself, or, if they are more than `FEW`, each of the last block: one whose being left does nothing, and which
        alone takes less than a tenth of the outliers, fires at them without causing them. It is dropped.
 
     Args:
         rank: the neurons that are moved -> others, ranked on the model that is patched with them.
-        measure: neurons -> the effect of moving them.
+        measure: neurons, number of registers -> the effect of moving them there.
         target: outliers that may be left after any block, as a fraction of those before. If no set reaches it, the one
             that comes closest is chosen.
         max_change: sets that change pooled or patch features more (1 - cosine) are not chosen.
@@ -108,24 +123,53 @@ def select(
             raise ValueError("there are no candidates")
         if not candidates.ranking or not search.add_from(candidates):
             break
-    added = search.chosen
-    kept, effect = search.without_idle(added, search.rounds[-1].effect, same_change=False)
+    grown, effect = search.chosen, search.rounds[-1].effect
+    kept, effect = search.with_all_selective(grown, effect)
+    if is_complete := len(kept) > len(grown):
+        registers, effect = search.with_registers(kept, effect)
+        kept, effect = search.without_idle(kept, effect, same_change=True)
+    else:
+        kept, effect = search.smallest_of_last_round()
+        registers, effect = search.with_registers(kept, effect)
+        kept, effect = search.without_idle(kept, effect, same_change=False)
     kept, effect = search.with_alike(kept, effect)
-    kept, effect = search.completed(kept, effect)
+    if not is_complete:
+        kept, effect = search.completed(kept, effect)
     kept, effect = search.without_busy(kept, effect)
     kept, effect = search.without_bystanders(kept, effect)
     return Selection(
         neurons=kept,
         effect=effect,
         rounds=tuple(search.rounds),
-        dropped=tuple(neuron for neuron in added if neuron not in kept),
+        dropped=tuple(neuron for neuron in search.chosen if neuron not in kept),
+        registers=registers,
     )
+
+
+def is_as_clean(one: Effect, other: Effect, tolerance: tuple[float, float] = CLEANER) -> bool:
+    """Whether one set leaves maps as clean as another, but for the tolerance: its former outliers draw no more
+    attention and are no less like their neighbours, and the hottest patch is no hotter."""
+    share, more = tolerance
+    return (
+        _is_at_most(one.sink, other.sink, share=share)
+        and _is_at_most(one.hottest, other.hottest, share=share)
+        and _is_at_most(one.unlike, other.unlike, more=more)
+    )
+
+
+def _is_at_most(one: float | None, other: float | None, *, share: float = 0.0, more: float = 0.0) -> bool:
+    return one is None or other is None or one <= (1 + share) * other + more
 
 
 def changes_the_same(one: Effect, other: Effect) -> bool:
     """Whether two sets of neurons change features by the same amount, but for the tolerance."""
     is_same = partial(math.isclose, rel_tol=SAME_SHARE, abs_tol=SAME_CHANGE)
     return is_same(one.change_pooled, other.change_pooled) and is_same(one.change_patches, other.change_patches)
+
+
+def _as_little(change: float) -> float:
+    """The largest change of features that keeps outputs as well as this one, or nearly so."""
+    return change + max(SAME_OUTPUTS, change / 10)
 
 
 def _score(neuron: Neuron) -> float:
@@ -139,7 +183,7 @@ def _score(neuron: Neuron) -> float:
 class _Search:
     """A search in rounds: what was added and measured so far, and what is good enough."""
 
-    measure: Callable[[Sequence[Neuron]], Effect]
+    measure: Measure
     target: float
     """What the caller is content with."""
     max_change: float | None
@@ -149,8 +193,12 @@ class _Search:
     """The selective candidates of each round, best first."""
     weighty: list[Neuron] = field(default_factory=list)
     """Those of them that score a tenth of the best of their round or more."""
-    known: dict[frozenset[tuple[int, int]], Effect] = field(default_factory=dict)
-    """The effects of the sets that were measured."""
+    last_curve: _Curve | None = None
+    """That of the last round."""
+    num_registers: int = 1
+    """To how many registers sets are moved that are measured from now on."""
+    known: dict[tuple[frozenset[tuple[int, int]], int], Effect] = field(default_factory=dict)
+    """The effects of the sets that were measured, with so many registers."""
 
     @property
     def aim(self) -> float:
@@ -174,18 +222,19 @@ class _Search:
         return self.max_change is None or effect.change <= self.max_change
 
     def is_as_good(self, effect: Effect, best: Effect) -> bool:
-        """Whether a set removes as much as the best one, or nearly so, and is allowed."""
-        removes_as_much = effect.remaining <= max(self.aim, best.remaining)
-        return removes_as_much and effect.excess <= best.excess + TOLERANCE and self.is_allowed(effect)
+        """Whether a set removes as much as the best one, leaves maps as clean, or nearly so, and is allowed."""
+        removes_as_much = effect.remaining <= max(self.aim, best.remaining) and effect.excess <= best.excess + TOLERANCE
+        return removes_as_much and is_as_clean(effect, best) and self.is_allowed(effect)
 
     def measured(self, neurons: Sequence[Neuron]) -> Effect:
-        key = frozenset(neuron[:2] for neuron in neurons)
+        key = frozenset(neuron[:2] for neuron in neurons), self.num_registers
         if key not in self.known:
-            self.known[key] = self.measure(neurons)
+            self.known[key] = self.measure(neurons, self.num_registers)
         return self.known[key]
 
     def add_from(self, candidates: Candidates) -> bool:
-        """Add the fewest of a ranking that remove the most; returns whether that helped, else nothing is added."""
+        """Add the fewest measured of a ranking that remove the most; returns whether that helped, else nothing is
+        added."""
         moved, ranking = self.chosen, candidates.ranking
         curve = _Curve(self, moved, ranking)
         curve.grow()
@@ -197,28 +246,58 @@ class _Search:
             most_are_gone = best.remaining <= max(before.remaining / 2, self.aim)
             if not most_are_gone and before.remaining - best.remaining <= TOLERANCE >= before.excess - best.excess:
                 return False
-        effect = curve.smallest(best)
-        added = tuple(ranking[: effect.neurons - len(moved)])
-        self.rounds.append(Round(added, effect, tuple(sorted(curve.effects, key=lambda effect: effect.neurons))))
-        selective = [neuron for neuron in ranking if neuron in candidates.selective]
+        self.last_curve = curve
+        self.rounds.append(curve.round(curve.fewest(best)))
+        selective = sorted(candidates.selective, key=_score, reverse=True)
         self.selective.append(selective)
         self.weighty += [neuron for neuron in selective if _score(neuron) >= MATTERS * _score(ranking[0])]
         return True
+
+    def smallest_of_last_round(self) -> tuple[tuple[Neuron, ...], Effect]:
+        """All neurons that were added, in the last round only as many as are needed, and their effect."""
+        assert self.last_curve is not None
+        best = self.rounds[-1].effect
+        self.rounds[-1] = self.last_curve.round(self.last_curve.smallest(best))
+        return self.chosen, self.rounds[-1].effect
+
+    def with_all_selective(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[tuple[Neuron, ...], Effect]:
+        """The neurons, which have this effect, with all selective candidates if that leaves maps cleaner, and the
+        effect of them all."""
+        selective = [neuron for of_round in self.selective for neuron in of_round]
+        whole, found = self._with(selective, neurons, effect)
+        return (neurons, effect) if is_as_clean(effect, found) else (whole, found)
+
+    def with_registers(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[tuple[Effect, ...], Effect]:
+        """The effects of moving the neurons, which have this effect, to more and more registers, until outputs change
+        more again; and that of the number that is taken: the smallest with which they change least, or nearly so."""
+        effects = [effect]
+        while effects[-1].num_registers < MAX_REGISTERS and not self.is_over():
+            if len(effects) > 1 and effects[-1].change > effects[-2].change:
+                break
+            self.num_registers = effects[-1].num_registers + 1
+            effects.append(self.measured(neurons))
+        # With more registers everything is nearer to what it was, former outliers too.
+        good = [each for each in effects if self.is_as_good(replace(each, unlike=None), effect)]
+        least = min(each.change for each in good)
+        chosen = next(each for each in good if each.change <= _as_little(least))
+        self.num_registers = chosen.num_registers
+        return tuple(effects), chosen
 
     def without_idle(
         self, neurons: tuple[Neuron, ...], effect: Effect, *, same_change: bool
     ) -> tuple[tuple[Neuron, ...], Effect]:
         """Neurons that have this effect, less those that can stay where they are, and the effect of moving the rest.
 
-        Selective ones take nothing from other patches, so of these it is enough to try whole blocks, from the last,
-        where neurons may fire at outliers without causing them; and in blocks that are needed, those that score less
-        than half of the best.
+        Selective ones take nothing from other patches, so of these it is enough to try as many as possible of those
+        that score least; then whole blocks, from the last, where neurons may fire at outliers without causing them; and
+        in blocks that are needed, those that score less than half of the best.
 
         Args:
             same_change: whether features must change as much without them.
         """
         drop = _Drop(self, neurons, effect, same_change)
         drop.busy()
+        drop.lowest()
         for block in sorted({block for block, _, _ in drop.kept}, reverse=True):
             of_block = [neuron for neuron in drop.kept if neuron in drop.selective and neuron[0] == block]
             if of_block and not drop.dropped(of_block):
@@ -301,6 +380,14 @@ class _Drop:
             if not self.dropped(chunk) and (half := len(chunk) // 2):
                 untried += [chunk[:half], chunk[half:]]  # the later half first
 
+    def lowest(self) -> None:
+        """Drop as many as can stay of the selective neurons that score least, found by bisection."""
+        by_score = sorted((neuron for neuron in self.kept if neuron in self.selective), key=_score)
+        low, high = 0, len(by_score)  # so many can go, so many cannot
+        while high - low > 1 and not self.search.is_over():
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.dropped(by_score[low:middle]) else (low, middle)
+
     def dropped(self, chunk: Sequence[Neuron]) -> bool:
         """Drop these if the set is as good without them; returns whether it is."""
         without = self._without(chunk)
@@ -319,7 +406,12 @@ class _Drop:
             return None
         found = self.search.measured(without)
         must_change = self.same_change and self.selective.issuperset(chunk)
-        if not self.search.is_as_good(found, self.best) or (must_change and not changes_the_same(found, self.best)):
+        if (
+            not self.search.is_as_good(found, self.best)
+            or not is_as_clean(found, self.best, AS_CLEAN)
+            or found.change > _as_little(self.best.change)
+            or (must_change and not changes_the_same(found, self.best))
+        ):
             return None
         return without, found
 
@@ -383,13 +475,24 @@ class _Curve:
         allowed = filter(self.search.is_allowed, self.effects)
         return min(allowed, key=lambda effect: (max(effect.remaining, self.search.aim), effect.excess), default=None)
 
+    def round(self, effect: Effect) -> Round:
+        """The round that ends with this effect."""
+        added = tuple(self.ranking[: effect.neurons - len(self.moved)])
+        return Round(added, effect, tuple(sorted(self.effects, key=lambda effect: effect.neurons)))
+
+    def fewest(self, best: Effect) -> Effect:
+        """The effect of the fewest neurons measured that are as good as the best; if that is not what the search aims
+        at, that are nearly as good: the next round goes on from there."""
+        is_enough = self.search.is_as_good if best.remaining <= self.search.aim else self.is_near
+        enough = (effect for effect in self.effects if is_enough(effect, best) and self.search.is_allowed(effect))
+        return min(enough, key=lambda effect: effect.neurons)
+
     def smallest(self, best: Effect) -> Effect:
-        """The effect of the fewest neurons that are as good as the best, found by bisection; if that is not what the
-        search aims at, of the fewest measured that are nearly as good: the next round goes on from there."""
+        """The effect of the fewest neurons that are as good as the best, found by bisection, if that is what the search
+        aims at."""
         moved = len(self.moved)
         if best.remaining > self.search.aim:
-            near = (effect for effect in self.effects if self.is_near(effect, best) and self.search.is_allowed(effect))
-            return min(near, key=lambda effect: effect.neurons)
+            return best
         high = min(effect.neurons for effect in self.effects if self.search.is_as_good(effect, best))
         low = max((effect.neurons for effect in self.effects if effect.neurons < high), default=moved)
         self.bisect(low - moved, high - moved, lambda effect: self.search.is_as_good(effect, best))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from testreg.calibration.evaluation import Evaluator
+from testreg.calibration.effects import EffectMeter
 from testreg.calibration.options import Options
 from testreg.families import Tower, find_tower, fingerprint
 from testreg.io.images import Images, ImageStream, batched
@@ -126,10 +126,10 @@ class View:
         """Whether there are enough held-out images to choose on some and to verify on others."""
         return sum(gathered(len(self.held_out))) >= NUM_CHOOSING + MIN_VERIFYING
 
-    def evaluators(self) -> tuple[Evaluator, Evaluator]:
+    def meters(self) -> tuple[EffectMeter, EffectMeter]:
         """What measures sets of neurons on held-out images, to choose one, and to verify it: on others, if there are
         enough images, and else on all."""
-        evaluator = Evaluator(
+        meter = EffectMeter(
             self.model,
             self.tower,
             [packed for _, packed in self.held_out],
@@ -139,7 +139,7 @@ class View:
             head=self.options.head,
             seed=self.options.seed,
         )
-        return evaluator.split(NUM_CHOOSING) if self.is_split else (evaluator, evaluator)
+        return meter.split(NUM_CHOOSING) if self.is_split else (meter, meter)
 
     def go_to(self, number: int) -> None:
         """Make the image with this number the next to be read."""

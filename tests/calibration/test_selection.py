@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from testreg.calibration.evaluation import Effect
+from testreg.calibration.effects import Effect
 from testreg.calibration.selection import MAX_MEASUREMENTS, Candidates, select
 
 

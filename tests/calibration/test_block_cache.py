@@ -3,8 +3,8 @@ import torch
 from planting import plant
 from tiny import BUILDERS, SPREAD_MLP, fresh, packed, photograph_crops
 
-from testreg.calibration.evaluation import KEPT, Evaluator
-from testreg.calibration.prefix import Prefix
+from testreg.calibration.block_cache import BlockCache
+from testreg.calibration.effects import KEPT, EffectMeter
 from testreg.families import find_tower
 from testreg.measure.outliers import Detection, OutlierRule
 
@@ -17,8 +17,8 @@ def evaluator_of(name, head=None):
     planted = plant(model, images, num_neurons=6, two_blocks=True)
     tower = find_tower(model)
     neurons = [(block, unit, None) for block, units in planted.neurons.items() for unit in units]
-    evaluator = Evaluator(model, tower, packed(images), Detection(RULE, 2), 1, batch_size=5, head=head)
-    evaluator.prefix = Prefix(tower, KEPT)
+    evaluator = EffectMeter(model, tower, packed(images), Detection(RULE, 2), 1, batch_size=5, head=head)
+    evaluator.prefix = BlockCache(tower, KEPT)
     return evaluator, neurons
 
 
@@ -41,7 +41,7 @@ def test_effects_are_what_they_would_be_without_it(name):
     sets = [late, late[:1], neurons, late, [(0, 5, None), *late], neurons[:2]]
     reused = [measured(evaluator, each) for each in sets]
     for each, effect in zip(sets, reused, strict=True):
-        evaluator.prefix = Prefix(evaluator.tower)
+        evaluator.prefix = BlockCache(evaluator.tower)
         assert_alike(effect, measured(evaluator, each))
     assert all("forward" not in vars(block.module) for block in evaluator.tower.blocks)
 
@@ -80,7 +80,7 @@ def test_only_so_much_is_kept():
     evaluator, neurons = evaluator_of("timm_clip")  # of blocks 1 and 2
     measured(evaluator, neurons)
     one = next(iter(evaluator.prefix.kept[0].values())).output.nbytes
-    evaluator.prefix = Prefix(evaluator.tower, 2 * one)
+    evaluator.prefix = BlockCache(evaluator.tower, 2 * one)
     runs = counting_blocks(evaluator.tower)
     for last in (7, 8):
         measured(evaluator, [*neurons, (3, last, None)])
@@ -120,7 +120,7 @@ def test_the_kept_tokens_are_not_edited():
         args[0].mul_(1.5)
 
     evaluator.tower.blocks[2].module.register_forward_pre_hook(edit)
-    evaluator.prefix = Prefix(evaluator.tower, KEPT)
+    evaluator.prefix = BlockCache(evaluator.tower, KEPT)
     first, second = measured(evaluator, late), measured(evaluator, late)
     assert_alike(first, second)
     assert abs(first.change_patches - plain.change_patches) > 1e-4

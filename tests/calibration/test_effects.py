@@ -7,7 +7,7 @@ from test_calibrate import as_set
 from tiny import fresh, packed, photograph_crops
 
 import testreg
-from testreg.calibration.evaluation import Effect, Evaluator, worst_of
+from testreg.calibration.effects import Effect, EffectMeter, worst_of
 from testreg.families import find_tower
 from testreg.measure.outliers import Detection, OutlierRule, token_norms
 
@@ -41,7 +41,7 @@ def test_what_lies_in_front_of_the_onset_does_not_count():
     tower = find_tower(model)
     norms = token_norms(tower, images)[2, :, 1:]
     bright_in_front(model, int((norms > RULE.limit(norms)).sum(0).argmax()))
-    held_out = Evaluator(model, tower, packed(images), Detection(RULE, 2), 2, batch_size=5)
+    held_out = EffectMeter(model, tower, packed(images), Detection(RULE, 2), 2, batch_size=5)
     effect = held_out.effect([(2, unit, None) for unit in planted.neurons[2]])
     assert effect.remaining == 0
     assert effect.worst_block >= 2
@@ -52,7 +52,7 @@ def test_a_set_does_not_look_better_for_beginning_late():
     images = photograph_crops()[:10]
     model = fresh("timm_clip")
     planted = plant(model, images, num_neurons=6, two_blocks=True)
-    held_out = Evaluator(model, find_tower(model), packed(images), Detection(RULE, 2), 1, batch_size=5)
+    held_out = EffectMeter(model, find_tower(model), packed(images), Detection(RULE, 2), 1, batch_size=5)
     neurons = [(block, unit, None) for block, units in planted.neurons.items() for unit in units]
     assert held_out.effect(neurons).remaining == 0
     late = held_out.effect([each for each in neurons if each[0] == 2])
@@ -63,7 +63,7 @@ def test_outliers_that_a_set_makes_count_from_the_onset_on():
     images = photograph_crops()[:10]
     model = fresh("timm_clip")
     planted = plant(model, images, num_neurons=4)
-    held_out = Evaluator(model, find_tower(model), packed(images), Detection(RULE, 2), 2, batch_size=5)
+    held_out = EffectMeter(model, find_tower(model), packed(images), Detection(RULE, 2), 2, batch_size=5)
     model.blocks[3].register_forward_hook(
         lambda module, args, out: out.index_fill(1, torch.tensor([3]), 50.0) if testreg.is_patched(model) else None
     )
@@ -82,7 +82,9 @@ def test_norms_that_are_not_finite_are_an_error(patched):
         lambda module, args, out: out * float("nan") if testreg.is_patched(model) is patched else None
     )
     with pytest.raises(ValueError, match="the norms of the tokens are not finite"):
-        Evaluator(model, find_tower(model), packed(images), Detection(RULE, 2), 2, batch_size=4).effect([(2, 0, None)])
+        EffectMeter(model, find_tower(model), packed(images), Detection(RULE, 2), 2, batch_size=4).effect(
+            [(2, 0, None)]
+        )
 
 
 @pytest.mark.parametrize("name", ["timm_clip", "hf_siglip", "open_clip_sequence_first"])
@@ -93,7 +95,7 @@ def test_effect_by_hand(name):
     planted = plant(model, images, num_neurons=4)
     tower = find_tower(model)
     neurons = [(block, unit, None) for block, unit in sorted(as_set(planted.neurons))[:2]]
-    held_out = Evaluator(model, tower, packed(images), Detection(RULE, 2), 2, batch_size=3)
+    held_out = EffectMeter(model, tower, packed(images), Detection(RULE, 2), 2, batch_size=3)
     effect = held_out.effect(neurons)
 
     def norms_and_tokens():
@@ -147,7 +149,7 @@ def test_moving_nothing_that_matters_changes_nothing():
     tower = find_tower(model)
     with torch.no_grad():
         tower.blocks[3].mlps[0].columns[:, 7] = 0
-    held_out = Evaluator(model, tower, packed(images), Detection(RULE, 2), 2, batch_size=4)
+    held_out = EffectMeter(model, tower, packed(images), Detection(RULE, 2), 2, batch_size=4)
     effect = held_out.effect([(3, 7, None)])
     assert effect.remaining == pytest.approx(1, abs=0.02)
     assert effect.excess == pytest.approx(1, abs=0.01)
@@ -160,7 +162,7 @@ def test_a_set_is_run_once():
     images, runs = list(photograph_crops()[:8]), []
     model = fresh("timm_clip")
     neurons = [(2, unit, None) for unit in plant(model, torch.stack(images), num_neurons=4).neurons[2]]
-    whole = Evaluator(model, find_tower(model), packed(images), Detection(RULE, 2), 2, batch_size=8)
+    whole = EffectMeter(model, find_tower(model), packed(images), Detection(RULE, 2), 2, batch_size=8)
     model.blocks[3].register_forward_hook(lambda *_: runs.append(1))
     effect = whole.effect(neurons)
     assert whole.effect([(block, unit, 0.5) for block, unit, _ in neurons[::-1]]) == effect
@@ -183,7 +185,7 @@ def test_the_given_head_is_asked():
         scores[1:, 1] = float(testreg.is_patched(model))
         return scores
 
-    held_out = Evaluator(model, tower, packed(images), Detection(RULE, 2), 2, batch_size=4, head=head)
+    held_out = EffectMeter(model, tower, packed(images), Detection(RULE, 2), 2, batch_size=4, head=head)
     assert held_out.effect([(2, 0, None)]).agreement == pytest.approx(2 / 8)
 
 
@@ -191,7 +193,7 @@ def test_the_given_head_is_asked():
 def test_the_head_gets_images_as_the_model_takes_them(dtype):
     images = list(photograph_crops()[:4].double())
     model = fresh("timm_clip").to(dtype)
-    held_out = Evaluator(model, find_tower(model), packed(images), Detection(RULE, 2), 2, batch_size=3, head=run)
+    held_out = EffectMeter(model, find_tower(model), packed(images), Detection(RULE, 2), 2, batch_size=3, head=run)
     assert held_out.effect([(2, 0, None)]).agreement == 1
 
 
@@ -212,7 +214,7 @@ def test_heads_that_are_none(head, message):
     images = list(photograph_crops()[:4])
     model = fresh("timm_clip")
     with pytest.raises(ValueError, match=message):
-        Evaluator(model, find_tower(model), packed(images), Detection(RULE, 2), 2, batch_size=4, head=head)
+        EffectMeter(model, find_tower(model), packed(images), Detection(RULE, 2), 2, batch_size=4, head=head)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -222,9 +224,9 @@ def test_figures_under_autocast_are_those_of_its_norms(dtype):
     model = fresh("timm_clip")
     neurons = [(2, unit, None) for unit in plant(model, images, num_neurons=4).neurons[2]]
     tower = find_tower(model)
-    plain = Evaluator(model, tower, packed(images), Detection(RULE, 2), 2, batch_size=10)
+    plain = EffectMeter(model, tower, packed(images), Detection(RULE, 2), 2, batch_size=10)
     with torch.autocast("cpu", dtype):
-        held_out = Evaluator(model, tower, packed(images), Detection(RULE, 2), 2, batch_size=10)
+        held_out = EffectMeter(model, tower, packed(images), Detection(RULE, 2), 2, batch_size=10)
         effect = held_out.effect(neurons)
     assert held_out.outlier_fraction == pytest.approx(plain.outlier_fraction, abs=0.01)
     assert held_out.before["excess"][2].item() == pytest.approx(plain.before["excess"][2].item(), rel=0.1)
