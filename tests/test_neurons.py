@@ -521,12 +521,12 @@ def test_fingerprints_of_the_first_version_are_compared_exactly() -> None:
     old = hashlib.sha256(signs).hexdigest()[:16]
     assert compare_weights(old, tower) == "same"
     assert compare_weights("0" * 16, tower) == "other"
-    rounded(tower.blocks[0].mlps[0].fc2_linear.weight.data, 3)
+    tower.blocks[0].mlps[0].fc2_linear.weight.data[0, 0] *= -1
     assert compare_weights(old, tower) == "other"
     assert compare_weights(old, find_tower(tiny.build("timm_vit").to("meta"))) == "unknown"
 
 
-@pytest.mark.parametrize("text", ["unknown", "3:AAAA", "2:AAA", "2:\N{SNOWMAN}", "2:", ""])
+@pytest.mark.parametrize("text", ["unknown", "3:AAAA", "2:AAA", "2:\N{SNOWMAN}", ""])
 def test_what_is_no_fingerprint_tells_nothing(text: str) -> None:
     assert compare_weights(text, find_tower(tiny.build("timm_vit"))) == "unknown"
 
@@ -882,7 +882,7 @@ def test_the_error_names_lists_of_the_same_shape_before_it_says_calibrate() -> N
     with torch.device("meta"):
         model = transformers.Dinov2Model(transformers.Dinov2Config(num_hidden_layers=12, hidden_size=384))
     model.config._name_or_path = "/data/some-vits"
-    fitting = ", ".join(sorted(key for key in BUNDLED if key.startswith("dinov2-vits14")))
+    fitting = ", ".join(key for key in BUNDLED if key.startswith("dinov2-vits14"))
     with pytest.raises(ValueError, match=rf"one of these lists, name it: {fitting}\. Otherwise calibrate it"):
         testreg.patch(model)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import re
 from collections.abc import Mapping
@@ -118,7 +117,7 @@ def _signs(text: str) -> np.ndarray | None:
         return None
     try:
         flags = np.unpackbits(np.frombuffer(base64.b64decode(text.removeprefix(_VERSION), validate=True), np.uint8))
-    except binascii.Error:
+    except ValueError:  # not base64
         return None
     positive, negative = flags.reshape(-1, 2).T.astype(np.int8)
     return positive - negative
