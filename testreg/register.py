@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from testreg.families import find_tower
-from testreg.neurons import AnyNeurons, resolve
+from testreg.neurons import AnyNeurons, RegisterNeurons, resolve
 from testreg.patching.activations import MaxOver, Zero, largest, silenced, with_channels
 from testreg.patching.index import index_tensor
-from testreg.patching.notices import log_bundled, warn_of_other_weights, warn_of_unverified
+from testreg.patching.notices import log_bundled, warn_of_activation, warn_of_other_weights, warn_of_unverified
 from testreg.patching.placement import overrides
 from testreg.patching.running import recording
 from testreg.patching.state import Patch, check_options, find_patch, patch_of
@@ -93,7 +93,8 @@ def patch(
     Args:
         model: a vision tower, or any model that contains one (CLIP, a VLM, a classifier).
         neurons: the register neurons: a `RegisterNeurons`, the path of its JSON, `{block: [units]}`, the name of a
-            bundled list (`testreg list`), or None for the bundled list of the checkpoint that the model says it is.
+            bundled list (`testreg list`), or None for those of `static`, if it is given, and else for the bundled
+            list of the checkpoint that the model holds, by its name or its weights.
         top_k: use only the best `top_k` of the list; None takes as many as the list recommends.
         num_registers: R, the extra tokens, at most 256, each of which holds all of the neurons; None takes as many as
             `static` has, or as the list recommends.
@@ -117,9 +118,12 @@ def patch(
     tower = find_tower(model)
     if is_patched(tower.module):
         raise RuntimeError("the model is already patched: call testreg.unpatch(model) first to patch it anew")
-    chosen = resolve(neurons, model).truncate(top_k)
-    chosen.check_fits(tower.depth, tower.mlp_width)
     constant = resolve_static(static)
+    if neurons is None and constant is not None:
+        chosen = RegisterNeurons.from_blocks(constant.neurons).truncate(top_k)
+    else:
+        chosen = resolve(neurons, model).truncate(top_k)
+    chosen.check_fits(tower.depth, tower.mlp_width)
     if num_registers is None:
         num_registers = chosen.num_registers if constant is None else constant.num_registers
     if constant is not None:
@@ -127,12 +131,13 @@ def patch(
             raise ValueError("pass static or target: where neurons are steered onto patches there are no registers")
         constant.check_fits(tower, chosen, num_registers)
     warn_of_other_weights(chosen, model, tower)
+    warn_of_activation(model, tower, chosen)
     warn_of_unverified(chosen)
     state = Patch(
         tower.module, chosen, num_registers, split_neurons, max_over, zero, tower.num_prefix, target, constant
     )
     state.install(overrides(tower, state, shift))
-    if neurons is None:
+    if neurons is None and constant is None:
         log_bundled(chosen, model)
     return model
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from testreg.families import Tower, fingerprint
+from testreg.families import Tower, compare_weights
 from testreg.files import check_format, plain, regular_file, replacing, shown
 from testreg.neurons import RegisterNeurons
 
@@ -89,8 +89,7 @@ class StaticRegisters:
             )
         if own != num_registers:
             raise ValueError(f"there are {own} static registers: pass num_registers={own}, got {num_registers}")
-        made_of = self.model.get("fingerprint", "unknown")
-        if "unknown" not in (made_of, here := fingerprint(tower)) and made_of != here:
+        if compare_weights(str(self.model.get("fingerprint")), tower) == "other":
             raise ValueError(
                 f"these static registers are of {plain(self.model.get('name', 'another checkpoint'))}, whose weights "
                 "are not those of this model: make them with testreg.make_static(model, images)"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from testreg.calibration.effects import EffectMeter
 from testreg.calibration.options import Options
-from testreg.families import Tower, find_tower, fingerprint
+from testreg.families import Tower, compare_weights, find_tower, fingerprint
 from testreg.io.images import Images, ImageStream, batched
 from testreg.io.packing import PackedImage
 from testreg.io.preprocessing import OwnTransform, Transform
@@ -29,6 +29,7 @@ from testreg.measure.observation import observe
 from testreg.measure.outliers import MIN_FRACTION, Detection, token_norms
 from testreg.measure.ranking import Score, Statistics, overlap, scores, statistics_of
 from testreg.neurons import Neuron, unscored
+from testreg.patching.notices import warn_of_activation
 from testreg.register import is_patched, patched
 
 NUM_DIAGNOSED = 96  # of the first images, or as many as are not held out
@@ -252,10 +253,13 @@ def views_of(model: nn.Module | Sequence[nn.Module], images: Images, options: Op
     towers = [find_tower(each) for each in models]
     if any(is_patched(each) for each in models):
         raise RuntimeError("the model is patched: calibrate it before, or after testreg.unpatch(model)")
-    if len({fingerprint(tower) for tower in towers}) > 1:
+    weights = fingerprint(towers[0])
+    if any(compare_weights(weights, tower) == "other" for tower in towers[1:]):
         raise ValueError("several models must be one checkpoint at several image sizes, but their weights differ")
     if isinstance(images, Iterator) and (len(models) > 1 or options.resume is not None):
         raise ValueError("several models, and resumed runs, need images that can be read again: not an iterator")
+    for one, tower in zip(models, towers, strict=True):
+        warn_of_activation(one, tower)
     options = options.with_blocks_of(towers[0].depth)
     views = []
     for each, tower, own in zip(models, towers, transforms, strict=True):

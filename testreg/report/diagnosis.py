@@ -142,7 +142,7 @@ def _facts(found: Diagnosis) -> list[tuple[str, str]]:
         "image size": found.image_size,
         "rule": found.rule,
         "patches whose attention is measured": found.attention_queries,
-        **{key.replace("_", " "): found.model.get(key) for key in ("depth", "mlp_width", "fingerprint")},
+        **{key.replace("_", " "): found.model.get(key) for key in ("depth", "mlp_width", "activation", "fingerprint")},
     }
     return [(key, value_of(value)) for key, value in facts.items() if value is not None]
 
