@@ -22,7 +22,7 @@ from testreg.calibration.effects import Effect, EffectMeter, worst_of
 from testreg.calibration.errors import ImmovableOutliersError, NoOutliersError
 from testreg.calibration.options import Head, Options
 from testreg.calibration.result import Checks, Choice, facts_before_ranking, result
-from testreg.calibration.resume import State
+from testreg.calibration.resume import State, key_of
 from testreg.calibration.selection import MAX_MEASUREMENTS, MAX_NEURONS, Candidates, select
 from testreg.calibration.view import (
     CHUNK,
@@ -119,7 +119,7 @@ def calibrate(
             `top_k` must be given.
         stability: ranking ends when the rankings by two halves of the images agree on this share of the best neurons
             (`testreg.measure.ranking.overlap`); None reads all images.
-        resume: a safetensors file for the state of the ranking, which goes on from there if the file exists. With
+        resume: a safetensors file for what was ranked and measured, from which the run goes on if the file exists. With
             several processes, it is that of the first.
         amp: torch.bfloat16 or torch.float16 to run under autocast.
 
@@ -168,9 +168,10 @@ def calibrate(
             for view in views:
                 view.keep_first(number)
         found = _detect(views, options)
-        _rank(views, found, options, budget_left)
+        state = _saved_state(views, found, options)
+        _rank(views, found, options, budget_left, state)
         meters = [view.meters() for view in views] if options.held_out else []
-        choice = _choose(views, found, meters, options, budget_left)
+        choice = _choose(views, found, meters, options, budget_left, state)
         checks = _verify(views, choice, [verifying for _, verifying in meters], options)
     return result(views, found, choice, checks, options, budget_left.cut)
 
@@ -220,14 +221,18 @@ def _nothing_to_move(diagnoses: Sequence[Diagnosis], options: Options) -> NoOutl
 # Rank -----------------------------------------------------------------------------------------------------------------
 
 
-def _rank(views: Sequence[View], found: View, options: Options, budget: Budget) -> None:
+def _saved_state(views: Sequence[View], found: View, options: Options) -> State | None:
+    """What an interrupted run has left, or nothing yet; None unless the run is to be resumable."""
+    if options.resume is None:
+        return None
+    state = State(Path(options.resume), views, {**facts_before_ranking(found, options), "held_out": options.held_out})
+    state.load()
+    return state
+
+
+def _rank(views: Sequence[View], found: View, options: Options, budget: Budget, state: State | None) -> None:
     """Add images to the views' statistics, chunk by chunk, until the ranking by them is stable."""
-    state = None
-    if options.resume is not None:
-        state = State(
-            Path(options.resume), views, {**facts_before_ranking(found, options), "held_out": options.held_out}
-        )
-    done = 0 if state is None else state.load()  # images with lower numbers are in the statistics
+    done = 0 if state is None else state.done  # images with lower numbers are in the statistics
     for view in views:
         view.skip_ranked(done)
 
@@ -248,7 +253,8 @@ def _rank(views: Sequence[View], found: View, options: Options, budget: Budget) 
             for view in views:
                 view.add_statistics(view.take_unranked(done), bar.update if view is views[0] else lambda count: None)
             if state is not None:
-                state.save(done)
+                state.done = done
+                state.save()
 
 
 def _last_blocks(found: View, options: Options) -> tuple[int, int]:
@@ -270,6 +276,7 @@ def _choose(
     meters: Sequence[tuple[EffectMeter, EffectMeter]],
     options: Options,
     budget: Budget,
+    state: State | None,
 ) -> Choice:
     """As many of the best neurons as the user says, or the fewest with which the target is met, or nearly so."""
     first_last, later_last = _last_blocks(found, options)
@@ -291,7 +298,14 @@ def _choose(
 
         def measure(neurons: Sequence[Neuron], num_registers: int) -> Effect:
             bar.update()
-            return worst_of([choosing.effect(neurons, num_registers) for choosing, _ in meters])
+            key = key_of(neurons, num_registers)
+            if state is not None and key in state.effects:
+                return state.effects[key]
+            effect = worst_of([choosing.effect(neurons, num_registers) for choosing, _ in meters])
+            if state is not None:
+                state.effects[key] = effect
+                state.save()
+            return effect
 
         def rank(moved: Sequence[Neuron]) -> Candidates:
             if moved and budget.is_spent("choosing", forwards_to_come=ranked_again + one_more):
@@ -301,7 +315,10 @@ def _choose(
             last = later_last if moved else first_last
             is_selective = torch.stack([selectivity(each) for each in found]).amin(0) >= SELECTIVE
             ranked = best(scores, last, MAX_NEURONS, at_least=NEGLIGIBLE, without=moved)
-            selective = best(scores * is_selective, last, MAX_NEURONS, at_least=NEGLIGIBLE_SELECTIVE, without=moved)
+            # Those that hold outliers back score below zero, and belong to what makes them nevertheless.
+            selective = best(
+                scores.abs() * is_selective, last, MAX_NEURONS, at_least=NEGLIGIBLE_SELECTIVE, without=moved
+            )
             return Candidates(ranked, selective)
 
         selection = select(

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,9 @@ from testreg.register import patched
 
 KEPT = 2**28  # bytes of tokens between blocks that are kept while sets are compared
 NORMAL_PATCHES = 64  # of an image, whose change is measured
-HOTTER = 1.01  # times as hot, or more
+HOTTER = 1.01  # times as hot an image's hottest patch is, or more
+MUCH_HOTTER = 1.1  # the same, of the mean over images: maps got hotter
+MAX_SINK = 1.5  # times as much attention as other patches: more is an attention sink
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,23 @@ def worst_of(effects: Sequence[Effect]) -> Effect:
 def _largest(effects: Sequence[Effect], name: str) -> float | None:
     values = (getattr(effect, name) for effect in effects)
     return max((value for value in values if value is not None), default=None)
+
+
+def what_is_wrong_with_maps(check: Mapping[str, Any]) -> list[str]:
+    """What keeps the attention maps of a patched model from being clean, in words: a sink that stays, hotter patches.
+
+    Args:
+        check: an entry of "verified_at" in the facts of a calibration; of older lists, it says nothing of attention.
+    """
+    found, before = [], check.get("before") or {}
+    sink, hottest = check.get("sink"), check.get("hottest")
+    if sink is not None and sink > MAX_SINK:
+        found.append(f"former outliers still draw {sink:.1f} times as much attention as other patches")
+    if hottest is not None and hottest > MUCH_HOTTER * before.get("hottest", 1):
+        found.append(
+            f"maps got hotter: the hottest patch draws {hottest:.1%} of the attention, {before['hottest']:.1%} before"
+        )
+    return found
 
 
 @dataclass(frozen=True)

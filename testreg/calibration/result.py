@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from testreg.calibration.budget import Cut
-from testreg.calibration.effects import Effect, EffectMeter
+from testreg.calibration.effects import Effect, EffectMeter, what_is_wrong_with_maps
 from testreg.calibration.options import Options
 from testreg.calibration.selection import Selection
 from testreg.calibration.view import MIN_VERIFYING, View, stability_of
@@ -54,11 +54,27 @@ class Checks:
     """Whether these images had no part in the choice."""
 
     @property
+    def facts(self) -> list[dict[str, Any]]:
+        """What was measured, as the neuron JSON holds it: one entry for each meter."""
+        return [
+            {
+                "grid": list(meter.grid),
+                "images": meter.num_images,
+                "outlier_fraction": meter.outlier_fraction,
+                **asdict(effect),
+                "before": {"sink": meter.untouched.sink, "hottest": meter.untouched.hottest},
+            }
+            for meter, effect in zip(self.meters, self.effects, strict=True)
+        ]
+
+    @property
     def verified(self) -> bool:
-        """Whether the target was met on enough images, with outliers, that had no part in the choice."""
+        """Whether the target was met, and maps are clean, on enough images, with outliers, that had no part in the
+        choice."""
         # Images without an outlier would verify any list.
         enough = all(each.num_images >= MIN_VERIFYING and each.outlier_fraction > 0 for each in self.meters)
-        return self.target_met and self.on_others and enough
+        are_clean = not any(map(what_is_wrong_with_maps, self.facts))
+        return self.target_met and are_clean and self.on_others and enough
 
 
 def result(
@@ -148,16 +164,8 @@ def _facts_of_checks(views: Sequence[View], choice: Choice, checks: Checks, opti
         "max_change": options.max_change,
         "dropped": [list(neuron) for neuron in choice.dropped],
         "verified_at": [
-            {
-                "image_size": view.diagnosis.image_size,
-                "grid": list(meter.grid),
-                "dtype": view.dtype,
-                "images": meter.num_images,
-                "outlier_fraction": meter.outlier_fraction,
-                **asdict(effect),
-                "before": {name: getattr(meter.untouched, name) for name in ("sink", "hottest")},
-            }
-            for view, meter, effect in zip(views, checks.meters, checks.effects, strict=True)
+            {"image_size": view.diagnosis.image_size, "dtype": view.dtype, **measured}
+            for view, measured in zip(views, checks.facts, strict=True)
         ],
     }
 

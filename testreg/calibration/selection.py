@@ -93,8 +93,7 @@ def select(
     3. Registers are copies, each with all of the neurons: one has less weight in the softmax of attention than the many
        outliers had. As many are taken as change outputs least.
     4. Neurons that can stay where they are, all together costing less than the tolerances, are dropped: first those
-       that are busy elsewhere too, then the selective ones that score least, and those of late blocks, which may fire
-       at outliers without causing them.
+       that are busy elsewhere too, and then those of late blocks, which may fire at outliers without causing them.
     5. Which of several neurons that do the same is needed depends on the images. So selective candidates are taken with
        those that were chosen of their block, if they score 70 % of the weakest of these or more, and nothing is the
        worse for it.
@@ -288,19 +287,18 @@ class _Search:
     ) -> tuple[tuple[Neuron, ...], Effect]:
         """Neurons that have this effect, less those that can stay where they are, and the effect of moving the rest.
 
-        Selective ones take nothing from other patches, so of these it is enough to try as many as possible of those
-        that score least; then whole blocks, from the last, where neurons may fire at outliers without causing them; and
-        in blocks that are needed, those that score less than half of the best.
+        Selective ones take nothing from other patches, so of these it is enough to try whole blocks, from the last,
+        where neurons may fire at outliers without causing them; and in blocks that are needed, those that score less
+        than half of the best, unless the set is complete: which of its neurons are needed depends on the images.
 
         Args:
-            same_change: whether features must change as much without them.
+            same_change: whether the set is complete: features must change as much without them.
         """
         drop = _Drop(self, neurons, effect, same_change)
         drop.busy()
-        drop.lowest()
         for block in sorted({block for block, _, _ in drop.kept}, reverse=True):
             of_block = [neuron for neuron in drop.kept if neuron in drop.selective and neuron[0] == block]
-            if of_block and not drop.dropped(of_block):
+            if of_block and not drop.dropped(of_block) and not same_change:
                 most = max(_score(neuron) for neuron in of_block)
                 drop.dropped([neuron for neuron in of_block if _score(neuron) < most / 2])
         return drop.kept, drop.effect
@@ -379,14 +377,6 @@ class _Drop:
             chunk = untried.pop()
             if not self.dropped(chunk) and (half := len(chunk) // 2):
                 untried += [chunk[:half], chunk[half:]]  # the later half first
-
-    def lowest(self) -> None:
-        """Drop as many as can stay of the selective neurons that score least, found by bisection."""
-        by_score = sorted((neuron for neuron in self.kept if neuron in self.selective), key=_score)
-        low, high = 0, len(by_score)  # so many can go, so many cannot
-        while high - low > 1 and not self.search.is_over():
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.dropped(by_score[low:middle]) else (low, middle)
 
     def dropped(self, chunk: Sequence[Neuron]) -> bool:
         """Drop these if the set is as good without them; returns whether it is."""

@@ -71,7 +71,7 @@ def warn_of_unverified(neurons: RegisterNeurons) -> None:
         if neurons.calibration.get("verified_at"):
             why = (
                 "they were measured, but the target was not met, or not on 16 images that had no part in the choice. "
-                "testreg.calibrate takes 80 images or more for that"
+                "testreg.calibrate takes 64 images or more for that"
             )
         else:
             why = (
