@@ -16,7 +16,7 @@ TOLERANCE = 0.02  # of the outliers' excess norm: sets that differ by less remov
 SAME_CHANGE = 0.01  # sets whose changes of features differ by less change the same,
 SAME_SHARE = 0.02  # or by a smaller share of the change: it may be large, where most of a feature was the artefact
 CLEANER = 0.1, 0.02  # of a sink and of the hottest patch, as a share, and of how unlike former outliers are: sets that
-AS_CLEAN = 0.02, 0.005  # differ by less than CLEANER are not worth more neurons; to need fewer, they must be AS_CLEAN
+AS_CLEAN = 0.02, 0.01  # differ by less than CLEANER are not worth more neurons; to need fewer, they must be AS_CLEAN
 SAME_OUTPUTS = 0.002  # sets whose changes differ by less, or by a tenth, keep outputs equally well
 ALIKE = 0.7  # of the weakest chosen neuron's score: what scores so much is taken with it
 AIM = 0.2  # of the target: a population that is rare among these images may be frequent in others
@@ -93,7 +93,8 @@ def select(
     3. Registers are copies, each with all of the neurons: one has less weight in the softmax of attention than the many
        outliers had. As many are taken as change outputs least.
     4. Neurons that can stay where they are, all together costing less than the tolerances, are dropped: first those
-       that are busy elsewhere too, and then those of late blocks, which may fire at outliers without causing them.
+       that are busy elsewhere too, and then those of late blocks, which may fire at outliers without causing them. This
+       is measured with one register, as which ones are needed shows less with more of them.
     5. Which of several neurons that do the same is needed depends on the images. So selective candidates are taken with
        those that were chosen of their block, if they score 70 % of the weakest of these or more, and nothing is the
        worse for it.
@@ -124,21 +125,19 @@ def select(
             break
     grown, effect = search.chosen, search.rounds[-1].effect
     kept, effect = search.with_all_selective(grown, effect)
-    if is_complete := len(kept) > len(grown):
-        registers, effect = search.with_registers(kept, effect)
-        kept, effect = search.without_idle(kept, effect, same_change=True)
-    else:
+    is_complete = len(kept) > len(grown)
+    if not is_complete:
         kept, effect = search.smallest_of_last_round()
-        registers, effect = search.with_registers(kept, effect)
-        kept, effect = search.without_idle(kept, effect, same_change=False)
+    registers = search.with_registers(kept, effect)
+    kept, effect = search.without_idle(kept, effect, same_change=is_complete)
     kept, effect = search.with_alike(kept, effect)
     if not is_complete:
         kept, effect = search.completed(kept, effect)
     kept, effect = search.without_busy(kept, effect)
-    kept, effect = search.without_bystanders(kept, effect)
+    kept, _ = search.without_bystanders(kept, effect)
     return Selection(
         neurons=kept,
-        effect=effect,
+        effect=search.measured(kept, search.best_number(registers)),
         rounds=tuple(search.rounds),
         dropped=tuple(neuron for neuron in search.chosen if neuron not in kept),
         registers=registers,
@@ -194,8 +193,6 @@ class _Search:
     """Those of them that score a tenth of the best of their round or more."""
     last_curve: _Curve | None = None
     """That of the last round."""
-    num_registers: int = 1
-    """To how many registers sets are moved that are measured from now on."""
     known: dict[tuple[frozenset[tuple[int, int]], int], Effect] = field(default_factory=dict)
     """The effects of the sets that were measured, with so many registers."""
 
@@ -225,10 +222,10 @@ class _Search:
         removes_as_much = effect.remaining <= max(self.aim, best.remaining) and effect.excess <= best.excess + TOLERANCE
         return removes_as_much and is_as_clean(effect, best) and self.is_allowed(effect)
 
-    def measured(self, neurons: Sequence[Neuron]) -> Effect:
-        key = frozenset(neuron[:2] for neuron in neurons), self.num_registers
+    def measured(self, neurons: Sequence[Neuron], num_registers: int = 1) -> Effect:
+        key = frozenset(neuron[:2] for neuron in neurons), num_registers
         if key not in self.known:
-            self.known[key] = self.measure(neurons, self.num_registers)
+            self.known[key] = self.measure(neurons, num_registers)
         return self.known[key]
 
     def add_from(self, candidates: Candidates) -> bool:
@@ -266,21 +263,25 @@ class _Search:
         whole, found = self._with(selective, neurons, effect)
         return (neurons, effect) if is_as_clean(effect, found) else (whole, found)
 
-    def with_registers(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[tuple[Effect, ...], Effect]:
-        """The effects of moving the neurons, which have this effect, to more and more registers, until outputs change
-        more again; and that of the number that is taken: the smallest with which they change least, or nearly so."""
+    def with_registers(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[Effect, ...]:
+        """The effects of moving the neurons, which have this effect with one register, to 1, 2, ... registers, until
+        outputs change more again."""
         effects = [effect]
-        while effects[-1].num_registers < MAX_REGISTERS and not self.is_over():
+        while len(effects) < MAX_REGISTERS and not self.is_over():
             if len(effects) > 1 and effects[-1].change > effects[-2].change:
                 break
-            self.num_registers = effects[-1].num_registers + 1
-            effects.append(self.measured(neurons))
+            effects.append(self.measured(neurons, len(effects) + 1))
+        return tuple(effects)
+
+    def best_number(self, registers: Sequence[Effect]) -> int:
+        """The smallest number of registers with which outputs change least, or nearly so."""
         # With more registers everything is nearer to what it was, former outliers too.
-        good = [each for each in effects if self.is_as_good(replace(each, unlike=None), effect)]
-        least = min(each.change for each in good)
-        chosen = next(each for each in good if each.change <= _as_little(least))
-        self.num_registers = chosen.num_registers
-        return tuple(effects), chosen
+        good = {
+            number: each.change
+            for number, each in enumerate(registers, start=1)
+            if self.is_as_good(replace(each, unlike=None), registers[0])
+        }
+        return next(number for number, change in good.items() if change <= _as_little(min(good.values())))
 
     def without_idle(
         self, neurons: tuple[Neuron, ...], effect: Effect, *, same_change: bool
