@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 from testreg.calibration.effects import Effect
@@ -15,8 +15,8 @@ from testreg.neurons import Neuron
 TOLERANCE = 0.02  # of the outliers' excess norm: sets that differ by less remove them equally well
 SAME_CHANGE = 0.01  # sets whose changes of features differ by less change the same,
 SAME_SHARE = 0.02  # or by a smaller share of the change: it may be large, where most of a feature was the artefact
-CLEANER = 0.1, 0.02  # of a sink and of the hottest patch, as a share, and of how unlike former outliers are: sets that
-AS_CLEAN = 0.02, 0.01  # differ by less than CLEANER are not worth more neurons; to need fewer, they must be AS_CLEAN
+CLEANER = 0.1  # of the attention that a sink, or the hottest patch, draws: less than that is not worth more neurons
+AS_CLEAN = 0.02, 0.01  # of the same, and of how unlike former outliers are: what costs less may be left out
 SAME_OUTPUTS = 0.002  # sets whose changes differ by less, or by a tenth, keep outputs equally well
 ALIKE = 0.7  # of the weakest chosen neuron's score: what scores so much is taken with it
 AIM = 0.2  # of the target: a population that is rare among these images may be frequent in others
@@ -87,9 +87,9 @@ def select(
        `target` and twice as many take less than `TOLERANCE` more of their excess norm. If most outliers are gone, and
        twice as many take no more of the rest, what makes these was hidden: the patched model is ranked anew, in the
        next round, as long as that helps.
-    2. Norms are not all: the fewest neurons without which no outlier is left may leave patches that draw attention and
-       are unlike their neighbours. So all selective candidates are added. If that leaves maps cleaner
-       (`is_as_clean`), the set is this one; else it is the smallest number of the ranking that is as good as the last.
+    2. Norms are not all: the fewest neurons that leave no outlier may leave patches that draw attention. So all
+       selective candidates are added. If less attention is drawn then (`draws_as_little`), the set is this one; else it
+       is the smallest number of the ranking that is as good as the last.
     3. Registers are copies, each with all of the neurons: one has less weight in the softmax of attention than the many
        outliers had. As many are taken as change outputs least.
     4. Neurons that can stay where they are, all together costing less than the tolerances, are dropped: first those
@@ -144,10 +144,17 @@ def select(
     )
 
 
-def is_as_clean(one: Effect, other: Effect, tolerance: tuple[float, float] = CLEANER) -> bool:
-    """Whether one set leaves maps as clean as another, but for the tolerance: its former outliers draw no more
+def draws_as_little(one: Effect, other: Effect) -> bool:
+    """Whether former outliers draw no more attention with one set than with another, or no more than other patches, and
+    the hottest patch is no hotter, but for the tolerance."""
+    is_sink = one.sink is not None and one.sink > (1 + CLEANER) * max(1.0, other.sink or 0.0)
+    return not is_sink and _is_at_most(one.hottest, other.hottest, share=CLEANER)
+
+
+def is_as_clean(one: Effect, other: Effect) -> bool:
+    """Whether one set leaves maps as clean as another, but for the tolerances: its former outliers draw no more
     attention and are no less like their neighbours, and the hottest patch is no hotter."""
-    share, more = tolerance
+    share, more = AS_CLEAN
     return (
         _is_at_most(one.sink, other.sink, share=share)
         and _is_at_most(one.hottest, other.hottest, share=share)
@@ -220,7 +227,7 @@ class _Search:
     def is_as_good(self, effect: Effect, best: Effect) -> bool:
         """Whether a set removes as much as the best one, leaves maps as clean, or nearly so, and is allowed."""
         removes_as_much = effect.remaining <= max(self.aim, best.remaining) and effect.excess <= best.excess + TOLERANCE
-        return removes_as_much and is_as_clean(effect, best) and self.is_allowed(effect)
+        return removes_as_much and draws_as_little(effect, best) and self.is_allowed(effect)
 
     def measured(self, neurons: Sequence[Neuron], num_registers: int = 1) -> Effect:
         key = frozenset(neuron[:2] for neuron in neurons), num_registers
@@ -257,11 +264,11 @@ class _Search:
         return self.chosen, self.rounds[-1].effect
 
     def with_all_selective(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[tuple[Neuron, ...], Effect]:
-        """The neurons, which have this effect, with all selective candidates if that leaves maps cleaner, and the
+        """The neurons, which have this effect, with all selective candidates if less attention is drawn then, and the
         effect of them all."""
         selective = [neuron for of_round in self.selective for neuron in of_round]
         whole, found = self._with(selective, neurons, effect)
-        return (neurons, effect) if is_as_clean(effect, found) else (whole, found)
+        return (neurons, effect) if draws_as_little(effect, found) else (whole, found)
 
     def with_registers(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[Effect, ...]:
         """The effects of moving the neurons, which have this effect with one register, to 1, 2, ... registers, until
@@ -275,11 +282,8 @@ class _Search:
 
     def best_number(self, registers: Sequence[Effect]) -> int:
         """The smallest number of registers with which outputs change least, or nearly so."""
-        # With more registers everything is nearer to what it was, former outliers too.
         good = {
-            number: each.change
-            for number, each in enumerate(registers, start=1)
-            if self.is_as_good(replace(each, unlike=None), registers[0])
+            number: each.change for number, each in enumerate(registers, start=1) if self.is_as_good(each, registers[0])
         }
         return next(number for number, change in good.items() if change <= _as_little(min(good.values())))
 
@@ -399,7 +403,7 @@ class _Drop:
         must_change = self.same_change and self.selective.issuperset(chunk)
         if (
             not self.search.is_as_good(found, self.best)
-            or not is_as_clean(found, self.best, AS_CLEAN)
+            or not is_as_clean(found, self.best)
             or found.change > _as_little(self.best.change)
             or (must_change and not changes_the_same(found, self.best))
         ):
