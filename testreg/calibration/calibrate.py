@@ -316,10 +316,9 @@ def _choose(
             is_selective = torch.stack([selectivity(each) for each in found]).amin(0) >= SELECTIVE
             ranked = best(scores, last, MAX_NEURONS, at_least=NEGLIGIBLE, without=moved)
             # Those that hold outliers back score below zero, and belong to what makes them nevertheless.
-            selective = best(
-                scores.abs() * is_selective, last, MAX_NEURONS, at_least=NEGLIGIBLE_SELECTIVE, without=moved
-            )
-            return Candidates(ranked, selective)
+            weights = scores.abs() * is_selective
+            selective = best(weights, last, MAX_NEURONS, at_least=NEGLIGIBLE_SELECTIVE, without=moved)
+            return Candidates(ranked, [(block, unit, float(scores[block, unit])) for block, unit, _ in selective])
 
         selection = select(
             rank,

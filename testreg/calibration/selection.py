@@ -38,8 +38,9 @@ class Candidates:
 
     ranking: Sequence[Neuron]
     selective: Collection[Neuron] = ()
-    """Those that are active at outliers and hardly anywhere else, which may score too little for the ranking. What
-    moving them changes at other patches is not their own doing, but that of the outliers, which others look at."""
+    """Those that are active at outliers and hardly anywhere else, which may score too little for the ranking, or below
+    zero. What moving them changes at other patches is not their own doing, but that of the outliers, which others look
+    at."""
 
 
 @dataclass(frozen=True)
@@ -400,12 +401,12 @@ class _Drop:
         if not chunk or not without or self.search.is_over():
             return None
         found = self.search.measured(without)
-        must_change = self.same_change and self.selective.issuperset(chunk)
+        must_do_the_same = self.same_change and self.selective.issuperset(chunk)
+        does_the_same = changes_the_same(found, self.best) and is_as_clean(found, self.best)
         if (
             not self.search.is_as_good(found, self.best)
-            or not is_as_clean(found, self.best)
             or found.change > _as_little(self.best.change)
-            or (must_change and not changes_the_same(found, self.best))
+            or (must_do_the_same and not does_the_same)
         ):
             return None
         return without, found

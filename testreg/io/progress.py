@@ -49,7 +49,7 @@ def _lines(what: str, total: int | None, unit: str) -> tqdm:
     """A bar that prints itself as a line every `PAUSE` seconds, and not at the end."""
     from tqdm import tqdm
 
-    class Lines(tqdm):  # type: ignore[type-arg]
+    class Lines(tqdm):
         def display(self, msg: str | None = None, pos: int | None = None) -> bool:
             if self.n:
                 print(f"testreg: {self}", file=sys.stderr, flush=True)

@@ -400,7 +400,7 @@ def test_a_budget_cuts_short_what_it_does_not_pay_for(planted, photos, monkeypat
     assert len(at_once.calibration["curve"]) == 1
     assert at_once.calibration["out_of_time"] == ["images", "choosing"]
     assert not at_once.verified
-    assert "with a larger --budget it would use more than 8 images, measure more sets" in described(at_once)
+    assert "the --budget was too small for: all images but 8; further sets of neurons" in described(at_once)
     monkeypatch.setattr(Budget, "images", lambda *_: None)
     assert calibrate(model, many, budget=1e-9, progress=False).calibration["out_of_time"] == ["ranking", "choosing"]
     monkeypatch.setattr(Budget, "images", lambda *_: 40)
@@ -725,6 +725,6 @@ def test_mechanisms_that_are_spread_over_blocks_are_found(mechanism, photos, tmp
 def test_a_neuron_of_a_later_round_is_listed_once():
     """It has another score in the ranking of the first round, where it may be far behind."""
     first_ranking = ((2, 0, 0.9), (2, 1, 0.5), (3, 7, 0.01), (1, 4, 0.005))
-    selection = Selection(((2, 0, 0.9), (3, 7, 0.6)), None, (), dropped=((1, 4, 0.3),))
+    selection = Selection(((2, 0, 0.9), (3, 7, 0.6)), None, (), dropped=((1, 4, 0.3),), registers=())
     choice = Choice(selection.neurons, first_ranking, 3, selection)
     assert choice.neurons + choice.others == ((2, 0, 0.9), (3, 7, 0.6), (2, 1, 0.5))
