@@ -56,7 +56,7 @@ def answer_attention(
     modules, rows = [layers[block] for block in chosen], list[Tensor]()
     with (
         attention_kernel(model, "sdpa", instead_of=UNSEEN),
-        Recorder(of_all=False, token=-1) as recorder,
+        Recorder(lambda num_tokens: slice(-1, None)) as recorder,
         recording_inputs(modules, lambda index, tokens: recorder.rows.clear()),
         recording_outputs(modules, lambda index, tokens: rows.extend(recorder.rows)),
     ):
