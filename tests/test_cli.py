@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 from planting import plant
 from ranks import torchrun
+from safetensors import safe_open
 from tiny import IMAGE, TIMM, TIMM_RECORDS, fresh, photograph_crops
 from torchvision.transforms.v2 import functional as tv
 
@@ -33,6 +34,7 @@ import testreg
 from testreg.cli import calibrate, main, show
 from testreg.cli.running import Run
 from testreg.cli.show import _box, _target
+from testreg.io.rows import Writer
 from testreg.measure.ranking import Score
 from testreg.patching.notices import warn_of_unverified
 
@@ -341,6 +343,39 @@ def test_an_interrupt_while_the_command_is_imported_is_one_line(command, tmp_pat
     assert (interrupted.returncode, interrupted.stderr) == (130, "interrupted; nothing was written\n")
 
 
+def test_extract_writes_features_and_goes_on_after_an_interrupt(folder, calibrated, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "features.safetensors"
+    arguments = ["extract", str(folder / "model"), "--images", str(folder / "photos"), "--neurons", str(calibrated)]
+    arguments += ["-o", str(output), "--block", "1", "--block", "-1", "--what", "patches", "--half", "--device", "cpu"]
+    real, calls = Writer.write, itertools.count(1)
+
+    def interrupted(*written):
+        if next(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return real(*written)
+
+    monkeypatch.setattr(Writer, "write", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main([*arguments, "--quiet"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert f"; the same command goes on from {output}.unfinished" in capsys.readouterr().err
+    assert not output.exists()
+    assert main([*arguments, "--json", str(tmp_path / "done.json")]) == 0
+    said = capsys.readouterr().out
+    assert "1 of 91 images could not be read: broken.jpg" in said
+    assert "patches.3      91 x 48 x 4 x 4" in said
+    assert json.loads((tmp_path / "done.json").read_text())["arrays"]["patches.1"] == [91, 48, 4, 4]
+    model = testreg.patch(timm.create_model(f"local-dir:{folder / 'model'}", pretrained=True).eval(), calibrated)
+    with safe_open(output, "pt") as found:
+        row = json.loads(found.metadata()["images"]).index("44.png")
+        features = testreg.features(model, folder / "photos" / "44.png", 1)[0]
+        torch.testing.assert_close(found.get_tensor("patches.1")[row].float(), features, rtol=1e-2, atol=1e-2)
+    assert main([*arguments, "--plain"]) == 1
+    assert "leave --neurons out" in capsys.readouterr().err
+
+
 def test_a_list_that_is_not_verified_has_an_exit_code_of_its_own(folder, calibrated, tmp_path, monkeypatch, capsys):
     neurons = dataclasses.replace(testreg.RegisterNeurons.load(calibrated), verified=False)
     monkeypatch.setattr(sys.modules["testreg.calibration.calibrate"], "calibrate", lambda *args, **options: neurons)
@@ -358,7 +393,7 @@ def test_the_agreement_of_a_head_is_shown_if_it_is_low(agreement, said, calibrat
     assert ("the head agrees with itself on 90.0% of the images" in found) == said
 
 
-@pytest.mark.parametrize("command", ["demo", "list", "diagnose", "calibrate", "apply", "show", None])
+@pytest.mark.parametrize("command", ["demo", "list", "diagnose", "calibrate", "apply", "show", "extract", None])
 def test_help_lists_the_exit_codes(command, capsys):
     with pytest.raises(SystemExit) as exited:
         main(["--help"] if command is None else [command, "--help"])

@@ -15,6 +15,7 @@ from testreg.cli.demo import demo
 from testreg.cli.diagnose import diagnose
 from testreg.cli.evaluate import tasks
 from testreg.cli.exits import Exit, exit_codes
+from testreg.cli.extract import extract
 from testreg.cli.listing import listing
 from testreg.cli.running import add_command
 from testreg.cli.show import show
@@ -39,6 +40,7 @@ add_command(
 )
 add_command(app, apply)
 add_command(app, show)
+add_command(app, extract)
 app.add_typer(tasks, name="evaluate")
 
 
