@@ -35,7 +35,7 @@ class StaticRegisters:
     registers that a model computes. They belong to the weights and to the register neurons that they were made with.
 
     Example:
-        >>> static = testreg.make_static(model, images, planted, progress=False)
+        >>> static = testreg.make_static(model, images, neurons, progress=False)
         >>> static.states.shape
         torch.Size([4, 1, 48])
         >>> static.save("neurons.json")  # beside it: neurons.static.safetensors

@@ -131,7 +131,7 @@ def features(
     """The patches behind a block as a feature map (B, C, h, w), for h x w patches; patched or not.
 
     Example:
-        >>> with testreg.patched(model, planted):
+        >>> with testreg.patched(model, neurons):
         ...     dense = testreg.features(model, images, norm=True)
         >>> dense.shape
         torch.Size([45, 48, 4, 4])
@@ -178,7 +178,7 @@ def strip_registers(model: nn.Module, tensor: Tensor, lengths: list[int] | None 
         >>> def hook(module, args, output):
         ...     seen.append(testreg.strip_registers(model, output))
         >>> seen, handle = [], model.blocks[2].mlp.register_forward_hook(hook)
-        >>> with testreg.patched(model, planted, num_registers=2):
+        >>> with testreg.patched(model, neurons, num_registers=2):
         ...     outputs = model(images)
         >>> seen[0].shape
         torch.Size([45, 17, 48])

@@ -45,7 +45,7 @@ class Comparison:
     In a notebook it shows itself.
 
     Example:
-        >>> testreg.compare(model, "photos/00.png", planted).before.norms.shape
+        >>> testreg.compare(model, "photos/00.png", neurons).before.norms.shape
         torch.Size([1, 4, 4])
     """
 
@@ -120,7 +120,7 @@ def compare(
     """What registers change: norms, attention and features before and after, as maps over the images.
 
     Example:
-        >>> found = testreg.compare(model, ["photos/00.png", "photos/01.png"], planted)
+        >>> found = testreg.compare(model, ["photos/00.png", "photos/01.png"], neurons)
         >>> found
         Comparison on 2 images, norms after block ...
                                       before     after
