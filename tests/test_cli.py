@@ -87,6 +87,31 @@ def test_diagnose_prints_the_verdict_first(folder, tmp_path, capsys):
     assert json.loads((tmp_path / "diagnosis.json").read_text())["verdict"] == verdict
 
 
+@records
+def test_diagnose_of_several_models_is_one_table(folder, calibrated, tmp_path, capsys):
+    models = [str(folder / "model"), str(tmp_path / "patched"), str(folder / "clean")]
+    assert main(["apply", models[0], "--neurons", str(calibrated), "-o", models[1], "--quiet"]) == 0
+    capsys.readouterr()
+    arguments = ["diagnose", *models, "--images", str(folder / "photos")]
+    assert main([*arguments, "--json", str(tmp_path / "all.json")]) == 0
+    verdicts, table = (part.splitlines() for part in capsys.readouterr().out.split("\n\n"))
+    assert [line.rpartition(" ")[2] for line in verdicts] == ["movable", "fix", "fix"]
+    found = json.loads((tmp_path / "all.json").read_text())
+    assert [each["name"] for each in found] == models
+    assert [each["images"] for each in found] == [90] * 3
+    assert [each["kind"] for each in found] == ["movable", "none", "none"]
+    assert found[0] == {
+        "name": models[0],
+        **testreg.diagnose(
+            testreg.load_model(models[0]).model, folder / "photos", progress=False, num_images=200
+        ).to_dict(),
+    }
+    worst = found[0]["blocks"][found[0]["outliers"]["block"]]["after_mlp"]
+    assert table[2].split()[4:6] == [f"{100 * worst['outlier_fraction']:.1f}", f"{worst['max_over_median']:.1f}"]
+    assert main([*arguments, "--report", str(tmp_path / "report.html")]) == 1
+    assert "a report shows one model" in capsys.readouterr().err
+
+
 def test_diagnose_by_another_rule(folder, capsys):
     photos = str(folder / "photos")
     assert main(["diagnose", str(folder / "model"), "--images", photos, "--rule", "mixture", "--json", "-"]) == 0

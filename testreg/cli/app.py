@@ -29,7 +29,9 @@ app = typer.Typer(
 )
 add_command(app, demo)
 add_command(app, listing, name="list")
-add_command(app, diagnose, Exit.NOTHING_TO_FIX, Exit.NOT_FIXABLE, done="outliers that registers move")
+add_command(
+    app, diagnose, Exit.NOTHING_TO_FIX, Exit.NOT_FIXABLE, done="outliers that registers move, or several models"
+)
 add_command(
     app,
     calibrate,
