@@ -37,6 +37,7 @@ from testreg.cli.show import _box, _target
 from testreg.io.rows import Writer
 from testreg.measure.ranking import Score
 from testreg.patching.notices import warn_of_unverified
+from testreg.report import maps
 
 records = pytest.mark.skipif(not TIMM_RECORDS, reason="this timm cannot rebuild a model of unusual size")
 
@@ -185,6 +186,33 @@ def test_show_steers_outliers_onto_a_box(folder, calibrated, tmp_path):
     assert norms["register"]["steered_onto"] is None
     assert norms["steered"]["before"] == norms["register"]["before"]
     assert norms["steered"]["after"]["max_over_median"] > 1.2 * norms["register"]["after"]["max_over_median"]
+
+
+def test_show_of_principal_components(folder, calibrated, tmp_path, monkeypatch, capsys):
+    drawn = {}
+
+    def principal_figure(images, sides, title, **options):
+        drawn.update(sides=sides, title=title, **options)
+        drawn["axes"] = (figure := real(images, sides, title, **options)).axes
+        return figure
+
+    real = maps.principal_figure
+    monkeypatch.setattr(maps, "principal_figure", principal_figure)
+    output, photos = tmp_path / "pca.png", [str(folder / "photos" / f"{i:02}.png") for i in range(9)]
+    arguments = ["show", str(folder / "model"), *photos, "--neurons", str(calibrated), "-o", str(output)]
+    assert main([*arguments, "--pca", "--foreground", "--block", "-2"]) == 0
+    assert Image.open(output).width > 500
+    assert len(drawn["axes"]) == 2 * 3 * 8  # nine images in lines of eight: photograph, before, after
+    assert drawn["title"].endswith("principal components of the patches after block 2")
+    assert drawn["foreground"]
+    model = timm.create_model(f"local-dir:{folder / 'model'}", pretrained=True).eval()
+    torch.testing.assert_close(drawn["sides"]["before"].permute(0, 3, 1, 2), testreg.features(model, photos, 2))
+    testreg.patch(model, calibrated)
+    torch.testing.assert_close(drawn["sides"]["after"].permute(0, 3, 1, 2), testreg.features(model, photos, 2))
+    assert main([*arguments, "--foreground"]) == 1
+    assert "--foreground belongs to --pca" in capsys.readouterr().err
+    assert main([*arguments, "--block", "-30"]) == 1
+    assert "--block -30 is out of range: " in capsys.readouterr().err
 
 
 def test_a_box_is_of_patches_that_it_touches():
