@@ -240,7 +240,10 @@ NAMES = {
     "timm:vit_base_patch16_224": (OSError, r"cannot load timm:vit_base_patch16_224: .*Hub"),
     "timm:local-dir:/nowhere": (OSError, r"/nowhere has no model.safetensors"),
     "hf:someone/vit": (OSError, r"cannot load someone/vit: .* HF_HUB_OFFLINE is set.*huggingface.co, and the network"),
-    "hf:openai/clip-vit-base-patch16": (OSError, r"path to a directory containing a \[\.\.\.\]\. HF_HUB_OFFLINE is set"),
+    "hf:openai/clip-vit-base-patch16": (
+        OSError,
+        r"path to a directory containing a \[\.\.\.\]\. HF_HUB_OFFLINE is set",
+    ),
     "hf:./nowhere": (OSError, r"there is no folder ./nowhere, nor can that be a name on the Hub"),
     "hf:/a/b/nowhere": (OSError, r"there is no folder /a/b/nowhere, nor can that be a name on the Hub"),
     "open_clip:ViT-B-32": (ValueError, r"open_clip:ViT-B-32 does not say which weights: .* openai, "),
