@@ -125,6 +125,8 @@ def calibrate(
     if is_first:
         neurons.save(output)
         run.say(found(neurons))
+        if run.quiet and not neurons.verified:
+            run.answer(not_verified())
         run.answer(f"{output}: {len(neurons)} register neurons, and the ranking they are from")
         if report or figures:
             from testreg.calibration.view import held_out_images
@@ -151,8 +153,6 @@ def calibrate(
 
 def found(neurons: RegisterNeurons) -> str:
     """What calibration found, in a few lines."""
-    from testreg.calibration.view import MIN_VERIFYING
-
     facts = neurons.calibration
     skipped = f", {facts['unreadable_images']} unreadable" if facts["unreadable_images"] else ""
     overlap = facts["stability"]["overlap"]
@@ -198,11 +198,18 @@ def found(neurons: RegisterNeurons) -> str:
     if agreement is not None and agreement < HIGH_AGREEMENT:
         lines.append(f"the head agrees with itself on {agreement:.1%} of the images, with and without registers")
     if not neurons.verified:
-        lines.append(
-            f"not verified: that takes a target that is met on at least {MIN_VERIFYING} held-out images "
-            "that had no part in the choice (64 images or more in all)"
-        )
+        lines.append(not_verified())
     return "\n".join(lines)
+
+
+def not_verified() -> str:
+    """What a list that is not verified lacks."""
+    from testreg.calibration.view import MIN_VERIFYING
+
+    return (
+        f"not verified: that takes a target that is met on at least {MIN_VERIFYING} held-out images "
+        "that had no part in the choice (64 images or more in all)"
+    )
 
 
 def _result(neurons: RegisterNeurons, output: Path, report: Path | None, figures: Path | None) -> dict[str, Any]:

@@ -105,8 +105,8 @@ def _splits(folder: Path, kinds: Sequence[str]) -> Iterator[tuple[str, list[Samp
         if not any(parts.values()):
             yield "", _paired(root, _images_of(folder, ""))
     for split, names in SPLITS.items():
-        parts = [folder / name for name in names]
-        found = [(part, root) for part in parts for root in _first_with_images([part / kind for kind in kinds])]
+        above = [folder / name for name in names]
+        found = [(part, root) for part in above for root in _first_with_images([part / kind for kind in kinds])]
         yield split, [pair for part, root in found for pair in _paired(root, _images_of(part, ""))]
 
 
