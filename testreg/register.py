@@ -148,7 +148,7 @@ def unpatch(model: M) -> M:
     Raises RuntimeError if the model is not patched, or someone has replaced a patched `forward` since.
 
     Example:
-        >>> testreg.unpatch(testreg.patch(model, planted)) is model
+        >>> testreg.unpatch(testreg.patch(model, neurons)) is model
         True
     """
     patch_of(model).remove()
@@ -160,7 +160,7 @@ def patched(model: M, neurons: AnyNeurons = None, **options: Any) -> Iterator[M]
     """Within the `with` block `model` has test-time registers; the arguments are those of `patch`.
 
     Example:
-        >>> with testreg.patched(model, planted, num_registers=2):
+        >>> with testreg.patched(model, neurons, num_registers=2):
         ...     outputs = model(images)
     """
     patch(model, neurons, **options)
@@ -177,7 +177,7 @@ def disabled(model: M) -> Iterator[M]:
     Contexts nest and overlap. A forward that runs meanwhile, in another thread, ends as it began.
 
     Example:
-        >>> with testreg.patched(model, planted), testreg.disabled(model):
+        >>> with testreg.patched(model, neurons), testreg.disabled(model):
         ...     baseline = model(images)
     """
     with patch_of(model).disabled():
@@ -191,7 +191,7 @@ def registers(model: nn.Module) -> Iterator[list[Tensor]]:
     They are what the blocks give, before the tower's final norm. Contexts nest, and each has a list of its own.
 
     Example:
-        >>> with testreg.patched(model, planted), testreg.registers(model) as after_block:
+        >>> with testreg.patched(model, neurons), testreg.registers(model) as after_block:
         ...     outputs = model(images)
         >>> after_block[-1].shape
         torch.Size([45, 1, 48])

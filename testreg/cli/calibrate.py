@@ -126,6 +126,8 @@ def calibrate(
     if is_first:
         neurons.save(output)
         run.say(found(neurons))
+        if run.quiet and not neurons.verified:
+            run.answer(not_verified())
         run.answer(f"{output}: {len(neurons)} register neurons, and the ranking they are from")
         if report or figures:
             from testreg.calibration.view import held_out_images
@@ -153,7 +155,6 @@ def calibrate(
 def found(neurons: RegisterNeurons) -> str:
     """What calibration found, in a few lines."""
     from testreg.calibration.effects import what_is_wrong_with_maps
-    from testreg.calibration.view import MIN_VERIFYING, NUM_CHOOSING
 
     facts = neurons.calibration
     skipped = f", {facts['unreadable_images']} unreadable" if facts["unreadable_images"] else ""
@@ -204,11 +205,18 @@ def found(neurons: RegisterNeurons) -> str:
     if agreement is not None and agreement < HIGH_AGREEMENT:
         lines.append(f"the head agrees with itself on {agreement:.1%} of the images, with and without registers")
     if not neurons.verified:
-        lines.append(
-            f"not verified: that takes a target that is met, and clean maps, on at least {MIN_VERIFYING} held-out "
-            f"images that had no part in the choice ({2 * (NUM_CHOOSING + MIN_VERIFYING)} images or more in all)"
-        )
+        lines.append(not_verified())
     return "\n".join(lines)
+
+
+def not_verified() -> str:
+    """What a list that is not verified lacks."""
+    from testreg.calibration.view import MIN_VERIFYING, NUM_CHOOSING
+
+    return (
+        f"not verified: that takes a target that is met, and clean maps, on at least {MIN_VERIFYING} held-out "
+        f"images that had no part in the choice ({2 * (NUM_CHOOSING + MIN_VERIFYING)} images or more in all)"
+    )
 
 
 def _registers_in_words(registers: Sequence[Mapping[str, Any]], number: int) -> str:
