@@ -23,7 +23,7 @@ from testreg.calibration.errors import ImmovableOutliersError, NoOutliersError
 from testreg.calibration.options import Head, Options
 from testreg.calibration.result import Checks, Choice, facts_before_ranking, result
 from testreg.calibration.resume import State, key_of
-from testreg.calibration.selection import MAX_MEASUREMENTS, MAX_NEURONS, Candidates, select
+from testreg.calibration.selection import MAX_MEASUREMENTS, MAX_NEURONS, MAX_REGISTERS, Candidates, select
 from testreg.calibration.view import (
     CHUNK,
     FIRST_CHUNK,
@@ -288,8 +288,9 @@ def _choose(
         )
     if options.top_k is not None:
         return Choice(ranking[: options.top_k], ranking, first_last, None)
-    # What is left to do once no more time is to be spent: one more set of neurons, if it was begun, and to verify.
-    one_more = sum(each.num_images for each in set(meters[0]))
+    # What is left to do once no more time is to be spent: one more set of neurons, if it was begun, numbers of
+    # registers, and to verify.
+    to_come = sum(each.num_images for each in set(meters[0])) + (MAX_REGISTERS - 1) * meters[0][0].num_images
     ranked_again = FORWARDS_TO_RANK * NUM_RANKED_AGAIN * world_size()
     with ExitStack() as stack:
         for choosing, _ in meters:
@@ -308,7 +309,7 @@ def _choose(
             return effect
 
         def rank(moved: Sequence[Neuron]) -> Candidates:
-            if moved and budget.is_spent("choosing", forwards_to_come=ranked_again + one_more):
+            if moved and budget.is_spent("choosing", forwards_to_come=ranked_again + to_come):
                 return Candidates(())
             found = [view.statistics_with(moved) if moved else view.statistics.total() for view in views]
             scores = mean_scores(views, options.score, found)
@@ -325,7 +326,7 @@ def _choose(
             measure,
             target=options.target,
             max_change=options.max_change,
-            out_of_time=lambda: budget.is_spent("choosing", forwards_to_come=one_more),
+            out_of_time=lambda: budget.is_spent("choosing", forwards_to_come=to_come),
         )
     last = max(first_last, *(block for block, _, _ in selection.neurons))
     return Choice(selection.neurons, ranking, last, selection, selection.effect.num_registers)

@@ -65,7 +65,7 @@ class Selection:
     dropped: tuple[Neuron, ...]
     """Neurons that were added in a round, and then found to have no effect on outliers."""
     registers: tuple[Effect, ...]
-    """Effects of 1, 2, ... registers, as far as they were measured, with the neurons before some were dropped."""
+    """Effects of moving them to 1, 2, ... registers, as far as they were measured."""
 
     @property
     def curve(self) -> tuple[Effect, ...]:
@@ -91,20 +91,19 @@ def select(
     2. Norms are not all: the fewest neurons that leave no outlier may leave patches that draw attention. So all
        selective candidates are added. If less attention is drawn then (`draws_as_little`), the set is this one; else it
        is the smallest number of the ranking that is as good as the last.
-    3. Registers are copies, each with all of the neurons: one has less weight in the softmax of attention than the many
-       outliers had. As many are taken as change outputs least.
-    4. Neurons that can stay where they are, all together costing less than the tolerances, are dropped: first those
-       that are busy elsewhere too, and then those of late blocks, which may fire at outliers without causing them. This
-       is measured with one register, as which ones are needed shows less with more of them.
-    5. Which of several neurons that do the same is needed depends on the images. So selective candidates are taken with
+    3. Neurons that can stay where they are, all together costing less than the tolerances, are dropped: first those
+       that are busy elsewhere too, and then those of late blocks, which may fire at outliers without causing them.
+    4. Which of several neurons that do the same is needed depends on the images. So selective candidates are taken with
        those that were chosen of their block, if they score 70 % of the weakest of these or more, and nothing is the
        worse for it.
-    6. If the set was not completed in step 2, fewer neurons may have left some of what outliers did to other patches.
+    5. If the set was not completed in step 2, fewer neurons may have left some of what outliers did to other patches.
        That shows in what changes if all selective candidates of any weight are moved as well. If it is more (by over
        `SAME_CHANGE` and over 2 % of the change), they are added, and those dropped again without which as much changes.
-    7. Those that are busy elsewhere are tried again, now that others have come to the set. Then each neuron is tried by
+    6. Those that are busy elsewhere are tried again, now that others have come to the set. Then each neuron is tried by
        itself, or, if they are more than `FEW`, each of the last block: one whose being left does nothing, and which
        alone takes less than a tenth of the outliers, fires at them without causing them. It is dropped.
+    7. Registers are copies, each with all of the neurons: one has less weight in the softmax of attention than the many
+       outliers had. As many are taken as change outputs least, or nearly so.
 
     Args:
         rank: the neurons that are moved -> others, ranked on the model that is patched with them.
@@ -112,7 +111,8 @@ def select(
         target: outliers that may be left after any block, as a fraction of those before. If no set reaches it, the one
             that comes closest is chosen.
         max_change: sets that change pooled or patch features more (1 - cosine) are not chosen.
-        out_of_time: asked before each measurement but the first; the search ends when it says so, with the best so far.
+        out_of_time: asked before each measurement but the first; the search ends when it says so, with the best so far,
+            of which numbers of registers are measured still.
 
     Raises:
         ValueError: even the first neuron changes more than `max_change`; there are no candidates at all.
@@ -129,16 +129,16 @@ def select(
     is_complete = len(kept) > len(grown)
     if not is_complete:
         kept, effect = search.smallest_of_last_round()
-    registers = search.with_registers(kept, effect)
     kept, effect = search.without_idle(kept, effect, same_change=is_complete)
     kept, effect = search.with_alike(kept, effect)
     if not is_complete:
         kept, effect = search.completed(kept, effect)
     kept, effect = search.without_busy(kept, effect)
-    kept, _ = search.without_bystanders(kept, effect)
+    kept, effect = search.without_bystanders(kept, effect)
+    registers = search.with_registers(kept, effect)
     return Selection(
         neurons=kept,
-        effect=search.measured(kept, search.best_number(registers)),
+        effect=registers[search.best_number(registers) - 1],
         rounds=tuple(search.rounds),
         dropped=tuple(neuron for neuron in search.chosen if neuron not in kept),
         registers=registers,
@@ -214,8 +214,8 @@ class _Search:
         return tuple(neuron for each in self.rounds for neuron in each.added)
 
     def is_over(self) -> bool:
-        """Whether nothing more may be measured."""
-        return len(self.known) >= MAX_MEASUREMENTS or self.out_of_time()
+        """Whether nothing more may be measured but numbers of registers."""
+        return len(self.known) > MAX_MEASUREMENTS - MAX_REGISTERS or self.out_of_time()
 
     def needs_more(self) -> bool:
         """Whether outliers are left that another round may remove."""
@@ -275,7 +275,7 @@ class _Search:
         """The effects of moving the neurons, which have this effect with one register, to 1, 2, ... registers, until
         outputs change more again."""
         effects = [effect]
-        while len(effects) < MAX_REGISTERS and not self.is_over():
+        while len(effects) < MAX_REGISTERS:
             if len(effects) > 1 and effects[-1].change > effects[-2].change:
                 break
             effects.append(self.measured(neurons, len(effects) + 1))
