@@ -68,14 +68,22 @@ def timm_transform(model: nn.Module, image_size: int | None = None) -> Transform
     return create_transform(**resolve_model_data_config(model, args=asked), is_training=False)
 
 
+_WHOLE_FIRST = ("LlavaNextImageProcessor", "LlavaOnevisionImageProcessor")  # and its tiles behind it
+
+
 @dataclass(frozen=True)
 class OneImage:
-    """A transform that applies an image processor of transformers to one image."""
+    """A transform that applies an image processor of transformers to one image.
+
+    Of a processor that cuts images into tiles, it takes the whole image, if that comes first.
+    """
 
     processor: Any
 
     def __call__(self, image: Image) -> Tensor:
         pixels = self.processor(images=image, return_tensors="pt")["pixel_values"]
+        if type(self.processor).__name__.startswith(_WHOLE_FIRST) and pixels.ndim == 5:
+            pixels = pixels[:, 0]
         if pixels.ndim != 4 or len(pixels) != 1:
             raise ValueError(
                 f"{type(self.processor).__name__} makes {tuple(pixels.shape)} of an image, not (1, 3, h, w), since "

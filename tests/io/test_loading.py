@@ -28,7 +28,7 @@ from testreg import features, is_patched, patch
 from testreg.families import find_tower
 from testreg.io.checkpoints import load, save
 from testreg.io.loading import LoadedModel, load_model
-from testreg.io.preprocessing import transform_for
+from testreg.io.preprocessing import OneImage, transform_for
 
 PHOTO = Image.effect_noise((100, 80), 60).convert("RGB")
 OPEN_CLIP = {
@@ -513,3 +513,20 @@ def test_a_model_without_a_processor_says_how_to_write_one(tmp_path: Path) -> No
     ) as error:
         features(load(tmp_path), PHOTO)
     assert str(tmp_path) in str(error.value)
+
+
+def test_of_tiles_the_whole_image_is_taken(tmp_path: Path) -> None:
+    """LLaVA-NeXT's processor puts it in front of the tiles: (1, tiles, 3, h, w)."""
+    size = {"size": {"shortest_edge": IMAGE}, "crop_size": {"height": IMAGE, "width": IMAGE}}
+    processor = transformers.LlavaNextImageProcessor(**size, image_grid_pinpoints=[[2 * IMAGE, IMAGE]])
+    pixels = processor(images=PHOTO, return_tensors="pt")["pixel_values"]
+    assert pixels.shape[:2] == (1, 3)
+    found = OneImage(processor)(PHOTO)
+    whole = transformers.CLIPImageProcessor(**size)(images=PHOTO.resize((IMAGE, IMAGE)), return_tensors="pt")
+    assert torch.equal(found, torch.as_tensor(pixels[0, 0]))
+    assert torch.nn.functional.cosine_similarity(found.flatten(), whole["pixel_values"].flatten(), dim=0) > 0.9
+    other = transformers.Idefics3ImageProcessor(
+        size={"longest_edge": 2 * IMAGE}, max_image_size={"longest_edge": IMAGE}
+    )
+    with pytest.raises(ValueError, match="it cuts images into tiles: pass a transform="):
+        OneImage(other)(PHOTO)
