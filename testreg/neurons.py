@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from testreg.display import html
-from testreg.families import Tower, activation, checkpoint_names, compare_weights, find_tower, fingerprint
+from testreg.families import (
+    Tower,
+    activation,
+    checkpoint_names,
+    compare_weights,
+    find_tower,
+    fingerprint,
+    mismatch_of,
+)
 from testreg.files import check_format, plain, read_text, replacing, shown
 from testreg.hub.card import model_card
 from testreg.hub.repository import SCHEME, fetch_file, is_repository, push
@@ -565,7 +573,14 @@ def _of_checkpoint(model: nn.Module) -> RegisterNeurons:
         for candidate in defaults:
             if name in candidate.model["default_for"]:
                 return candidate
-    tower = find_tower(model)
+    tower, here = find_tower(model), type(model).__name__
+    published = [key for key, each in lists.items() if not set(names).isdisjoint(each.model.get("names", ()))]
+    if (wrong := mismatch_of(model, tower)) is not None:
+        raise ValueError(
+            f"no default register neurons for this {here}: it computes {wrong.own}, but {wrong.checkpoint} was trained "
+            f"with {wrong.trained_with}. Load {wrong.right} instead"
+            + (f", or name one of the lists of this checkpoint: {', '.join(published)}" if published else "")
+        )
     alike = [
         (compare_weights(each.model["fingerprint"], tower), each) for each in defaults if "fingerprint" in each.model
     ]
@@ -573,9 +588,8 @@ def _of_checkpoint(model: nn.Module) -> RegisterNeurons:
         for found, candidate in alike:
             if found == likeness:
                 return candidate
-    here = type(model).__name__
     calibrate = "(testreg.calibrate, or `testreg calibrate MODEL --images DIR -o neurons.json`)"
-    if published := [key for key, each in lists.items() if not set(names).isdisjoint(each.model.get("names", ()))]:
+    if published:
         raise ValueError(
             f"no default register neurons for this {here} ({', '.join(names)}): nothing shows that this checkpoint "
             f"needs any. Look with testreg.diagnose, and calibrate it {calibrate}, or name one of the unverified lists "

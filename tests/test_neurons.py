@@ -678,14 +678,16 @@ BUNDLED = bundled()
 NAMES = sorted({name for one in BUNDLED.values() for name in one.model["names"]})
 DEFAULT_NAMES = [(name, key) for key, one in BUNDLED.items() for name in one.model["default_for"]]
 DINOV2_S = sorted(BUNDLED["dinov2-vits14-jroth-518"].model["names"])  # nothing shows that it needs registers
+GELU = "timm:vit_base_patch16_clip_224.openai"  # on weights that were trained with QuickGELU
+CALIBRATED_HERE = {"demo", "openai-clip-vitb16"}
 
 
 def test_there_are_bundled_lists_and_every_file_is_one() -> None:
-    assert len(BUNDLED) == 18 + 1  # and that of the demo model
+    assert len(BUNDLED) == 18 + len(CALIBRATED_HERE)
     assert {path.name for path in config_folder().iterdir()} == {f"{key}.json" for key in BUNDLED}
 
 
-@pytest.mark.parametrize("key", sorted(BUNDLED.keys() - {"demo"}))
+@pytest.mark.parametrize("key", sorted(BUNDLED.keys() - CALIBRATED_HERE))
 def test_published_list_is_complete(key: str) -> None:
     one = BUNDLED[key]
     assert key == key.lower()
@@ -720,7 +722,39 @@ def test_bundled_lists_are_written_as_save_writes(tmp_path: Path) -> None:
 
 def test_every_checkpoint_that_needs_registers_has_one_default() -> None:
     assert len({name for name, _ in DEFAULT_NAMES}) == len(DEFAULT_NAMES)
-    assert sorted([*(name for name, _ in DEFAULT_NAMES), *DINOV2_S]) == NAMES
+    assert sorted([*(name for name, _ in DEFAULT_NAMES), *DINOV2_S, GELU]) == NAMES
+
+
+def test_the_list_of_clip_says_whose_it_is_and_how_it_was_made() -> None:
+    """The published list for the same checkpoint stays, and is not the default."""
+    ours, published = BUNDLED["openai-clip-vitb16"], BUNDLED["openai-clip-vitb16-jroth-224"]
+    assert ours.verified
+    assert (ours.top_k, ours.num_registers, ours.model["activation"]) == (16, 3, "quick_gelu")
+    assert set(ours.model["names"]) == set(published.model["names"]) == {*ours.model["default_for"], GELU}
+    assert published.model["default_for"] == []
+    assert ours.model["fingerprint"] == published.model["fingerprint"]
+    assert "rounded to 8 bits" in ours.provenance["checkpoint"]
+    assert "57c2164" in ours.provenance["checkpoint"]
+    assert ours.provenance["source"]["command"].startswith("testreg calibrate hf:openai/clip-vit-base-patch16 ")
+
+
+def test_gelu_on_weights_that_want_quickgelu_has_no_default() -> None:
+    with torch.device("meta"):
+        model = timm.create_model(GELU.removeprefix("timm:"), pretrained=False)
+    with pytest.raises(
+        ValueError,
+        match=r"it computes gelu, but .* was trained with quick_gelu\. Load timm:vit_base_patch16_clip_quickgelu_224"
+        r"\.openai instead, or name one of the lists of this checkpoint: openai-clip-",
+    ) as caught:
+        testreg.patch(model)
+    assert set(str(caught.value).rpartition(": ")[2].split(", ")) == {
+        "openai-clip-vitb16",
+        "openai-clip-vitb16-jroth-224",
+    }
+    assert not testreg.is_patched(model)
+    with pytest.warns(UserWarning, match="Load timm:vit_base_patch16_clip_quickgelu_224.openai instead"):
+        testreg.patch(model, "openai-clip-vitb16")
+    assert testreg.is_patched(model)
 
 
 @pytest.mark.parametrize("name", DINOV2_S)

@@ -48,9 +48,15 @@ def test_its_links_work_elsewhere() -> None:
     assert all(link.startswith("https://") for link in links)
 
 
+def files_of(pages: str | list[Any] | dict[str, Any]) -> list[str]:
+    """The files of mkdocs' navigation, those of its sections included."""
+    if isinstance(pages, str):
+        return [pages]
+    return [file for each in (pages.values() if isinstance(pages, dict) else pages) for file in files_of(each)]
+
+
 def test_its_links_into_the_docs_lead_somewhere() -> None:
-    pages = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
-    names = {file for each in pages for file in ([each] if isinstance(each, str) else each.values())}
+    names = set(files_of(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
     for page, anchor in re.findall(r"testreg\.github\.io/testreg/(\w[\w-]*)/(?:#([\w-]+))?", README):
         assert f"{page}.md" in names
         if page in DOCS and anchor:
@@ -99,7 +105,6 @@ def llava_stand_in(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 EXAMPLES: dict[str, tuple[Callable[[pytest.MonkeyPatch, Path], None], str | None, tuple[int, ...]]] = {
     "timm": (timm_stand_in, "timm:vit_large_patch14_dinov2.lvd142m", (1, 4, 4, 4)),
-    "transformers": (clip_stand_in, "hf:openai/clip-vit-base-patch16", (1, HF["hidden_size"], 4, 4)),
     "open_clip": (open_clip_stand_in, "open_clip:ViT-B-16/laion2b_s34b_b88k", ()),
     "llava": (llava_stand_in, None, (1, 4, 4)),
 }
@@ -132,6 +137,37 @@ def test_from_a_model_to_a_map(number: int, tmp_path: Path, photos: Tensor, monk
     if checkpoint is not None:
         assert asked[0] in (None, *default), "the neurons that are named are those of the checkpoint"
         assert default
+
+
+def test_the_script_runs_as_it_stands(
+    tmp_path: Path, photos: Tensor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has its imports, and names a model whose default is bundled and verified."""
+    (script,) = code(README, "## A map of CLIP")
+    assert len(script.splitlines()) <= 11
+    torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)
+    tv.to_pil_image((photos[3] + 1) / 2).save("photo.jpg")
+    clip_stand_in(monkeypatch, tmp_path)
+    asked: list[Any] = []
+
+    def resolve(neurons: Any, model: nn.Module) -> RegisterNeurons:
+        asked.append(neurons)
+        return RegisterNeurons.from_blocks(NEURONS)
+
+    monkeypatch.setattr("testreg.register.resolve", resolve)
+    values: dict[str, Any] = {}
+    exec(script, values)
+    assert asked == [None]
+    assert values["maps"].shape == (1, 4, 4, 4)
+    assert values["dense"].shape == (1, HF["hidden_size"], 4, 4)
+    assert 1 / 16 <= float(capsys.readouterr().out.split()[-1]) <= 1
+    assert Path("before-after.png").stat().st_size > 10_000
+    assert not testreg.is_patched(values["model"])
+    name = re.search(r'from_pretrained\("(.*?)"\)', script)
+    assert name is not None
+    (default,) = (each for each in testreg.bundled().values() if f"hf:{name[1]}" in each.model["default_for"])
+    assert default.verified
 
 
 def test_a_family_of_your_own() -> None:

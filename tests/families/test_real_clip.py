@@ -16,19 +16,28 @@ from imitations import clip
 from torch import Tensor, nn
 
 import testreg
-from testreg.families import activation, compare_weights, find_tower, fingerprint, mismatch_of
+from testreg import RegisterNeurons
+from testreg.families import activation, checkpoint_names, compare_weights, find_tower, fingerprint, mismatch_of
 from testreg.patching.state import patch_of
 
 FOLDER = Path(__file__).parents[3] / "shared" / "models" / "clip-vit-base-patch16"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the weights are not here")
+HUB, LIST = "openai/clip-vit-base-patch16", "openai-clip-vitb16"
 Weights = dict[str, Tensor]
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("clip")
-    runpy.run_path(str(FOLDER / "expand.py"))["main"](str(folder))
-    return transformers.CLIPVisionModelWithProjection.from_pretrained(folder).eval()
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds the checkpoint under its name on the hub."""
+    folder = tmp_path_factory.mktemp("hub")
+    (folder / HUB).parent.mkdir()
+    runpy.run_path(str(FOLDER / "expand.py"))["main"](str(folder / HUB))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def original(folder: Path) -> Any:
+    return transformers.CLIPVisionModelWithProjection.from_pretrained(folder / HUB).eval()
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +86,43 @@ def test_one_checkpoint_in_all_libraries(library: str, original: Any, weights: W
     torch.testing.assert_close(model(images), original(images).image_embeds, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("library", [*LIBRARIES, "transformers"])
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_patch_finds_the_list_in_all_libraries(library: str, original: Any, weights: Weights) -> None:
-    """By its weights alone: of none of these is the name one that the list knows, but timm's."""
-    model = original if library == "transformers" else LIBRARIES[library](weights)
-    assert "hf:openai/clip-vit-base-patch16" in patch_of(testreg.patch(model)).neurons.model["default_for"]
+def in_transformers(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Any:
+    """Loaded by its name on the hub, which is that of the folder as seen from the one above it."""
+    monkeypatch.chdir(folder)
+    return transformers.CLIPVisionModelWithProjection.from_pretrained(HUB).eval()
+
+
+def list_of(model: nn.Module) -> RegisterNeurons:
+    neurons = patch_of(testreg.patch(model)).neurons
     testreg.unpatch(model)
+    return neurons
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_patch_finds_the_list_in_all_libraries(library: str, weights: Weights) -> None:
+    """By its weights alone, where the model does not say its name, and without a warning."""
+    assert list_of(LIBRARIES[library](weights)) == testreg.bundled()[LIST].truncate()
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_patch_finds_the_list_in_transformers(
+    folder: Path, original: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the name on the hub, and by the weights of a copy with another one."""
+    named = in_transformers(monkeypatch, folder)
+    assert checkpoint_names(named) == [f"hf:{HUB}"]
+    with caplog.at_level("INFO", "testreg"):
+        assert list_of(named) == list_of(original) == testreg.bundled()[LIST].truncate()
+    assert all(LIST in each.getMessage() and ", verified" in each.getMessage() for each in caplog.records)
+
+
+def test_the_list_removes_the_outliers_of_other_photographs(original: Any) -> None:
+    found = testreg.compare(original, sorted((FOLDER.parents[1] / "images").glob("*.jpg"))[-4:])
+    assert found.before.max_over_median > 10
+    assert found.after.max_over_median < 1.6
+    assert found.before.outlier_fraction > 0.02
+    assert found.after.outlier_fraction == 0
 
 
 def test_gelu_on_these_weights_is_known_without_a_name(weights: Weights) -> None:
