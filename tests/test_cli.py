@@ -437,7 +437,7 @@ def test_a_list_that_is_not_verified_has_an_exit_code_of_its_own(folder, calibra
     assert "\nnot verified: " in capsys.readouterr().out
     assert main([*arguments, "-o", str(tmp_path / "neurons.json"), "--quiet"]) == 5
     first, *_ = capsys.readouterr().out.splitlines()
-    assert first.startswith("not verified: that takes a target that is met on at least 16 held-out images")
+    assert first.startswith("not verified: that takes a target that is met, and clean maps, on at least 16 held-out")
     assert not testreg.RegisterNeurons.load(tmp_path / "neurons.json").verified
 
 
