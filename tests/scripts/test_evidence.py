@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,14 +151,17 @@ def command(network: Path, work: Path, neurons: str = "neurons.json", **options:
 
 
 def test_one_command_makes_all_columns(network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = ("testreg", "zeroed")
+    monkeypatch.setitem(ROWS, "attention-seg", replace(ROWS["attention-seg"], columns=few))
     made = command(network, tmp_path)
     assert {name: facts.get("num_registers") for name, facts in made["columns"].items()} == {
         **{"testreg": 2, "one register": 1, "paper": 1, "jroth": 1, "joint": 1, "static": 2},
         **{"zeroed": None, "random": 2, "bare": 2},
     }
-    for task in ("shows", "attention-seg"):
-        assert set(made["tasks"][task]["metrics"]) == {"plain", *COLUMNS}
-        assert set(made["tasks"][task]["difference"]) == set(COLUMNS) == set(made["tasks"][task]["cpu_seconds"])
+    for task, names in {"shows": set(COLUMNS), "attention-seg": set(few)}.items():
+        assert set(made["tasks"][task]["metrics"]) == {"plain"} | names
+        assert set(made["tasks"][task]["difference"]) == names == set(made["tasks"][task]["cpu_seconds"])
+        assert made["tasks"][task]["protocol"]["dtype"] == "float32"
     shown = made["tasks"]["shows"]["metrics"]
     assert shown["plain"]["embed"] == pytest.approx(1)
     assert shown["plain"]["outliers_left"] == 1
