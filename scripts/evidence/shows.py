@@ -13,12 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from testreg.evaluation.bootstrap import Metric, Scores, mean_of, ratio_of
+from testreg.evaluation.bootstrap import Array, Metric, Scores, mean_of, ratio, ratio_of
 from testreg.evaluation.clip import embed_images
 from testreg.evaluation.features import Features
 from testreg.evaluation.result import Result
@@ -127,7 +126,7 @@ def score(plain: Seen, seen: Seen) -> Scores:
 def ratio_of_largest(after: Tensor, before: Tensor) -> Metric:
     """The largest sum over images of counts (n, L), over that of others."""
     rows, depth = torch.cat([after, before], 1).double().numpy(), after.shape[1]
-    return Metric(rows, lambda sums: _ratio(sums[..., :depth].max(-1), sums[..., depth:].max(-1)))
+    return Metric(rows, lambda sums: ratio(sums[..., :depth].max(-1), sums[..., depth:].max(-1)))
 
 
 def largest_mean(values: Tensor) -> Metric:
@@ -142,14 +141,9 @@ def sink_of(on_former: Tensor, on_others: Tensor, former: Tensor) -> Metric:
     counts = torch.stack([former.sum(1), (~former).sum(1)], 1)
     rows, blocks = torch.cat([on_former, on_others, counts], 1).double().numpy(), on_former.shape[1]
 
-    def of_sum(sums: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        mean_former = _ratio(sums[..., :blocks], sums[..., -2:-1])
-        mean_others = _ratio(sums[..., blocks : 2 * blocks], sums[..., -1:])
-        return _ratio(mean_former, mean_others).max(-1)
+    def of_sum(sums: Array) -> Array:
+        mean_former = ratio(sums[..., :blocks], sums[..., -2:-1])
+        mean_others = ratio(sums[..., blocks : 2 * blocks], sums[..., -1:])
+        return ratio(mean_former, mean_others).max(-1)
 
     return Metric(rows, of_sum)
-
-
-def _ratio(numerator: Any, denominator: Any) -> np.ndarray[Any, Any]:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.divide(numerator, denominator)
