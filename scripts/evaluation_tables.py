@@ -2,8 +2,8 @@
 
 A table stands between `<!-- table NAME -->`, or `<!-- table NAME part -->`, and `<!-- end -->`, and is that of
 docs/evaluations/NAME.json: what `testreg evaluate --json` wrote; or `scripts/restoration`, whose parts are ways, tasks
-and samples; or `scripts/harmless.py`, whose parts are both and samples. Where there is no such file yet, what stands
-there stays.
+and samples; or `scripts/harmless.py`, whose parts are both and samples; or `scripts/evidence`, whose parts are columns,
+shows, values, intervals and times. Where there is no such file yet, what stands there stays.
 """
 
 from __future__ import annotations
@@ -16,17 +16,23 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from evidence import tables as evidence
 from restoration import tables
 from restoration.tables import interval, markdown, number
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = ("evaluate.md", "proof.md")
+PAGES = ("evaluate.md", "evidence.md", "proof.md")
 COLUMNS = ("plain", "patched", "against")
 PARTS = {
     "ways": tables.of_ways,
     "tasks": tables.of_tasks,
     "both": tables.of_plain_and_patched,
     "samples": tables.of_samples,
+    "columns": evidence.of_columns,
+    "shows": evidence.of_shows,
+    "values": evidence.of_values,
+    "intervals": evidence.of_intervals,
+    "times": evidence.of_times,
 }
 
 

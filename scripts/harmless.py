@@ -9,18 +9,17 @@ without outliers; `--neurons` moves those of a list, such as the demo model's ow
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from restoration.tables import write
 from restoration.tasks import TASKS
 
 import testreg
 from testreg.evaluation.run import Settings
 from testreg.families import Tower, find_tower
-from testreg.files import replacing
 from testreg.io.loading import load_model
 
 
@@ -38,8 +37,7 @@ def main() -> None:
         )
         print(result, flush=True)
         made["tasks"][name] = result.to_json() | {"cpu_seconds": round(time.process_time() - start)}
-        with replacing(args.output) as temporary:
-            temporary.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+        write(args.output, made)
 
 
 def parse_args() -> argparse.Namespace:

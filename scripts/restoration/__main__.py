@@ -20,10 +20,8 @@ neurons.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, get_args
 
@@ -36,11 +34,11 @@ from planting import Mechanism
 
 import testreg
 from restoration import closeness, picture, tables, tasks
-from restoration.networks import Networks
+from restoration.networks import Networks, zeroed_copy
+from restoration.tables import write
 from testreg.evaluation.features import cache_folder
-from testreg.files import replacing
 from testreg.io.images import ImageStream
-from testreg.io.loading import load_model
+from testreg.io.loading import LoadedModel, load_model
 from testreg.io.preprocessing import OwnTransform
 from testreg.measure.ranking import Score
 
@@ -68,12 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         picture.save(networks, args.picture)
     others = {"untouched": untouched}
     if args.tasks:
-        others["zeroing"] = zeroed_copy(networks)
+        others["zeroing"] = zeroed_copy(networks.planted, networks.chosen)
+    named = {name: LoadedModel(model, OwnTransform(model), name) for name, model in others.items()}
+    planted = LoadedModel(networks.planted, OwnTransform(networks.planted), "planted")
     moved, settings = networks.moved(["activation"]), {"cache": args.work / "features"}
     if args.num_images is not None:
         settings["num_images"] = args.num_images
     for name in args.tasks:
-        made["tasks"][name] = tasks.evaluated(name, networks.planted, moved, others, args.data, **settings)
+        made["tasks"][name] = tasks.evaluated(tasks.TASKS[name], planted, moved, named, args.data, **settings)
         write(args.output, made)
         print(tables.of_tasks(made), flush=True)
 
@@ -125,17 +125,6 @@ def ways(networks: Networks, unseen: Tensor, scores: list[Score]) -> dict[str, A
         after = closeness.observe(model, unseen)
     made["zeroing"] = closeness.counts(networks.chosen, planted) | closeness.figures(before, after, untouched)
     return made
-
-
-def zeroed_copy(networks: Networks) -> nn.Module:
-    """The planted network without what testreg chose."""
-    with networks.zeroed() as model:
-        return deepcopy(model)
-
-
-def write(file: Path, made: dict[str, Any]) -> None:
-    with replacing(file) as temporary:
-        temporary.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,22 @@ NUM_RANKING = 128  # images that a score ranks on, told the true number
 Neurons = dict[int, list[int]]
 
 
+def random_like(neurons: Neurons, width: int, seed: int, *, but: Neurons) -> Neurons:
+    """As many random neurons of the same blocks, of `width` neurons each, and none of those that `but` names."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn: Neurons = {}
+    for block, units in neurons.items():
+        order = torch.randperm(width, generator=generator).tolist()
+        drawn[block] = [unit for unit in order if unit not in but.get(block, ())][: len(units)]
+    return drawn
+
+
+def zeroed_copy(model: nn.Module, neurons: Neurons) -> nn.Module:
+    """A copy of a network in which neurons write nothing, at no token."""
+    with silenced(find_tower(model), neurons):
+        return deepcopy(model)
+
+
 @dataclass(frozen=True)
 class Networks:
     """A planted network, and what is moved in it. What took long to make is kept in a folder.
@@ -84,13 +100,7 @@ class Networks:
     @cached_property
     def random(self) -> Neurons:
         """As many random neurons as are chosen, of the same blocks, none of which was planted."""
-        generator = torch.Generator().manual_seed(self.seed)
-        width = find_tower(self.untouched).mlp_width
-        drawn: Neurons = {}
-        for block, units in self.chosen.items():
-            order = torch.randperm(width, generator=generator).tolist()
-            drawn[block] = [unit for unit in order if unit not in self.planted_neurons.get(block, ())][: len(units)]
-        return drawn
+        return random_like(self.chosen, find_tower(self.untouched).mlp_width, self.seed, but=self.planted_neurons)
 
     @contextmanager
     def zeroed(self) -> Iterator[nn.Module]:

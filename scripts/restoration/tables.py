@@ -1,12 +1,22 @@
-"""The results in Markdown."""
+"""The results, as JSON and in Markdown."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from testreg.files import replacing
 
 SHOWN = ("untouched", "planted", "testreg", "paper", "zeroing", "random")
 HIDDEN = ("outliers",)  # which the heading says
+
+
+def write(file: Path, made: dict[str, Any]) -> None:
+    """Write the results as JSON; an existing file is replaced whole or not at all."""
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
 
 
 def of_ways(made: dict[str, Any]) -> str:
@@ -58,10 +68,12 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in ruled)
 
 
-def interval(difference: Sequence[float | None]) -> str:
+def interval(difference: Sequence[float | None], digits: int = 4) -> str:
     """A difference with its bounds."""
     value, low, high = difference
-    return "" if value is None or low is None else f"{value:+.4f} [{low:+.4f}, {high:+.4f}]"
+    if value is None or low is None:
+        return ""
+    return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 def number(value: float | None, digits: int = 4) -> str:

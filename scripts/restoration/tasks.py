@@ -12,14 +12,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from testreg.evaluation import attention_seg, depth, knn, linear, lost, segment, tokens
 from testreg.evaluation.result import Result
 from testreg.io.loading import LoadedModel
-from testreg.io.preprocessing import OwnTransform
-
-PLAIN = "planted"  # what differences are from
+from testreg.neurons import AnyNeurons
 
 
 @dataclass(frozen=True)
@@ -53,32 +49,32 @@ TASKS: dict[str, Task] = {
 
 
 def evaluated(
-    name: str,
-    planted: nn.Module,
-    moved: Mapping[str, Mapping[int, list[int]]],
-    others: Mapping[str, nn.Module],
+    task: Task,
+    plain: LoadedModel,
+    moved: Mapping[str, AnyNeurons],
+    others: Mapping[str, LoadedModel],
     data: Path,
     **settings: Any,
 ) -> dict[str, Any]:
-    """What a task says of the planted network, of each way to move neurons in it, and of other networks.
+    """What a task says of a network, of each way to move neurons in it, and of other networks.
 
     Args:
+        plain: the network that differences are from, under the name of its column.
         moved: the neurons of each way.
-        others: networks without registers, by what they are called.
+        others: networks as they come, by what they are called.
 
     Returns:
-        `metrics` and `difference` (from the planted network, with the bounds of the interval) by way, for JSON.
+        `metrics` and `difference` (from the plain network, with the bounds of the interval) by way, for JSON.
     """
-    task, start = TASKS[name], time.process_time()
+    start = time.process_time()
     metrics: dict[str, Any] = {}
     difference: dict[str, Any] = {}
-    named = {way: LoadedModel(model, OwnTransform(model), way) for way, model in (others | {PLAIN: planted}).items()}
     for way, other in zip_longest(moved, others):
-        neurons, against = moved.get(way), named.get(other)
+        neurons, against = moved.get(way), others.get(other)
         result = task.evaluate(
-            named[PLAIN], data / task.data, neurons=neurons, against=against, **{**task.options, **settings}
+            plain, data / task.data, neurons=neurons, against=against, **{**task.options, **settings}
         ).to_json()
-        metrics[PLAIN] = result["plain"]
+        metrics[plain.name] = result["plain"]
         for column, own, changed in (("patched", way, "difference"), ("against", other, "difference_against")):
             if own is not None:
                 metrics[own], difference[own] = result[column], result[changed]

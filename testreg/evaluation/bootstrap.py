@@ -34,13 +34,13 @@ def mean_of(values: Any) -> Metric:
     values = np.asarray(values, dtype=np.float64)
     counts = np.isfinite(values)
     rows = np.stack([np.where(counts, values, 0.0), counts], axis=1)
-    return Metric(rows, lambda sums: _ratio(sums[..., 0], sums[..., 1]))
+    return Metric(rows, lambda sums: ratio(sums[..., 0], sums[..., 1]))
 
 
 def ratio_of(numerators: Any, denominators: Any) -> Metric:
     """The sum of the numerators (n,) over the sum of the denominators (n,), e.g. right pixels over pixels."""
     rows = np.stack([np.asarray(numerators), np.asarray(denominators)], axis=1).astype(np.float64)
-    return Metric(rows, lambda sums: _ratio(sums[..., 0], sums[..., 1]))
+    return Metric(rows, lambda sums: ratio(sums[..., 0], sums[..., 1]))
 
 
 def mean_iou_of(intersections: Any, unions: Any) -> Metric:
@@ -53,13 +53,14 @@ def mean_iou_of(intersections: Any, unions: Any) -> Metric:
 
     def of_sum(sums: Array) -> Array:
         found = sums[..., classes:] > 0
-        ious = np.where(found, _ratio(sums[..., :classes], sums[..., classes:]), 0.0)
-        return _ratio(ious.sum(-1), found.sum(-1))
+        ious = np.where(found, ratio(sums[..., :classes], sums[..., classes:]), 0.0)
+        return ratio(ious.sum(-1), found.sum(-1))
 
     return Metric(rows, of_sum)
 
 
-def _ratio(numerator: Array, denominator: Array) -> Array:
+def ratio(numerator: Array, denominator: Array) -> Array:
+    """The quotient, NaN or infinite where the denominator is 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.divide(numerator, denominator)
 

@@ -68,9 +68,16 @@ def texts_of(
 
 def encode_images(column: Column, images: Tensor) -> Tensor:
     """The embeddings (B, D), of length 1, of images (B, 3, h, w)."""
+    return F.normalize(embed_images(column, images), dim=-1)
+
+
+def embed_images(column: Column, images: Tensor) -> Tensor:
+    """The embeddings (B, D) of images (B, 3, h, w), of any length; of an image tower alone, what it returns."""
     model: Any = column.model
     images = images.to(column.tower.device, column.tower.dtype)
-    encode = model.encode_image if hasattr(model, "encode_image") else model.get_image_features
+    encode = next(
+        (getattr(model, name) for name in ("encode_image", "get_image_features") if hasattr(model, name)), model
+    )
     return _embedding(encode(images))
 
 
@@ -84,13 +91,13 @@ def encode_texts(model: Any, tokenizer: Tokenizer, texts: list[str], device: tor
             made.append(_embedding(model.encode_text(tokens.to(device))))
         else:
             made.append(_embedding(model.get_text_features(**{name: each.to(device) for name, each in tokens.items()})))
-    return torch.cat(made)
+    return F.normalize(torch.cat(made), dim=-1)
 
 
 def _embedding(output: Any) -> Tensor:
-    """The embedding, scaled to length 1, of what a model returns: a tensor or (transformers 5) an output with one."""
-    values: Tensor = getattr(output, "pooler_output", output)
-    return F.normalize(values.float(), dim=-1)
+    """The embedding in what a model returns: a tensor, or an output of transformers with one."""
+    values: Tensor = getattr(output, "image_embeds", getattr(output, "pooler_output", output))
+    return values.float()
 
 
 def class_embeddings(

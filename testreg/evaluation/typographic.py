@@ -20,7 +20,7 @@ from testreg.evaluation.bootstrap import Metric, Scores, mean_of
 from testreg.evaluation.clip import Tokenizer, encode_images, names_of, texts_of
 from testreg.evaluation.figures import Panel, rows_of
 from testreg.evaluation.labels import labelled_images
-from testreg.evaluation.maps import one_split
+from testreg.evaluation.maps import one_split, two_splits
 from testreg.evaluation.preparing import Normalisation, Square, normalisation_of
 from testreg.evaluation.result import Result
 from testreg.evaluation.run import Column, Model, Run, Settings
@@ -54,6 +54,7 @@ def evaluate(
     neurons: AnyNeurons = None,
     against: Model | None = None,
     classes: str | None = None,
+    means: bool = False,
     size: int = 224,
     tokenizer: Tokenizer | None = None,
     **settings: Any,
@@ -68,21 +69,31 @@ def evaluate(
     Args:
         data: RTA-100 (files label=X_text=Y.png), or labelled images, on which the name of another class is written.
         classes: a file with the name of a class a line, or "imagenet"; None for the names of the data.
+        means: compare images with the mean embedding of each class of train, not with texts: for an image tower alone.
         size: side of the square that images are squashed to, and written on.
         tokenizer: from texts to what the model takes; None for the one that belongs to the model's name.
         settings: see `testreg.evaluation.run.Settings`.
     """
     settings_ = Settings(**settings)
+    known: list[Sample[int]] = []
     if rta := _rta(Path(data)):
         samples, names = rta
+        if means:
+            raise ValueError("RTA-100 has no photographs without words to take means of: leave means out (--means)")
     else:
         found = labelled_images(data)
         names = names_of(found, classes)
-        samples = [_attacked(each, names, i, settings_.seed) for i, each in enumerate(one_split(found.splits))]
+        asked = one_split(found.splits)
+        if means:
+            known, asked = two_splits(found.splits, data)
+        samples = [_attacked(each, names, i, settings_.seed) for i, each in enumerate(asked)]
     samples = drawn(samples, settings_.num_images, settings_.seed)
     written = bool(samples[0].target.text)
     run = Run("typographic", model, data, settings_, neurons=neurons, against=against, image_size=size)
-    embeddings = texts_of(run, names, open_clip.OPENAI_IMAGENET_TEMPLATES, tokenizer)
+    if means:
+        embeddings = _class_means(run, drawn(known, settings_.num_images, settings_.seed), names, size)
+    else:
+        embeddings = texts_of(run, names, open_clip.OPENAI_IMAGENET_TEMPLATES, tokenizer)
     kinds: tuple[Kind, ...] = ("clean", "attacked", "painted") if written else ("attacked",)
     shown = {kind: [_in_state(each, kind, size) for each in samples] for kind in kinds}
     none = torch.full((len(samples),), torch.nan)
@@ -117,7 +128,13 @@ def evaluate(
         images = [Panel(kind, np.asarray(each[i].open())) for kind, each in shown.items()]
         return [replace(panel, title=said) if panel.title == "attacked" else panel for panel in images]
 
-    protocol = {"images": len(samples), "classes": len(names), "size": size, "words": "written" if written else "RTA"}
+    protocol = {
+        "images": len(samples),
+        "classes": len(names),
+        "compared": "means of photographs" if means else "texts",
+        "size": size,
+        "words": "written" if written else "RTA",
+    }
     return run.result(
         scores, protocol, pictures={"attacks": lambda: rows_of(panels, len(samples), "typographic attacks")}
     )
@@ -139,6 +156,26 @@ def _rta(folder: Path) -> tuple[list[Sample[Attack]], list[str]] | None:
     return [
         of_file(file, Attack(names.index(label), names.index(text), "", 0)) for file, (label, text) in named.items()
     ], names
+
+
+def _class_means(run: Run, known: Sequence[Sample[int]], names: Sequence[str], size: int) -> dict[str, Tensor]:
+    """The mean embedding (classes, D), of length 1, of each class's photographs, by column.
+
+    Raises:
+        ValueError: a class has no photograph.
+    """
+    labels = torch.tensor([each.target for each in known])
+    if missing := set(range(len(names))) - set(labels.tolist()):
+        raise ValueError(f"train has no photograph of {names[min(missing)]}: take more images (--num-images)")
+    shown = [Sample(each.name, each.image, Attack(each.target, each.target, "", 0)) for each in known]
+    clean = [_in_state(each, "clean", size) for each in shown]
+    made: dict[str, Tensor] = {}
+    for column in run.columns:
+        prepare = Square(normalisation_of(column.transform), size)
+        found = run.features(column, clean, prepare, _embedded, {}).stacked("embedding")
+        means = torch.stack([found[labels == number].mean(0) for number in range(len(names))])
+        made[column.name] = F.normalize(means, dim=-1)
+    return made
 
 
 def _attacked(sample: Sample[int], names: Sequence[str], number: int, seed: int) -> Sample[Attack]:

@@ -155,3 +155,23 @@ def test_one_class_cannot_be_attacked(tmp_path: Path) -> None:
     write_image(tmp_path / "cat" / "0.png", 0)
     with pytest.raises(ValueError, match="an attack needs at least two classes"):
         typographic.evaluate("no such model", tmp_path, **OPTIONS)
+
+
+def test_attacks_on_an_image_tower_alone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tower = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**HF, projection_dim=32)).eval()
+    loaded = LoadedModel(tower, Transform(), "tower")
+    options = {"size": 64, "means": True, **OPTIONS}
+    result = typographic.evaluate(loaded, labelled(tmp_path), neurons=RANDOM, **options)
+    assert result.protocol["compared"] == "means of photographs"
+    assert np.isfinite(result.metrics["patched"]["accuracy_defended"])
+    same = labelled(tmp_path / "same")
+    for image in (same / "val").glob("*/*"):
+        image.write_bytes((same / "train" / image.parent.name / image.name).read_bytes())
+    found = typographic.evaluate(loaded, same, num_images=2, seed=1, **options)  # of each class one, its own mean
+    assert found.metrics["plain"]["accuracy_clean"] == 1
+    with pytest.raises(ValueError, match=r"train has no photograph of \w+: take more images"):
+        typographic.evaluate(loaded, same, num_images=1, **options)
+    write_image(tmp_path / "rta" / "label=cat_text=dog.png", 0)
+    with pytest.raises(ValueError, match="RTA-100 has no photographs without words"):
+        typographic.evaluate(loaded, tmp_path / "rta", **options)

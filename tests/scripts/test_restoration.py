@@ -14,13 +14,15 @@ from restoration.closeness import Seen
 from restoration.networks import Networks
 from safetensors.torch import save_file
 from tiny import fresh
+from torch import nn
 
 from testreg.demo.run import PHOTOGRAPHS
 from testreg.evaluation import attention_seg
 from testreg.evaluation.result import Result
 from testreg.families import find_tower
 from testreg.io.decoding import open_image
-from testreg.io.loading import load_model
+from testreg.io.loading import LoadedModel, load_model
+from testreg.io.preprocessing import OwnTransform
 from testreg.neurons import RegisterNeurons
 from testreg.register import is_patched
 
@@ -56,6 +58,10 @@ def kept_networks(folder: Path) -> Networks:
     RegisterNeurons.from_blocks({1: [4]}).save(folder / "testreg.json")
     RegisterNeurons.from_blocks({2: [7]}).save(folder / "activation.json")
     return Networks("tiny", model, torch.randn(2, 3, 64, 64), "spread", 0, folder)
+
+
+def loaded(model: nn.Module, name: str) -> LoadedModel:
+    return LoadedModel(model, OwnTransform(model), name)
 
 
 def test_what_was_made_is_kept(tmp_path: Path) -> None:
@@ -96,9 +102,12 @@ def test_each_way_has_its_own_column(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(tasks.TASKS, "lost", tasks.Task(evaluate, "coco", {"size": 28}))
     networks = kept_networks(tmp_path)
     with networks.zeroed() as silent:
-        others = {"untouched": networks.untouched, "zeroing": silent}
+        others = {
+            name: loaded(model, name) for name, model in {"untouched": networks.untouched, "zeroing": silent}.items()
+        }
         moved = networks.moved(["activation"])
-        found = tasks.evaluated("lost", networks.planted, moved, others, tmp_path, seed=3)
+        planted = loaded(networks.planted, "planted")
+        found = tasks.evaluated(tasks.TASKS["lost"], planted, moved, others, tmp_path, seed=3)
     options = {"size": 28, "seed": 3}
     assert asked == [
         ("planted", str(tmp_path / "coco"), {1: [4]}, "untouched", options),

@@ -1,0 +1,190 @@
+"""The columns: a network as it is, and what its outliers are taken out of it with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from benchmark.models import twin
+from planting.site import PARTS
+from restoration.networks import random_like, zeroed_copy
+from torch import nn
+
+import testreg
+from testreg.evaluation.preparing import hashed
+from testreg.families import find_part, find_tower
+from testreg.io.loading import LoadedModel
+from testreg.neurons import RegisterNeurons
+from testreg.static import StaticRegisters
+
+PLAIN = "plain"
+COLUMNS: Mapping[str, str] = {
+    "testreg": "testreg's neurons, on as many registers as its list says",
+    "one register": "the same neurons, on one register",
+    "paper": "what the paper's score ranks first, on one register: mean |activation|, the blocks and the number of "
+    "neurons that it names for a ViT-B/16",
+    "jroth": "the list that jroth1414 published for these weights, on one register",
+    "joint": "testreg's neurons on one register, each of which gets the largest value of all of its block, as in the "
+    "released code",
+    "static": "testreg's neurons silent, and the registers' mean states on other images as constants",
+    "zeroed": "testreg's neurons write nothing, and there is no register",
+    "random": "as many random neurons of the same blocks, on as many registers",
+    "bare": "as many registers, to which nothing is moved",
+}
+"""Each but the plain network, and what it is."""
+
+NUM_IMAGES = 100  # that the paper's score is ranked on, and static registers are the mean over
+PAPER: dict[str, Any] = {"score": "activation", "max_block": 5, "top_k": 10}  # arXiv 2506.08010, of a ViT-B/16
+
+
+@dataclass(frozen=True)
+class Columns:
+    """All columns of a network. What takes long to make is kept in a folder.
+
+    Args:
+        network: not patched; its name is `PLAIN`.
+        chosen: testreg's neurons.
+        published: the list that others published.
+        images: photographs that nothing is evaluated on: for the paper's score and static registers.
+        kept: a folder of this network alone.
+    """
+
+    network: LoadedModel
+    chosen: RegisterNeurons
+    published: RegisterNeurons
+    images: str
+    kept: Path
+
+    def moved(self, name: str) -> RegisterNeurons | None:
+        """The neurons of a column that is no more than neurons and a number of registers; None of another."""
+        match name:
+            case "testreg":
+                return self.chosen
+            case "one register":
+                return self.one
+            case "paper":
+                return self.paper
+            case "jroth":
+                return self.published
+            case "random":
+                width = find_tower(self.network.model).mlp_width
+                drawn = random_like(self.chosen.by_block(), width, 0, but=self.chosen.by_block())
+                return replace(RegisterNeurons.from_blocks(drawn), num_registers=self.chosen.num_registers)
+        return None
+
+    @property
+    def one(self) -> RegisterNeurons:
+        return replace(self.chosen, num_registers=1)
+
+    @cached_property
+    def paper(self) -> RegisterNeurons:
+        """What the paper's recipe finds, told where to look and how many to take."""
+        file = self.kept / f"paper-{hashed([self.images, NUM_IMAGES, PAPER])[:12]}.json"
+        if not file.is_file():
+            testreg.calibrate(
+                self.network.model,
+                self.images,
+                transform=self.network.transform,
+                num_images=NUM_IMAGES,
+                held_out=0,
+                stability=None,
+                **PAPER,
+            ).save(file)
+        return RegisterNeurons.load(file).truncate()
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """What a column is, for JSON: two that differ have different facts."""
+        used = self.moved(name) or {"joint": self.one}.get(name, self.chosen)
+        facts = {"what": COLUMNS[name], "neurons": used.by_block(), "num_registers": used.num_registers}
+        if name == "bare":
+            del facts["neurons"]
+        if name == "zeroed":
+            del facts["num_registers"]
+        return json.loads(json.dumps(facts))
+
+    def network_of(self, name: str) -> LoadedModel:
+        """The network of a column by itself, patched as it is there."""
+        plain = self.network.model
+        if (neurons := self.moved(name)) is not None:
+            made = testreg.patch(twin(plain), neurons)
+        elif name == "joint":
+            made = testreg.patch(twin(plain), self.one, max_over="layer")
+        elif name == "static":
+            made = testreg.patch(twin(plain), self.chosen, static=self._static())
+        elif name == "zeroed":
+            made = zeroed_copy(plain, self.chosen.by_block())
+        else:
+            made = with_bare_registers(plain, self.chosen.num_registers)
+        return LoadedModel(made, self.network.transform, name)
+
+    def _static(self) -> StaticRegisters:
+        facts = self.facts("static")
+        file = self.kept / f"{hashed([self.images, NUM_IMAGES, facts])[:12]}.static.safetensors"
+        if not file.is_file():
+            transform = self.network.transform
+            made = testreg.make_static(
+                twin(self.network.model), self.images, self.chosen, transform=transform, num_images=NUM_IMAGES
+            )
+            made.save(file)
+        return StaticRegisters.load(file)
+
+
+@contextmanager
+def in_bfloat16(model: nn.Module) -> Iterator[None]:
+    """Within the context a network, and copies that are made of it there, compute under bfloat16 autocast.
+
+    Weights, the residual stream and what leaves the tower stay float32.
+    """
+    tower, entered = find_tower(model).module, list[torch.autocast]()
+
+    def enter(*_: object) -> None:
+        entered.append(torch.autocast(next(tower.parameters()).device.type, torch.bfloat16))
+        entered[-1].__enter__()
+
+    def leave(*_: object) -> None:
+        entered.pop().__exit__(None, None, None)
+
+    with tower.register_forward_pre_hook(enter), tower.register_forward_hook(leave, always_call=True):
+        yield
+
+
+def pairs(columns: Columns, names: Sequence[str]) -> list[tuple[str | None, str | None]]:
+    """Columns, two by two, as an evaluation takes them: one whose neurons it moves, and one that comes as a network.
+
+    Each evaluation does the plain network as well, so that few are best.
+    """
+    moved = [name for name in names if columns.moved(name) is not None]
+    others = [name for name in names if name not in moved]
+    while len(moved) > len(others) + 1:
+        others.append(moved.pop())
+    return list(zip_longest(moved, others))
+
+
+def with_bare_registers(model: nn.Module, count: int) -> nn.Module:
+    """A copy with registers that nothing is moved to: each block has a neuron more, which never fires, and that of
+    block 0 is moved.
+
+    Raises:
+        ValueError: planting does not know the first linear of this family's MLP.
+    """
+    longer = deepcopy(model)
+    tower = find_tower(longer)
+    if tower.family.name not in PARTS:
+        raise ValueError(f"the first linear of {tower.family.name} is not known: it needs a row in planting's PARTS")
+    silent = tower.mlp_width
+    for block in tower.blocks:  # all are of one width
+        fc1, fc2 = find_part(block.module, PARTS[tower.family.name].fc1), block.mlps[0].fc2_linear
+        assert isinstance(fc1, nn.Linear)
+        fc1.weight, fc1.out_features = nn.Parameter(F.pad(fc1.weight, (0, 0, 0, 1))), silent + 1
+        fc1.bias = nn.Parameter(F.pad(fc1.bias, (0, 1)))
+        fc2.weight, fc2.in_features = nn.Parameter(F.pad(fc2.weight, (0, 1))), silent + 1
+    return testreg.patch(longer, {0: [silent]}, num_registers=count)

@@ -1,0 +1,82 @@
+"""The rows: tasks on samples that two cores manage, and the columns that each is done for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from restoration.tasks import SHORT, Task
+
+from evidence import shows
+from evidence.columns import COLUMNS
+from testreg.evaluation import attention_seg, depth, knn, linear, lost, segment, tokens, typographic
+
+ALL = tuple(COLUMNS)
+LISTS = ("testreg", "one register", "paper", "jroth")
+CIFAR = Path(__file__).with_name("cifar10.txt")  # the names of its classes
+
+
+@dataclass(frozen=True)
+class Row:
+    """A task, and the columns that it is done for unless others are asked for."""
+
+    task: Task
+    columns: Sequence[str] = ALL
+    exact: bool = False
+    """Whether it is done in float32, even where the others are not."""
+    least: int = 1
+    """Images that it cannot do without."""
+
+
+def _lost(feature: str, size: int | None, num_images: int | None, columns: Sequence[str]) -> Row:
+    return Row(Task(lost.evaluate, "coco256", {"feature": feature, "size": size, "num_images": num_images}), columns)
+
+
+ROWS: Mapping[str, Row] = {
+    "shows": Row(Task(shows.evaluate, "coco256/val2017", {"num_images": 40}), exact=True),
+    "attention-seg": Row(
+        Task(attention_seg.evaluate, "coco256", {"num_images": 100, "foreground": "1-90", "ignore": 0})
+    ),
+    **{f"lost-224-{part}": _lost(part, 224, None, (*LISTS, "zeroed")) for part in ("q", "k", "v")},
+    **{f"lost-448-{part}": _lost(part, 448, 100, ("testreg", "jroth")) for part in ("q", "k", "v")},
+    **{f"lost-native-{part}": _lost(part, None, 64, ("testreg", "jroth")) for part in ("q", "k", "v")},
+    "segment": Row(
+        Task(segment.evaluate, "coco256", {"size": 224, "iterations": 200, "warm_up": 10, **SHORT}),
+        ("testreg", "one register", "jroth", "zeroed"),
+    ),
+    "depth": Row(
+        Task(
+            depth.evaluate,
+            "livingroom-rgbd",
+            {"size": 224, "nyu_crop": False, "iterations": 120, "warm_up": 12, "every": 30, **SHORT},
+        ),
+        ("testreg", "one register", "jroth", "zeroed"),
+    ),
+    "knn": Row(Task(knn.evaluate, "", {"num_images": 1000}), ("testreg", "jroth"), least=20),
+    "linear": Row(
+        Task(linear.evaluate, "", {"num_images": 1000, "augment": False, "iterations": 200, "fit_batch": 64}),
+        ("testreg", "jroth"),
+        least=20,
+    ),
+    "tokens": Row(
+        Task(tokens.evaluate, "", {"num_images": 200, "num_c": 6, "epochs": 10}),
+        ("testreg", "one register", "jroth"),
+        least=20,
+    ),
+    "typographic": Row(
+        Task(typographic.evaluate, "", {"num_images": 150, "means": True, "classes": str(CIFAR)}),
+        ("testreg", "paper", "jroth"),
+        least=60,
+    ),
+}
+
+
+def limited(row: Row, most: int | None) -> Task:
+    """The task of a row, for a quick look: of at most so many images, and with as many steps."""
+    options = dict(row.task.options)
+    if most is not None:
+        steps = ("iterations", "warm_up", "epochs", "num_c")
+        options |= {name: min(options[name], most) for name in steps if name in options}
+        options["num_images"] = max(min(options.get("num_images") or most, most), row.least)
+    return replace(row.task, options=options)
