@@ -24,6 +24,7 @@ _HOMES = {
     "disabled": "register",
     "features": "measure.maps",
     "fold": "patching.static",
+    "hooks_without_registers": "patching.hooks",
     "is_patched": "register",
     "load": "io.checkpoints",
     "load_model": "io.loading",

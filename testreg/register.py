@@ -4,8 +4,12 @@ A few MLP neurons, the *register neurons*, give high norms to background patches
 space. An extra token that starts as zeros, the *register*, is put behind the tokens, and the activations of the
 register neurons are moved onto it: the patches stay clean, and the model uses the register instead.
 
-`shift` moves the neurons. `patch` puts it in front of the second MLP linear (fc2) of each block with register neurons,
-and gives every block a `forward` that appends the registers and takes them off again (`patching.block`, `riding`).
+`patch` does two things to each block of the tower:
+
+1. In front of the second MLP linear (fc2), and of every hook on it, the register neurons' activations are moved:
+   `hidden = shift(hidden, units, num_registers=R, num_prefix=P)`, hidden (B, T+R, H); `patching.moves`.
+2. The block's `forward` appends the registers to its T tokens, calls the block's own, and hands back T tokens, which
+   carry the registers to the next block: "The life of a forward", in `patching.forward`.
 
 Shapes: B batch, T tokens of the unpatched model, P of them prefix tokens, R registers, C width, H hidden, K neurons.
 """
@@ -63,8 +67,8 @@ def patch(
         target: a mask of patches that take the register's place in every forward, as in `testreg.steered`.
 
     Returns:
-        The same object. Its outputs keep their shapes, its state_dict its keys. Hooks inside of a block see T+R tokens:
-            `testreg.strip_registers` takes registers off; `testreg.attention` and `testreg.features` have none.
+        The same object. Its outputs keep their shapes, its state_dict its keys. Hooks inside of a block see T+R tokens,
+            but not within `testreg.hooks_without_registers`; `testreg.attention` and `testreg.features` have none.
 
     Raises:
         TypeError, ValueError: the model or an argument does not fit. Nothing has been changed then.

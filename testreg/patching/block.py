@@ -24,6 +24,7 @@ from testreg.patching.forward import (
     check_shape,
     first_of,
     hand_on,
+    is_recomputing,
     leave,
     record,
     running,
@@ -116,6 +117,8 @@ class RegisterBlock(Override):
         if mode.has_registers:
             sequence = self._with_registers(tokens, registers, layout)
             arguments = {name: self._extended(name, value, layout) for name, value in arguments.items()}
+        if running.call is not None and not torch.compiler.is_compiling():
+            running.call.length = sequence.shape[layout.dim] if mode.has_registers else 0
         out = self._moved(sequence, arguments, layout)
         return self._hand_on(out, sequence, layout)
 
@@ -128,6 +131,12 @@ class RegisterBlock(Override):
             return layout.extend(tokens, layout.dim, first_register(self.tower, tokens))
         if registers is None and torch.compiler.is_compiling():
             registers = self._compiled_registers(tokens)
+        if registers is None and is_recomputing():
+            raise RuntimeError(
+                f"block {self.index} is recomputed from an input that was saved elsewhere (save_on_cpu, "
+                "offload_wrapper), which has lost the register: checkpoint the blocks without offloading their inputs, "
+                "or offload what is inside of them alone"
+            )
         if registers is None:
             raise RuntimeError(
                 f"the register did not arrive at block {self.index}: its tokens are not those that block "

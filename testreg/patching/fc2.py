@@ -84,6 +84,8 @@ class MoveInFront(Hook):
                 self.install()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        if running.hooked is not None and running.hooked.module is module:
+            return None  # the neurons were moved before registers were taken off
         mode = self.patch.current_mode
         if not mode.is_patched:
             self._warn_if_outside()

@@ -104,6 +104,17 @@ class Call:
     """The forward that the block is part of; None until its `forward` is entered."""
     tokens: Tensor | None = None
     """The tokens that it hands on, before hooks have seen them."""
+    length: int = 0
+    """T+R, of all images if they are packed, while the block computes with registers; else 0."""
+
+
+@dataclass(eq=False)
+class Hooked:
+    """A module inside of a block, while hooks that see no registers run on it."""
+
+    module: object
+    rejoin: Callable[[Any], Any]
+    """Puts the registers back onto what the module gets, and later onto what it gives."""
 
 
 @dataclass(eq=False)
@@ -122,6 +133,8 @@ class Running(threading.local):
     """The call of a block that the thread is in; None outside of blocks, and while they are compiled."""
     forward: Forward | None
     """The forward that is between two blocks."""
+    hooked: Hooked | None
+    """The module whose hooks run, under `testreg.hooks_without_registers`."""
     moves: int
     """How many times the neurons in front of a second linear were moved, in the block that runs."""
     layout: Layout | None
@@ -138,6 +151,7 @@ class Running(threading.local):
         # No defaults of the class: compiled code would not see what replaces them.
         self.call = None
         self.forward = None
+        self.hooked = None
         self.moves = 0
         self.layout = None
         self.recomputed = None
@@ -193,9 +207,9 @@ def carried(tokens: object, patch: object) -> Handoff | None:
     return handoff if isinstance(handoff, Handoff) and handoff.forward.patch is patch else None
 
 
-def is_carrying(tokens: Tensor) -> bool:
-    """Whether these are the T tokens that a block has handed on, whose registers are beside them."""
-    return getattr(tokens, CARRIED, None) is not None
+def has_no_registers(tensor: Tensor) -> bool:
+    """Whether this is of T tokens: a block has handed it on, or a hook sees it that sees no registers."""
+    return getattr(tensor, CARRIED, None) is not None or running.hooked is not None
 
 
 def arrive(tokens: Tensor, call: Call, index: int) -> tuple[Forward, Tensor | None] | None:
