@@ -26,10 +26,12 @@ from testreg.patching.forward import (
     hand_on,
     is_recomputing,
     leave,
+    made_as,
     record,
     running,
     running_with_layout,
 )
+from testreg.patching.index import is_exporting
 from testreg.patching.layout import Layout
 from testreg.patching.override import Override
 from testreg.patching.state import Patch
@@ -148,7 +150,7 @@ class RegisterBlock(Override):
 
     def _moved(self, sequence: Tensor, arguments: dict[str, Any], layout: Layout) -> Any:
         """What the block makes of the sequence, with the neurons moved in front of its second linear."""
-        if torch.compiler.is_compiling():
+        if is_exporting():
             return self._laid_out(sequence, arguments, layout)
         outer, running.moves = running.moves, 0
         try:
@@ -308,7 +310,7 @@ def _is_tokens(out: Any, entered: Tensor) -> bool:
 def _each(out: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """What a block gives, with each of its tensors changed."""
     if isinstance(out, (tuple, list)):
-        return type(out)([change(each) if isinstance(each, Tensor) else each for each in out])
+        return made_as(out, [change(each) if isinstance(each, Tensor) else each for each in out])
     return change(out)
 
 

@@ -11,22 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from testreg.patching.forward import Mode, is_recomputing, layout_now, running
+from testreg.patching.index import is_exporting
 from testreg.patching.layout import Layout
 from testreg.patching.moves import shift, silence, steer
-from testreg.patching.override import Hook
+from testreg.patching.override import Override
 from testreg.patching.state import Patch
 
 _wrapping = threading.Lock()
 
 
 @dataclass(eq=False)
-class MoveInFront(Hook):
-    """The first hook in front of a second linear: it moves the register neurons among its input channels.
+class MoveInFront(Override):
+    """The call of a second linear, its hooks included, which first moves the register neurons among its channels.
 
     What hooks on the linear see is what the linear multiplies, with gradients and without. Where an adapter (LoRA, OFT)
-    wraps the linear later, the hook goes in front of the wrapper, which then reads the same activation.
+    wraps the linear later, the move goes in front of the wrapper, which then reads the same activation. Compiled code
+    may not come by here: there, `MoveCompiled` does the same.
     """
 
+    method = "_call_impl"
     holder: InitVar[nn.Module]
     block: nn.Module
     index: int
@@ -42,14 +45,15 @@ class MoveInFront(Hook):
     """Modules beside it, whose hooks may keep the activation."""
 
     def __post_init__(self, holder: nn.Module) -> None:
-        self.original = self.module
+        super().__post_init__()
+        self.home = self.module
         self.parent, self.name = next(
             (parent, name)
             for parent in holder.modules()
             for name, child in parent.named_children()
             if child is self.module
         )
-        self.forward_of_parent = self.parent.__dict__.get("forward")
+        self.compiled = MoveCompiled(self.module, self)
         self.siblings = tuple(
             each for child in self.parent.children() if child is not self.module for each in child.modules()
         )
@@ -62,12 +66,8 @@ class MoveInFront(Hook):
         """
         current: nn.Module = self.parent._modules[self.name]  # type: ignore[assignment]  # getattr copies in export
         if current is self.module:
-            if not torch.compiler.is_compiling():
-                self.go_first()
-            elif self.parent.__dict__.get("forward") is not self.forward_of_parent:
-                raise RuntimeError(not_moved(self.index))  # eager code counts the moves instead
             return
-        if current is not self.original and self.original not in set(current.modules()):
+        if current is not self.home and self.home not in set(current.modules()):
             raise RuntimeError(
                 f"the second MLP linear of block {self.index} was replaced by a {type(current).__name__} after "
                 "testreg.patch(), so its neurons would stay: call testreg.unpatch(model) and patch it again"
@@ -80,25 +80,43 @@ class MoveInFront(Hook):
         with _wrapping:
             if self.module is not current:
                 self.remove()
-                self.module = current
+                self.module = self.compiled.module = current
+                self.previous, self.compiled.previous = (
+                    current.__dict__.get(each.method) for each in (self, self.compiled)
+                )
                 self.install()
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-        if running.hooked is not None and running.hooked.module is module:
-            return None  # the neurons were moved before registers were taken off
+    def install(self) -> None:
+        super().install()
+        self.compiled.install()
+
+    def installed(self) -> bool:
+        return super().installed() and self.compiled.installed()
+
+    def remove(self) -> None:
+        super().remove()
+        self.compiled.remove()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            args, kwargs = self.moved(args, kwargs)
+        return self.original(*args, **kwargs)
+
+    def moved(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the linear, with the neurons moved."""
         mode = self.patch.current_mode
         if not mode.is_patched:
             self._warn_if_outside()
-            return None
-        if not torch.compiler.is_compiling():
+            return args, kwargs
+        if not is_exporting():
             running.moves += self.is_fc2
-        name = None if args else next(iter(kwargs or ()))
-        hidden: Tensor = args[0] if name is None else kwargs[name]  # type: ignore[index]
-        self._check_width(hidden)
-        moved = self._moved(hidden, mode)
-        return ((moved, *args[1:]), kwargs) if name is None else (args, {**(kwargs or {}), name: moved})
+        if args:
+            return (self._moved(args[0], mode), *args[1:]), kwargs
+        name = next(iter(kwargs))
+        return args, {**kwargs, name: self._moved(kwargs[name], mode)}
 
     def _moved(self, hidden: Tensor, mode: Mode) -> Tensor:
+        self._check_width(hidden)
         layout = layout_now(self.default_layout)
         if not torch.is_grad_enabled() and self._is_watched():
             hidden = hidden.clone()
@@ -147,6 +165,18 @@ class MoveInFront(Hook):
                 "blocks, or say testreg.disabled(model)",
                 stacklevel=2,
             )
+
+
+@dataclass(eq=False)
+class MoveCompiled(Override):
+    """The forward of a second linear, for compilers, which do not all look for the call of a single module."""
+
+    move: MoveInFront
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            args, kwargs = self.move.moved(args, kwargs)
+        return self.original(*args, **kwargs)
 
 
 def replaced_forward(index: int) -> str:

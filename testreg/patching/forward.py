@@ -179,7 +179,7 @@ def begin(patch: object, tokens: object, mode: Mode, before: Forward | None) -> 
             mode = start.mode if isinstance(start, StartMode) else mode
         elif torch.is_grad_enabled():
             setattr(tokens, _START, StartMode(mode))
-    forward = Forward(patch, mode, is_certain=before is None)
+    forward = Forward(patch, mode, is_certain=before is None or before.is_over)
     if not is_recomputing():
         for recorder in running.recorders:
             if recorder.patch is patch:
@@ -219,7 +219,9 @@ def arrive(tokens: Tensor, call: Call, index: int) -> tuple[Forward, Tensor | No
         RuntimeError: the tokens have another shape than those whose place they take.
     """
     own, before = carried(call.arrived, call.patch), call.before
-    waiting = before if before is not None and before.patch is call.patch and before.index == index - 1 else None
+    waiting = None
+    if before is not None and before.patch is call.patch and before.index == index - 1:
+        waiting = before if is_recomputing() or not before.is_over else None
     # Tokens of a forward that is over are an activation that somebody kept: it takes the place of the waiting one's.
     if own is not None and (waiting is None or not own.forward.is_over or is_recomputing()):
         forward, registers = own.forward, own.registers
@@ -284,7 +286,12 @@ def first_of(out: Any) -> Any:
 
 def with_first(out: Any, tokens: Tensor) -> Any:
     """The same, with other tokens."""
-    return type(out)([tokens, *out[1:]]) if isinstance(out, (tuple, list)) else tokens
+    return made_as(out, [tokens, *out[1:]]) if isinstance(out, (tuple, list)) else tokens
+
+
+def made_as(out: Any, parts: list[Any]) -> Any:
+    """A list, a tuple or a named tuple of these parts, as `out` is one."""
+    return type(out)(*parts) if hasattr(out, "_fields") else type(out)(parts)
 
 
 def layout_now(default: Layout) -> Layout:

@@ -40,9 +40,11 @@ def hooks_without_registers(model: M) -> Iterator[M]:
         RuntimeError: the model is not patched.
 
     Example:
+        >>> seen = []
+        >>> handle = model.blocks[2].norm1.register_forward_hook(lambda module, args, out: seen.append(out.shape))
         >>> with testreg.patched(model, planted), testreg.hooks_without_registers(model):
-        ...     handle = model.blocks[2].norm1.register_forward_hook(lambda module, args, out: seen.append(out.shape))
         ...     outputs = model(images)
+        >>> handle.remove()
         >>> seen[0]
         torch.Size([45, 17, 48])
     """
@@ -77,14 +79,15 @@ class Around(Override):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not _length(self.patch) or not _has_hooks(self.module):
             return self.original(*args, **kwargs)
-        for hook in list(self.module._forward_pre_hooks.values()):
-            if isinstance(hook, MoveInFront) and (moved := hook(self.module, args, kwargs)) is not None:
-                args, kwargs = moved
+        original = self.original
+        if isinstance(self.previous, MoveInFront):  # which needs the registers, and is in front of hooks
+            args, kwargs = self.previous.moved(args, kwargs)
+            original = self.previous.original
         (args, kwargs), rejoin = _tokens(self.patch).without_registers((args, kwargs))
         outer, hooked = running.hooked, Hooked(self.module, rejoin)
         running.hooked = hooked
         try:
-            out = self.original(*args, **kwargs)
+            out = original(*args, **kwargs)
         finally:
             running.hooked = outer
         return hooked.rejoin(out)
@@ -146,9 +149,9 @@ def _length(patch: Patch) -> int:
 
 def _has_hooks(module: nn.Module) -> bool:
     every = torch.nn.modules.module
-    others = any(not isinstance(hook, MoveInFront) for hook in module._forward_pre_hooks.values())
-    return others or any(
+    return any(
         (
+            module._forward_pre_hooks,
             module._forward_hooks,
             module._backward_hooks,
             module._backward_pre_hooks,

@@ -44,32 +44,6 @@ class Override:
 
 
 @dataclass(eq=False)
-class Hook:
-    """A picklable forward pre-hook of one module, in front of all others."""
-
-    module: nn.Module
-
-    def install(self) -> None:
-        # The handle is kept: loaded from a file, it sees to it that nobody is given its number again.
-        self.handle = self.module.register_forward_pre_hook(self, prepend=True, with_kwargs=True)
-
-    def go_first(self) -> None:
-        """Go in front of hooks that were put in front of this one."""
-        hooks, key = self.module._forward_pre_hooks, self.handle.id
-        if key in hooks and next(iter(hooks)) != key:
-            hooks.move_to_end(key, last=False)  # type: ignore[attr-defined]  # an OrderedDict
-
-    def installed(self) -> bool:
-        return True  # nothing is lost if somebody has removed it
-
-    def remove(self) -> None:
-        self.handle.remove()
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        raise NotImplementedError
-
-
-@dataclass(eq=False)
 class Constant:
     """A tensor that a module holds while it is patched: it moves with the module, and is not in its state_dict."""
 
@@ -87,7 +61,7 @@ class Constant:
         delattr(self.module, self.name)
 
 
-Part = Override | Hook | Constant
+Part = Override | Constant
 """One change of one module, which can be installed and taken back."""
 
 

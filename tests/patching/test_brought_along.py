@@ -65,7 +65,8 @@ class Rotated(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.base_layer = linear
+        self.base_layer, self.weight = linear, linear.weight
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         generator = torch.Generator().manual_seed(1)
         self.rotation = nn.Parameter(torch.linalg.qr(torch.randn(192, 192, generator=generator))[0])
 
@@ -92,7 +93,7 @@ def test_neurons_are_moved_in_front_of_an_adapter_that_rotates_them(grad: bool) 
         for block in then.blocks:
             block.mlp.fc2 = block.mlp.fc2.base_layer
         close(then(images()), patched()(images()))
-    assert not any(module._forward_pre_hooks for module in testreg.unpatch(then).modules())
+    assert not any({"forward", "_call_impl"} & vars(module).keys() for module in testreg.unpatch(then).modules())
     with pytest.raises(RuntimeError, match=r"wrapped in a Rotated .*or patch it last"):
         torch.compile(with_rotations(patched()), backend="eager", fullgraph=True)(images())
 
@@ -186,7 +187,7 @@ def test_returned_attention_is_part_of_the_graph(family: str) -> None:
             handle.remove()
         return found
 
-    torch.testing.assert_close((gradients[2] * direction).sum(), (at(1e-5) - at(-1e-5)) / 2e-5, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close((gradients[2] * direction).sum(), (at(1e-3) - at(-1e-3)) / 2e-3, rtol=3e-3, atol=0)
 
 
 @pytest.mark.parametrize("family", ["timm_vit", "hf_clip", "open_clip"])
@@ -247,16 +248,16 @@ def test_a_trunk_whose_tokens_are_detached_says_what_to_do() -> None:
     trunk = model.blocks[1](model.blocks[0](x))
     middle = trunk.detach().requires_grad_()
     del trunk
-    with pytest.raises(RuntimeError, match="did not arrive at block 2: .*do not detach it in between"):
+    with pytest.raises(RuntimeError, match=r"did not arrive at block 2: .*do not detach it in between"):
         model.blocks[2](middle)
 
 
 @torch.no_grad()
 def test_images_that_leave_the_batch_are_named() -> None:
     model = patched()
+    x = model.norm_pre(model._pos_embed(model.patch_embed(images())))
+    x = model.blocks[1](model.blocks[0](x))
     with pytest.raises(RuntimeError, match=r"block 1 handed on .*Where images leave the batch"):
-        x = model.norm_pre(model._pos_embed(model.patch_embed(images())))
-        x = model.blocks[1](model.blocks[0](x))
         model.blocks[2](x[:1])
 
 
