@@ -30,6 +30,7 @@ from testreg.patching.forward import (
     record,
     running,
     running_with_layout,
+    with_first,
 )
 from testreg.patching.index import is_exporting
 from testreg.patching.layout import Layout
@@ -199,6 +200,18 @@ class RegisterBlock(Override):
         if hooked or running.compiled is not None:
             running.compiled = (self.patch, self.index, tuple(tokens.shape), registers) if hooked else None  # type: ignore[assignment]
 
+    def leave_compiled(self, out: Any) -> Any:
+        """What a compiled block hands on once its hooks have run: `leave`, from what is known while it is traced."""
+        tokens, left = first_of(out), running.compiled
+        if left is None or left[1] != self.index or not isinstance(tokens, Tensor):
+            return out
+        running.compiled = None
+        if getattr(tokens, CARRIED, None) is not None or tuple(tokens.shape) != left[2]:
+            return out
+        view = tokens.view_as(tokens)
+        setattr(view, CARRIED, left[3].to(tokens.device, tokens.dtype))
+        return with_first(out, view)
+
     def _compiled_registers(self, tokens: Tensor) -> Tensor | None:
         """The registers that a compiled block has left, for its tokens or for what a hook put in their place."""
         found = getattr(tokens, CARRIED, None)
@@ -291,7 +304,7 @@ class BlockCall(Override):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            return self.original(*args, **kwargs)
+            return self.block.leave_compiled(self.original(*args, **kwargs))
         return self.block.called(self.original, args, kwargs)
 
 
