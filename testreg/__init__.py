@@ -22,6 +22,7 @@ _HOMES = {
     "demo_model": "io.loading",
     "diagnose": "measure.diagnose",
     "disabled": "register",
+    "extract": "measure.extraction",
     "features": "measure.maps",
     "fold": "patching.static",
     "hooks_without_registers": "patching.hooks",

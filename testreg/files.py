@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 SUFFIX = ".testreg-part"  # of the temporary files, so that no other file is swept
+UNFINISHED = ".unfinished"  # behind the name of a file that a later run goes on with
 STALE = 3600.0  # seconds without a write after which a temporary file is of a run that was killed
 LONGEST = 200  # characters of a file's content that a message repeats
 

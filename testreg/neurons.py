@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from testreg.display import html
-from testreg.families import Tower, checkpoint_names, find_tower, fingerprint
+from testreg.families import Tower, activation, checkpoint_names, compare_weights, find_tower, fingerprint
 from testreg.files import check_format, plain, read_text, replacing, shown
 from testreg.hub.card import model_card
 from testreg.hub.repository import SCHEME, fetch_file, is_repository, push
@@ -77,7 +77,7 @@ class RegisterNeurons:
     num_registers: int = 1
     """How many registers to use, each of which holds all of these neurons."""
     model: Mapping[str, Any] = field(default_factory=dict)
-    """The checkpoint: name, names (aliases), depth, mlp_width, fingerprint. All optional."""
+    """The checkpoint: name, names (aliases), depth, mlp_width, activation, fingerprint. All optional."""
     calibration: Mapping[str, Any] = field(default_factory=dict)
     """How the list was made: images, image size, outlier rule, blocks, score, versions."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -415,6 +415,7 @@ _MODEL = {
     "default_for": _NAMES,
     "depth": _WHOLE,
     "mlp_width": _WHOLE,
+    "activation": _TEXT,
     "fingerprint": _TEXT,
 }
 _CALIBRATION = {
@@ -465,11 +466,13 @@ def _parse_float(digits: str) -> float:
 def describe_model(model: nn.Module, tower: Tower) -> dict[str, Any]:
     """The `model` entry of a list found on `model`."""
     names = checkpoint_names(model)
+    computed = activation(tower)
     return {
         "name": names[0] if names else type(model).__name__,
         "names": names,
         "depth": tower.depth,
         "mlp_width": tower.mlp_width,
+        **({} if computed is None else {"activation": computed}),
         "fingerprint": fingerprint(tower),
     }
 
@@ -562,10 +565,14 @@ def _of_checkpoint(model: nn.Module) -> RegisterNeurons:
         for candidate in defaults:
             if name in candidate.model["default_for"]:
                 return candidate
-    own = fingerprint(find_tower(model))
-    for candidate in defaults:
-        if candidate.model.get("fingerprint") == own != "unknown":
-            return candidate
+    tower = find_tower(model)
+    alike = [
+        (compare_weights(each.model["fingerprint"], tower), each) for each in defaults if "fingerprint" in each.model
+    ]
+    for likeness in ("same", "similar"):
+        for found, candidate in alike:
+            if found == likeness:
+                return candidate
     here = type(model).__name__
     calibrate = "(testreg.calibrate, or `testreg calibrate MODEL --images DIR -o neurons.json`)"
     if published := [key for key, each in lists.items() if not set(names).isdisjoint(each.model.get("names", ()))]:
@@ -575,6 +582,12 @@ def _of_checkpoint(model: nn.Module) -> RegisterNeurons:
             f"that were published for it: {', '.join(published)}"
         )
     says = f"it says it is {', '.join(names)}" if names else "it does not say which checkpoint it is"
+    shape = {"depth": tower.depth, "mlp_width": tower.mlp_width}
+    if fitting := [key for key, each in lists.items() if shape.items() <= each.model.items()]:
+        raise ValueError(
+            f"no bundled register neurons for this {here}: {says}. If it holds the weights of one of these lists, name "
+            f"it: {', '.join(fitting)}. Otherwise calibrate it {calibrate}"
+        )
     raise ValueError(
         f"no bundled register neurons for this {here}: {says}. Calibrate it {calibrate}, or name a list from "
         "`testreg list`"

@@ -23,11 +23,11 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from testreg.families import find_tower
-from testreg.neurons import AnyNeurons, resolve
+from testreg.neurons import AnyNeurons, RegisterNeurons, resolve
 from testreg.patching.forward import recording
 from testreg.patching.moves import MaxOver, Zero
 from testreg.patching.moves import shift as shift
-from testreg.patching.notices import log_bundled, warn_of_other_weights, warn_of_unverified
+from testreg.patching.notices import log_bundled, warn_of_activation, warn_of_other_weights, warn_of_unverified
 from testreg.patching.placement import parts
 from testreg.patching.state import Patch, check_options, find_patch, patch_of
 from testreg.patching.steering import check_target
@@ -56,7 +56,8 @@ def patch(
     Args:
         model: a vision tower, or any model that contains one (CLIP, a VLM, a classifier).
         neurons: the register neurons: a `RegisterNeurons`, the path of its JSON, `{block: [units]}`, the name of a
-            bundled list (`testreg list`), or None for the bundled list of the checkpoint that the model says it is.
+            bundled list (`testreg list`), or None for those of `static`, if it is given, and else for the bundled
+            list of the checkpoint that the model holds, by its name or its weights.
         top_k: use only the best `top_k` of the list; None takes as many as the list recommends.
         num_registers: R, the extra tokens, at most 256, each of which holds all of the neurons; None takes as many as
             `static` has, or as the list recommends.
@@ -80,9 +81,12 @@ def patch(
     tower = find_tower(model)
     if is_patched(tower.module):
         raise RuntimeError("the model is already patched: call testreg.unpatch(model) first to patch it anew")
-    chosen = resolve(neurons, model).truncate(top_k)
-    chosen.check_fits(tower.depth, tower.mlp_width)
     constant = resolve_static(static)
+    if neurons is None and constant is not None:
+        chosen = RegisterNeurons.from_blocks(constant.neurons).truncate(top_k)
+    else:
+        chosen = resolve(neurons, model).truncate(top_k)
+    chosen.check_fits(tower.depth, tower.mlp_width)
     if num_registers is None:
         num_registers = chosen.num_registers if constant is None else constant.num_registers
     if constant is not None:
@@ -90,12 +94,13 @@ def patch(
             raise ValueError("pass static or target: where neurons are steered onto patches there are no registers")
         constant.check_fits(tower, chosen, num_registers)
     warn_of_other_weights(chosen, model, tower)
+    warn_of_activation(model, tower, chosen)
     warn_of_unverified(chosen)
     state = Patch(
         tower.module, chosen, num_registers, split_neurons, max_over, zero, tower.num_prefix, target, constant
     )
     state.install(parts(tower, state))
-    if neurons is None:
+    if neurons is None and constant is None:
         log_bundled(chosen, model)
     return model
 
@@ -106,7 +111,7 @@ def unpatch(model: M) -> M:
     Raises RuntimeError if the model is not patched, or someone has replaced a patched `forward` since.
 
     Example:
-        >>> testreg.unpatch(testreg.patch(model, planted)) is model
+        >>> testreg.unpatch(testreg.patch(model, neurons)) is model
         True
     """
     patch_of(model).remove()
@@ -118,7 +123,7 @@ def patched(model: M, neurons: AnyNeurons = None, **options: Any) -> Iterator[M]
     """Within the `with` block `model` has test-time registers; the arguments are those of `patch`.
 
     Example:
-        >>> with testreg.patched(model, planted, num_registers=2):
+        >>> with testreg.patched(model, neurons, num_registers=2):
         ...     outputs = model(images)
     """
     patch(model, neurons, **options)
@@ -135,7 +140,7 @@ def disabled(model: M) -> Iterator[M]:
     Contexts nest and overlap. A forward that runs meanwhile, in another thread, ends as it began.
 
     Example:
-        >>> with testreg.patched(model, planted), testreg.disabled(model):
+        >>> with testreg.patched(model, neurons), testreg.disabled(model):
         ...     baseline = model(images)
     """
     with patch_of(model).disabled():
@@ -149,7 +154,7 @@ def registers(model: nn.Module) -> Iterator[list[Tensor]]:
     They are what the blocks give, before the tower's final norm. Contexts nest, and each has a list of its own.
 
     Example:
-        >>> with testreg.patched(model, planted), testreg.registers(model) as after_block:
+        >>> with testreg.patched(model, neurons), testreg.registers(model) as after_block:
         ...     outputs = model(images)
         >>> after_block[-1].shape
         torch.Size([45, 1, 48])

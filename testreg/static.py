@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from testreg.families import Tower, fingerprint
+from testreg.families import Tower, compare_weights
 from testreg.files import check_format, plain, regular_file, replacing, shown
 from testreg.neurons import RegisterNeurons
 
@@ -27,7 +27,7 @@ _KEYS = {"format", "version", "neurons", "form", "model", "images"}
 Form = Literal["token", "bias"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class StaticRegisters:
     """The state in which registers enter each block, as constants: their mean over images (arXiv 2506.08010, A.2).
 
@@ -35,9 +35,11 @@ class StaticRegisters:
     registers that a model computes. They belong to the weights and to the register neurons that they were made with.
 
     Example:
-        >>> static = testreg.make_static(model, images, planted, progress=False)
-        >>> static.states.shape
-        torch.Size([4, 1, 48])
+        >>> static = testreg.make_static(model, images, neurons, progress=False)
+        >>> static
+        StaticRegisters: 1 register for 4 blocks of width 48, as tokens
+          of timm:vit_base_patch16_clip_224...: 4 neurons
+          means over 45 images of Tensor at 64 x 64
         >>> static.save("neurons.json")  # beside it: neurons.static.safetensors
         >>> testreg.StaticRegisters.load("neurons.json").states.equal(static.states)
         True
@@ -68,6 +70,20 @@ class StaticRegisters:
         if self.form not in get_args(Form):
             raise ValueError(f"form must be 'token' or 'bias', got {shown(self.form)}")
 
+    def __repr__(self) -> str:
+        depth, count, width = self.states.shape
+        form = "as tokens" if self.form == "token" else "as a key and a value in each attention"
+        neurons, name = sum(map(len, self.neurons.values())), plain(self.model.get("name", "an unknown checkpoint"))
+        size = " x ".join(map(str, self.images.get("image_size") or ()))
+        found = [
+            f"{type(self).__name__}: {count} register{'s' * (count != 1)} for {depth} blocks of width {width}, {form}",
+            f"of {name}: {neurons} neurons",
+        ]
+        if number := self.images.get("number"):
+            at = f" at {size}" if size else ""
+            found.append(f"means over {number} images of {plain(self.images.get('source', 'unknown'))}{at}")
+        return "\n  ".join(found)
+
     @property
     def digest(self) -> str:
         """A short hash of the states."""
@@ -89,8 +105,7 @@ class StaticRegisters:
             )
         if own != num_registers:
             raise ValueError(f"there are {own} static registers: pass num_registers={own}, got {num_registers}")
-        made_of = self.model.get("fingerprint", "unknown")
-        if "unknown" not in (made_of, here := fingerprint(tower)) and made_of != here:
+        if compare_weights(str(self.model.get("fingerprint")), tower) == "other":
             raise ValueError(
                 f"these static registers are of {plain(self.model.get('name', 'another checkpoint'))}, whose weights "
                 "are not those of this model: make them with testreg.make_static(model, images)"

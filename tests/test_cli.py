@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 from planting import plant
 from ranks import torchrun
+from safetensors import safe_open
 from tiny import IMAGE, TIMM, TIMM_RECORDS, fresh, photograph_crops
 from torchvision.transforms.v2 import functional as tv
 
@@ -33,8 +34,10 @@ import testreg
 from testreg.cli import calibrate, main, show
 from testreg.cli.running import Run
 from testreg.cli.show import _box, _target
+from testreg.io.rows import Writer
 from testreg.measure.ranking import Score
 from testreg.patching.notices import warn_of_unverified
+from testreg.report import maps
 
 records = pytest.mark.skipif(not TIMM_RECORDS, reason="this timm cannot rebuild a model of unusual size")
 
@@ -83,6 +86,31 @@ def test_diagnose_prints_the_verdict_first(folder, tmp_path, capsys):
     assert re.fullmatch(r"outliers from block 2 \(MLP\), \d\.\d % of patches, movable", verdict)
     assert [line.split()[0] for line in table[4:8]] == ["0", "1", "2", "3"]
     assert json.loads((tmp_path / "diagnosis.json").read_text())["verdict"] == verdict
+
+
+@records
+def test_diagnose_of_several_models_is_one_table(folder, calibrated, tmp_path, capsys):
+    models = [str(folder / "model"), str(tmp_path / "patched"), str(folder / "clean")]
+    assert main(["apply", models[0], "--neurons", str(calibrated), "-o", models[1], "--quiet"]) == 0
+    capsys.readouterr()
+    arguments = ["diagnose", *models, "--images", str(folder / "photos")]
+    assert main([*arguments, "--json", str(tmp_path / "all.json")]) == 0
+    verdicts, table = (part.splitlines() for part in capsys.readouterr().out.split("\n\n"))
+    assert [line.rpartition(" ")[2] for line in verdicts] == ["movable", "fix", "fix"]
+    found = json.loads((tmp_path / "all.json").read_text())
+    assert [each["name"] for each in found] == models
+    assert [each["images"] for each in found] == [90] * 3
+    assert [each["kind"] for each in found] == ["movable", "none", "none"]
+    assert found[0] == {
+        "name": models[0],
+        **testreg.diagnose(
+            testreg.load_model(models[0]).model, folder / "photos", progress=False, num_images=200
+        ).to_dict(),
+    }
+    worst = found[0]["blocks"][found[0]["outliers"]["block"]]["after_mlp"]
+    assert table[2].split()[4:6] == [f"{100 * worst['outlier_fraction']:.1f}", f"{worst['max_over_median']:.1f}"]
+    assert main([*arguments, "--report", str(tmp_path / "report.html")]) == 1
+    assert "a report shows one model" in capsys.readouterr().err
 
 
 def test_diagnose_by_another_rule(folder, capsys):
@@ -158,6 +186,33 @@ def test_show_steers_outliers_onto_a_box(folder, calibrated, tmp_path):
     assert norms["register"]["steered_onto"] is None
     assert norms["steered"]["before"] == norms["register"]["before"]
     assert norms["steered"]["after"]["max_over_median"] > 1.2 * norms["register"]["after"]["max_over_median"]
+
+
+def test_show_of_principal_components(folder, calibrated, tmp_path, monkeypatch, capsys):
+    drawn = {}
+
+    def principal_figure(images, sides, title, **options):
+        drawn.update(sides=sides, title=title, **options)
+        drawn["axes"] = (figure := real(images, sides, title, **options)).axes
+        return figure
+
+    real = maps.principal_figure
+    monkeypatch.setattr(maps, "principal_figure", principal_figure)
+    output, photos = tmp_path / "pca.png", [str(folder / "photos" / f"{i:02}.png") for i in range(9)]
+    arguments = ["show", str(folder / "model"), *photos, "--neurons", str(calibrated), "-o", str(output)]
+    assert main([*arguments, "--pca", "--foreground", "--block", "-2"]) == 0
+    assert Image.open(output).width > 500
+    assert len(drawn["axes"]) == 2 * 3 * 8  # nine images in lines of eight: photograph, before, after
+    assert drawn["title"].endswith("principal components of the patches after block 2")
+    assert drawn["foreground"]
+    model = timm.create_model(f"local-dir:{folder / 'model'}", pretrained=True).eval()
+    torch.testing.assert_close(drawn["sides"]["before"].permute(0, 3, 1, 2), testreg.features(model, photos, 2))
+    testreg.patch(model, calibrated)
+    torch.testing.assert_close(drawn["sides"]["after"].permute(0, 3, 1, 2), testreg.features(model, photos, 2))
+    assert main([*arguments, "--foreground"]) == 1
+    assert "--foreground belongs to --pca" in capsys.readouterr().err
+    assert main([*arguments, "--block", "-30"]) == 1
+    assert "--block -30 is out of range: " in capsys.readouterr().err
 
 
 def test_a_box_is_of_patches_that_it_touches():
@@ -341,12 +396,48 @@ def test_an_interrupt_while_the_command_is_imported_is_one_line(command, tmp_pat
     assert (interrupted.returncode, interrupted.stderr) == (130, "interrupted; nothing was written\n")
 
 
+def test_extract_writes_features_and_goes_on_after_an_interrupt(folder, calibrated, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "features.safetensors"
+    arguments = ["extract", str(folder / "model"), "--images", str(folder / "photos"), "--neurons", str(calibrated)]
+    arguments += ["-o", str(output), "--block", "1", "--block", "-1", "--what", "patches", "--half", "--device", "cpu"]
+    real, calls = Writer.write, itertools.count(1)
+
+    def interrupted(*written):
+        if next(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return real(*written)
+
+    monkeypatch.setattr(Writer, "write", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main([*arguments, "--quiet"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert f"; the same command goes on from {output}.unfinished" in capsys.readouterr().err
+    assert not output.exists()
+    assert main([*arguments, "--json", str(tmp_path / "done.json")]) == 0
+    said = capsys.readouterr().out
+    assert "1 of 91 images could not be read: broken.jpg" in said
+    assert "patches.3      91 x 48 x 4 x 4" in said
+    assert json.loads((tmp_path / "done.json").read_text())["arrays"]["patches.1"] == [91, 48, 4, 4]
+    model = testreg.patch(timm.create_model(f"local-dir:{folder / 'model'}", pretrained=True).eval(), calibrated)
+    with safe_open(output, "pt") as found:
+        row = json.loads(found.metadata()["images"]).index("44.png")
+        features = testreg.features(model, folder / "photos" / "44.png", 1)[0]
+        torch.testing.assert_close(found.get_tensor("patches.1")[row].float(), features, rtol=1e-2, atol=1e-2)
+    assert main([*arguments, "--plain"]) == 1
+    assert "leave --neurons out" in capsys.readouterr().err
+
+
 def test_a_list_that_is_not_verified_has_an_exit_code_of_its_own(folder, calibrated, tmp_path, monkeypatch, capsys):
     neurons = dataclasses.replace(testreg.RegisterNeurons.load(calibrated), verified=False)
     monkeypatch.setattr(sys.modules["testreg.calibration.calibrate"], "calibrate", lambda *args, **options: neurons)
     arguments = ["calibrate", str(folder / "model"), "--images", str(folder / "photos")]
     assert main([*arguments, "-o", str(tmp_path / "neurons.json")]) == 5
     assert "\nnot verified: " in capsys.readouterr().out
+    assert main([*arguments, "-o", str(tmp_path / "neurons.json"), "--quiet"]) == 5
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith("not verified: that takes a target that is met on at least 16 held-out images")
     assert not testreg.RegisterNeurons.load(tmp_path / "neurons.json").verified
 
 
@@ -358,7 +449,7 @@ def test_the_agreement_of_a_head_is_shown_if_it_is_low(agreement, said, calibrat
     assert ("the head agrees with itself on 90.0% of the images" in found) == said
 
 
-@pytest.mark.parametrize("command", ["demo", "list", "diagnose", "calibrate", "apply", "show", None])
+@pytest.mark.parametrize("command", ["demo", "list", "diagnose", "calibrate", "apply", "show", "extract", None])
 def test_help_lists_the_exit_codes(command, capsys):
     with pytest.raises(SystemExit) as exited:
         main(["--help"] if command is None else [command, "--help"])

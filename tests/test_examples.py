@@ -23,8 +23,8 @@ WITHOUT |= {name for name in testreg.__all__ if name.endswith(("Error", "Warning
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A folder with photographs in `photos/`, and what an example has: a tiny planted `model`, its `planted` neurons
-    and `images` for it."""
+    """A folder with photographs in `photos/`, and what an example has: a tiny planted `model`, its register `neurons`
+    and `images` for it. docs/api.md says so too."""
     folder = tmp_path_factory.mktemp("examples")
     images = photograph_crops()
     (folder / "photos").mkdir()
@@ -34,7 +34,8 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     torch.manual_seed(0)
     model = timm.create_model("vit_base_patch16_clip_224", num_classes=0, pretrained_cfg_overlay=overlay, **TIMM).eval()
     planted = plant(model, images, num_neurons=4).neurons
-    return folder, {"model": model, "images": images, "planted": planted, "testreg": testreg, "torch": torch}
+    values = {"model": model, "images": images, "neurons": planted, "testreg": testreg, "torch": torch}
+    return folder, {**values, "planted": planted}
 
 
 @pytest.mark.parametrize("name", sorted(set(testreg.__all__) - WITHOUT))

@@ -1,3 +1,5 @@
+import base64
+import hashlib
 import json
 import math
 import os
@@ -18,7 +20,8 @@ import transformers
 import testreg
 from testreg import RegisterNeurons, UnverifiedNeuronsWarning
 from testreg.demo.run import planted_neurons
-from testreg.families import find_tower, fingerprint
+from testreg.families import compare_weights, find_tower, fingerprint
+from testreg.families.fingerprint import agreement
 from testreg.neurons import bundled, config_folder, describe_model, resolve
 from testreg.patching.state import patch_of
 
@@ -451,16 +454,127 @@ def test_fingerprint_is_the_same_in_every_library() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_fingerprint_is_the_same_in_every_dtype(dtype: torch.dtype) -> None:
     model = tiny.build("timm_vit")
-    with torch.no_grad():
-        find_tower(model).blocks[0].mlps[0].fc2_linear.weight.mul_(1e-9)  # fp16 has nothing but signed zeros for these
     before = fingerprint_of(model)
     assert fingerprint_of(model.to(dtype)) == before
 
 
+def test_fingerprint_leaves_out_what_rounding_made_zero() -> None:
+    model = tiny.build("timm_vit")
+    tower = find_tower(model)
+    with torch.no_grad():
+        tower.blocks[0].mlps[0].fc2_linear.weight.mul_(1e-9)  # fp16 has nothing but signed zeros for these
+    before = fingerprint_of(model)
+    assert compare_weights(before, find_tower(model.half())) == "similar"
+    assert agreement(before, fingerprint_of(model)) == 1.0
+
+
+@pytest.mark.parametrize("bits", [8, 6, 4, 3])
+def test_rounded_weights_are_similar_whichever_side_is_rounded(bits: int) -> None:
+    tower = find_tower(tiny.build("timm_vit"))
+    exact = fingerprint(tower)
+    for block in tower.blocks:
+        rounded(block.mlps[0].fc2_linear.weight.data, bits)
+    assert compare_weights(exact, tower) in (("similar",) if bits <= 4 else ("same", "similar"))
+    coarse = fingerprint(tower)
+    assert agreement(exact, coarse) == agreement(coarse, exact) == 1.0
+    assert agreement(coarse, fingerprint_of(tiny.build("timm_vit", seed=1))) == pytest.approx(0.5, abs=0.25)
+
+
+def rounded(weight: torch.Tensor, bits: int) -> None:
+    """Round a weight in place, to so many bits for each output channel."""
+    step = weight.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+    weight.copy_((weight / step).round() * step)
+
+
+@pytest.mark.parametrize(("noise", "likeness"), [(0.05, "similar"), (0.15, "similar"), (1.0, "other"), (4.0, "other")])
+def test_light_fine_tuning_is_similar_and_a_heavy_one_is_not(noise: float, likeness: str) -> None:
+    """Of Gaussian weights, noise of a standard deviation n of theirs changes arctan(n) / pi of the signs."""
+    torch.manual_seed(0)
+    tower = find_tower(tiny.build("timm_vit"))
+    before = fingerprint(tower)
+    for block in tower.blocks:
+        weight = block.mlps[0].fc2_linear.weight.data
+        weight.add_(torch.randn_like(weight), alpha=noise * float(weight.std()))
+    assert compare_weights(before, tower) == likeness
+    assert agreement(before, fingerprint(tower)) == pytest.approx(1 - math.atan(noise) / math.pi, abs=0.08)
+
+
+def test_fingerprint_holds_the_signs_at_places_that_are_the_same_in_each_block() -> None:
+    """Written out from the weights: 64 of each of four blocks, at multiples of the golden ratio."""
+    tower = find_tower(tiny.build("timm_vit"))
+    bits = ""
+    for block in tower.blocks:
+        flat = block.mlps[0].fc2_linear.weight.detach().flatten()
+        for i in range(64):
+            value = float(flat[int((i * 2654435769 % 2**32) / 2**32 * len(flat))])
+            bits += f"{int(value > 0)}{int(value < 0)}"
+    packed = bytes(int(bits[i : i + 8], 2) for i in range(0, len(bits), 8))
+    assert fingerprint(tower) == "2:" + base64.b64encode(packed).decode()
+
+
+def test_fingerprints_of_the_first_version_are_compared_exactly() -> None:
+    tower = find_tower(tiny.build("timm_vit"))
+    signs = b""
+    for block in tower.blocks:
+        flat = block.mlps[0].fc2_linear.weight.detach().flatten()
+        signs += bytes(int(flat[i * (len(flat) - 1) // 255] < 0) for i in range(256))
+    old = hashlib.sha256(signs).hexdigest()[:16]
+    assert compare_weights(old, tower) == "same"
+    assert compare_weights("0" * 16, tower) == "other"
+    tower.blocks[0].mlps[0].fc2_linear.weight.data[0, 0] *= -1
+    assert compare_weights(old, tower) == "other"
+    assert compare_weights(old, find_tower(tiny.build("timm_vit").to("meta"))) == "unknown"
+
+
+@pytest.mark.parametrize("text", ["unknown", "3:AAAA", "2:AAA", "2:\N{SNOWMAN}", ""])
+def test_what_is_no_fingerprint_tells_nothing(text: str) -> None:
+    assert compare_weights(text, find_tower(tiny.build("timm_vit"))) == "unknown"
+
+
+def test_fingerprints_of_towers_of_other_depths_are_others() -> None:
+    model = tiny.build("timm_vit")
+    before = fingerprint_of(model)
+    model.blocks = model.blocks[:3]
+    assert compare_weights(before, find_tower(model)) == "other"
+
+
+def test_weights_that_are_nearly_all_zero_tell_nothing() -> None:
+    model = tiny.build("timm_vit")
+    before = fingerprint_of(model)
+    for block in find_tower(model).blocks:
+        block.mlps[0].fc2_linear.weight.data[2:] = 0
+    assert compare_weights(before, find_tower(model)) == "unknown"
+
+
+def test_torchao_weights_are_dequantised_to_be_read() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    model = tiny.build("timm_vit")
+    before = fingerprint_of(model)
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    assert compare_weights(before, find_tower(model)) in ("same", "similar")
+    assert compare_weights(fingerprint_of(tiny.build("timm_vit", seed=1)), find_tower(model)) == "other"
+    assert compare_weights("0" * 16, find_tower(model)) == "unknown"
+
+
+def test_a_list_of_similar_weights_is_used_with_a_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny.build("timm_vit")
+    list_of_it = RegisterNeurons(((1, 3, None),), model={"name": "timm:ours", "fingerprint": fingerprint_of(model)})
+    for block in find_tower(model).blocks:
+        rounded(block.mlps[0].fc2_linear.weight.data, 4)
+    with warnings.catch_warnings(), caplog.at_level("INFO", "testreg"):
+        warnings.simplefilter("error")
+        testreg.patch(model, list_of_it)
+    assert [record.message for record in caplog.records] == [
+        "the weights of timm:vit_base_patch16_224.augreg2_in21k_ft_in1k are those of timm:ours, quantised or "
+        "fine-tuned: its register neurons are used"
+    ]
+
+
 def test_fingerprint_tells_weights_apart() -> None:
-    prints = {fingerprint_of(tiny.build("timm_vit", seed=seed)) for seed in range(5)}
-    assert len(prints) == 5
-    assert all(len(value) == 16 for value in prints)
+    towers = [find_tower(tiny.build("timm_vit", seed=seed)) for seed in range(5)]
+    assert all(len(fingerprint(tower)) == 90 for tower in towers)
+    likeness = [[compare_weights(fingerprint(one), other) for other in towers] for one in towers]
+    assert likeness == [["same" if i == j else "other" for j in range(5)] for i in range(5)]
 
 
 def test_fingerprint_sees_fine_tuning() -> None:
@@ -579,7 +693,8 @@ def test_published_list_is_complete(key: str) -> None:
     assert one.verified is False
     assert one.model["name"] == one.model["names"][0]
     assert set(one.model["default_for"]) <= set(one.model["names"])
-    assert "fingerprint" not in one.model, "nobody has had these weights at hand"
+    if key != "openai-clip-vitb16-jroth-224":
+        assert "fingerprint" not in one.model, "nobody has had these weights at hand"
     assert one.provenance["source"].keys() >= {"repo", "path", "commit"}
     for field in ("id", "status", "note", "neuron_definition", "license"):
         assert one.provenance[field], field
@@ -761,3 +876,33 @@ def test_unknown_checkpoint_says_how_to_calibrate() -> None:
         testreg.patch(model)
     with pytest.raises(ValueError, match=r"this CLIP: it does not say which checkpoint it is\. Calibrate it"):
         testreg.patch(tiny.build("open_clip"))
+
+
+def test_the_error_names_lists_of_the_same_shape_before_it_says_calibrate() -> None:
+    with torch.device("meta"):
+        model = transformers.Dinov2Model(transformers.Dinov2Config(num_hidden_layers=12, hidden_size=384))
+    model.config._name_or_path = "/data/some-vits"
+    fitting = ", ".join(key for key in BUNDLED if key.startswith("dinov2-vits14"))
+    with pytest.raises(ValueError, match=rf"one of these lists, name it: {fitting}\. Otherwise calibrate it"):
+        testreg.patch(model)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_copy_of_a_known_checkpoint_is_found_by_its_weights(
+    bits: int | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of two defaults, the one that is the same goes before the one that is similar."""
+    model = tiny.build("hf_vit")
+    model.config._name_or_path = "/data/a-copy"
+    same = {"default_for": ["hf:it"], "fingerprint": fingerprint_of(model)}
+    for block in find_tower(model).blocks:
+        if bits is not None:
+            rounded(block.mlps[0].fc2_linear.weight.data, bits)
+    for name, entries in {"a": {**same, "fingerprint": fingerprint_of(tiny.build("hf_vit", 1))}, "b": same}.items():
+        RegisterNeurons(((1, 3, None),), model=entries, verified=True).save(tmp_path / f"{name}.json")
+    monkeypatch.setattr("testreg.neurons.config_folder", lambda: tmp_path)
+    assert resolve(None, model).source == "b"
+    if bits is not None:
+        exact = {**same, "fingerprint": fingerprint_of(model)}
+        RegisterNeurons(((1, 3, None),), model=exact, verified=True).save(tmp_path / "c.json")
+        assert resolve(None, model).source == "c"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 
 import torch
 from open_clip.transformer import LayerNormFp32, QuickGELU
@@ -84,3 +85,33 @@ class CLIP(nn.Module):
         images = F.normalize(self.encode_image(image), dim=-1)
         logits = self.logit_scale.exp() * images @ F.normalize(self.encode_text(text), dim=-1).t()
         return logits, logits.t()
+
+
+_NAMES = {  # transformers': OpenAI's
+    "embeddings.class_embedding": "class_embedding",
+    "embeddings.patch_embedding.weight": "conv1.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "encoder.layers.": "transformer.resblocks.",
+    "pre_layrnorm.": "ln_pre.",
+    "post_layernorm.": "ln_post.",
+    "layer_norm1.": "ln_1.",
+    "layer_norm2.": "ln_2.",
+    "mlp.fc1.": "mlp.c_fc.",
+    "mlp.fc2.": "mlp.c_proj.",
+    "self_attn.": "attn.",
+}
+
+
+def visual_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of transformers' CLIPVisionModelWithProjection, as OpenAI's VisionTransformer names them."""
+    renamed = dict[str, Tensor]()
+    for key, value in state.items():
+        name = key.removeprefix("vision_model.")
+        for theirs, ours in _NAMES.items():
+            name = name.replace(theirs, ours)
+        renamed[name] = value
+    for key in [key for key in renamed if ".attn.q_proj." in key]:
+        parts = [renamed.pop(key.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")]
+        renamed[key.replace("q_proj.", "in_proj_")] = torch.cat(parts)
+    renamed["proj"] = renamed.pop("visual_projection.weight").T
+    return renamed

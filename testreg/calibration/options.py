@@ -62,6 +62,8 @@ class Options:
                 raise ValueError(f"{name} must be at least 1, got {number}")
         if self.held_out < 0 or (self.held_out == 0 and self.top_k is None):
             raise ValueError(f"with held_out={self.held_out} no set of neurons can be measured: give top_k")
+        if self.sparsity_filter and self.score == "attribution":
+            raise ValueError('the sparsity filter is that of the released code: give score="activation" with it')
         if self.threshold is not None and self.rule is not None:
             raise ValueError("give a threshold or a rule, not both")
         object.__setattr__(self, "outlier_rule", self.rule or OutlierRule(threshold=self.threshold))

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from testreg.calibration.budget import Cut
-from testreg.calibration.evaluation import Effect, Evaluator
+from testreg.calibration.effects import Effect, EffectMeter, what_is_wrong_with_maps
 from testreg.calibration.options import Options
 from testreg.calibration.selection import Selection
 from testreg.calibration.view import MIN_VERIFYING, View, stability_of
@@ -28,6 +28,7 @@ class Choice:
     """The last block whose neurons were ranked."""
     selection: Selection | None
     """How they were chosen; None if the user says how many."""
+    num_registers: int = 1
 
     @property
     def dropped(self) -> tuple[Neuron, ...]:
@@ -45,7 +46,7 @@ class Choice:
 class Checks:
     """What the chosen neurons do on the images that verify them."""
 
-    evaluators: list[Evaluator]
+    meters: list[EffectMeter]
     """One for each view."""
     effects: list[Effect]
     target_met: bool
@@ -53,11 +54,27 @@ class Checks:
     """Whether these images had no part in the choice."""
 
     @property
+    def facts(self) -> list[dict[str, Any]]:
+        """What was measured, as the neuron JSON holds it: one entry for each meter."""
+        return [
+            {
+                "grid": list(meter.grid),
+                "images": meter.num_images,
+                "outlier_fraction": meter.outlier_fraction,
+                **asdict(effect),
+                "before": {"sink": meter.untouched.sink, "hottest": meter.untouched.hottest},
+            }
+            for meter, effect in zip(self.meters, self.effects, strict=True)
+        ]
+
+    @property
     def verified(self) -> bool:
-        """Whether the target was met on enough images, with outliers, that had no part in the choice."""
+        """Whether the target was met, and maps are clean, on enough images, with outliers, that had no part in the
+        choice."""
         # Images without an outlier would verify any list.
-        enough = all(each.num_images >= MIN_VERIFYING and each.outlier_fraction > 0 for each in self.evaluators)
-        return self.target_met and self.on_others and enough
+        enough = all(each.num_images >= MIN_VERIFYING and each.outlier_fraction > 0 for each in self.meters)
+        are_clean = not any(map(what_is_wrong_with_maps, self.facts))
+        return self.target_met and are_clean and self.on_others and enough
 
 
 def result(
@@ -80,6 +97,7 @@ def result(
     return RegisterNeurons(
         choice.neurons + choice.others,
         top_k=len(choice.neurons),
+        num_registers=choice.num_registers,
         model=describe_model(found.model, found.tower),
         calibration={
             **facts_before_ranking(found, options),
@@ -125,6 +143,7 @@ def _facts_of_choice(selection: Selection) -> dict[str, Any]:
     return {
         "curve": [asdict(effect) for effect in selection.curve],
         "chosen": asdict(selection.effect),
+        "registers": [asdict(effect) for effect in selection.registers],
         "rounds": [
             {
                 "round": number,
@@ -145,15 +164,8 @@ def _facts_of_checks(views: Sequence[View], choice: Choice, checks: Checks, opti
         "max_change": options.max_change,
         "dropped": [list(neuron) for neuron in choice.dropped],
         "verified_at": [
-            {
-                "image_size": view.diagnosis.image_size,
-                "grid": list(evaluator.grid),
-                "dtype": view.dtype,
-                "images": evaluator.num_images,
-                "outlier_fraction": evaluator.outlier_fraction,
-                **asdict(effect),
-            }
-            for view, evaluator, effect in zip(views, checks.evaluators, checks.effects, strict=True)
+            {"image_size": view.diagnosis.image_size, "dtype": view.dtype, **measured}
+            for view, measured in zip(views, checks.facts, strict=True)
         ],
     }
 

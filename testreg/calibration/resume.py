@@ -1,10 +1,12 @@
-"""The state of a calibration that may be interrupted and resumed: the statistics of its views, in a file."""
+"""The state of a calibration that may be interrupted and resumed: the statistics of its views, and the effects of the
+sets of neurons that were measured, in a file."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +14,20 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from testreg.calibration.effects import Effect
 from testreg.calibration.view import FIRST_CHUNK, View
 from testreg.families import fingerprint
 from testreg.files import replacing
 from testreg.io.processes import gathered, rank
 from testreg.measure.ranking import Statistics
+from testreg.neurons import Neuron
 
 FORMAT = "testreg-calibration"
-VERSION = 3  # of the sums that are saved
+VERSION = 4  # of the sums and effects that are saved
 
 
 class State:
-    """The views' statistics in a safetensors file, and of which run they are.
+    """The views' statistics and the measured effects in a safetensors file, and of which run they are.
 
     Args:
         facts: what else must be the same for a saved state to be of this run.
@@ -39,9 +43,13 @@ class State:
         }
         self.run: dict[str, Any] = json.loads(json.dumps(run))
         """All that must be the same for the sums to be of the same run, as JSON gives it back."""
+        self.done = 0
+        """All images with lower numbers are in the statistics."""
+        self.effects: dict[str, Effect] = {}
+        """The effects of sets of neurons, by `key_of`."""
 
-    def save(self, done: int) -> None:
-        """Write the file, in the first process: all images with numbers below `done` are in the statistics."""
+    def save(self) -> None:
+        """Write the file, in the first process."""
         if rank() != 0:
             return
         tensors = {
@@ -49,19 +57,20 @@ class State:
             for i, view in enumerate(self.views)
             for name, tensor in view.statistics.tensors().items()
         }
-        saved = {"format": FORMAT, "version": VERSION, "done": done, "run": self.run}
+        effects = {key: asdict(effect) for key, effect in self.effects.items()}
+        saved = {"format": FORMAT, "version": VERSION, "done": self.done, "run": self.run, "effects": effects}
         with replacing(self.path) as temporary:
             save_file(tensors, temporary, metadata={"testreg": json.dumps(saved)})
 
-    def load(self) -> int:
-        """Fill the views' statistics, if the file exists; returns the number of the first image that is not in them.
+    def load(self) -> None:
+        """Fill in what the file has, if it exists.
 
         The first process reads the file for all of them: on other machines it may be missing, or another one.
 
         Raises:
             ValueError: the file is damaged, or of another run.
         """
-        found: tuple[int, list[Statistics]] | ValueError | None = None
+        found: tuple[int, list[Statistics], dict[str, Effect]] | ValueError | None = None
         if rank() == 0 and self.path.exists():
             try:
                 found = self._read()
@@ -71,13 +80,12 @@ class State:
         if isinstance(found, ValueError):
             raise found
         if found is None:
-            return 0
-        done, statistics = found
+            return
+        self.done, statistics, self.effects = found
         for view, saved in zip(self.views, statistics, strict=True):
             view.statistics = saved
-        return done
 
-    def _read(self) -> tuple[int, list[Statistics]]:
+    def _read(self) -> tuple[int, list[Statistics], dict[str, Effect]]:
         try:
             with safe_open(self.path, "pt") as file:
                 saved = json.loads((file.metadata() or {}).get("testreg", "null"))
@@ -101,7 +109,11 @@ class State:
         done = saved.get("done")
         if type(done) is not int or not 0 < done <= sys.maxsize or done % FIRST_CHUNK:
             raise self._damage(f"it cannot have ended at image {_short(done)}")
-        return done, [self._statistics(tensors, i, done) for i in range(len(self.views))]
+        try:
+            effects = {key: Effect(**effect) for key, effect in saved["effects"].items()}
+        except (AttributeError, KeyError, TypeError):
+            raise self._damage("its effects are not valid") from None
+        return done, [self._statistics(tensors, i, done) for i in range(len(self.views))], effects
 
     def _statistics(self, tensors: dict[str, Tensor], index: int, done: int) -> Statistics:
         """The statistics of one view, checked."""
@@ -120,6 +132,11 @@ class State:
 
     def _damage(self, what: str) -> ValueError:
         return ValueError(f"{self.path} is damaged: {what}. Delete it to start anew")
+
+
+def key_of(neurons: Sequence[Neuron], num_registers: int) -> str:
+    """What a set of neurons is called in the file."""
+    return f"{num_registers}: " + " ".join(f"{block}.{unit}" for block, unit in sorted(each[:2] for each in neurons))
 
 
 def _short(value: object) -> str:

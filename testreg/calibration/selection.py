@@ -1,5 +1,5 @@
-"""Choose the register neurons by measuring the patched model: add what removes the outliers, in rounds, drop what can
-stay where it is, and complete the set with what belongs to it."""
+"""Choose the register neurons by measuring the patched model: add what removes the outliers, in rounds, complete the
+set with what keeps the sink alive, choose how many registers hold it, and drop what can stay where it is."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from testreg.calibration.evaluation import Effect
+from testreg.calibration.effects import Effect
 from testreg.measure.ranking import MATTERS
 from testreg.neurons import Neuron
 
 TOLERANCE = 0.02  # of the outliers' excess norm: sets that differ by less remove them equally well
 SAME_CHANGE = 0.01  # sets whose changes of features differ by less change the same,
 SAME_SHARE = 0.02  # or by a smaller share of the change: it may be large, where most of a feature was the artefact
+CLEANER = 0.1  # of the attention that a sink, or the hottest patch, draws: less than that is not worth more neurons
+AS_CLEAN = 0.02, 0.01  # of the same, and of how unlike former outliers are: what costs less may be left out
+SAME_OUTPUTS = 0.002  # sets whose changes differ by less, or by a tenth, keep outputs equally well
 ALIKE = 0.7  # of the weakest chosen neuron's score: what scores so much is taken with it
 AIM = 0.2  # of the target: a population that is rare among these images may be frequent in others
 FEW = (
@@ -23,6 +26,10 @@ FEW = (
 MAX_NEURONS = 512  # that one round adds to a set; InternViT-6B needed 300
 MAX_MEASUREMENTS = 64  # of sets of neurons, in one selection
 MAX_ROUNDS = 8
+MAX_REGISTERS = 4  # that are tried
+
+Measure = Callable[[Sequence[Neuron], int], Effect]
+"""Neurons, and the number of registers that they are moved to -> the effect."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +38,9 @@ class Candidates:
 
     ranking: Sequence[Neuron]
     selective: Collection[Neuron] = ()
-    """Those that are active at outliers and hardly anywhere else. What moving them changes at other patches is then not
-    their own doing, but that of the outliers, which others look at."""
+    """Those that are active at outliers and hardly anywhere else, which may score too little for the ranking, or below
+    zero. What moving them changes at other patches is not their own doing, but that of the outliers, which others look
+    at."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,8 @@ class Selection:
     rounds: tuple[Round, ...]
     dropped: tuple[Neuron, ...]
     """Neurons that were added in a round, and then found to have no effect on outliers."""
+    registers: tuple[Effect, ...]
+    """Effects of moving them to 1, 2, ... registers, as far as they were measured."""
 
     @property
     def curve(self) -> tuple[Effect, ...]:
@@ -66,37 +76,43 @@ class Selection:
 
 def select(
     rank: Callable[[Sequence[Neuron]], Candidates],
-    measure: Callable[[Sequence[Neuron]], Effect],
+    measure: Measure,
     *,
     target: float,
     max_change: float | None = None,
     out_of_time: Callable[[], bool] = lambda: False,
 ) -> Selection:
-    """The fewest neurons that remove the outliers and what these do to other patches.
+    """The fewest neurons that remove the outliers, the attention sink, and what these do to other patches.
 
     1. In each round, the best 1, 2, 4, ... of a ranking are added and measured, until outliers are down to a fifth of
-       `target` and twice as many take less than `TOLERANCE` more of their excess norm; then the smallest such number is
-       found by bisection. If most outliers are gone, and twice as many take no more of the rest, what makes these was
-       hidden: the patched model is ranked anew, in the next round, as long as that helps.
-    2. Neurons that can stay where they are, all together costing less than that, are dropped: first those that are
-       busy elsewhere too, and then those of late blocks, which may fire at outliers without causing them.
-    3. Which of several neurons that do the same is needed depends on the images. So selective candidates are taken with
+       `target` and twice as many take less than `TOLERANCE` more of their excess norm. If most outliers are gone, and
+       twice as many take no more of the rest, what makes these was hidden: the patched model is ranked anew, in the
+       next round, as long as that helps.
+    2. Norms are not all: the fewest neurons that leave no outlier may leave patches that draw attention. So all
+       selective candidates are added. If less attention is drawn then (`draws_as_little`), the set is this one; else it
+       is the smallest number of the ranking that is as good as the last.
+    3. Neurons that can stay where they are, all together costing less than the tolerances, are dropped: first those
+       that are busy elsewhere too, and then those of late blocks, which may fire at outliers without causing them.
+    4. Which of several neurons that do the same is needed depends on the images. So selective candidates are taken with
        those that were chosen of their block, if they score 70 % of the weakest of these or more, and nothing is the
        worse for it.
-    4. Fewer neurons may bring all outliers under the limit, and leave some of what these did to other patches. That
-       shows in what changes if all selective candidates of any weight are moved as well. If it is more (by over
+    5. If the set was not completed in step 2, fewer neurons may have left some of what outliers did to other patches.
+       That shows in what changes if all selective candidates of any weight are moved as well. If it is more (by over
        `SAME_CHANGE` and over 2 % of the change), they are added, and those dropped again without which as much changes.
-    5. Those that are busy elsewhere are tried again, now that others have come to the set. Then each neuron is tried by
+    6. Those that are busy elsewhere are tried again, now that others have come to the set. Then each neuron is tried by
        itself, or, if they are more than `FEW`, each of the last block: one whose being left does nothing, and which
        alone takes less than a tenth of the outliers, fires at them without causing them. It is dropped.
+    7. Registers are copies, each with all of the neurons: one has less weight in the softmax of attention than the many
+       outliers had. As many are taken as change outputs least, or nearly so.
 
     Args:
         rank: the neurons that are moved -> others, ranked on the model that is patched with them.
-        measure: neurons -> the effect of moving them.
+        measure: neurons, number of registers -> the effect of moving them there.
         target: outliers that may be left after any block, as a fraction of those before. If no set reaches it, the one
             that comes closest is chosen.
         max_change: sets that change pooled or patch features more (1 - cosine) are not chosen.
-        out_of_time: asked before each measurement but the first; the search ends when it says so, with the best so far.
+        out_of_time: asked before each measurement but the first; the search ends when it says so, with the best so far,
+            of which numbers of registers are measured still.
 
     Raises:
         ValueError: even the first neuron changes more than `max_change`; there are no candidates at all.
@@ -108,24 +124,58 @@ def select(
             raise ValueError("there are no candidates")
         if not candidates.ranking or not search.add_from(candidates):
             break
-    added = search.chosen
-    kept, effect = search.without_idle(added, search.rounds[-1].effect, same_change=False)
+    grown, effect = search.chosen, search.rounds[-1].effect
+    kept, effect = search.with_all_selective(grown, effect)
+    is_complete = len(kept) > len(grown)
+    if not is_complete:
+        kept, effect = search.smallest_of_last_round()
+    kept, effect = search.without_idle(kept, effect, same_change=is_complete)
     kept, effect = search.with_alike(kept, effect)
-    kept, effect = search.completed(kept, effect)
+    if not is_complete:
+        kept, effect = search.completed(kept, effect)
     kept, effect = search.without_busy(kept, effect)
     kept, effect = search.without_bystanders(kept, effect)
+    registers = search.with_registers(kept, effect)
     return Selection(
         neurons=kept,
-        effect=effect,
+        effect=registers[search.best_number(registers) - 1],
         rounds=tuple(search.rounds),
-        dropped=tuple(neuron for neuron in added if neuron not in kept),
+        dropped=tuple(neuron for neuron in search.chosen if neuron not in kept),
+        registers=registers,
     )
+
+
+def draws_as_little(one: Effect, other: Effect) -> bool:
+    """Whether former outliers draw no more attention with one set than with another, or no more than other patches, and
+    the hottest patch is no hotter, but for the tolerance."""
+    is_sink = one.sink is not None and one.sink > (1 + CLEANER) * max(1.0, other.sink or 0.0)
+    return not is_sink and _is_at_most(one.hottest, other.hottest, share=CLEANER)
+
+
+def is_as_clean(one: Effect, other: Effect) -> bool:
+    """Whether one set leaves maps as clean as another, but for the tolerances: its former outliers draw no more
+    attention and are no less like their neighbours, and the hottest patch is no hotter."""
+    share, more = AS_CLEAN
+    return (
+        _is_at_most(one.sink, other.sink, share=share)
+        and _is_at_most(one.hottest, other.hottest, share=share)
+        and _is_at_most(one.unlike, other.unlike, more=more)
+    )
+
+
+def _is_at_most(one: float | None, other: float | None, *, share: float = 0.0, more: float = 0.0) -> bool:
+    return one is None or other is None or one <= (1 + share) * other + more
 
 
 def changes_the_same(one: Effect, other: Effect) -> bool:
     """Whether two sets of neurons change features by the same amount, but for the tolerance."""
     is_same = partial(math.isclose, rel_tol=SAME_SHARE, abs_tol=SAME_CHANGE)
     return is_same(one.change_pooled, other.change_pooled) and is_same(one.change_patches, other.change_patches)
+
+
+def _as_little(change: float) -> float:
+    """The largest change of features that keeps outputs as well as this one, or nearly so."""
+    return change + max(SAME_OUTPUTS, change / 10)
 
 
 def _score(neuron: Neuron) -> float:
@@ -139,7 +189,7 @@ def _score(neuron: Neuron) -> float:
 class _Search:
     """A search in rounds: what was added and measured so far, and what is good enough."""
 
-    measure: Callable[[Sequence[Neuron]], Effect]
+    measure: Measure
     target: float
     """What the caller is content with."""
     max_change: float | None
@@ -149,8 +199,10 @@ class _Search:
     """The selective candidates of each round, best first."""
     weighty: list[Neuron] = field(default_factory=list)
     """Those of them that score a tenth of the best of their round or more."""
-    known: dict[frozenset[tuple[int, int]], Effect] = field(default_factory=dict)
-    """The effects of the sets that were measured."""
+    last_curve: _Curve | None = None
+    """That of the last round."""
+    known: dict[tuple[frozenset[tuple[int, int]], int], Effect] = field(default_factory=dict)
+    """The effects of the sets that were measured, with so many registers."""
 
     @property
     def aim(self) -> float:
@@ -162,8 +214,8 @@ class _Search:
         return tuple(neuron for each in self.rounds for neuron in each.added)
 
     def is_over(self) -> bool:
-        """Whether nothing more may be measured."""
-        return len(self.known) >= MAX_MEASUREMENTS or self.out_of_time()
+        """Whether nothing more may be measured but numbers of registers."""
+        return len(self.known) > MAX_MEASUREMENTS - MAX_REGISTERS or self.out_of_time()
 
     def needs_more(self) -> bool:
         """Whether outliers are left that another round may remove."""
@@ -174,18 +226,19 @@ class _Search:
         return self.max_change is None or effect.change <= self.max_change
 
     def is_as_good(self, effect: Effect, best: Effect) -> bool:
-        """Whether a set removes as much as the best one, or nearly so, and is allowed."""
-        removes_as_much = effect.remaining <= max(self.aim, best.remaining)
-        return removes_as_much and effect.excess <= best.excess + TOLERANCE and self.is_allowed(effect)
+        """Whether a set removes as much as the best one, leaves maps as clean, or nearly so, and is allowed."""
+        removes_as_much = effect.remaining <= max(self.aim, best.remaining) and effect.excess <= best.excess + TOLERANCE
+        return removes_as_much and draws_as_little(effect, best) and self.is_allowed(effect)
 
-    def measured(self, neurons: Sequence[Neuron]) -> Effect:
-        key = frozenset(neuron[:2] for neuron in neurons)
+    def measured(self, neurons: Sequence[Neuron], num_registers: int = 1) -> Effect:
+        key = frozenset(neuron[:2] for neuron in neurons), num_registers
         if key not in self.known:
-            self.known[key] = self.measure(neurons)
+            self.known[key] = self.measure(neurons, num_registers)
         return self.known[key]
 
     def add_from(self, candidates: Candidates) -> bool:
-        """Add the fewest of a ranking that remove the most; returns whether that helped, else nothing is added."""
+        """Add the fewest measured of a ranking that remove the most; returns whether that helped, else nothing is
+        added."""
         moved, ranking = self.chosen, candidates.ranking
         curve = _Curve(self, moved, ranking)
         curve.grow()
@@ -197,13 +250,43 @@ class _Search:
             most_are_gone = best.remaining <= max(before.remaining / 2, self.aim)
             if not most_are_gone and before.remaining - best.remaining <= TOLERANCE >= before.excess - best.excess:
                 return False
-        effect = curve.smallest(best)
-        added = tuple(ranking[: effect.neurons - len(moved)])
-        self.rounds.append(Round(added, effect, tuple(sorted(curve.effects, key=lambda effect: effect.neurons))))
-        selective = [neuron for neuron in ranking if neuron in candidates.selective]
+        self.last_curve = curve
+        self.rounds.append(curve.round(curve.fewest(best)))
+        selective = sorted(candidates.selective, key=_score, reverse=True)
         self.selective.append(selective)
         self.weighty += [neuron for neuron in selective if _score(neuron) >= MATTERS * _score(ranking[0])]
         return True
+
+    def smallest_of_last_round(self) -> tuple[tuple[Neuron, ...], Effect]:
+        """All neurons that were added, in the last round only as many as are needed, and their effect."""
+        assert self.last_curve is not None
+        best = self.rounds[-1].effect
+        self.rounds[-1] = self.last_curve.round(self.last_curve.smallest(best))
+        return self.chosen, self.rounds[-1].effect
+
+    def with_all_selective(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[tuple[Neuron, ...], Effect]:
+        """The neurons, which have this effect, with all selective candidates if less attention is drawn then, and the
+        effect of them all."""
+        selective = [neuron for of_round in self.selective for neuron in of_round]
+        whole, found = self._with(selective, neurons, effect)
+        return (neurons, effect) if draws_as_little(effect, found) else (whole, found)
+
+    def with_registers(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[Effect, ...]:
+        """The effects of moving the neurons, which have this effect with one register, to 1, 2, ... registers, until
+        outputs change more again."""
+        effects = [effect]
+        while len(effects) < MAX_REGISTERS:
+            if len(effects) > 1 and effects[-1].change > effects[-2].change:
+                break
+            effects.append(self.measured(neurons, len(effects) + 1))
+        return tuple(effects)
+
+    def best_number(self, registers: Sequence[Effect]) -> int:
+        """The smallest number of registers with which outputs change least, or nearly so."""
+        good = {
+            number: each.change for number, each in enumerate(registers, start=1) if self.is_as_good(each, registers[0])
+        }
+        return next(number for number, change in good.items() if change <= _as_little(min(good.values())))
 
     def without_idle(
         self, neurons: tuple[Neuron, ...], effect: Effect, *, same_change: bool
@@ -212,16 +295,16 @@ class _Search:
 
         Selective ones take nothing from other patches, so of these it is enough to try whole blocks, from the last,
         where neurons may fire at outliers without causing them; and in blocks that are needed, those that score less
-        than half of the best.
+        than half of the best, unless the set is complete: which of its neurons are needed depends on the images.
 
         Args:
-            same_change: whether features must change as much without them.
+            same_change: whether the set is complete: features must change as much without them.
         """
         drop = _Drop(self, neurons, effect, same_change)
         drop.busy()
         for block in sorted({block for block, _, _ in drop.kept}, reverse=True):
             of_block = [neuron for neuron in drop.kept if neuron in drop.selective and neuron[0] == block]
-            if of_block and not drop.dropped(of_block):
+            if of_block and not drop.dropped(of_block) and not same_change:
                 most = max(_score(neuron) for neuron in of_block)
                 drop.dropped([neuron for neuron in of_block if _score(neuron) < most / 2])
         return drop.kept, drop.effect
@@ -318,8 +401,13 @@ class _Drop:
         if not chunk or not without or self.search.is_over():
             return None
         found = self.search.measured(without)
-        must_change = self.same_change and self.selective.issuperset(chunk)
-        if not self.search.is_as_good(found, self.best) or (must_change and not changes_the_same(found, self.best)):
+        must_do_the_same = self.same_change and self.selective.issuperset(chunk)
+        does_the_same = changes_the_same(found, self.best) and is_as_clean(found, self.best)
+        if (
+            not self.search.is_as_good(found, self.best)
+            or found.change > _as_little(self.best.change)
+            or (must_do_the_same and not does_the_same)
+        ):
             return None
         return without, found
 
@@ -383,13 +471,24 @@ class _Curve:
         allowed = filter(self.search.is_allowed, self.effects)
         return min(allowed, key=lambda effect: (max(effect.remaining, self.search.aim), effect.excess), default=None)
 
+    def round(self, effect: Effect) -> Round:
+        """The round that ends with this effect."""
+        added = tuple(self.ranking[: effect.neurons - len(self.moved)])
+        return Round(added, effect, tuple(sorted(self.effects, key=lambda effect: effect.neurons)))
+
+    def fewest(self, best: Effect) -> Effect:
+        """The effect of the fewest neurons measured that are as good as the best; if that is not what the search aims
+        at, that are nearly as good: the next round goes on from there."""
+        is_enough = self.search.is_as_good if best.remaining <= self.search.aim else self.is_near
+        enough = (effect for effect in self.effects if is_enough(effect, best) and self.search.is_allowed(effect))
+        return min(enough, key=lambda effect: effect.neurons)
+
     def smallest(self, best: Effect) -> Effect:
-        """The effect of the fewest neurons that are as good as the best, found by bisection; if that is not what the
-        search aims at, of the fewest measured that are nearly as good: the next round goes on from there."""
+        """The effect of the fewest neurons that are as good as the best, found by bisection, if that is what the search
+        aims at."""
         moved = len(self.moved)
         if best.remaining > self.search.aim:
-            near = (effect for effect in self.effects if self.is_near(effect, best) and self.search.is_allowed(effect))
-            return min(near, key=lambda effect: effect.neurons)
+            return best
         high = min(effect.neurons for effect in self.effects if self.search.is_as_good(effect, best))
         low = max((effect.neurons for effect in self.effects if effect.neurons < high), default=moved)
         self.bisect(low - moved, high - moved, lambda effect: self.search.is_as_good(effect, best))

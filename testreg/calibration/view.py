@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from testreg.calibration.evaluation import Evaluator
+from testreg.calibration.effects import EffectMeter
 from testreg.calibration.options import Options
-from testreg.families import Tower, find_tower, fingerprint
+from testreg.families import Tower, compare_weights, find_tower, fingerprint
 from testreg.io.images import Images, ImageStream, batched
 from testreg.io.packing import PackedImage
 from testreg.io.preprocessing import OwnTransform, Transform
@@ -29,6 +29,7 @@ from testreg.measure.observation import observe
 from testreg.measure.outliers import MIN_FRACTION, Detection, token_norms
 from testreg.measure.ranking import Score, Statistics, overlap, scores, statistics_of
 from testreg.neurons import Neuron, unscored
+from testreg.patching.notices import warn_of_activation
 from testreg.register import is_patched, patched
 
 NUM_DIAGNOSED = 96  # of the first images, or as many as are not held out
@@ -126,10 +127,10 @@ class View:
         """Whether there are enough held-out images to choose on some and to verify on others."""
         return sum(gathered(len(self.held_out))) >= NUM_CHOOSING + MIN_VERIFYING
 
-    def evaluators(self) -> tuple[Evaluator, Evaluator]:
+    def meters(self) -> tuple[EffectMeter, EffectMeter]:
         """What measures sets of neurons on held-out images, to choose one, and to verify it: on others, if there are
         enough images, and else on all."""
-        evaluator = Evaluator(
+        meter = EffectMeter(
             self.model,
             self.tower,
             [packed for _, packed in self.held_out],
@@ -139,7 +140,7 @@ class View:
             head=self.options.head,
             seed=self.options.seed,
         )
-        return evaluator.split(NUM_CHOOSING) if self.is_split else (evaluator, evaluator)
+        return meter.split(NUM_CHOOSING) if self.is_split else (meter, meter)
 
     def go_to(self, number: int) -> None:
         """Make the image with this number the next to be read."""
@@ -252,10 +253,13 @@ def views_of(model: nn.Module | Sequence[nn.Module], images: Images, options: Op
     towers = [find_tower(each) for each in models]
     if any(is_patched(each) for each in models):
         raise RuntimeError("the model is patched: calibrate it before, or after testreg.unpatch(model)")
-    if len({fingerprint(tower) for tower in towers}) > 1:
+    weights = fingerprint(towers[0])
+    if any(compare_weights(weights, tower) == "other" for tower in towers[1:]):
         raise ValueError("several models must be one checkpoint at several image sizes, but their weights differ")
     if isinstance(images, Iterator) and (len(models) > 1 or options.resume is not None):
         raise ValueError("several models, and resumed runs, need images that can be read again: not an iterator")
+    for one, tower in zip(models, towers, strict=True):
+        warn_of_activation(one, tower)
     options = options.with_blocks_of(towers[0].depth)
     views = []
     for each, tower, own in zip(models, towers, transforms, strict=True):

@@ -1,4 +1,4 @@
-"""The command line: testreg demo | list | diagnose | calibrate | apply | show | evaluate.
+"""The command line: testreg demo | list | diagnose | calibrate | apply | show | extract | evaluate.
 
 `app` is the table of the commands, one file each; `running` is what all of them have in common. A command imports what
 it needs when it runs, so that --help is there at once, and an interrupt at any time is one line.

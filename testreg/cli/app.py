@@ -15,6 +15,7 @@ from testreg.cli.demo import demo
 from testreg.cli.diagnose import diagnose
 from testreg.cli.evaluate import tasks
 from testreg.cli.exits import Exit, exit_codes
+from testreg.cli.extract import extract
 from testreg.cli.listing import listing
 from testreg.cli.running import add_command
 from testreg.cli.show import show
@@ -28,7 +29,9 @@ app = typer.Typer(
 )
 add_command(app, demo)
 add_command(app, listing, name="list")
-add_command(app, diagnose, Exit.NOTHING_TO_FIX, Exit.NOT_FIXABLE, done="outliers that registers move")
+add_command(
+    app, diagnose, Exit.NOTHING_TO_FIX, Exit.NOT_FIXABLE, done="outliers that registers move, or several models"
+)
 add_command(
     app,
     calibrate,
@@ -39,6 +42,7 @@ add_command(
 )
 add_command(app, apply)
 add_command(app, show)
+add_command(app, extract)
 app.add_typer(tasks, name="evaluate")
 
 

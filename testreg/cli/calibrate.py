@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -64,7 +65,7 @@ def calibrate(
     threshold: Threshold = None,
     rule: Rule = "robust",
     max_block: Annotated[
-        int | None, typer.Option(help="last block to take neurons from (default: outlier onset)")
+        int | None, typer.Option(help="last block to take neurons from (default: the last one with outliers)")
     ] = None,
     top_k: Annotated[
         int | None, typer.Option(help="how many neurons to recommend (default: chosen by measuring)")
@@ -125,6 +126,8 @@ def calibrate(
     if is_first:
         neurons.save(output)
         run.say(found(neurons))
+        if run.quiet and not neurons.verified:
+            run.answer(not_verified())
         run.answer(f"{output}: {len(neurons)} register neurons, and the ranking they are from")
         if report or figures:
             from testreg.calibration.view import held_out_images
@@ -151,7 +154,7 @@ def calibrate(
 
 def found(neurons: RegisterNeurons) -> str:
     """What calibration found, in a few lines."""
-    from testreg.calibration.view import MIN_VERIFYING
+    from testreg.calibration.effects import what_is_wrong_with_maps
 
     facts = neurons.calibration
     skipped = f", {facts['unreadable_images']} unreadable" if facts["unreadable_images"] else ""
@@ -167,6 +170,8 @@ def found(neurons: RegisterNeurons) -> str:
             values = (f"{point[key]:.3f}" for key in ("remaining", "excess", "change_pooled", "change_patches"))
             cells = zip((str(point["neurons"]), *values), columns, strict=True)
             lines.append("  ".join(f"{cell:>{len(column)}}" for cell, column in cells))
+    if registers := facts.get("registers"):
+        lines.append(_registers_in_words(registers, neurons.num_registers))
     if len(rounds := facts.get("rounds") or ()) > 1:
         for each in rounds:
             blocks = ", ".join(str(block) for block in sorted({block for block, _, _ in each["added"]}))
@@ -182,27 +187,58 @@ def found(neurons: RegisterNeurons) -> str:
             f"at worst (block {each['worst_block']}), features changed by {each['change_pooled']:.3f} (pooled) and "
             f"{each['change_patches']:.3f} (patches)"
         )
+        lines += _attention_in_words(each)
+        lines += what_is_wrong_with_maps(each)
     if not facts.get("target_met", True):
         lines.append(
             f"the target of {facts['target']:.1%} was not reached: this set came closest. More images, another "
             "--max-block or a higher --target may help; testreg diagnose says what kind of outliers they are"
         )
     if cut := facts.get("out_of_time"):
-        would = {
-            "images": f"use more than {facts['images'] + facts['held_out']} images",
-            "ranking": "rank more images, until halves of them agree",
-            "choosing": "measure more sets of neurons",
+        left_out = {
+            "images": f"all images but {facts['images'] + facts['held_out']}",
+            "ranking": "ranking until halves of the images agree",
+            "choosing": "further sets of neurons, so that more neurons or registers may do better",
         }
-        lines.append(f"out of time: with a larger --budget it would {', '.join(would[each] for each in cut)}")
+        lines.append(f"the --budget was too small for: {'; '.join(left_out[each] for each in cut)}")
     agreement = facts.get("chosen", {}).get("agreement")
     if agreement is not None and agreement < HIGH_AGREEMENT:
         lines.append(f"the head agrees with itself on {agreement:.1%} of the images, with and without registers")
     if not neurons.verified:
-        lines.append(
-            f"not verified: that takes a target that is met on at least {MIN_VERIFYING} held-out images "
-            "that had no part in the choice (64 images or more in all)"
-        )
+        lines.append(not_verified())
     return "\n".join(lines)
+
+
+def not_verified() -> str:
+    """What a list that is not verified lacks."""
+    from testreg.calibration.view import MIN_VERIFYING, NUM_CHOOSING
+
+    return (
+        f"not verified: that takes a target that is met, and clean maps, on at least {MIN_VERIFYING} held-out "
+        f"images that had no part in the choice ({2 * (NUM_CHOOSING + MIN_VERIFYING)} images or more in all)"
+    )
+
+
+def _registers_in_words(registers: Sequence[Mapping[str, Any]], number: int) -> str:
+    """How many registers were chosen, and what each number of them changes."""
+    changes = ", ".join(
+        f"{max(each['change_pooled'], each['change_patches']):.3f} with {each['num_registers']}" for each in registers
+    )
+    which = "1 register" if number == 1 else f"{number} registers, each with all of the neurons"
+    return f"{which}: features change by {changes}"
+
+
+def _attention_in_words(check: Mapping[str, Any]) -> list[str]:
+    """What became of the attention to the patches that were outliers, where it can be seen."""
+    if check.get("sink") is None or check.get("hottest") is None:
+        return []
+    before = check["before"]
+    return [
+        f"attention to a former outlier, over that to another patch: {before['sink']:.1f} before, {check['sink']:.1f} "
+        f"now; share of the hottest patch: {before['hottest']:.1%} before, {check['hottest']:.1%} now (hotter in "
+        f"{check['hotter']:.0%} of the images); former outliers are {check['unlike']:.0%} as unlike their neighbours "
+        "as before"
+    ]
 
 
 def _result(neurons: RegisterNeurons, output: Path, report: Path | None, figures: Path | None) -> dict[str, Any]:

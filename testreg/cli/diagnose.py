@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import TYPE_CHECKING
 
 from testreg.cli.exits import Exit
 from testreg.cli.models import chosen_device, load
@@ -12,7 +13,7 @@ from testreg.cli.options import (
     DType,
     Images,
     ImageSize,
-    Model,
+    Models,
     NumImages,
     ReportFile,
     Rule,
@@ -24,12 +25,15 @@ from testreg.cli.options import (
 from testreg.cli.outputs import PAGES, check_file
 from testreg.cli.running import Run
 
+if TYPE_CHECKING:
+    from testreg.measure.diagnosis import Diagnosis
+
 REPORT_IMAGES = 32
 
 
 def diagnose(
     run: Run,
-    model: Model,
+    models: Models,
     *,
     images: Images,
     report: ReportFile = None,
@@ -44,33 +48,47 @@ def diagnose(
     threshold: Threshold = None,
     rule: Rule = "robust",
 ) -> Exit:
-    """Where a model's outliers are, and whether registers fix them."""
+    """Where a model's outliers are, and whether registers fix them.
+
+    Of several models: one table, each model with its own preprocessing of the same images.
+    """
     from testreg.io.processes import process_group, rank
     from testreg.io.sources import check_images
     from testreg.measure import diagnose as measure
     from testreg.measure.outliers import OutlierRule
 
     outlier_rule = OutlierRule(threshold=threshold, mixture=rule == "mixture")
+    if report is not None and len(models) > 1:
+        raise ValueError("a report shows one model: name one, or leave --report out")
     check_file(report, *PAGES)
     check_images(images)  # before a model is loaded for nothing
+    found: dict[str, Diagnosis] = {}
     with process_group(chosen_device(device)) as own:
-        loaded = load(run, model, own, image_size=image_size, dtype=dtype, trust_remote_code=trust_remote_code)
-        found = measure.diagnose(
-            loaded.model,
-            images,
-            transform=loaded.transform,
-            batch_size=batch_size,
-            num_images=num_images,
-            rule=outlier_rule,
-            workers=workers,
-            seed=seed,
-            progress=not run.quiet,
-        )
+        for model in dict.fromkeys(models):
+            loaded = load(run, model, own, image_size=image_size, dtype=dtype, trust_remote_code=trust_remote_code)
+            found[model] = measure.diagnose(
+                loaded.model,
+                images,
+                transform=loaded.transform,
+                batch_size=batch_size,
+                num_images=num_images,
+                rule=outlier_rule,
+                workers=workers,
+                seed=seed,
+                progress=not run.quiet,
+            )
         is_first = rank() == 0
-    if is_first:
-        run.answer(found.verdict)
-        run.say("\n".join(["", found.table(), "", *found.notes]))
-        run.write(found.to_dict())
+    first = next(iter(found.values()))
+    if is_first and len(found) > 1:
+        from testreg.measure import several
+
+        run.answer(several.verdicts(found))
+        run.say(f"\n{several.table(found)}")
+        run.write([{"name": name, **each.to_dict()} for name, each in found.items()])
+    elif is_first:
+        run.answer(first.verdict)
+        run.say("\n".join(["", first.table(), "", *first.notes]))
+        run.write(first.to_dict())
         if report is not None:
             from testreg.io.images import ImageStream
             from testreg.report.diagnosis import write_diagnosis_report
@@ -78,6 +96,8 @@ def diagnose(
             with run.phase("measuring for the report"):
                 stream = ImageStream(images, loaded.transform, num_images=num_images, seed=seed)
                 shown = [image for _, image in itertools.islice(stream.numbered(), REPORT_IMAGES)]
-                write_diagnosis_report(report, found, loaded.model, shown, command=run.command, rule=outlier_rule)
+                write_diagnosis_report(report, first, loaded.model, shown, command=run.command, rule=outlier_rule)
             run.answer(str(report))
-    return {"movable": Exit.DONE, "none": Exit.NOTHING_TO_FIX}.get(found.kind, Exit.NOT_FIXABLE)
+    if len(found) > 1:
+        return Exit.DONE
+    return {"movable": Exit.DONE, "none": Exit.NOTHING_TO_FIX}.get(first.kind, Exit.NOT_FIXABLE)

@@ -20,7 +20,10 @@ class Exit(IntEnum):
     ERROR = 1, "error"
     USAGE = 2, "wrong usage"  # which typer exits with
     NOTHING_TO_FIX = 3, "no outliers: nothing to fix"
-    NOT_FIXABLE = 4, "outliers that registers do not fix: at fixed positions, or not made by MLPs"
+    NOT_FIXABLE = (
+        4,
+        "outliers that registers do not fix: at fixed positions, not made by MLPs, or left in a patched model",
+    )
     NOT_VERIFIED = (
         5,
         ("neurons were written, but are not verified: the target was not met, or on too few held-out images"),

@@ -10,6 +10,7 @@ import typer
 from testreg.io.names import KINDS, NAMES
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=NAMES, show_default=False)]
+Models = Annotated[list[str], typer.Argument(metavar="MODEL...", help=f"one or several: {NAMES}", show_default=False)]
 _SIZE = "side of the input in pixels (default: the model's own)"
 ImageSize = Annotated[int | None, typer.Option(help=_SIZE)]
 ImageSizes = Annotated[list[int] | None, typer.Option("--image-size", help=f"{_SIZE}; may be repeated")]

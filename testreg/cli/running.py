@@ -20,7 +20,7 @@ import typer
 from testreg.calibration.errors import ImmovableOutliersError, NoOutliersError
 from testreg.cli.exits import Exit, exit_codes
 from testreg.cli.libraries import muted
-from testreg.files import check_writable, replacing
+from testreg.files import UNFINISHED, check_writable, replacing
 
 OUTPUTS = ("output", "report", "figures", "resume", "json")  # parameters that name what a command writes
 TO_OUTPUT = "-"  # in place of a file
@@ -127,6 +127,8 @@ def add_command(
 def _ended(function: Callable[..., Exit | None], run: Run, values: Mapping[str, Any]) -> Exit:
     """Run a command; returns how it ended."""
     outputs = [Path(path) for key, path in {**values, "json": run.json}.items() if key in OUTPUTS and _is_file(path)]
+    begun = [Path(f"{values['output']}{UNFINISHED}")] if _is_file(values.get("output")) else []  # of `extract`
+    outputs += begun
     before = _written(outputs)
     try:
         with muted(verbose=run.verbose):
@@ -142,7 +144,8 @@ def _ended(function: Callable[..., Exit | None], run: Run, values: Mapping[str, 
         return Exit.DONE
     except KeyboardInterrupt:
         if is_first_process():
-            print(_interrupted(outputs, before, values.get("resume")), file=sys.stderr)
+            resume = [path for path in (values.get("resume"), *begun) if path is not None and path.is_file()]
+            print(_interrupted(outputs, before, resume), file=sys.stderr)
         return Exit.INTERRUPTED
     except Exception as error:
         if run.debug:
@@ -167,8 +170,8 @@ def _written(outputs: Sequence[Path]) -> dict[Path, tuple[int, int]]:
     return {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in files if os.path.isfile(file)}
 
 
-def _interrupted(outputs: Sequence[Path], before: Mapping[Path, tuple[int, int]], resume: Path | None) -> str:
+def _interrupted(outputs: Sequence[Path], before: Mapping[Path, tuple[int, int]], resume: Sequence[Path]) -> str:
     """What an interrupted command has written, and whether it can go on from there."""
     written = [str(file) for file, state in _written(outputs).items() if state != before.get(file)]
     message = "interrupted; " + (f"written before: {', '.join(written)}" if written else "nothing was written")
-    return message + (f"; the same command goes on from {resume}" if resume is not None and resume.is_file() else "")
+    return message + "".join(f"; the same command goes on from {file}" for file in resume)

@@ -27,8 +27,11 @@ from testreg.cli.outputs import PICTURES, check_file, save_picture
 from testreg.cli.running import Run
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from PIL.Image import Image
     from torch import Tensor
+
+    from testreg.io.loading import LoadedModel
 
 MAX_SHOWN = 64  # images in one picture, each of which is a row of it
 
@@ -58,6 +61,12 @@ def show(
             "moved onto the patches that this box touches, in place of the register",
         ),
     ] = None,
+    pca: Annotated[
+        bool, typer.Option("--pca", help="draw features alone: three principal components, the same for all images")
+    ] = False,
+    foreground: Annotated[
+        bool, typer.Option("--foreground", help="with --pca: blacken the background, which the first component tells")
+    ] = False,
     image_size: ImageSize = None,
     device: Device = None,
     dtype: DType = None,
@@ -65,6 +74,8 @@ def show(
 ) -> None:
     """Picture of a model before and after."""
     check_file(output, *PICTURES)
+    if foreground and not pca:
+        raise ValueError("--foreground belongs to --pca: give both")
     box = None if steer is None else _box(steer)
 
     from contextlib import nullcontext
@@ -88,16 +99,22 @@ def show(
         max_over=max_over,
         zero=zero,
     )
-    drawn = used.calibration.get("detection_block", -1) if block is None else block
+    tower = find_tower(loaded.model)
+    drawn = (-1 if pca else used.calibration.get("detection_block", -1)) if block is None else block
+    if not -tower.depth <= drawn < tower.depth:
+        raise ValueError(f"--block {drawn} is out of range: {loaded.name} has {tower.depth} blocks")
     batch = torch.stack([loaded.transform(photo) for photo in photos])
-    steering = (
-        nullcontext() if box is None else steered(loaded.model, _target(box, find_tower(loaded.model).grid(batch)))
-    )
+    steering = nullcontext() if box is None else steered(loaded.model, _target(box, tower.grid(batch)))
+    onto = "" if steer is None else f", steered onto {steer}"
     with run.phase(f"measuring {len(photos)} images"), steering:
-        before, after = maps.compare(loaded.model, batch, drawn)
-    run.say(maps.table(before, after))
-    title = f"{loaded.name}, norms after block {drawn}{'' if steer is None else f', steered onto {steer}'}"
-    save_picture(maps.figure(batch, before, after, title), output)
+        if pca:
+            made, facts = _principal(loaded, batch, drawn, onto, foreground), {}
+        else:
+            before, after = maps.compare(loaded.model, batch, drawn)
+            run.say(maps.table(before, after))
+            made = maps.figure(batch, before, after, f"{loaded.name}, norms after block {drawn}{onto}")
+            facts = {"before": maps.figures_of(before), "after": maps.figures_of(after)}
+    save_picture(made, output)
     run.answer(f"picture:    {output}")
     run.write(
         {
@@ -106,10 +123,26 @@ def show(
             "neurons": used.by_block(),
             "block": drawn,
             "steered_onto": box,
-            "before": maps.figures_of(before),
-            "after": maps.figures_of(after),
+            **facts,
         }
     )
+
+
+def _principal(loaded: LoadedModel, images: Tensor, block: int, onto: str, foreground: bool) -> Figure:
+    """The features of images (B, 3, h, w), without and with registers, as colours."""
+    from testreg.families import find_tower
+    from testreg.measure.maps import features
+    from testreg.register import disabled
+    from testreg.report.maps import principal_figure
+
+    def taken() -> Tensor:
+        return features(loaded.model, images, block).permute(0, 2, 3, 1)
+
+    with disabled(loaded.model):
+        before = taken()
+    last = block % find_tower(loaded.model).depth
+    title = f"{loaded.name}, principal components of the patches after block {last}{onto}"
+    return principal_figure(images, {"before": before, "after": taken()}, title, foreground=foreground)
 
 
 def _box(text: str) -> tuple[float, float, float, float]:

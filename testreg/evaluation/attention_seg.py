@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,13 @@ from testreg.evaluation.bootstrap import Array, Scores, mean_iou_of, mean_of, ra
 from testreg.evaluation.features import Features
 from testreg.evaluation.figures import Panel, rows_of
 from testreg.evaluation.libraries import library
-from testreg.evaluation.maps import mapped_images, one_split
+from testreg.evaluation.maps import Map, MapFile, mapped_images, one_split
 from testreg.evaluation.overlap import IGNORED, overlap
 from testreg.evaluation.preparing import AS_THEY_ARE, Fit, Square, normalisation_of
 from testreg.evaluation.result import Result
 from testreg.evaluation.run import Column, Model, Run, Settings
-from testreg.evaluation.samples import drawn
+from testreg.evaluation.samples import Sample, drawn
+from testreg.files import plain
 from testreg.measure.attention import attention_to_patches
 from testreg.neurons import AnyNeurons
 
@@ -44,7 +46,8 @@ def evaluate(
     foreground where it exceeds its own mean.
 
     Args:
-        data: a folder with images/ and masks/, or ImageNet-segmentation (gtsegs_ijcv.mat).
+        data: a folder with images/ and annotations/, masks/, semantic/ or labels/ (of several, the first in this order
+            that holds masks; of several splits, val), or ImageNet-segmentation (gtsegs_ijcv.mat).
         block: the block whose attention is taken, negative from the end.
         size: side of the square that images and masks are made to.
         align: squash images and masks alike. If not, images are cropped and masks are squashed, as in the released
@@ -65,6 +68,9 @@ def evaluate(
         truths.append(np.where(values == ignore, IGNORED, truth) if ignore is not None else truth)
     if not any((truth == 1).any() for truth in truths):
         raise ValueError(f"no mask has foreground: a value of {foreground or 'more than 0'} (--foreground)")
+    counted = sum(int((truth != IGNORED).sum()) for truth in truths)
+    share = sum(int((truth == 1).sum()) for truth in truths) / counted
+    folder = _folder_of(samples)
     run = Run("attention-seg", model, data, settings_, neurons=neurons, against=against, image_size=size)
 
     def compute(column: Column, images: Tensor) -> dict[str, Tensor]:
@@ -94,8 +100,16 @@ def evaluate(
             "foreground": foreground or "all but 0",
             "ignore": ignore,
         },
+        details={"foreground_share": share, "masks": folder},
+        notes=[f"foreground: {100 * share:.1f} % of the pixels that count, of {len(samples)} masks in {plain(folder)}"],
         pictures={"attention": lambda: rows_of(panels, len(samples), "attention of CLS")},
     )
+
+
+def _folder_of(samples: Sequence[Sample[Map]]) -> str:
+    """The folder that holds all of the masks, or the one file of ImageNet-segmentation."""
+    files = {str(sample.target.file.parent) for sample in samples if isinstance(sample.target, MapFile)}
+    return os.path.commonpath(files) if files else samples[0].target.name.partition(",")[0]
 
 
 def _range(foreground: str | None) -> tuple[int, int]:

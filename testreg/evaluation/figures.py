@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN = 8  # images in a picture
+INSET = 0.01  # of an image's side: so far inside of its edges is a box drawn, or one of the whole image is not seen
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ def _draw(axis: Axes, panel: Panel) -> None:
     if panel.over is not None:
         height, width = np.shape(panel.pixels)[:2]
         axis.imshow(panel.over, alpha=0.5, extent=(-0.5, width - 0.5, height - 0.5, -0.5), **values)
+    inset = INSET * max(np.shape(panel.pixels)[:2])
     for left, top, right, bottom in [] if panel.boxes is None else panel.boxes.tolist():
-        axis.add_patch(
-            Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor="#d55e00", lw=1.5, clip_on=False)
-        )
+        place, width, height = (left - 0.5 + inset, top - 0.5 + inset), right - left, bottom - top
+        axis.add_patch(Rectangle(place, width - 2 * inset, height - 2 * inset, fill=False, edgecolor="#d55e00", lw=1.5))
     axis.set_title(panel.title, fontsize=8, parse_math=False)

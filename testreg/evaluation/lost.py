@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.ops import box_iou
+from torchvision.ops import box_area, box_iou
 
 from testreg.evaluation.bootstrap import Scores, mean_of
 from testreg.evaluation.boxes import Objects, boxed_images
@@ -31,6 +31,7 @@ from testreg.neurons import AnyNeurons
 CANDIDATES = 100  # patches of lowest degree that may grow the seed
 PARTS: tuple[Part, ...] = ("q", "k", "v")
 SWEPT_BLOCKS, SWEPT_BIASES = 4, 11
+WHOLE = 0.9  # of an image: a box that takes more of it says nothing of where the object is
 CENTRED = 0.7  # share of each side that the centred trivial box takes
 
 
@@ -90,6 +91,8 @@ def evaluate(
     """Object discovery: CorLoc, the share of images whose LOST box has IoU of at least .5 with a true one.
 
     `hit_ratio` is the share of images in which the centre of the patch most similar to CLS lies in a true box.
+    `whole_image` is the share whose LOST box takes more than 90 % of the image: where objects are large, these count as
+    right, and so does `corloc_whole_image`, which needs no model.
 
     Args:
         data: a folder of VOC (JPEGImages, Annotations) or COCO (annotations/instances_*.json and the images).
@@ -115,7 +118,11 @@ def evaluate(
     by_feature: dict[str, dict[str, float]] = {}
     for name, (choices, boxes, hits) in found.items():
         right = torch.stack([_right(boxes[:, i], samples) for i in range(len(choices))])  # (choices, n)
-        metrics = {"corloc": mean_of(right[PARTS.index(feature), scored]), "hit_ratio": mean_of(hits[scored])}
+        metrics = {
+            "corloc": mean_of(right[PARTS.index(feature), scored]),
+            "hit_ratio": mean_of(hits[scored]),
+            "whole_image": mean_of(_is_whole(boxes[:, PARTS.index(feature)], samples)[scored]),
+        }
         by_feature[name] = {part: float(right[i, scored].mean()) for i, part in enumerate(PARTS)}
         if sweep:
             best = int(right[:, 0::2].mean(1).argmax())  # on the other half
@@ -221,6 +228,12 @@ def _right(boxes: Tensor, samples: Sequence[Sample[Objects]]) -> Tensor:
     """Whether each image's box (n, 4) has IoU of at least .5 with a true one: (n,), 0 or 1."""
     best = [box_iou(box[None], sample.target.boxes).max() for box, sample in zip(boxes, samples, strict=True)]
     return (torch.stack(best) >= 0.5).double()
+
+
+def _is_whole(boxes: Tensor, samples: Sequence[Sample[Objects]]) -> Tensor:
+    """Whether each box (n, 4) takes nearly all of its image: (n,), 0 or 1."""
+    sizes = torch.tensor([sample.target.size for sample in samples], dtype=torch.float64)
+    return (box_area(boxes) > WHOLE * sizes.prod(1)).double()
 
 
 def _inner(sample: Sample[Objects], share: float) -> Tensor:

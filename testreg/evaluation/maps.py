@@ -67,7 +67,7 @@ def mapped_images(data: str | os.PathLike[str], kinds: Sequence[str] = MASKS) ->
     ImageNet-segmentation: gtsegs_ijcv.mat.
 
     Args:
-        kinds: the names that the folder of maps may have.
+        kinds: the names that the folder of maps may have; of several folders, the first that holds maps counts.
 
     Raises:
         FileNotFoundError: there is no such folder, or no image for a map.
@@ -98,17 +98,21 @@ def _splits(folder: Path, kinds: Sequence[str]) -> Iterator[tuple[str, list[Samp
     for split, names in SPLITS.items():
         if lists := [file for name in names for file in sorted(folder.glob(f"*_{name}.txt"))]:
             yield split, [pair for file in lists for pair in _listed(folder, file)]
-    roots = [root for name in kinds if images_under(root := folder / name)]
-    for root in roots:
+    for root in _first_with_images([folder / name for name in kinds]):
         parts = {split: [root / name for name in names if (root / name).is_dir()] for split, names in SPLITS.items()}
         for split, folders in parts.items():
             yield split, [pair for part in folders for pair in _paired(part, _images_of(folder, part.name))]
         if not any(parts.values()):
             yield "", _paired(root, _images_of(folder, ""))
     for split, names in SPLITS.items():
-        above = [(folder / name, folder / name / kind) for name in names for kind in kinds]
-        found = [(part, root) for part, root in above if images_under(root)]
+        above = [folder / name for name in names]
+        found = [(part, root) for part in above for root in _first_with_images([part / kind for kind in kinds])]
         yield split, [pair for part, root in found for pair in _paired(root, _images_of(part, ""))]
+
+
+def _first_with_images(folders: Sequence[Path]) -> list[Path]:
+    """The first of the folders that holds images, if any does: others may hold the same masks in another form."""
+    return [folder for folder in folders if images_under(folder)][:1]
 
 
 def _images_of(folder: Path, split: str) -> Path:

@@ -6,7 +6,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,8 @@ class Result:
     """Metrics of what needs no model."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """What a task says beyond its metrics, fit for JSON."""
+    notes: Sequence[str] = ()
+    """What a reader of the table should know, in sentences that stand below it."""
     pictures: Mapping[str, Callable[[], Figure]] = field(default_factory=dict, compare=False)
     """Makes each picture of the task, by name."""
 
@@ -94,7 +96,7 @@ class Result:
         console = Console(file=io.StringIO(), width=120)
         with console.capture() as captured:
             console.print(self.table())
-        return captured.get()
+        return captured.get() + "".join(f"{note}\n" for note in self.notes)
 
 
 def _interval(difference: Difference) -> str:

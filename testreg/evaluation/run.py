@@ -216,6 +216,7 @@ class Run:
         *,
         baselines: Scores | None = None,
         details: Mapping[str, Any] | None = None,
+        notes: Sequence[str] = (),
         pictures: Mapping[str, Callable[[], Figure]] | None = None,
     ) -> Result:
         """The result, from the scores of each column by its name."""
@@ -235,6 +236,7 @@ class Run:
             difference_against=self._difference(scores, "against"),
             baselines=_values(baselines or {}),
             details=details or {},
+            notes=notes,
             pictures=pictures or {},
         )
 

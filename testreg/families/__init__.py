@@ -4,10 +4,11 @@ This package is the only place that names the modules of other libraries, and it
 recognised by its class name. A new family is one row.
 """
 
+from testreg.families.activation import Mismatch, activation, mismatch_of
 from testreg.families.extend import MASKS, extend_bias
 from testreg.families.family import Family
 from testreg.families.find import find_part, find_tower
-from testreg.families.fingerprint import checkpoint_names, fingerprint
+from testreg.families.fingerprint import checkpoint_names, compare_fingerprints, compare_weights, fingerprint
 from testreg.families.table import FAMILIES, add_family
 from testreg.families.tower import Block, Mlp, Tower
 
@@ -16,12 +17,17 @@ __all__ = [
     "MASKS",
     "Block",
     "Family",
+    "Mismatch",
     "Mlp",
     "Tower",
+    "activation",
     "add_family",
     "checkpoint_names",
+    "compare_fingerprints",
+    "compare_weights",
     "extend_bias",
     "find_part",
     "find_tower",
     "fingerprint",
+    "mismatch_of",
 ]

@@ -262,8 +262,12 @@ FAMILIES = (
     ),
 )
 
+FEW_OF_ALL = (
+    "attention stays within windows in all blocks but four (7, 15, 23 and 31): in these the image needs one register, "
+    "in the others each window would need its own, and the method does not say how one is made of the others"
+)
 REFUSED = {
-    **dict.fromkeys(("Qwen2_5_VisionTransformerPretrainedModel", "Qwen2_5OmniVisionEncoder"), WINDOWS),
+    **dict.fromkeys(("Qwen2_5_VisionTransformerPretrainedModel", "Qwen2_5OmniVisionEncoder"), FEW_OF_ALL),
     **dict.fromkeys(("Exaone4_5_VisionModel", "MuseGlimmerVisionModel", "MuseSparkVisionModel"), WINDOWS),
     **dict.fromkeys(("GotOcr2VisionEncoder", "PPFormulaNetVisionEncoder", "SLANeXtVisionEncoder"), WINDOWS),
     **dict.fromkeys(("MiniCPMV4_6VisionModel", "MiniCPMV4_7VisionModel", "MiniCPMOcrVisionModel"), STAGES),

@@ -23,6 +23,7 @@ from testreg.hub.card import model_card
 from testreg.hub.repository import SCHEME, check_can_push, fetch_checkpoint, is_repository, push
 from testreg.io import formats
 from testreg.io.install import PENDING, RECORD, installing, is_interrupted, recover
+from testreg.io.preprocessing import own_processor
 from testreg.io.trust import check_folder, is_file_name, one_line, read_json
 from testreg.neurons import MAX_REGISTERS, RegisterNeurons
 from testreg.patching.state import patch_of
@@ -150,7 +151,8 @@ def save(
         arch: for open_clip, the name of its config, or the config itself. Needed where the model does not know it
             (`load_model` notes it) and not exactly one of open_clip's configs fits.
         model_args: for timm, arguments of `timm.create_model` that it did not record (before 1.0.31 it recorded none).
-        processor: for transformers, the image processor: written too, so that `load_model` can load the folder.
+        processor: for transformers, the image processor, which prepares photographs for what `load` and `load_model`
+            give. None: that of the checkpoint from which the model was loaded, if it can be found.
         push_to_hub: ORGANISATION/NAME of a repository on the Hugging Face Hub. The files are put there too, with a
             model card, so that `load` takes its name; it is made if there is none. You must be logged in
             (`hf auth login`).
@@ -186,6 +188,8 @@ def save(
     try:
         with installing(target, stale) as stage:
             args = formats.write(model, library, stage, arch=arch, model_args=model_args)
+            if processor is None and library == "transformers":
+                processor = own_processor(model)
             if processor is not None:
                 processor.save_pretrained(stage)
             if state.static is not None:

@@ -156,6 +156,8 @@ def _load_transformers(name: str, rest: str, asked: _Asked) -> LoadedModel:
         require(Path(rest), "config.json")
         if asked.pretrained:
             require(Path(rest), "*.safetensors")
+    elif not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", rest):
+        raise FileNotFoundError(f"there is no folder {rest}, nor can that be a name on the Hub (NAME or OWNER/NAME)")
     processor = image_processor(rest, asked.image_size, asked.trust_remote_code)
     trust: dict[str, Any] = {"trust_remote_code": asked.trust_remote_code}
     with explained(name, CHECK_FOLDER if local else CHECK_HUB), asking_only_if(asked.trust_remote_code):

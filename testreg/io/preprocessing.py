@@ -68,14 +68,22 @@ def timm_transform(model: nn.Module, image_size: int | None = None) -> Transform
     return create_transform(**resolve_model_data_config(model, args=asked), is_training=False)
 
 
+_WHOLE_FIRST = ("LlavaNextImageProcessor", "LlavaOnevisionImageProcessor")  # and its tiles behind it
+
+
 @dataclass(frozen=True)
 class OneImage:
-    """A transform that applies an image processor of transformers to one image."""
+    """A transform that applies an image processor of transformers to one image.
+
+    Of a processor that cuts images into tiles, it takes the whole image, if that comes first.
+    """
 
     processor: Any
 
     def __call__(self, image: Image) -> Tensor:
         pixels = self.processor(images=image, return_tensors="pt")["pixel_values"]
+        if type(self.processor).__name__.startswith(_WHOLE_FIRST) and pixels.ndim == 5:
+            pixels = pixels[:, 0]
         if pixels.ndim != 4 or len(pixels) != 1:
             raise ValueError(
                 f"{type(self.processor).__name__} makes {tuple(pixels.shape)} of an image, not (1, 3, h, w), since "
@@ -93,8 +101,9 @@ def image_processor(source: str, image_size: int | None = None, trust_remote_cod
         (folder / f"{kind}_config.json").is_file() for kind in ("preprocessor", "processor")
     ):
         raise ValueError(
-            f"{folder} has no preprocessor_config.json, which says how images are prepared: save it there with "
-            "transformers.AutoImageProcessor.from_pretrained(ORIGINAL).save_pretrained(FOLDER)"
+            f"{folder} has no preprocessor_config.json, which says how images are prepared: pass transform=, or write "
+            "it there: testreg.save(model, FOLDER, processor=...), or transformers' processor.save_pretrained(FOLDER), "
+            "with the processor of the original, transformers.AutoImageProcessor.from_pretrained(ORIGINAL)"
         )
     trust = {"trust_remote_code": trust_remote_code}
     with explained(source, CHECK_FOLDER if folder.is_dir() else CHECK_HUB), asking_only_if(trust_remote_code):
@@ -112,6 +121,17 @@ def image_processor(source: str, image_size: int | None = None, trust_remote_cod
             if edges
         }
         return AutoImageProcessor.from_pretrained(source, **trust, **scaled)
+
+
+def own_processor(model: nn.Module) -> Any:
+    """The image processor of the checkpoint that a model of transformers says it is; None if it says none, or if there
+    is none or it cannot be fetched."""
+    config: Any = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", "")
+    try:
+        return image_processor(name) if name else None
+    except (OSError, ValueError):
+        return None
 
 
 def open_clip_transform(preprocess: dict[str, Any]) -> Transform:

@@ -63,6 +63,10 @@ def image_paths(images: str | os.PathLike[str]) -> list[Path]:
         return _listed_paths(Path(images))
     if _is_named_as_image(images) and not Path(images).is_dir():
         return [regular_file(images)]
+    if Path(images).is_file():
+        raise ValueError(
+            f"{images} is neither an image ({', '.join(sorted(EXTENSIONS))}) nor a list (.txt): give {KINDS}"
+        )
     if not Path(images).is_dir():
         raise FileNotFoundError(f"no folder of images at {images}: give {KINDS}")
     paths = sorted(filter(_is_named_as_image, Path(images).rglob("*")))

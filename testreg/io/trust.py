@@ -6,6 +6,7 @@ What a library then says of them is made one error, which names the input and th
 from __future__ import annotations
 
 import json
+import textwrap
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,6 +16,7 @@ from typing import Any
 CHECK_HUB = "Check the name on huggingface.co, and the network"
 CHECK_FOLDER = "The folder is damaged, or not for this release of the library: copy it, or save it, again"
 _READ_BY_LIBRARIES = (".json", ".safetensors", ".txt", ".model", ".jinja")
+LONGEST = 300  # characters of a library's error that another one quotes
 _ASKING = threading.RLock()
 
 
@@ -107,14 +109,20 @@ def explained(name: str, fix: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        from huggingface_hub import constants
+
         message = one_line(error).rstrip(".")
         if "trust_remote_code" in str(error):
             fix = "If you trust that code, pass trust_remote_code=True (--trust-remote-code)"
         kind = OSError if isinstance(error, OSError) else ValueError
+        is_of_network = kind is OSError or "download" in message
+        if is_of_network and fix != CHECK_FOLDER and constants.HF_HUB_OFFLINE:
+            fix = f"HF_HUB_OFFLINE is set, so that nothing is downloaded: unset it, or name a local folder. {fix}"
         raise kind(f"cannot load {name}: {message}. {fix}") from error
 
 
 def one_line(message: object) -> str:
     """What an error says, fit to be quoted in another: a line of printable characters, not too long."""
     lines = [line.strip() for line in str(message).splitlines() if line.strip()] or [type(message).__name__]
-    return "".join(char if char.isprintable() else "?" for char in lines[0][:300])
+    line = "".join(char if char.isprintable() else "?" for char in lines[0])
+    return textwrap.shorten(line, LONGEST, placeholder=" [...]") if " " in line[:LONGEST] else line[:LONGEST]

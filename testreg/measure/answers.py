@@ -20,11 +20,17 @@ def answer_attention(
     inputs: Mapping[str, Any],
     blocks: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
+    *,
+    neutral: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """What the answer's first token takes from the image: attention (B, h, w) to the h x w tokens of each image.
 
     It is that of the prompt's last token, from which the first token of the answer is predicted, in the blocks of the
     language model, as one forward of the prompt gives it. The rest of the attention goes to the text.
+
+    Language models have sinks of their own: a few image tokens that draw attention whatever the prompt says. `neutral`
+    takes them out: the map is then that of the prompt over that of a neutral prompt (arXiv 2502.17422), above 1 where
+    this prompt looks more than the neutral one does.
 
     Example:
         >>> from transformers import LlavaForConditionalGeneration
@@ -39,12 +45,21 @@ def answer_attention(
         inputs: what its processor makes of prompts with one image each; padded on the left.
         blocks: 0-based blocks of the language model, of which the mean is taken; None: all.
         heads: heads, likewise.
+        neutral: what the processor makes of the same images with a prompt that asks for nothing in particular, such as
+            "Write a general description of the image."
 
     Raises:
         ValueError: the model is no vision-language model, it is not known how its image tokens form a grid, or an
             argument does not fit.
         RuntimeError: attention cannot be observed from Python (compiled or custom kernels).
     """
+    if neutral is not None:
+        asked, otherwise = (answer_attention(model, each, blocks, heads) for each in (inputs, neutral))
+        if asked.shape != otherwise.shape:
+            raise ValueError(
+                f"the neutral prompts have other images: maps {tuple(otherwise.shape)}, not {tuple(asked.shape)}"
+            )
+        return asked / otherwise.clamp(min=torch.finfo(otherwise.dtype).tiny)
     layers = decoder_blocks(model)
     chosen = range(len(layers)) if blocks is None else blocks
     if not chosen or any(not -len(layers) <= block < len(layers) for block in chosen):
@@ -56,7 +71,7 @@ def answer_attention(
     modules, rows = [layers[block] for block in chosen], list[Tensor]()
     with (
         attention_kernel(model, "sdpa", instead_of=UNSEEN),
-        Recorder(of_all=False, token=-1) as recorder,
+        Recorder(lambda num_tokens: slice(-1, None)) as recorder,
         recording_inputs(modules, lambda index, tokens: recorder.rows.clear()),
         recording_outputs(modules, lambda index, tokens: rows.extend(recorder.rows)),
     ):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -16,48 +17,61 @@ from testreg.families.kernels import attention_kernel
 from testreg.measure.hooks import recording_inputs, recording_outputs
 from testreg.measure.tokens import attends_to_itself, module_projections
 
-Query = Literal["cls", "pool", "mean"]
-Rows = slice | Tensor  # which of the queries: a slice, or their numbers (n,)
+Query = Literal["cls", "pool", "mean", "register"]
+To = Literal["patches", "registers"]
+Rows = slice | Tensor  # which of the tokens: a slice, or their numbers (n,)
+RowsOf = Callable[[int], Rows]  # the same, from the number of tokens T
 # Kernels that do not go through torch.nn.functional.
 UNSEEN = ("flash_attention_2", "flash_attention_3", "flex_attention")
 SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
+def mean_of_queries(weights: Tensor) -> Tensor:
+    """What some queries give on average: (B, heads, n, T) -> (B, heads, T)."""
+    return weights.mean(2)
+
+
+def mean_of_heads(weights: Tensor) -> Tensor:
+    """(B, heads, n, T) -> (B, n, T)."""
+    return weights.mean(1)
+
+
 class Recorder(TorchFunctionMode):
     """Sees every attention that is computed while it is active: fused, in nn.MultiheadAttention, or by a softmax.
 
-    Keeps what the first token (or the one of this number) gives to each token (B, heads, T), or, if `of_all`, what all
-    tokens (or `queries` alone) give on average.
+    Args:
+        queries: of which tokens, from the number of tokens T. Where attention is fused, no other weights are computed.
+        reduce: what is kept of their weights (B, heads, n, T).
     """
 
-    def __init__(self, of_all: bool, *, queries: slice = slice(None), token: int = 0) -> None:
+    def __init__(self, queries: RowsOf, reduce: Callable[[Tensor], Tensor] = mean_of_queries) -> None:
         super().__init__()
-        self.of_all, self.queries, self.token = of_all, queries, token
+        self.queries, self.reduce = queries, reduce
         self.rows: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            row = slice(None) if self.of_all else slice(self.token, self.token + 1 or None)
-            weights = fused_weights(*args, **kwargs, rows=row)
+            key = args[1] if len(args) > 1 else kwargs["key"]
+            weights = fused_weights(*args, **kwargs, rows=self.queries(key.shape[-2]))
             if weights is not None:
-                self._keep(weights, 0)
+                self.rows.append(self.reduce(weights))
         elif func is F.multi_head_attention_forward and attends_to_itself(*args, **kwargs):
             asked = kwargs.get("need_weights", True)
             out, weights = func(*args, **{**kwargs, "need_weights": True, "average_attn_weights": False})
             assert weights is not None
-            self._keep(weights, self.token)
+            self._keep(weights)
             return out, weights.mean(1) if asked else None
         out = func(*args, **kwargs)
         if func in SOFTMAX and out.ndim == 4 and out.shape[-1] == out.shape[-2]:
-            self._keep(out, self.token)
+            self._keep(out)
         return out
 
-    def _keep(self, attention: Tensor, row: int) -> None:
-        """Of attention (B, heads, queries, T), one row or the mean."""
-        precise = attention.to(torch.promote_types(attention.dtype, torch.float32))
-        self.rows.append(precise[:, :, self.queries].mean(2) if self.of_all else precise[:, :, row])
+    def _keep(self, attention: Tensor) -> None:
+        """Of attention (B, heads, T, T)."""
+        rows = attention[:, :, self.queries(attention.shape[-1])]
+        self.rows.append(self.reduce(rows.to(torch.promote_types(rows.dtype, torch.float32))))
 
 
 class PoolRecorder(TorchFunctionMode):
@@ -197,46 +211,127 @@ def _softmax(query: Tensor, key: Tensor, scale: float | None = None, masks: tupl
 
 
 @torch.no_grad()
-def attention_to_patches(tower: Tower, images: Tensor, block: int = -1, query: Query | None = None) -> Tensor:
-    """What a query gives to each patch in a block: (B, heads, N), for images (B, 3, h, w).
+def attention_to_patches(
+    tower: Tower, images: Tensor, block: int = -1, query: Query | Tensor | None = None, *, to: To = "patches"
+) -> Tensor:
+    """What a query gives to each patch in a block, (B, heads, N), or to each register, (B, heads, R), for images
+    (B, 3, h, w).
 
-    Queries are those of `testreg.attention`; None: CLS, or in towers without prefix tokens the mean of the patches.
-    Rows do not sum to one: the rest goes to prefix tokens and registers.
+    Queries are those of `testreg.attention`, or a mask of patches (h, w) or (B, h, w), of which the mean is taken;
+    None: CLS, or in towers without prefix tokens the mean of the patches. Rows do not sum to one: the rest goes to
+    other tokens.
 
     Raises:
         RuntimeError: the model computes attention in a way that cannot be observed from Python.
+        ValueError: it has no registers, and is asked for them.
     """
-    query = query or ("cls" if tower.num_prefix else "mean")
-    patches = tower.patches(images)
+    query = default_query(tower) if query is None else query
     with attention_kernel(tower.module, "sdpa", instead_of=UNSEEN):
-        if query == "pool":
+        if isinstance(query, str) and query == "pool":
             kept = pooling(tower, images)
+            if not kept:
+                raise _unseen(tower, "by which it pools")
+        elif isinstance(query, Tensor) and query.ndim == 3:
+            pairs = zip(images.split(1), query, strict=True)
+            return torch.cat([attention_to_patches(tower, image, block, mask, to=to) for image, mask in pairs])
         else:
-            kept = _attending(tower, images, block, Recorder(of_all=query == "mean", queries=patches))
-    if not kept:
-        where = "by which it pools" if query == "pool" else f"in block {block}"
-        raise RuntimeError(
-            f"saw no attention {where} of {tower.family.name}: compiled or custom attention kernels cannot be observed"
-        )
+            with recorded_attention(tower, [block], Recorder(queries_of(tower, images, query))) as seen:
+                tower.run(images)
+            kept = seen[0]
     if any(len(each) != len(images) for each in kept):  # images that are packed in one sequence
-        return torch.cat([attention_to_patches(tower, image, block, query) for image in images.split(1)])
+        return torch.cat([attention_to_patches(tower, image, block, query, to=to) for image in images.split(1)])
     attention = torch.cat(kept, 1)  # a block may attend several times, side by side
-    return attention[..., patches]
+    registers = registers_in(tower, images, attention.shape[-1])
+    if not len(registers) and (to == "registers" or (isinstance(query, str) and query == "register")):
+        raise _without_registers(tower)
+    return attention[..., tower.patches(images) if to == "patches" else registers]
 
 
-def _attending(tower: Tower, images: Tensor, block: int, recorder: Recorder) -> list[Tensor]:
-    """What is recorded in a block, for images (B, 3, h, w)."""
-    module, kept = tower.blocks[block].module, list[Tensor]()
+def default_query(tower: Tower) -> Query:
+    return "cls" if tower.num_prefix else "mean"
+
+
+def queries_of(tower: Tower, images: Tensor, query: Query | Tensor) -> RowsOf:
+    """The tokens that attend: `query` is a name, or a mask (h, w) of patches."""
+    patches = tower.patches(images)
+    if isinstance(query, Tensor):
+        numbers = patches.start + query.flatten().nonzero().squeeze(1).to(tower.device)
+        return lambda num_tokens: numbers
+    if query == "register":
+        return lambda num_tokens: registers_in(tower, images, num_tokens)
+    return lambda num_tokens: slice(0, 1) if query == "cls" else patches
+
+
+def registers_in(tower: Tower, images: Tensor, num_tokens: int) -> Tensor:
+    """The numbers (R,), among the tokens in a block, of the registers: trained ones, then those that a patch adds."""
+    trained = range(tower.num_prefix - tower.num_trained_registers, tower.num_prefix)
+    added = range(tower.patches(images).stop, num_tokens - tower.family.appended)
+    return torch.tensor([*trained, *added], dtype=torch.long, device=tower.device)
+
+
+def _without_registers(tower: Tower) -> ValueError:
+    return ValueError(f"{type(tower.module).__name__} has no registers: call testreg.patch(model, ...) first")
+
+
+@contextmanager
+def recorded_attention(tower: Tower, blocks: Sequence[int], recorder: Recorder) -> Iterator[list[list[Tensor]]]:
+    """Within the context, a forward leaves what the recorder keeps in each of some blocks: of each attention in it.
+
+    Raises:
+        RuntimeError: attention in one of them cannot be observed from Python.
+    """
+    modules = [tower.blocks[block].module for block in blocks]
+    kept: list[list[Tensor]] = [[] for _ in blocks]
+
+    def keep(index: int, tokens: Tensor) -> None:
+        kept[index] += recorder.rows
+        recorder.rows.clear()
+
     with (
         recorder,
-        recording_inputs([module], lambda index, tokens: recorder.rows.clear()),
-        recording_outputs([module], lambda index, tokens: kept.extend(recorder.rows)),
+        recording_inputs(modules, lambda index, tokens: recorder.rows.clear()),
+        recording_outputs(modules, keep),
     ):
-        tower.run(images)
-    return kept
+        yield kept
+    for block, seen in zip(blocks, kept, strict=True):
+        if not seen:
+            raise _unseen(tower, f"in block {block}")
+
+
+def _unseen(tower: Tower, where: str) -> RuntimeError:
+    return RuntimeError(
+        f"saw no attention {where} of {tower.family.name}: compiled or custom attention kernels cannot be observed"
+    )
 
 
 @torch.no_grad()
+def rolled_out(tower: Tower, images: Tensor, block: int = -1, query: Query | Tensor | None = None) -> Tensor:
+    """Attention rollout (Abnar and Zuidema, arXiv 2005.00928) from a query to each patch: (B, 1, N).
+
+    The product, from the first block to `block`, of (A + I) / 2, where A (T, T) is the mean of a block's heads and I
+    stands for the residual stream. All tokens take part, prefix tokens and registers too.
+    """
+    query = default_query(tower) if query is None else query
+    if isinstance(query, Tensor) and query.ndim == 3:
+        pairs = zip(images.split(1), query, strict=True)
+        return torch.cat([rolled_out(tower, image, block, mask) for image, mask in pairs])
+    blocks = range(block % tower.depth + 1)
+    with (
+        attention_kernel(tower.module, "sdpa", instead_of=UNSEEN),
+        recorded_attention(tower, blocks, Recorder(lambda num_tokens: slice(None), mean_of_heads)) as kept,
+    ):
+        tower.run(images)
+    if any(len(each) != len(images) for each in kept[0]):  # images that are packed in one sequence
+        return torch.cat([rolled_out(tower, image, block, query) for image in images.split(1)])
+    flow = torch.eye(kept[0][0].shape[-1], device=kept[0][0].device, dtype=kept[0][0].dtype)
+    if isinstance(query, str) and query == "register" and not len(registers_in(tower, images, flow.shape[-1])):
+        raise _without_registers(tower)
+    for seen in kept:
+        flow = (torch.stack(seen).mean(0) @ flow + flow) / 2
+    rows = flow[:, queries_of(tower, images, query)(flow.shape[-1])]
+    return rows.mean(1, keepdim=True)[..., tower.patches(images)]
+
+
 def pooling(tower: Tower, images: Tensor) -> list[Tensor]:
     """What the query that pools the last block's tokens by attention gives to each; empty if there is no such head."""
     last = tower.blocks[-1].module

@@ -189,7 +189,26 @@ def _outliers(sums: Observations, blocks: Sequence[BlockDiagnosis], at: int | No
         fixed_positions=fixed_positions,
         border_share=border_share,
         sink=_sink(blocks),
+        first_block=_first_of_run(sums, fraction, d),
+        last_block=_last_of_run(fraction, d),
     )
+
+
+def _first_of_run(sums: Observations, fraction: Tensor, d: int) -> int | None:
+    """The first of the blocks up to `d` after all of which there are outliers; None if there are in front of them."""
+    first = d
+    while first > 0 and fraction[first - 1] >= MIN_FRACTION:
+        first -= 1
+    embedding = sums.hook_points[0]
+    return None if first == 0 and embedding["outliers"] >= MIN_FRACTION * embedding["patches"] else first
+
+
+def _last_of_run(fraction: Tensor, d: int) -> int:
+    """The last of the blocks from `d` on after all of which there are outliers."""
+    last = d
+    while last + 1 < len(fraction) and fraction[last + 1] >= MIN_FRACTION:
+        last += 1
+    return last
 
 
 def _sink(blocks: Sequence[BlockDiagnosis]) -> Sink | None:

@@ -15,6 +15,7 @@ from testreg.measure.conclusion import conclude
 from testreg.measure.diagnosis import Diagnosis
 from testreg.measure.observation import observe
 from testreg.measure.outliers import OutlierRule
+from testreg.patching.notices import warn_of_activation
 
 
 def diagnose(
@@ -60,6 +61,7 @@ def diagnose(
         raise ValueError(f"block={block} is out of range: the model has {tower.depth} blocks")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    warn_of_activation(model, tower)
     stream = ImageStream(images, transform or OwnTransform(model), num_images=num_images, workers=workers, seed=seed)
     batches = batched((image for _, image in stream.numbered(0, rank(), world_size())), batch_size)
     with progress_bar("diagnosing", stream.length, progress) as bar:

@@ -41,7 +41,7 @@ ATTENTION_LEGEND: tuple[tuple[str, str], ...] = (
 )
 
 Part = Literal["embedding", "attention", "MLP", "block"]
-Kind = Literal["none", "movable", "fixed", "immovable"]
+Kind = Literal["none", "movable", "fixed", "immovable", "left"]
 SinkKind = Literal["no-op", "broadcast"]
 
 
@@ -207,6 +207,10 @@ class Outliers:
     where these are half of the patches or more."""
     sink: Sink | None = None
     """None if they draw hardly more attention than other patches, or if attention was not observed."""
+    first_block: int | None = None
+    """There are outliers after each block from this one to `last_block`, `block` among them; None if there are some in
+    front of the blocks already."""
+    last_block: int | None = None
 
     @property
     def kind(self) -> Kind:
@@ -229,12 +233,30 @@ class Outliers:
         """Rows and columns of the fixed positions."""
         return [(each.row, each.column) for each in self.fixed_positions]
 
+    def course(self, blocks: Sequence[BlockDiagnosis]) -> str:
+        """Where they appear, are strongest and end, in a sentence; `blocks` are those of the diagnosis."""
+        first, last = self.first_block, self.block if self.last_block is None else self.last_block
+        parts = [
+            "are there in front of the first block" if first is None else f"appear after block {first}",
+            f"are strongest after block {self.block}",
+        ]
+        if first == self.block:
+            parts = [f"appear after block {first}, where they are strongest"]
+        if last < len(blocks) - 1:
+            parts.append(f"are gone after block {last + 1}")
+        elif last > self.block:
+            share = f"{100 * blocks[last].after_mlp.outlier_fraction:.1f} %"
+            parts.append(f"are still there after block {last}, the last ({share} of the patches)")
+        else:
+            parts[-1] += ", the last"
+        return f"Outliers {', '.join(parts[:-1])}{', and ' if parts[1:] else ''}{parts[-1]}."
+
     @property
     def origin(self) -> str:
         if self.onset_part == "embedding":
             stand_out = self.kind == "fixed" and all(each.is_embedding for each in self.fixed_positions)
             return "position embeddings that stand out" if stand_out else "the embedding"
-        where = f"block {self.onset_block}"
+        where = f"block {self.onset_block if self.first_block is None else self.first_block}"
         return where if self.onset_part == "block" else f"{where} ({self.onset_part})"
 
 
@@ -268,10 +290,10 @@ class Diagnosis:
         >>> found
         Diagnosis: outliers from block 2 (MLP), ... % of patches, movable
           of timm:vit_base_patch16_clip_224...: 4 blocks, 45 images at 64 x 64
-          Outliers stand out most after block ...
+          Outliers appear after block 2, ...
         >>> figure = found.plot()
         >>> print(found.notes[0])
-        Outliers stand out most after block ...
+        Outliers appear after block 2, and are strongest after block 3, the last.
         >>> found.save("diagnosis.json")
     """
 
@@ -349,7 +371,10 @@ class Diagnosis:
 
     @property
     def kind(self) -> Kind:
-        return "none" if self.outliers is None else self.outliers.kind
+        """What there is to do; "left": what a patched model has left of outliers that registers move."""
+        if self.outliers is None:
+            return "none"
+        return "left" if self.patched and self.outliers.kind == "movable" else self.outliers.kind
 
     @property
     def verdict(self) -> str:
@@ -360,18 +385,18 @@ class Diagnosis:
             return "no outliers: nothing to fix" + (f" (their role is taken by {'; '.join(roles)})" if roles else "")
         fate = {
             "movable": ", movable",
+            "left": ", left by the registers",
             "fixed": ": a register does not fix them",
             "immovable": ", not made by MLPs: a register does not move them",
         }
-        return found.summary + fate[found.kind]
+        return found.summary + fate[self.kind]
 
     @property
     def notes(self) -> list[str]:
         """What the verdict leaves out, in sentences."""
         found, notes = self.outliers, []
         if found is not None:
-            fade = "stay to the last block" if found.fade_block is None else f"fade in block {found.fade_block}"
-            notes.append(f"Outliers stand out most after block {found.block}, and {fade}.")
+            notes.append(found.course(self.blocks))
             if found.sink is not None:
                 notes.append(found.sink.summary)
             if found.mlp_share is not None and found.kind != "fixed":

@@ -12,7 +12,7 @@ from testreg.families import Tower, find_tower
 from testreg.io.images import Images, ImageStream
 from testreg.io.preprocessing import OwnTransform, Transform
 from testreg.io.sources import images_in, named_source, single_images, undecoded
-from testreg.measure.attention import Query, attention_to_patches, pooling
+from testreg.measure.attention import Query, To, attention_to_patches, pooling, rolled_out
 from testreg.measure.hooks import recorded_tokens
 from testreg.patching.forward import has_no_registers
 from testreg.patching.layout import Layout
@@ -24,11 +24,13 @@ def attention(
     images: Images,
     block: int = -1,
     *,
-    query: Query | None = None,
+    query: Query | tuple[int, int] | Tensor | None = None,
+    to: To = "patches",
+    rollout: bool = False,
     transform: Transform | None = None,
     batch_size: int = 16,
 ) -> Tensor:
-    """What CLS, a pooling query or the patches give to each patch in a block: (B, heads, h, w), for h x w patches.
+    """What CLS, or whatever `query` says, gives to each patch in a block: (B, heads, h, w), for h x w patches.
 
     Attention may be computed by any kernel; it is measured in float32 or better. Patched or not, the maps hold the
     patches alone: they sum to less than one, the rest goes to prefix tokens and registers.
@@ -36,37 +38,84 @@ def attention(
     Example:
         >>> testreg.attention(model, images).shape
         torch.Size([45, 4, 4, 4])
-        >>> with testreg.patched(model, planted):
+        >>> testreg.attention(model, images, query=(0, 3)).shape  # of the patch in the first row, fourth column
+        torch.Size([45, 4, 4, 4])
+        >>> with testreg.patched(model, {2: [5, 77]}):
         ...     maps = testreg.attention(model, "photos/", block=2).mean(1)
+        ...     to_register = testreg.attention(model, images, to="registers")
+        >>> to_register.shape
+        torch.Size([45, 4, 1])
 
     Args:
         model: a vision tower, or any model that contains one. It is measured in eval mode.
         images: float tensors (B, 3, h, w) are the model's input as they stand. One or several PIL images or paths, or a
             folder, of which the order is that of the names, are prepared as the model's own library does.
         block: 0-based; -1 is the last. A tower may attend several times in a block, side by side: all heads are given.
-        query: "cls" for the first token; "mean" for the mean of the patches; "pool" for the query of a head that pools
-            the last block's tokens by attention (SigLIP). None: "cls" if there is a prefix token; else, for the last
-            block, "pool" if there is such a head; else "mean".
+        query: whose attention. "cls": the first token. "mean": the mean of the patches. "register": the mean of the
+            registers, trained ones and those that a patch adds. (row, column): that patch. A mask (h, w) or (B, h, w)
+            of patches, bool: their mean. "pool": the query of a head that pools the last block's tokens by attention
+            (SigLIP). None: "cls" if there is a prefix token; else, for the last block, "pool" if there is such a head;
+            else "mean".
+        to: "patches", or "registers": then (B, heads, R), the trained registers first, then those that a patch adds.
+        rollout: follow attention from the first block to `block` (attention rollout, arXiv 2005.00928), instead of
+            looking at that block alone: (B, 1, h, w), since the mean of the heads is taken in each. Of prefix tokens,
+            patches and registers; not for query="pool".
         transform: PIL image -> tensor (3, h, w); None takes the preprocessing that the model's own library names.
 
     Raises:
-        ValueError: an argument does not fit the model, or an image cannot be read.
+        ValueError: an argument does not fit the model, it has no registers, or an image cannot be read.
         RuntimeError: attention cannot be observed from Python (compiled or custom kernels).
     """
     tower = find_tower(model)
     _check(tower, block)
-    if query not in (None, "cls", "pool", "mean"):
-        raise ValueError(f"query must be 'cls', 'pool', 'mean' or None, got {query!r}")
+    if to not in ("patches", "registers"):
+        raise ValueError(f"to must be 'patches' or 'registers', got {to!r}")
+    if isinstance(query, str) and query not in ("cls", "pool", "mean", "register"):
+        raise ValueError(
+            f"query must be 'cls', 'pool', 'mean', 'register', (row, column), a mask of patches or None, got {query!r}"
+        )
     if query == "cls" and not tower.num_prefix:
         raise ValueError(f"{type(tower.module).__name__} has no CLS token: pass query='pool' or query='mean'")
-    if query == "pool" and block % tower.depth != tower.depth - 1:
+    is_last = block % tower.depth == tower.depth - 1
+    if query == "pool" and not is_last:
         raise ValueError(f"query='pool' looks at the last block's tokens, not at those of block {block}")
+    if query == "pool" and (rollout or to == "registers"):
+        raise ValueError("query='pool' is no token of a block: it neither rolls out nor looks at registers")
+    if rollout and to == "registers":
+        raise ValueError("rollout follows attention to the patches: leave to='registers' out")
     batch = image_batch(model, images, transform)
+    asked = query if query is None or isinstance(query, str) else _mask(query, tower.grid(batch), len(batch))
+    maps = []
     with tower.evaluating():
-        if query is None and not tower.num_prefix and block % tower.depth == tower.depth - 1:
-            query = "pool" if pooling(tower, batch) else "mean"
-        maps = [attention_to_patches(tower, part, block, query) for part in batch.split(batch_size)]
-    return torch.cat(maps).unflatten(-1, tower.grid(batch))
+        if query is None and not tower.num_prefix and is_last and not rollout and to == "patches":
+            asked = "pool" if pooling(tower, batch) else "mean"
+        for first in range(0, len(batch), batch_size):
+            part = slice(first, first + batch_size)
+            of_part = asked[part] if isinstance(asked, Tensor) and asked.ndim == 3 else asked
+            if rollout:
+                maps.append(rolled_out(tower, batch[part], block, of_part))
+            else:
+                maps.append(attention_to_patches(tower, batch[part], block, of_part, to=to))
+    found = torch.cat(maps)
+    return found if to == "registers" else found.unflatten(-1, tower.grid(batch))
+
+
+def _mask(query: tuple[int, int] | Tensor, grid: tuple[int, int], count: int) -> Tensor:
+    """The patches, (h, w) or (B, h, w) bool, that a query of patches names."""
+    if isinstance(query, Tensor):
+        if query.dtype != torch.bool or tuple(query.shape) not in (grid, (count, *grid)):
+            raise ValueError(
+                f"a mask of patches is bool, {grid} or {(count, *grid)} here, got {query.dtype} {tuple(query.shape)}"
+            )
+        if not query.flatten(-2).any(-1).all():
+            raise ValueError("the mask has no patch whose attention could be shown")
+        return query
+    row, column = query
+    if not (-grid[0] <= row < grid[0] and -grid[1] <= column < grid[1]):
+        raise ValueError(f"query={query} is out of range: the images have {grid[0]} x {grid[1]} patches")
+    mask = torch.zeros(grid, dtype=torch.bool)
+    mask[row, column] = True
+    return mask
 
 
 @torch.no_grad()
@@ -82,7 +131,7 @@ def features(
     """The patches behind a block as a feature map (B, C, h, w), for h x w patches; patched or not.
 
     Example:
-        >>> with testreg.patched(model, planted):
+        >>> with testreg.patched(model, neurons):
         ...     dense = testreg.features(model, images, norm=True)
         >>> dense.shape
         torch.Size([45, 48, 4, 4])
@@ -129,7 +178,7 @@ def strip_registers(model: nn.Module, tensor: Tensor, lengths: list[int] | None 
         >>> def hook(module, args, output):
         ...     seen.append(testreg.strip_registers(model, output))
         >>> seen, handle = [], model.blocks[2].mlp.register_forward_hook(hook)
-        >>> with testreg.patched(model, planted, num_registers=2):
+        >>> with testreg.patched(model, neurons, num_registers=2):
         ...     outputs = model(images)
         >>> seen[0].shape
         torch.Size([45, 17, 48])

@@ -28,7 +28,7 @@ Score = Literal["attribution", "contribution", "activation"]
 
 NORMAL_TOKENS = 8  # sampled from each image, for comparison
 SPARSE = 0.5  # activations below it count as silent for the released code's sparsity filter
-SELECTIVE = 0.9  # of a neuron's squared activation at outliers: it does hardly anything elsewhere
+SELECTIVE = 0.8  # of a neuron's squared activation at outliers: it does hardly anything elsewhere
 MATTERS = 0.1  # of the best score: below it, a neuron's place in the ranking is of no consequence
 
 

@@ -42,8 +42,8 @@ def make_static(
     call this, and all get the same result.
 
     Example:
-        >>> static = testreg.make_static(model, "photos/", planted, progress=False)
-        >>> outputs = testreg.patch(model, planted, static=static)(images)
+        >>> static = testreg.make_static(model, "photos/", neurons, progress=False)
+        >>> outputs = testreg.patch(model, neurons, static=static)(images)
 
     Args:
         model: a vision tower, or any model that contains one. If it is patched already, leave `neurons` out.

@@ -7,27 +7,60 @@ import math
 import sys
 import warnings
 from collections.abc import Mapping
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from testreg.families import Tower, checkpoint_names, fingerprint
+from testreg.families import Tower, activation, checkpoint_names, compare_weights, mismatch_of
 from testreg.neurons import RegisterNeurons, UnverifiedNeuronsWarning, plain
 
 FAR = 2  # times as many patches, or as few, as verified
 
 _log = logging.getLogger("testreg")
+_warned: WeakSet[nn.Module] = WeakSet()
+"""The towers of whose activation was warned: calibration patches a model many times."""
 
 
 def warn_of_other_weights(neurons: RegisterNeurons, model: nn.Module, tower: Tower) -> None:
-    """Warn if the neurons were found in other weights than those of the tower."""
+    """Warn if the neurons were found in other weights than those of the tower, and log if in similar ones."""
     expected = neurons.model.get("fingerprint")
-    if expected is not None and fingerprint(tower) not in (expected, "unknown"):
-        found_in = plain(neurons.model.get("name", "another checkpoint"))
-        here = " = ".join(checkpoint_names(model)) or f"this {type(model).__name__} (its checkpoint is unknown)"
+    if expected is None:
+        return
+    likeness = compare_weights(expected, tower)
+    found_in = plain(neurons.model.get("name", "another checkpoint"))
+    here = " = ".join(checkpoint_names(model)) or f"this {type(model).__name__} (its checkpoint is unknown)"
+    if likeness == "similar":
+        _log.info(
+            "the weights of %s are those of %s, quantised or fine-tuned: its register neurons are used", here, found_in
+        )
+    if likeness == "other":
         warnings.warn(
             f"these register neurons were found in {found_in}, whose weights are not those of {here}: "
             "calibrate the model itself if its artefacts stay",
+            stacklevel=_stacklevel(),
+        )
+
+
+def warn_of_activation(model: nn.Module, tower: Tower, neurons: RegisterNeurons | None = None) -> None:
+    """Warn if the model computes another activation than its checkpoint was trained with, or the neurons found with.
+
+    Of the checkpoint it warns once for a model.
+    """
+    if tower.module not in _warned and (wrong := mismatch_of(model, tower)) is not None:
+        _warned.add(tower.module)
+        warnings.warn(
+            f"this {type(model).__name__} computes {wrong.own}, but {wrong.checkpoint} was trained with "
+            f"{wrong.trained_with}: outputs and register neurons are not those of the trained network. "
+            f"Load {wrong.right} instead",
+            stacklevel=_stacklevel(),
+        )
+    found_with = None if neurons is None else neurons.model.get("activation")
+    own = activation(tower)
+    if None not in (found_with, own) and found_with != own:
+        warnings.warn(
+            f"these register neurons were found in a network that computes {plain(found_with)}, and this "
+            f"{type(model).__name__} computes {own}: calibrate the model itself if its artefacts stay",
             stacklevel=_stacklevel(),
         )
 
@@ -38,7 +71,7 @@ def warn_of_unverified(neurons: RegisterNeurons) -> None:
         if neurons.calibration.get("verified_at"):
             why = (
                 "they were measured, but the target was not met, or not on 16 images that had no part in the choice. "
-                "testreg.calibrate takes 80 images or more for that"
+                "testreg.calibrate takes 64 images or more for that"
             )
         else:
             why = (

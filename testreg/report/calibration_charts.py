@@ -195,7 +195,7 @@ def _plot_curves(axis: Axes, report: Report, labels: Mapping[str, str], limit: s
     if min(point["neurons"] for point in report.curve) > 0:
         axis.set_xscale("log")
         label_plainly(axis.xaxis)
-    axis.legend()
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)  # below, where it covers no point
 
 
 def _points(report: Report, key: str) -> list[tuple[float, float]]:

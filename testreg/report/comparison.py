@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from testreg.families import Tower, find_tower
+from testreg.files import plain
 from testreg.io.decoding import decoded
 from testreg.io.images import Images
 from testreg.io.preprocessing import Transform, transform_for
 from testreg.measure.attention import attention_to_patches
 from testreg.measure.maps import image_batch, listed_images
 from testreg.measure.outliers import token_norms
-from testreg.neurons import AnyNeurons, resolve
+from testreg.neurons import AnyNeurons, describe_model, resolve
 from testreg.register import disabled, is_patched, patched
 from testreg.report.maps import AFTER, BEFORE, Maps, feature_colours, panels, photograph, scales_of, table
 from testreg.report.maps import compare as compare_maps
@@ -45,7 +46,7 @@ class Comparison:
     In a notebook it shows itself.
 
     Example:
-        >>> testreg.compare(model, "photos/00.png", planted).before.norms.shape
+        >>> testreg.compare(model, "photos/00.png", neurons).before.norms.shape
         torch.Size([1, 4, 4])
     """
 
@@ -58,10 +59,15 @@ class Comparison:
     before: Maps
     """Norms after `block`; attention and features of the last block."""
     after: Maps
+    model: str
+    """The name of its checkpoint, or of its class."""
 
     def __repr__(self) -> str:
         images = f"{len(self.photographs)} image{'s' * (len(self.photographs) != 1)}"
-        return f"Comparison on {images}, norms after block {self.block}\n{table(self.before, self.after)}"
+        return (
+            f"Comparison of {plain(self.model)} on {images}, norms after block {self.block}\n"
+            f"{table(self.before, self.after)}"
+        )
 
     def plot(self, max_images: int = 4, opacity: float = 0.75) -> Figure:
         """The maps before and after, over the photographs, at the photographs' size and aspect.
@@ -71,7 +77,8 @@ class Comparison:
             opacity: of the maps; the photograph shows through.
 
         Returns:
-            A matplotlib figure: two rows for an image, before and after. Norms share a scale; attention has one each.
+            A matplotlib figure: a photograph, and beside it two rows, before and after. Norms share a scale; attention
+            has one each.
         """
         from matplotlib.figure import Figure
 
@@ -81,18 +88,21 @@ class Comparison:
         width = max(width for _, width in sizes) * (1 + len(kinds)) + 0.2
         heights = [height + _GAP for height, _ in sizes for _ in range(2)]
         page = Figure(figsize=(width, sum(heights)), dpi=_DPI, layout="constrained")
-        rows = page.subplots(2 * count, 1 + len(kinds), squeeze=False, height_ratios=heights)
+        places = page.add_gridspec(2 * count, 1 + len(kinds), height_ratios=heights)
         for i, picture in enumerate(self.photographs[:count]):
             made = {panel.name: panel for panel in panels(torch.zeros(3, 1, 1), i, self.before, self.after, colours)}
-            for row, side in zip(rows[2 * i : 2 * i + 2], ("before", "after"), strict=True):
-                _draw(row[0], picture, "photograph" if side == "before" else "", "none")
-                for axis, kind in zip(row[1:], kinds, strict=True):
-                    panel = made[f"{kind} {side}"]
+            _draw(page.add_subplot(places[2 * i : 2 * i + 2, 0]), picture, "photograph", "none")
+            for row, side in enumerate(("before", "after"), start=2 * i):
+                for column, kind in enumerate(kinds, start=1):
+                    axis, panel = page.add_subplot(places[row, column]), made[f"{kind} {side}"]
                     largest = "" if panel.largest is None else f", max {panel.largest:.3g}"
                     _draw(axis, picture, panel.name + largest, BEFORE if side == "before" else AFTER)
                     left, top, right, bottom = self.boxes[i]
                     axis.imshow(panel.pixels.numpy(), extent=(left, right, bottom, top), alpha=opacity)
                     axis.set(xlim=(0, picture.shape[1]), ylim=(picture.shape[0], 0))
+        others = " and ".join(kind for kind in kinds if kind != "norms")
+        title = f"{self.model}: norms after block {self.block}, {others} after the last block"
+        page.suptitle(title, fontsize=10, parse_math=False)
         page.supxlabel(scales_of(self.before), fontsize=8)
         return page
 
@@ -120,9 +130,9 @@ def compare(
     """What registers change: norms, attention and features before and after, as maps over the images.
 
     Example:
-        >>> found = testreg.compare(model, ["photos/00.png", "photos/01.png"], planted)
+        >>> found = testreg.compare(model, ["photos/00.png", "photos/01.png"], neurons)
         >>> found
-        Comparison on 2 images, norms after block ...
+        Comparison of timm:vit_base_patch16_clip_224... on 2 images, norms after block ...
                                       before     after
         outlier patches ...
         >>> found.plot().savefig("comparison.png")
@@ -150,7 +160,7 @@ def compare(
             block = _most_outlying(tower, batch) if block is None else block % tower.depth
             observable = _is_observable(tower, batch[:1])
         before, after = compare_maps(model, batch, block, attention=observable)
-    return Comparison(photographs, boxes, block, before, after)
+    return Comparison(photographs, boxes, block, before, after, describe_model(model, tower)["name"])
 
 
 def _seen(model: nn.Module, images: Images, transform: Transform | None) -> tuple[list[Tensor], list[Box], Tensor]:

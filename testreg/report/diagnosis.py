@@ -29,6 +29,8 @@ NEXT = {
     "movable": "Test-time registers move these outliers. Find the register neurons, and see what they do:",
     "fixed": "These artefacts stay at the same positions whatever the image, and no MLP neuron that the image makes "
     "fire writes them: a register does not fix them. Crop or interpolate these positions.",
+    "left": "These outliers are what the registers of this patched model leave. More register neurons may move them: "
+    "calibrate the model anew, without its patch.",
     "immovable": "MLP neurons do not make these outliers, so that no register moves them.",
 }  # by the kind of the outliers
 
@@ -142,7 +144,7 @@ def _facts(found: Diagnosis) -> list[tuple[str, str]]:
         "image size": found.image_size,
         "rule": found.rule,
         "patches whose attention is measured": found.attention_queries,
-        **{key.replace("_", " "): found.model.get(key) for key in ("depth", "mlp_width", "fingerprint")},
+        **{key.replace("_", " "): found.model.get(key) for key in ("depth", "mlp_width", "activation", "fingerprint")},
     }
     return [(key, value_of(value)) for key, value in facts.items() if value is not None]
 

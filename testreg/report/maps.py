@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -106,21 +106,48 @@ def scales_of(maps: Maps) -> str:
 def feature_colours(before: Maps, after: Maps) -> tuple[Tensor, Tensor]:
     """Features as colours in [0, 1], twice (B, rows, columns, 3): their first three principal components.
 
-    The same feature has the same colour before and after. Components and range are fitted to the patches that are no
-    outliers, since outliers would take all colours for themselves.
+    The same feature has the same colour in all images, before and after.
     """
-    sides = [maps.features.flatten(1, 2).double() for maps in (before, after)]  # (B, N, C)
-    norms = [tokens.norm(dim=-1) for tokens in sides]
-    normal = torch.cat([tokens[size <= OutlierRule().limit(size)] for tokens, size in zip(sides, norms, strict=True)])
-    mean = normal.mean(0)
-    _, vectors = torch.linalg.eigh((normal - mean).T @ (normal - mean))  # ascending
-    axes = vectors[:, -3:].flip(1)  # (C, 3)
-    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()  # whose sign is arbitrary
-    range_of = torch.tensor([0.02, 0.98], dtype=torch.float64)
-    low, high = ((normal - mean) @ axes).quantile(range_of, dim=0)
-    first, second = (((tokens - mean) @ axes - low) / (high - low).clamp(min=1e-12) for tokens in sides)
-    grid = before.features.shape[1:3]
-    return first.clamp(0, 1).unflatten(1, grid), second.clamp(0, 1).unflatten(1, grid)
+    first, second = principal_colours([before.features, after.features])
+    return first, second
+
+
+def principal_colours(sides: Sequence[Tensor], *, foreground: bool = False) -> list[Tensor]:
+    """Features (B, rows, columns, C) as colours in [0, 1], (B, rows, columns, 3), with one basis for all of them.
+
+    Components and range are fitted to the patches that are no outliers, since outliers would take all colours for
+    themselves.
+
+    Args:
+        foreground: blacken the background, and fit the colours to the rest, as DINOv2's pictures do (arXiv 2304.07193,
+            figure 1). The first component parts the patches at their mean; background is where most of the images'
+            borders lie.
+    """
+    features = [side.double().cpu() for side in sides]
+    norms = [each.norm(dim=-1) for each in features]  # (B, rows, columns)
+    normal = [size <= OutlierRule().limit(size.flatten(1)).unsqueeze(-1) for size in norms]
+    shown = [torch.ones_like(each) for each in normal]
+    if foreground:
+        mean, (axis, *_) = _components(torch.cat([each[mask] for each, mask in zip(features, normal, strict=True)]))
+        scores = [(each - mean) @ axis for each in features]
+        inside = torch.zeros(features[0].shape[1:3], dtype=torch.bool)
+        inside[1:-1, 1:-1] = True
+        border = torch.cat([score[mask & ~inside] for score, mask in zip(scores, normal, strict=True)])
+        shown = [score * border.mean().sign() < 0 for score in scores]
+    fitted = torch.cat([each[mask & seen] for each, mask, seen in zip(features, normal, shown, strict=True)])
+    mean, axes = _components(fitted)
+    low, high = ((fitted - mean) @ axes.T).quantile(torch.tensor([0.02, 0.98], dtype=torch.float64), dim=0)
+    colours = [(((each - mean) @ axes.T - low) / (high - low).clamp(min=1e-12)).clamp(0, 1) for each in features]
+    return [each * seen.unsqueeze(-1) for each, seen in zip(colours, shown, strict=True)]
+
+
+def _components(tokens: Tensor, count: int = 3) -> tuple[Tensor, Tensor]:
+    """The mean (C,) of tokens (n, C), and their first principal components (count, C), each with its largest entry
+    positive."""
+    mean = tokens.mean(0)
+    _, vectors = torch.linalg.eigh((tokens - mean).T @ (tokens - mean))  # ascending
+    axes = vectors[:, -count:].flip(1).T
+    return mean, axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()  # the sign is arbitrary
 
 
 def photograph(image: Tensor) -> Tensor:
@@ -183,6 +210,27 @@ def figure(images: Tensor, before: Maps, after: Maps, title: str) -> Figure:
     for axis, panel in zip(page.axes, rows[0], strict=False):
         axis.set_title(panel.name, fontsize=9)
     page.supxlabel(scales_of(before), fontsize=8)
+    return page
+
+
+def principal_figure(
+    images: Tensor, sides: Mapping[str, Tensor], title: str, *, foreground: bool = False, per_line: int = 8
+) -> Figure:
+    """A picture of the features (B, h, w, C) of images (B, 3, h, w), of each side, as `principal_colours` has them."""
+    colours = principal_colours(list(sides.values()), foreground=foreground)
+    named = dict(zip(sides, colours, strict=True))
+    per_line = min(per_line, len(images))
+    empty = Panel("", "", torch.ones(1, 1, 3), None)
+    rows, heads = list[list[Panel]](), list[str]()
+    for first in range(0, len(images), per_line):
+        part = range(first, min(first + per_line, len(images)))
+        missing = [empty] * (per_line - len(part))
+        rows.append([Panel("photograph", "", photograph(images[i]), None) for i in part] + missing)
+        rows += [[Panel("features", side, made[i], None) for i in part] + missing for side, made in named.items()]
+        heads += ["photograph", *sides]
+    page = picture_of(rows, _draw, title, panel_size=(1.4, 1.4))
+    for row, head in enumerate(heads):
+        page.axes[row * per_line].set_ylabel(head, fontsize=9)
     return page
 
 

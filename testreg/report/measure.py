@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from testreg.calibration.effects import what_is_wrong_with_maps
 from testreg.families import Tower, find_tower
 from testreg.measure.conclusion import conclude
 from testreg.measure.diagnosis import Diagnosis
@@ -112,6 +113,14 @@ class Report:
         return max((check["change_pooled"] for check in self.checks if "change_pooled" in check), default=None)
 
     @property
+    def worst_sink(self) -> tuple[float, float] | None:
+        """Attention to former outliers over that to other patches, before and after, at the image size where most of it
+        stays; None if unknown."""
+        known = [each for each in self.facts.get("verified_at") or () if each.get("sink") is not None]
+        worst = max(known, key=lambda each: each["sink"], default=None)
+        return None if worst is None else (worst["before"]["sink"], worst["sink"])
+
+    @property
     def agreement(self) -> float | None:
         """The lowest share of images to which the user's head gives the same class as before; None if unknown."""
         return min((check["agreement"] for check in self.checks if "agreement" in check), default=None)
@@ -149,6 +158,8 @@ class Report:
         ]
         if max(grown) >= MIN_FRACTION:
             found.append(f"there are more outliers after block {grown.index(max(grown))}")
+        for check in self.facts.get("verified_at") or ():
+            found += what_is_wrong_with_maps(check)
         if self.change is not None and self.change > self.limits.get("max_change", math.inf):
             found.append(f"the pooled feature changes by {self.change:.2g}")
         if self.agreement is not None and self.disagrees:

@@ -30,8 +30,13 @@ LONG_TABLE = 20  # rows that are shown without being asked for
 
 MEASURED = {
     "neurons": "neurons",
+    "num_registers": "registers",
     "remaining": "outliers left",
     "excess": "excess norm left",
+    "sink": "attention to former outliers / others",
+    "hottest": "share of the hottest patch",
+    "hotter": "images that got hotter",
+    "unlike": "unlike neighbours, of before",
     "change_pooled": "change, pooled",
     "change_patches": "change, patches",
     "agreement": "head agrees",
@@ -40,6 +45,7 @@ ELSEWHERE = {
     "curve",
     "rounds",
     "chosen",
+    "registers",
     "dropped",
     "ignored",
     "verified_at",
@@ -137,7 +143,9 @@ def _notices(report: Report) -> list[str]:
     if report.facts.get("target_met") is False:
         notices.append("The calibration did not meet its target: see the trade-off.")
     elif report.facts.get("target_met") and not report.neurons.verified:
-        notices.append(f"Not verified: that takes {MIN_VERIFYING} held-out images that had no part in the choice.")
+        notices.append(
+            f"Not verified: that takes clean maps on {MIN_VERIFYING} held-out images that had no part in the choice."
+        )
     if report.agreement is not None and report.disagrees:
         notices.append(f"The head gives {share(1 - report.agreement)} of the held-out images another class.")
     return notices
@@ -156,7 +164,12 @@ def _cards(report: Report) -> list[Card]:
         Card("Outlier patches", outliers, where, outliers_after),
         Card("Largest norm / median norm", ratio, f"{where}, mean over the images", ratio_after),
         Card("Register neurons", str(len(report.chosen.ranking)), f"{in_blocks}, of {total:,} MLP neurons"),
+        Card("Registers", str(report.chosen.num_registers), "tokens, each with all of these neurons"),
     ]
+    if (sink := report.worst_sink) is not None:
+        cards.append(
+            Card("Attention to former outliers", f"{sink[0]:.1f}", "times that to other patches", f"{sink[1]:.1f}")
+        )
     if report.change is not None:
         cards.append(
             Card("Change of the pooled feature", f"{report.change:.2g}", "1 \N{MINUS SIGN} cosine similarity to before")
@@ -199,7 +212,16 @@ def _trade_off(report: Report) -> dict[str, Any]:
             [*map(words_of, made_with), *(MEASURED[key] for key in keys)],
             [[*(point.get(key) for key in made_with), *_measured(point, keys)] for point in verified],
         )
-    return {"curve": curve, "checks": checks, "on_others": report.facts.get("verified_on_others", True)}
+    registers = None
+    if measured := report.facts.get("registers"):
+        keys = _measured_keys(measured)
+        registers = table_of([MEASURED[key] for key in keys], [_measured(point, keys) for point in measured])
+    return {
+        "curve": curve,
+        "registers": registers,
+        "checks": checks,
+        "on_others": report.facts.get("verified_on_others", True),
+    }
 
 
 def _measured_keys(points: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -2,6 +2,7 @@ import copy
 import json
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import testreg
 from testreg.calibration.budget import Budget
 from testreg.calibration.calibrate import calibrate
+from testreg.calibration.effects import EffectMeter
 from testreg.calibration.errors import ImmovableOutliersError, NoOutliersError
 from testreg.calibration.result import Choice
 from testreg.calibration.selection import Selection
@@ -27,6 +29,7 @@ from testreg.families import find_tower
 from testreg.measure.diagnosis import Outliers
 from testreg.measure.outliers import Detection, OutlierRule, token_norms
 from testreg.measure.ranking import best, scores, statistics_of
+from testreg.patching.state import patch_of
 
 DATA = Path(__file__).parents[1] / "data"
 # Most lists here are found on too few images to be verified.
@@ -400,7 +403,7 @@ def test_a_budget_cuts_short_what_it_does_not_pay_for(planted, photos, monkeypat
     assert len(at_once.calibration["curve"]) == 1
     assert at_once.calibration["out_of_time"] == ["images", "choosing"]
     assert not at_once.verified
-    assert "with a larger --budget it would use more than 8 images, measure more sets" in described(at_once)
+    assert "the --budget was too small for: all images but 8; further sets of neurons" in described(at_once)
     monkeypatch.setattr(Budget, "images", lambda *_: None)
     assert calibrate(model, many, budget=1e-9, progress=False).calibration["out_of_time"] == ["ranking", "choosing"]
     monkeypatch.setattr(Budget, "images", lambda *_: 40)
@@ -445,6 +448,62 @@ def test_an_interrupted_run_goes_on_to_the_same_result(score, planted, photos, t
     assert resumed.calibration["chosen"] == pytest.approx(whole.calibration["chosen"])
     again = calibrate(model, Interrupted(many, 150), resume=state, **options)  # nothing is left to read
     assert again.ranking == resumed.ranking
+
+
+def test_sets_that_were_measured_are_not_measured_again(planted, photos, tmp_path, monkeypatch):
+    model, _ = planted
+    state, measured, effect = tmp_path / "state.safetensors", [], EffectMeter.effect
+
+    def counted(self, neurons, num_registers=1):
+        if len(measured) == stop_at:
+            raise KeyboardInterrupt
+        measured.append((frozenset(neurons), num_registers))
+        return effect(self, neurons, num_registers)
+
+    monkeypatch.setattr(EffectMeter, "effect", counted)
+    stop_at = None
+    whole, sets = calibrate(model, photos, progress=False), list(measured)
+    measured.clear()
+    stop_at = 3
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, photos, resume=state, progress=False)
+    measured.clear()
+    stop_at = None
+    resumed = calibrate(model, photos, resume=state, progress=False)
+    assert measured == sets[3:]
+    assert resumed.by_block() == whole.by_block()
+    assert resumed.calibration["chosen"] == whole.calibration["chosen"]
+
+
+def test_a_list_under_which_maps_get_hotter_is_not_verified(planted, photos, monkeypatch):
+    model, _ = planted
+    many = photos.repeat(2, 1, 1, 1)
+    assert calibrate(model, many, progress=False).verified
+    effect = EffectMeter.effect
+    hotter = lambda self, *given: replace(effect(self, *given), hottest=2 * self.untouched.hottest)
+    monkeypatch.setattr(EffectMeter, "effect", hotter)
+    found = calibrate(model, many, progress=False)
+    assert found.calibration["target_met"]
+    assert not found.verified
+    assert "maps got hotter: the hottest patch draws" in described(found)
+    assert "not verified: that takes a target that is met, and clean maps" in described(found)
+
+
+def test_the_list_says_how_many_registers_hold_it(planted, photos, monkeypatch):
+    model, _ = planted
+    effect = EffectMeter.effect
+
+    def best_with_two(self, neurons, num_registers=1):
+        return replace(effect(self, neurons, num_registers), change_pooled=0.1 * abs(num_registers - 2))
+
+    monkeypatch.setattr(EffectMeter, "effect", best_with_two)
+    found = calibrate(model, photos, progress=False)
+    assert found.num_registers == 2
+    assert [each["num_registers"] for each in found.calibration["registers"]] == [1, 2, 3]
+    assert found.calibration["verified_at"][0]["num_registers"] == 2
+    assert "2 registers, each with all of the neurons: features change by 0.100 with 1, " in described(found)
+    with testreg.patched(model, replace(found, verified=True)):
+        assert patch_of(model).num_registers == 2
 
 
 def test_the_state_of_another_run_is_refused(planted, photos, tmp_path):
@@ -506,6 +565,8 @@ def set_tensor(name, change):
         (set_tensor("0.direction", lambda value: value * float("nan")), "is damaged: direction is not finite"),
         (set_tensor("0.num_images", lambda value: value + 1000), "is damaged: it cannot be of 2023 images"),
         (set_tensor("0.num_images", torch.zeros_like), "is damaged: it cannot be of 0 images"),
+        (lambda saved, tensors: saved.pop("effects"), "is damaged: its effects are not valid"),
+        (lambda saved, tensors: saved.update(effects={"1: 2.3": {"left": 0}}), "is damaged: its effects are not valid"),
     ],
 )
 def test_damaged_states_are_refused(damage, message, finished_state, photos, tmp_path):
@@ -725,6 +786,6 @@ def test_mechanisms_that_are_spread_over_blocks_are_found(mechanism, photos, tmp
 def test_a_neuron_of_a_later_round_is_listed_once():
     """It has another score in the ranking of the first round, where it may be far behind."""
     first_ranking = ((2, 0, 0.9), (2, 1, 0.5), (3, 7, 0.01), (1, 4, 0.005))
-    selection = Selection(((2, 0, 0.9), (3, 7, 0.6)), None, (), dropped=((1, 4, 0.3),))
+    selection = Selection(((2, 0, 0.9), (3, 7, 0.6)), None, (), dropped=((1, 4, 0.3),), registers=())
     choice = Choice(selection.neurons, first_ranking, 3, selection)
     assert choice.neurons + choice.others == ((2, 0, 0.9), (3, 7, 0.6), (2, 1, 0.5))

@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from testreg.calibration.evaluation import Effect
+from testreg.calibration.effects import Effect
 from testreg.calibration.selection import MAX_MEASUREMENTS, Candidates, select
 
 
@@ -22,7 +22,7 @@ class Model:
         self.causes, self.change, self.costly = set(causes), change, set(costly)
         self.measured = []
 
-    def __call__(self, neurons):
+    def __call__(self, neurons, num_registers=1):
         units = {unit for _, unit, _ in neurons}
         self.measured.append(units)
         left = len(self.causes - units) / len(self.causes)
@@ -85,7 +85,7 @@ class Populations:
         self.populations = populations
         self.measured = []
 
-    def __call__(self, neurons):
+    def __call__(self, neurons, num_registers=1):
         units = {unit for _, unit, _ in neurons}
         self.measured.append(units)
         left = [not (triggers & units or amplifiers <= units) for triggers, amplifiers in self.populations]
@@ -143,9 +143,14 @@ def test_selective_neurons_are_added_as_long_as_they_change_more():
 
 
 def test_no_set_is_measured_twice():
-    model = Populations(({0}, {2, 3}), ({4, 5}, {6}))
-    select(once(ranking(20), set(ranking(20)[2:])), model, target=0.05)
-    assert len({frozenset(units) for units in model.measured}) == len(model.measured)
+    model, measured = Populations(({0}, {2, 3}), ({4, 5}, {6})), []
+
+    def measure(neurons, num_registers):
+        measured.append((frozenset(neurons), num_registers))
+        return model(neurons)
+
+    select(once(ranking(20), set(ranking(20)[2:])), measure, target=0.05)
+    assert len(set(measured)) == len(measured)
 
 
 def test_where_few_outliers_are_left_the_patched_model_is_ranked_anew():
@@ -202,7 +207,7 @@ def test_of_a_few_neurons_each_must_do_something_alone_or_beside_the_others():
     selective = [(2, unit, 0.9 - unit / 100) for unit in range(4)]
     measured = []
 
-    def measure(neurons):
+    def measure(neurons, num_registers):
         """0 and 1 take the outliers away together, 2 alone takes a few and adds nothing to these, 3 next to nothing."""
         units = {unit for _, unit, _ in neurons}
         measured.append(units)
@@ -220,7 +225,7 @@ def test_of_many_neurons_those_of_the_last_block_must_do_something():
     echo = (2, 1, 0.85)
     candidates = sorted([*causes, echo], key=lambda neuron: -neuron[2])
 
-    def measure(neurons):
+    def measure(neurons, num_registers):
         left = 1 - len({neuron[:2] for neuron in neurons} - {echo[:2]}) / len(causes)
         return Effect(len(neurons), left, 5, left, 0.01, 0.01, None)
 
@@ -236,7 +241,7 @@ def test_a_neuron_that_is_busy_elsewhere_is_dropped_once_others_do_without_it():
     def rank(moved):
         return Candidates([neuron for neuron in (busy, *others) if neuron not in moved], set(others))
 
-    def measure(neurons):
+    def measure(neurons, num_registers):
         units = {unit for block, unit, _ in neurons if block == 2}
         left = (5 - len(units)) / 5 * (0.05 if busy in neurons else 1.0)
         change = 0.9 if busy in neurons else 0.05
@@ -252,7 +257,7 @@ def test_what_a_neuron_changes_is_compared_with_what_all_of_them_change(by_the_s
     """The first takes all outliers away, and changes most of a feature: 0.9."""
     both = [(2, 0, 0.9), (2, 1, 0.5)]
 
-    def measure(neurons):
+    def measure(neurons, num_registers):
         units = {unit for _, unit, _ in neurons}
         left = 0.0 if 0 in units else 1.0
         change = (0.9 if 0 in units else 0.0) + (by_the_second if 1 in units else 0.0)
@@ -265,3 +270,69 @@ def test_what_a_neuron_changes_is_compared_with_what_all_of_them_change(by_the_s
 def test_there_must_be_candidates():
     with pytest.raises(ValueError, match="no candidates"):
         select(once(()), Populations(({0}, {1})), target=0.05)
+
+
+class Sink:
+    """Outliers go with the first neuron. What draws attention and stays unlike its neighbours goes with the others,
+    most of it with the last."""
+
+    def __init__(self, others, least_change_at=1):
+        self.others, self.least_change_at = others, least_change_at
+        self.measured = []
+
+    def __call__(self, neurons, num_registers):
+        units = {unit for _, unit, _ in neurons}
+        self.measured.append((units, num_registers))
+        left = 0.0 if 0 in units else 1.0
+        missing = sum(2.0**unit for unit in self.others - units) / sum(2.0**unit for unit in self.others)
+        change = 0.02 + 0.03 * missing + 0.01 * abs(num_registers - self.least_change_at)
+        return Effect(
+            len(units), left, 5, left, change, change / 2, None, num_registers, 0.5 + 20 * missing, 0.1, 0.0, missing
+        )
+
+
+def test_a_set_without_outliers_that_leaves_a_sink_is_completed():
+    """The others score too little for the ranking, which the first heads; and block 7 has nothing to do with it."""
+    first, others, idle = (5, 0, 1.0), [(6, unit, 0.1 / unit) for unit in range(1, 5)], (7, 9, 0.05)
+    candidates = once((first,), [first, *others, idle])
+    found = select(candidates, Sink({1, 2, 3, 4}), target=0.05)
+    assert set(found.neurons) == {first, *others}
+    assert found.effect.sink == 0.5
+    assert found.dropped == ()
+    alone = select(once((first,)), Sink({1, 2, 3, 4}), target=0.05)
+    assert alone.neurons == (first,)
+
+
+def test_a_sink_that_no_neuron_makes_adds_none():
+    first, idle = (5, 0, 1.0), [(6, unit, 0.1) for unit in range(5, 9)]
+    found = select(once((first,), [first, *idle]), Sink({1, 2}), target=0.05)
+    assert found.neurons == (first,)
+    assert found.effect.sink > 10
+
+
+@pytest.mark.parametrize(("best", "tried"), [(1, 2), (2, 3), (3, 4), (4, 4), (9, 4)])
+def test_the_number_of_registers_is_the_one_that_changes_least(best, tried):
+    model = Sink({1}, least_change_at=best)
+    found = select(once([(5, 0, 1.0), (5, 1, 0.9)], [(5, 0, 1.0), (5, 1, 0.9)]), model, target=0.05)
+    assert found.effect.num_registers == min(best, 4)
+    assert [effect.num_registers for effect in found.registers] == list(range(1, tried + 1))
+    assert found.effect == model(found.neurons, found.effect.num_registers)
+
+
+def test_of_numbers_of_registers_that_change_the_same_the_smallest_is_taken():
+    def measure(neurons, num_registers):
+        change = 0.01 - 0.001 * num_registers
+        return Effect(len(neurons), 0.0, 5, 0.0, change, change, None, num_registers)
+
+    assert select(once(ranking(3)), measure, target=0.05).effect.num_registers == 2
+
+
+def test_more_registers_must_not_bring_outliers_or_a_sink_back():
+    def measure(neurons, num_registers):
+        change = 0.1 / num_registers
+        left, sink = (0.0, 0.5) if num_registers < 3 else (0.0, 2.0) if num_registers == 3 else (0.5, 0.5)
+        return Effect(len(neurons), left, 5, left, change, change, None, num_registers, sink, 0.1, 0.0, 0.1)
+
+    found = select(once(ranking(3)), measure, target=0.05)
+    assert found.effect.num_registers == 2
+    assert len(found.registers) == 4

@@ -264,6 +264,18 @@ def test_feature_server(photo: str, neurons: str, tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(found["features"]).view(expected.shape), expected, rtol=1e-4, atol=1e-5)
 
 
+@records
+def test_features_of_a_folder(classes: Path, neurons: str, tmp_path: Path) -> None:
+    module, name = recipe("folder_features"), of_timm(tmp_path)
+    photo = classes / "b" / "3.png"
+    found = module.main(f"timm:{name}", str(classes), str(photo), neurons, str(tmp_path / "f.safetensors"))
+    assert (len(found), found[0]) == (5, (pytest.approx(1, abs=1e-5), "b/3.png"))
+    assert [like.partition("/")[0] for _, like in found[:3]] == ["b"] * 3  # which are much brighter than the others
+    model = testreg.patch(timm.create_model(name, pretrained=True).eval(), NEURONS)
+    pooled = [testreg.features(model, classes / each, norm=True).mean((2, 3)) for each in ("b/3.png", found[1][1])]
+    assert found[1][0] == pytest.approx(float(torch.cosine_similarity(*pooled)), abs=1e-4)
+
+
 def test_clip_of_sentence_transformers(photo: str, neurons: str, tmp_path: Path) -> None:
     library = pytest.importorskip("sentence_transformers")
     modules = pytest.importorskip("sentence_transformers.models")

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scenes import RANDOM, SIZES, masks, tiny_model, write_image, write_map
 
 from testreg.evaluation import attention_seg
@@ -48,6 +49,13 @@ def test_an_object_that_is_attended_to(tmp_path: Path) -> None:
     )
     assert set(result.metrics["plain"]) == {"miou", "pixel_accuracy", "map"}
     assert result.metrics["plain"] != result.metrics["patched"]
+    truths = [np.asarray(Image.open(file)) for file in sorted((tmp_path / "masks").iterdir())]
+    share = result.details["foreground_share"]
+    assert share == pytest.approx(
+        np.mean([(truth > 0).mean() for truth in truths]), abs=0.03
+    )  # before they are squashed
+    line = f"foreground: {100 * share:.1f} % of the pixels that count, of {len(truths)} masks in {tmp_path / 'masks'}"
+    assert line in str(result).splitlines()
     result.save_figures(tmp_path / "figures")
     assert (tmp_path / "figures" / "attention-seg-attention.png").is_file()
 
@@ -75,6 +83,13 @@ def test_foreground_is_a_range_of_values(tmp_path: Path) -> None:
     assert other.to_json()["plain"]["map"] is None
     with pytest.raises(ValueError, match="foreground must be FIRST-LAST"):
         attention_seg.evaluate(tiny_model(), tmp_path, foreground="things", **options)
+
+
+def test_of_several_folders_of_masks_the_first_counts(tmp_path: Path) -> None:
+    masks(tmp_path, 3)
+    masks(tmp_path, 3, maps="annotations")
+    (samples,) = mapped_images(tmp_path).values()
+    assert [Path(sample.target.name).parent.name for sample in samples] == ["annotations"] * 3
 
 
 @pytest.mark.parametrize(

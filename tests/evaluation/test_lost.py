@@ -13,7 +13,7 @@ from scenes import RANDOM, SIZES, coco, tiny_model, voc, write_coco, write_image
 
 from testreg.evaluation import lost
 from testreg.evaluation.boxes import Objects, boxed_images
-from testreg.evaluation.lost import _hits, _in_pixels, _inner, _right
+from testreg.evaluation.lost import _hits, _in_pixels, _inner, _is_whole, _right
 from testreg.evaluation.samples import Sample
 
 GOLDEN = Path(__file__).parents[1] / "data" / "lost.safetensors"
@@ -59,6 +59,11 @@ def test_trivial_boxes() -> None:
     assert _inner(sample([], (100, 200)), 0.7).tolist() == pytest.approx([30, 15, 170, 85])
 
 
+def test_boxes_of_the_whole_image_are_counted() -> None:
+    boxes = torch.tensor([[0.0, 0.0, 200.0, 100.0], [0.0, 0.0, 200.0, 91.0], [0.0, 0.0, 200.0, 89.0]]).double()
+    assert _is_whole(boxes, [sample([], (100, 200))] * 3).tolist() == [1, 1, 0]
+
+
 def test_the_best_patch_hits_if_its_centre_is_in_a_box() -> None:
     objects = sample([[20, 10, 60, 40]], (64, 90))  # 4 x 6 patches of 16, the last column half padded
     assert _hits(1 * 6 + 2, objects, (16, 16), None)  # centre 40, 24
@@ -94,7 +99,7 @@ def test_plain_and_patched_on_the_same_images(tmp_path: Path) -> None:
     coco(tmp_path / "coco")
     result = lost.evaluate(tiny_model(), tmp_path / "coco", neurons=RANDOM, progress=False, resamples=50)
     assert set(result.metrics) == {"plain", "patched"}
-    assert set(result.metrics["plain"]) == {"corloc", "hit_ratio"} == set(result.difference or ())
+    assert set(result.metrics["plain"]) == {"corloc", "hit_ratio", "whole_image"} == set(result.difference or ())
     assert set(result.baselines) == {"corloc_whole_image", "corloc_centred_box"}
     assert result.protocol["images"] == 4
 

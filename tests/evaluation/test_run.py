@@ -47,11 +47,11 @@ def test_the_json_is_as_documented(tmp_path: Path) -> None:
     data = json.loads((tmp_path / "result.json").read_text())
     assert (data["task"], data["model"], data["data"]) == ("lost", "hf_dinov2", str(tmp_path / "coco"))
     for column in ("plain", "patched", "against"):
-        assert set(data[column]) == {"corloc", "hit_ratio"}
+        assert set(data[column]) == {"corloc", "hit_ratio", "whole_image"}
     value, low, high = data["difference"]["corloc"]
     assert value == pytest.approx(data["patched"]["corloc"] - data["plain"]["corloc"])
     assert low <= value <= high
-    assert set(data["difference_against"]) == {"corloc", "hit_ratio"}
+    assert set(data["difference_against"]) == {"corloc", "hit_ratio", "whole_image"}
     assert data["protocol"]["neurons"]["neurons"] == {str(k): v for k, v in RANDOM.by_block().items()}
     assert "corloc_centred_box" in str(result)
     assert "patched - plain (95 %)" in str(result)

@@ -350,6 +350,7 @@ def test_shards_are_shared_out_by_number_in_processes_of_torchrun(tmp_path, monk
         ("{}/none", FileNotFoundError, "no folder of images at .*none: give a folder, a list of paths"),
         ("hf:someone/photos", FileNotFoundError, r"hf:someone/photos: give .* or hf-dataset:NAME\[:SPLIT\]"),
         ("{}", ValueError, r"no images \(.bmp, "),
+        (__file__, ValueError, r"test_images.py is neither an image \(.bmp, .*\) nor a list \(.txt\): give a folder"),
         ("{}/none.txt", FileNotFoundError, "no list of images at .*none.txt"),
         ("{}/empty.txt", ValueError, "empty.txt lists no images"),
         ("{}/none.txt/hf-dataset:x", FileNotFoundError, "no folder of images"),

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,11 +24,11 @@ from torch import Tensor, nn
 from torchvision.models import Weights, WeightsEnum
 from torchvision.transforms._presets import ImageClassification
 
-from testreg import is_patched, patch
+from testreg import features, is_patched, patch
 from testreg.families import find_tower
 from testreg.io.checkpoints import load, save
 from testreg.io.loading import LoadedModel, load_model
-from testreg.io.preprocessing import transform_for
+from testreg.io.preprocessing import OneImage, transform_for
 
 PHOTO = Image.effect_noise((100, 80), 60).convert("RGB")
 OPEN_CLIP = {
@@ -238,7 +239,13 @@ NAMES = {
     "timm:vit_nope": (ValueError, r"cannot load timm:vit_nope: Unknown model.*timm.list_models"),
     "timm:vit_base_patch16_224": (OSError, r"cannot load timm:vit_base_patch16_224: .*Hub"),
     "timm:local-dir:/nowhere": (OSError, r"/nowhere has no model.safetensors"),
-    "hf:someone/vit": (OSError, r"cannot load someone/vit: .*huggingface.co, and the network"),
+    "hf:someone/vit": (OSError, r"cannot load someone/vit: .* HF_HUB_OFFLINE is set.*huggingface.co, and the network"),
+    "hf:openai/clip-vit-base-patch16": (
+        OSError,
+        r"path to a directory containing a \[\.\.\.\]\. HF_HUB_OFFLINE is set",
+    ),
+    "hf:./nowhere": (OSError, r"there is no folder ./nowhere, nor can that be a name on the Hub"),
+    "hf:/a/b/nowhere": (OSError, r"there is no folder /a/b/nowhere, nor can that be a name on the Hub"),
     "open_clip:ViT-B-32": (ValueError, r"open_clip:ViT-B-32 does not say which weights: .* openai, "),
     "open_clip:ViT-B-32/nope": (ValueError, r"cannot load open_clip:ViT-B-32/nope: .*list_pretrained"),
     "open_clip:Nope/openai": (ValueError, r"cannot load open_clip:Nope/openai: .*not found"),
@@ -476,3 +483,50 @@ def test_a_trusted_repository_is_loaded(trust: str, cached: Stranger) -> None:
 def test_image_size_is_checked() -> None:
     with pytest.raises(ValueError, match="image_size must be at least 1"):
         load_model("timm:vit_tiny_patch16_224", image_size=0)
+
+
+@pytest.mark.parametrize("name", ["timm_vit", "hf_clip", "open_clip", "torchvision"])
+def test_what_save_writes_takes_photographs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`load` needs neither the original nor its processor, wherever the folder lies."""
+    if name == "torchvision":
+        model: Any = load_model("torchvision:vit_b_32", pretrained=False).model
+        expected = transform_for(model)(PHOTO)
+    else:
+        write(name, tmp_path / "original")
+        loaded = load_model(str(tmp_path / "original"))
+        model, expected = loaded.model, loaded.transform(PHOTO)
+    expected = features(patch(model, {0: [1]}), expected[None])
+    save(model, tmp_path / "saved", **({"arch": OPEN_CLIP} if name == "open_clip" else {}))
+    PHOTO.save(tmp_path / "photo.png")
+    shutil.rmtree(tmp_path / "original", ignore_errors=True)
+    (tmp_path / "saved").rename(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    again = load("elsewhere")
+    torch.testing.assert_close(features(again, "photo.png"), expected)
+    torch.testing.assert_close(features(load_model("elsewhere").model, "photo.png"), expected)
+
+
+def test_a_model_without_a_processor_says_how_to_write_one(tmp_path: Path) -> None:
+    save(patch(build("hf_vit"), NEURONS), tmp_path)
+    with pytest.raises(
+        ValueError, match=r"pass transform=, or write it there: testreg.save\(model, FOLDER, processor="
+    ) as error:
+        features(load(tmp_path), PHOTO)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_of_tiles_the_whole_image_is_taken(tmp_path: Path) -> None:
+    """LLaVA-NeXT's processor puts it in front of the tiles: (1, tiles, 3, h, w)."""
+    size = {"size": {"shortest_edge": IMAGE}, "crop_size": {"height": IMAGE, "width": IMAGE}}
+    processor = transformers.LlavaNextImageProcessor(**size, image_grid_pinpoints=[[2 * IMAGE, IMAGE]])
+    pixels = processor(images=PHOTO, return_tensors="pt")["pixel_values"]
+    assert pixels.shape[:2] == (1, 3)
+    found = OneImage(processor)(PHOTO)
+    whole = transformers.CLIPImageProcessor(**size)(images=PHOTO.resize((IMAGE, IMAGE)), return_tensors="pt")
+    assert torch.equal(found, torch.as_tensor(pixels[0, 0]))
+    assert torch.nn.functional.cosine_similarity(found.flatten(), whole["pixel_values"].flatten(), dim=0) > 0.9
+    other = transformers.Idefics3ImageProcessor(
+        size={"longest_edge": 2 * IMAGE}, max_image_size={"longest_edge": IMAGE}
+    )
+    with pytest.raises(ValueError, match="it cuts images into tiles: pass a transform="):
+        OneImage(other)(PHOTO)

@@ -1,6 +1,7 @@
 """Progress: a bar that ends complete where it can move, a line where it cannot."""
 
 import io
+import re
 from contextlib import redirect_stderr
 
 import pytest
@@ -51,6 +52,21 @@ def test_without_a_terminal_each_phase_is_a_line(capsys: pytest.CaptureFixture[s
     lines = ["testreg: ranking, up to 200 images", "testreg: choosing, up to 64 sets", "testreg: reading"]
     assert said.err.splitlines() == lines
     assert said.out == ""
+
+
+def test_without_a_terminal_long_phases_say_how_far_they_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("testreg.io.progress.PAUSE", 0.0)
+    with progress_bar("choosing", 64, True, "set") as bar:
+        bar.update(16)
+    with progress_bar("reading", None, True) as bar:
+        bar.update(3)
+    first, second, third, last = capsys.readouterr().err.splitlines()
+    assert first == "testreg: choosing, up to 64 sets"
+    assert re.fullmatch(r"testreg: choosing, 16 sets of at most 64 in 00:00, .* left at most", second)
+    assert third == "testreg: reading"
+    assert last == "testreg: reading, 3 images in 00:00"
 
 
 @pytest.mark.parametrize(("shown", "rank"), [(False, 0), (True, 1)])

@@ -99,6 +99,28 @@ def test_it_is_what_transformers_returns(name: str, kernel: str, patched: bool) 
     assert hooks(model) == before
 
 
+@pytest.mark.parametrize("name", ["Llava", "Qwen3-VL"])
+@torch.no_grad()
+def test_over_a_neutral_prompt_the_sinks_of_the_language_model_are_gone(name: str) -> None:
+    """Against the attention that transformers returns for both prompts, one divided by the other."""
+    make, grid = MODELS[name]
+    model, inputs = make()
+    neutral = {**inputs, "input_ids": inputs["input_ids"].clone()}
+    neutral["input_ids"][:, -2:] = torch.tensor([40, 41])
+    found = testreg.answer_attention(model, inputs, [0, 1], neutral=neutral)
+    model.set_attn_implementation("eager")
+    maps = []
+    for each in (inputs, neutral):
+        attentions = model(**each, output_attentions=True).attentions[:2]
+        rows = torch.stack([drawn[:, :, -1, len(TEXT) : len(TEXT) + grid[0] * grid[1]] for drawn in attentions])
+        maps.append(rows.mean((0, 2)).unflatten(1, grid))
+    torch.testing.assert_close(found, maps[0] / maps[1], rtol=1e-4, atol=1e-4)
+    assert not found.allclose(torch.ones(()), atol=1e-3)
+    torch.testing.assert_close(testreg.answer_attention(model, inputs, neutral=inputs), torch.ones(2, *grid))
+    with pytest.raises(ValueError, match="the neutral prompts have other images"):
+        testreg.answer_attention(model, inputs, neutral={key: value[:1] for key, value in neutral.items()})
+
+
 @torch.no_grad()
 def test_a_register_changes_the_map() -> None:
     model, inputs = llava()

@@ -19,6 +19,10 @@ from testreg.measure.attention import Recorder, attention_to_patches
 BATCH, HEADS, LENGTH, DEPTH = 2, 4, 5, 8
 
 
+def of_the_first(num_tokens: int) -> slice:
+    return slice(0, 1)
+
+
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -60,7 +64,7 @@ def test_fused_attention(case: str, keyword: bool, of_all: bool) -> None:
     heads = 2 if "enable_gqa" in options else HEADS
     query, key = random(BATCH, HEADS, LENGTH, DEPTH), random(BATCH, heads, LENGTH, DEPTH, seed=1)
     value = torch.eye(LENGTH, dtype=torch.float64).expand(BATCH, heads, -1, -1)
-    with Recorder(of_all) as recorder:
+    with Recorder(lambda num_tokens: slice(None) if of_all else slice(0, 1)) as recorder:
         if keyword:
             weights = F.scaled_dot_product_attention(query=query, key=key, value=value, **options)
         else:
@@ -70,14 +74,14 @@ def test_fused_attention(case: str, keyword: bool, of_all: bool) -> None:
 
 
 def test_attention_to_other_tokens_is_not_recorded() -> None:
-    with Recorder(of_all=True) as recorder:
+    with Recorder(lambda num_tokens: slice(None)) as recorder:
         F.scaled_dot_product_attention(random(1, 2, 1, 4), random(1, 2, 5, 4), random(1, 2, 5, 4))
     assert not recorder.rows
 
 
 def test_the_weights_are_computed_precisely_within_autocast() -> None:
     query, key, value = (random(BATCH, HEADS, LENGTH, DEPTH, seed=seed).float() for seed in range(3))
-    with torch.autocast("cpu", torch.bfloat16), Recorder(of_all=False) as recorder:
+    with torch.autocast("cpu", torch.bfloat16), Recorder(of_the_first) as recorder:
         F.scaled_dot_product_attention(query, key, value)
     expected = (query.bfloat16().float() @ key.bfloat16().float().mT * DEPTH**-0.5).softmax(-1)[:, :, 0]
     exact = (query @ key.mT * DEPTH**-0.5).softmax(-1)[:, :, 0]
@@ -99,7 +103,7 @@ def test_masked_multi_head_attention() -> None:
         {"attn_mask": ~CAUSAL, "is_causal": True},
         {"key_padding_mask": ~shown(3)[:, 0, 0]},
     ):
-        with Recorder(of_all=False) as recorder:
+        with Recorder(of_the_first) as recorder:
             module(tokens, tokens, tokens, need_weights=False, **options)
         torch.testing.assert_close(recorder.rows, [multi_head(module, tokens, **options)[:, :, 0]])
 
@@ -141,7 +145,7 @@ def test_the_maps_of_a_masked_tower_have_its_mask() -> None:
     mask = torch.ones(BATCH, 1, length, length, dtype=torch.bool)
     mask[1, :, :, 4:9] = False
     entered = entering_attention(block)
-    with Recorder(of_all=False) as recorder:
+    with Recorder(of_the_first) as recorder:
         model.forward_features(images(), attn_mask=mask)
     bias = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -torch.inf)
     assert len(recorder.rows) == len(model.blocks)

@@ -15,7 +15,7 @@ from testreg.families import find_tower
 from testreg.measure.conclusion import MASSIVE, conclude
 from testreg.measure.diagnose import diagnose
 from testreg.measure.diagnosis import ATTENTION_LEGEND, LEGEND, QUANTILES, AttentionHead, BlockDiagnosis
-from testreg.measure.observation import from_afar, neighbour_cosine, observe, sample
+from testreg.measure.observation import Observations, from_afar, neighbour_cosine, observe, sample
 from testreg.measure.outliers import OutlierRule
 
 NORM_BEFORE_MLP = {
@@ -702,3 +702,56 @@ def test_bad_arguments(planted, photos):
         planted.blocks[1].mlp.fc2.bias[0] = math.inf
     with pytest.raises(ValueError, match="not finite"):
         look(planted, photos)
+
+
+def course(fractions: list[float], strongest: int, embedding: float = 0.0) -> str:
+    """The note on where outliers are, of a diagnosis with these shares of outliers after the blocks."""
+    found = hand_made(fractions, strongest, embedding)
+    return found.notes[0]
+
+
+def hand_made(
+    fractions: list[float], strongest: int, embedding: float = 0.0, *, patched: bool = False
+) -> testreg.Diagnosis:
+    """The diagnosis that follows from 1000 patches an image with these shares of outliers, of excess norm 1 each, and
+    2 after the strongest block."""
+    depth = len(fractions)
+    model = timm.create_model("vit_base_patch16_224", **{**TIMM, "depth": depth})
+    if patched:
+        testreg.patch(model, {0: [1]})
+    sums = Observations(depth)
+    sums.image_size = [64, 64]
+    shares = [embedding, *(share for each in fractions for share in (each, each))]
+    for place, share in zip(sums.hook_points, shares, strict=True):
+        zeros = dict.fromkeys(("outlier_ratio", "outlier_cosine", "normal_cosine"), torch.tensor(0.0))
+        one = {"images": torch.tensor(1.0), "patches": torch.tensor(1000.0), "outliers": torch.tensor(1000 * share)}
+        more = {"median": torch.tensor(1.0), "maximum": torch.tensor(1.0), "moments": torch.ones(4)}
+        arrays = {"histogram": torch.ones(9), "channels": torch.ones(4), "channel_energy": torch.ones(4)}
+        place |= {**zeros, **one, **more, **arrays, "prefix": torch.ones(1)}
+    for block, share in enumerate(fractions):
+        sums.excess[block, 2 * block + 1 :] = share
+    sums.excess[strongest, 2 * strongest + 2] = 2
+    sums.positions[(4, 4)] |= {"images": torch.tensor(1.0), "events": torch.zeros(depth, 16)}
+    return conclude(model, [sums], testreg.OutlierRule())
+
+
+def test_where_outliers_appear_are_strongest_and_end_is_what_the_table_says() -> None:
+    real = [0, 0, 0, 0, 0, 0.025, 0.055, 0.063, 0.06, 0.054, 0.054, 0.04]  # as OpenAI's CLIP ViT-B/16 has them
+    assert course(real, 7) == (
+        "Outliers appear after block 5, are strongest after block 7, and are still there after block 11, the last "
+        "(4.0 % of the patches)."
+    )
+    assert hand_made(real, 7).verdict.startswith("outliers from block 5 (MLP), 6.3 % of patches")
+    assert course([0, 0.02, 0.0005, 0.03, 0, 0.01], 3) == (
+        "Outliers appear after block 3, where they are strongest, and are gone after block 4."
+    )
+    assert course([0, 0.01, 0.02], 2) == "Outliers appear after block 1, and are strongest after block 2, the last."
+    assert course([0.01, 0.02, 0], 1, embedding=0.01) == (
+        "Outliers are there in front of the first block, are strongest after block 1, and are gone after block 2."
+    )
+
+
+def test_what_a_patch_leaves_is_not_movable() -> None:
+    plain, patched = (hand_made([0, 0.001, 0], 1, patched=patched) for patched in (False, True))
+    assert (plain.kind, patched.kind) == ("movable", "left")
+    assert patched.verdict == "outliers from block 1 (MLP), 0.1 % of patches, left by the registers"

@@ -65,6 +65,67 @@ def test_attention_and_features_are_those_by_hand(family: str, registers: int) -
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+MASKS = torch.zeros(2, *GRID, dtype=torch.bool)
+MASKS[0, 1, 2:], MASKS[1, 3, 0] = True, True
+
+
+@pytest.mark.parametrize("family", ["timm_dinov2_reg4", "open_clip_sequence_first", "hf_siglip"])
+@torch.no_grad()
+def test_attention_of_and_to_registers_of_patches_and_rolled_out(family: str) -> None:
+    """Against the weights (B, heads, T, T) by hand, of CLS, trained registers, patches and two registers."""
+    model, prefix = build(family).double(), LAYOUTS[family].prefix
+    weights: list[Tensor] = []
+    forward_by_hand(family, model, images(), RANKING, num_registers=2, attentions=weights)
+    testreg.patch(model, NEURONS, num_registers=2)
+    trained = find_tower(model).num_trained_registers
+    registers = [*range(prefix - trained, prefix), prefix + 16, prefix + 17]
+    patches = slice(prefix, prefix + 16)
+
+    def expect(found: Tensor, rows: Tensor) -> None:
+        torch.testing.assert_close(found, rows[..., patches].unflatten(-1, GRID))
+
+    drawn = weights[2]
+    expect(testreg.attention(model, images(), 2, query="register"), drawn[:, :, registers].mean(2))
+    expect(testreg.attention(model, images(), 2, query=(1, 2)), drawn[:, :, prefix + 6])
+    expect(testreg.attention(model, images(), 2, query=MASKS[0]), drawn[:, :, [prefix + 6, prefix + 7]].mean(2))
+    of_each = torch.stack([drawn[0, :, [prefix + 6, prefix + 7]].mean(1), drawn[1, :, prefix + 12]])
+    expect(testreg.attention(model, images(), 2, query=MASKS, batch_size=1), of_each)
+    expect(testreg.attention(model, images(), 2, query=MASKS), of_each)
+    found = testreg.attention(model, images(), 2, query="mean", to="registers")
+    torch.testing.assert_close(found, drawn[:, :, patches].mean(2)[..., registers])
+    own = testreg.attention(model, images(), 2, query="register", to="registers")
+    torch.testing.assert_close(own, drawn[:, :, registers].mean(2)[..., registers])
+
+    flow = torch.eye(drawn.shape[-1], dtype=torch.float64)
+    for each in weights[:3]:
+        flow = 0.5 * (each.mean(1) + torch.eye(drawn.shape[-1])) @ flow
+    expect(testreg.attention(model, images(), 2, query=(1, 2), rollout=True), flow[:, None, prefix + 6])
+    expect(testreg.attention(model, images(), 2, query="register", rollout=True), flow[:, None, registers].mean(2))
+    expect(testreg.attention(model, images(), 2, query=MASKS, rollout=True)[1:], flow[1:, None, prefix + 12])
+    default = flow[:, None, 0] if prefix else flow[:, None, patches].mean(2)
+    expect(testreg.attention(model, images(), 2, rollout=True), default)
+
+
+def test_queries_that_do_not_fit() -> None:
+    model = build("timm_vit")
+    plain: list[dict[str, Any]] = [{"query": "register"}, {"to": "registers"}, {"query": "register", "rollout": True}]
+    for options in plain:
+        with pytest.raises(ValueError, match="has no registers: call"):
+            testreg.attention(model, images(), **options)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"query": (4, 0)}, "out of range: the images have 4 x 4 patches"),
+        ({"query": torch.ones(3, 4, dtype=torch.bool)}, "a mask of patches is bool"),
+        ({"query": torch.zeros(4, 4, dtype=torch.bool)}, "the mask has no patch"),
+        ({"query": "registers"}, "query must be"),
+        ({"to": "cls"}, "to must be"),
+        ({"query": "pool", "rollout": True}, "is no token of a block"),
+        ({"to": "registers", "rollout": True}, "leave to='registers' out"),
+    ]
+    for options, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            testreg.attention(model, images(), **options)
+
+
 @pytest.mark.parametrize("patched", [False, True])
 @pytest.mark.parametrize("size", [(64, 96), (40, 70)])
 @torch.no_grad()

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import testreg
 from testreg import StaticRegisters, disabled, patch, registers, steered, unpatch
-from testreg.families import find_tower
+from testreg.families import find_tower, fingerprint
 from testreg.patching.moves import silence
+from testreg.patching.state import patch_of
 
 RANKING = ((1, 3), (2, 127), (1, 120), (2, 0), (1, 77), (0, 5), (3, 9), (2, 64))
 NEURONS = testreg.RegisterNeurons(tuple((layer, unit, None) for layer, unit in RANKING))
@@ -74,6 +75,30 @@ def test_every_block_agrees_with_the_forward_by_hand(family: str) -> None:
             unpatch(model)
             for block, by_hand in enumerate(expected):
                 assert (ours[block] - by_hand).abs().max() < 1e-10, f"{form}, block {block}"
+
+
+def test_without_neurons_those_are_taken_that_it_was_made_with() -> None:
+    model = build("timm_vit")
+    expected = outputs(patch(model, NEURONS, static=static(2)))
+    unpatch(model)
+    assert outputs(patch(model, static=static(2))).equal(expected)
+    assert patch_of(model).neurons.by_block() == NEURONS.by_block()
+    with pytest.raises(ValueError, match="has no scores, so it cannot be truncated to top_k"):
+        patch(unpatch(model), top_k=2, static=static(2))
+
+
+@torch.no_grad()
+def test_it_is_used_on_quantised_weights_and_refused_on_others() -> None:
+    model = build("timm_vit")
+    constants = dataclasses.replace(static(), model={"fingerprint": fingerprint(find_tower(model)), "name": "it"})
+    for block in find_tower(model).blocks:
+        weight = block.mlps[0].fc2_linear.weight
+        weight.copy_((weight / 0.05).round() * 0.05)
+    assert testreg.is_patched(patch(model, NEURONS, static=constants))
+    for block in find_tower(unpatch(model)).blocks:
+        block.mlps[0].fc2_linear.weight.normal_()
+    with pytest.raises(ValueError, match="are of it, whose weights are not those of this model"):
+        patch(model, NEURONS, static=constants)
 
 
 @pytest.mark.parametrize("family", WITH_BIAS)

@@ -47,7 +47,8 @@ def test_a_model_before_and_after(planted: Any, photos: torch.Tensor) -> None:
     torch.testing.assert_close(found.after.features.movedim(-1, 1), features)
     torch.testing.assert_close(again.after.norms, found.after.norms)
     torch.testing.assert_close(again.before.norms, found.before.norms)
-    assert repr(found).startswith("Comparison on 10 images, norms after block 3\n")
+    assert repr(found).startswith("Comparison of timm:vit_base_patch16_clip_224.laion2b_ft_in12k_in1k on 10 images, ")
+    assert ", norms after block 3\n" in repr(found)
     assert len(repr(found)) < 400
 
 
@@ -93,7 +94,9 @@ def test_towers_whose_attention_is_not_seen_are_compared_without(monkeypatch: py
     monkeypatch.setattr("testreg.report.comparison.attention_to_patches", unseen)
     found = testreg.compare(build("timm_siglip"), torch.randn(2, 3, 64, 64), NEURONS)
     assert found.before.attention is None
-    assert len(found.plot().axes) == 4 * 3
+    assert len(found.plot().axes) == 2 * (1 + 2 * 2)  # the photograph; norms and features, before and after
+    title = found.plot().get_suptitle()
+    assert title == f"{found.model}: norms after block {found.block}, features after the last block"
 
 
 def test_bad_arguments() -> None:

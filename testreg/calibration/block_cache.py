@@ -16,8 +16,8 @@ from testreg.families import Tower
 from testreg.neurons import Neuron
 from testreg.patching.override import Override
 
-Key = tuple[int, frozenset[tuple[int, int]]]
-"""A block, and the neurons that are moved in front of it."""
+Key = tuple[int, int, frozenset[tuple[int, int]]]
+"""A block, the number of registers, and the neurons that are moved in front of the block."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Kept:
 
     output: Any
     """That of the last of them, registers included."""
-    norms: Tensor
-    """Norms (depth, B, N) of the patches after each of them."""
+    figures: Tensor
+    """What was read off the patches after each of them, (K, depth, B, N) for K figures."""
 
 
-class Prefix:
+class BlockCache:
     """Keeps what blocks of a patched tower get in each batch: a later forward begins at the last block whose input is
     known.
 
@@ -57,13 +57,15 @@ class Prefix:
         """The inputs of blocks that the running forward has made, by their numbers."""
 
     @contextmanager
-    def reused(self, neurons: Sequence[Neuron]) -> Iterator[None]:
+    def reused(self, neurons: Sequence[Neuron], num_registers: int) -> Iterator[None]:
         """Within the context, in which the model is patched with these neurons, blocks are not run whose output is
         known. Each forward is between `begin` and `finish`."""
         moved = frozenset((block, unit) for block, unit, _ in neurons)
         depths = range(self.tower.depth)
         self.first_moved = min((block for block, _ in moved), default=0)
-        self.keys = [(depth, frozenset(neuron for neuron in moved if neuron[0] < depth)) for depth in depths]
+        self.keys = [
+            (depth, num_registers, frozenset(neuron for neuron in moved if neuron[0] < depth)) for depth in depths
+        ]
         blocks = [KeptBlock(block.module, self, index) for index, block in enumerate(self.tower.blocks[:-1])]
         for each in blocks:
             each.install()
@@ -80,16 +82,16 @@ class Prefix:
         self.batch, self.start, self.made = batch, kept.get(self.keys[self.first_run]), {}
 
     def finish(self, recorded: Tensor) -> Tensor:
-        """Norms (L, B, N) of the batch, also after blocks that did not run, from those that its forward recorded."""
-        norms = recorded if self.start is None else torch.cat([self.start.norms, recorded[self.first_run :]])
+        """Figures (K, L, B, N) of the batch, also of blocks that did not run, from those that its forward recorded."""
+        figures = recorded if self.start is None else torch.cat([self.start.figures, recorded[:, self.first_run :]], 1)
         kept = self.kept[self.batch]
-        kept |= {self.keys[index]: Kept(output, norms[:index]) for index, output in self.made.items()}
+        kept |= {self.keys[index]: Kept(output, figures[:, :index]) for index, output in self.made.items()}
         for key in reversed(self.keys):
             if key in kept:
                 kept.move_to_end(key)
         while sum(_bytes(each.output) for each in kept.values()) > self.memory:
             kept.popitem(last=False)
-        return norms
+        return figures
 
     def keep(self, index: int, output: Any) -> None:
         """Keep what a block of the running forward gives to the next, if that may be of use, and there is room."""
@@ -101,15 +103,15 @@ class Prefix:
 class KeptBlock(Override):
     """A block that is run only if its output is not known."""
 
-    prefix: Prefix
+    cache: BlockCache
     index: int
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        prefix = self.prefix
-        if prefix.start is not None and self.index < prefix.first_run:
-            return _copied(prefix.start.output)
+        cache = self.cache
+        if cache.start is not None and self.index < cache.first_run:
+            return _copied(cache.start.output)
         output = self.original(*args, **kwargs)
-        prefix.keep(self.index, output)
+        cache.keep(self.index, output)
         return output
 
 

@@ -3,11 +3,12 @@ from dataclasses import replace
 import pytest
 import torch
 from planting import plant
+from reference import forward_by_hand
 from test_calibrate import as_set
 from tiny import fresh, packed, photograph_crops
 
 import testreg
-from testreg.calibration.evaluation import Effect, Evaluator, worst_of
+from testreg.calibration.effects import Effect, EffectMeter, what_is_wrong_with_maps, worst_of
 from testreg.families import find_tower
 from testreg.measure.outliers import Detection, OutlierRule, token_norms
 
@@ -41,8 +42,8 @@ def test_what_lies_in_front_of_the_onset_does_not_count():
     tower = find_tower(model)
     norms = token_norms(tower, images)[2, :, 1:]
     bright_in_front(model, int((norms > RULE.limit(norms)).sum(0).argmax()))
-    held_out = Evaluator(model, tower, packed(images), Detection(RULE, 2), 2, batch_size=5)
-    effect = held_out.effect([(2, unit, None) for unit in planted.neurons[2]])
+    meter = EffectMeter(model, tower, packed(images), Detection(RULE, 2), 2, batch_size=5)
+    effect = meter.effect([(2, unit, None) for unit in planted.neurons[2]])
     assert effect.remaining == 0
     assert effect.worst_block >= 2
 
@@ -52,10 +53,10 @@ def test_a_set_does_not_look_better_for_beginning_late():
     images = photograph_crops()[:10]
     model = fresh("timm_clip")
     planted = plant(model, images, num_neurons=6, two_blocks=True)
-    held_out = Evaluator(model, find_tower(model), packed(images), Detection(RULE, 2), 1, batch_size=5)
+    meter = EffectMeter(model, find_tower(model), packed(images), Detection(RULE, 2), 1, batch_size=5)
     neurons = [(block, unit, None) for block, units in planted.neurons.items() for unit in units]
-    assert held_out.effect(neurons).remaining == 0
-    late = held_out.effect([each for each in neurons if each[0] == 2])
+    assert meter.effect(neurons).remaining == 0
+    late = meter.effect([each for each in neurons if each[0] == 2])
     assert (late.remaining, late.worst_block) == (1, 1)
 
 
@@ -63,11 +64,11 @@ def test_outliers_that_a_set_makes_count_from_the_onset_on():
     images = photograph_crops()[:10]
     model = fresh("timm_clip")
     planted = plant(model, images, num_neurons=4)
-    held_out = Evaluator(model, find_tower(model), packed(images), Detection(RULE, 2), 2, batch_size=5)
+    meter = EffectMeter(model, find_tower(model), packed(images), Detection(RULE, 2), 2, batch_size=5)
     model.blocks[3].register_forward_hook(
         lambda module, args, out: out.index_fill(1, torch.tensor([3]), 50.0) if testreg.is_patched(model) else None
     )
-    effect = held_out.effect([(2, unit, None) for unit in planted.neurons[2]])
+    effect = meter.effect([(2, unit, None) for unit in planted.neurons[2]])
     assert effect.remaining > 1
     assert effect.worst_block == 3
 
@@ -82,7 +83,9 @@ def test_norms_that_are_not_finite_are_an_error(patched):
         lambda module, args, out: out * float("nan") if testreg.is_patched(model) is patched else None
     )
     with pytest.raises(ValueError, match="the norms of the tokens are not finite"):
-        Evaluator(model, find_tower(model), packed(images), Detection(RULE, 2), 2, batch_size=4).effect([(2, 0, None)])
+        EffectMeter(model, find_tower(model), packed(images), Detection(RULE, 2), 2, batch_size=4).effect(
+            [(2, 0, None)]
+        )
 
 
 @pytest.mark.parametrize("name", ["timm_clip", "hf_siglip", "open_clip_sequence_first"])
@@ -93,8 +96,8 @@ def test_effect_by_hand(name):
     planted = plant(model, images, num_neurons=4)
     tower = find_tower(model)
     neurons = [(block, unit, None) for block, unit in sorted(as_set(planted.neurons))[:2]]
-    held_out = Evaluator(model, tower, packed(images), Detection(RULE, 2), 2, batch_size=3)
-    effect = held_out.effect(neurons)
+    meter = EffectMeter(model, tower, packed(images), Detection(RULE, 2), 2, batch_size=3)
+    effect = meter.effect(neurons)
 
     def norms_and_tokens():
         kept = []
@@ -124,7 +127,7 @@ def test_effect_by_hand(name):
                 excess_before += max((before[block, i, n] / normal - 1).item(), 0)
         kept.append(excess / excess_before)
     share = (before[2] > limit[2]).float().mean().item()
-    assert held_out.outlier_fraction == pytest.approx(share)
+    assert meter.outlier_fraction == pytest.approx(share)
     assert effect.neurons == 2
     assert effect.remaining == pytest.approx(max(left))
     assert effect.worst_block == left.index(max(left))
@@ -140,6 +143,94 @@ def test_effect_by_hand(name):
     assert not testreg.is_patched(model)
 
 
+@pytest.mark.parametrize("num_registers", [1, 3])
+@pytest.mark.parametrize("name", ["timm_clip", "hf_siglip", "open_clip_sequence_first"])
+def test_attention_and_likeness_by_hand(name, num_registers):
+    """The figures of maps, with loops, from the forward by hand with explicit registers."""
+    images = photograph_crops()[:5]
+    model = fresh(name)
+    neurons = sorted(as_set(plant(model, images, num_neurons=4).neurons))[:2]
+    tower = find_tower(model)
+    meter = EffectMeter(model, tower, packed(images), Detection(RULE, 2), 2, batch_size=3)
+    effect = meter.effect([(*neuron, None) for neuron in neurons], num_registers)
+    norms = token_norms(tower, images)[..., tower.num_prefix :]
+    former = (norms > RULE.limit(norms))[2:].any(0)  # (B, N)
+
+    def by_hand(moved, num_registers):
+        weights = []
+        with torch.no_grad():
+            outputs = forward_by_hand(name, model, images, moved, num_registers=num_registers, attentions=weights)
+        patches = slice(tower.num_prefix, tower.num_prefix + former.shape[1])
+        drawn = weights[3].mean((1, 2))[:, patches]  # of block 3, the only one behind the onset
+        of_last = weights[3][:, :, 0] if tower.num_prefix else weights[3][:, :, patches].mean(2)
+        row = of_last.mean(1)[:, patches]
+        unlike = []
+        for tokens in outputs[2:]:
+            grid = tokens[:, patches].unflatten(1, meter.grid)
+            distances = []
+            for i, row_of, column in former.unflatten(1, meter.grid).nonzero().tolist():
+                near = [(row_of + 1, column), (row_of - 1, column), (row_of, column + 1), (row_of, column - 1)]
+                near = [(r, c) for r, c in near if 0 <= r < meter.grid[0] and 0 <= c < meter.grid[1]]
+                cosines = [torch.cosine_similarity(grid[i, row_of, column], grid[i, r, c], dim=0) for r, c in near]
+                distances.append(1 - sum(cosines) / len(near))
+            unlike.append(sum(distances) / len(distances))
+        hottest = row.amax(1) / row.sum(1)
+        return drawn[former].mean() / drawn[~former].mean(), hottest, torch.stack(unlike)
+
+    before, after = by_hand([], 0), by_hand(neurons, num_registers)
+    figures = [meter.untouched.sink, meter.untouched.hottest]
+    assert figures == pytest.approx([float(before[0]), float(before[1].mean())], rel=1e-4)
+    assert (meter.untouched.hotter, meter.untouched.unlike) == (0, 1)
+    assert [effect.sink, effect.hottest] == pytest.approx([float(after[0]), float(after[1].mean())], rel=1e-4)
+    assert effect.hotter == pytest.approx(float((after[1] > 1.01 * before[1]).float().mean()))
+    assert effect.unlike == pytest.approx(float((after[2] / before[2]).mean()), rel=1e-3)
+    assert effect.num_registers == num_registers
+
+
+def test_attention_that_cannot_be_seen_is_unknown():
+    images = photograph_crops()[:4]
+    model = fresh("timm_clip")
+    plant(model, images, num_neurons=4)
+    for block in model.blocks:
+        block.attn.forward = hidden_attention(block.attn)
+    effect = EffectMeter(model, find_tower(model), packed(images), Detection(RULE, 2), 2, batch_size=4).effect(
+        [(2, 0, None)]
+    )
+    assert (effect.sink, effect.hottest, effect.hotter) == (None, None, None)
+    assert effect.unlike == pytest.approx(1, abs=0.1)
+
+
+def hidden_attention(attention):
+    """The same without any function that tells attention."""
+
+    def forward(x, **_):
+        query, key, value = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        weights = (query * attention.scale @ key.mT).exp()
+        return attention.proj(((weights / weights.sum(-1, keepdim=True)) @ value).transpose(1, 2).flatten(2))
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    ("check", "words"),
+    [
+        ({}, []),
+        ({"sink": None, "hottest": None, "before": {"sink": None, "hottest": None}}, []),
+        ({"sink": 0.6, "hottest": 0.04, "before": {"sink": 24.0, "hottest": 0.13}}, []),
+        ({"sink": 1.4, "hottest": 0.14, "before": {"sink": 24.0, "hottest": 0.13}}, []),
+        ({"sink": 2.0, "hottest": 0.04, "before": {"sink": 24.0, "hottest": 0.13}}, ["still draw 2.0 times"]),
+        (
+            {"sink": 5.0, "hottest": 0.388, "before": {"sink": 24.0, "hottest": 0.099}},
+            ["still draw 5.0 times", "hotter: the hottest patch draws 38.8% of the attention, 9.9% before"],
+        ),
+    ],
+)
+def test_what_is_wrong_with_maps(check, words):
+    said = what_is_wrong_with_maps(check)
+    assert len(said) == len(words)
+    assert all(word in each for word, each in zip(words, said, strict=True))
+
+
 def test_moving_nothing_that_matters_changes_nothing():
     images = list(photograph_crops()[:6])
     model = fresh("timm_clip")
@@ -147,27 +238,25 @@ def test_moving_nothing_that_matters_changes_nothing():
     tower = find_tower(model)
     with torch.no_grad():
         tower.blocks[3].mlps[0].columns[:, 7] = 0
-    held_out = Evaluator(model, tower, packed(images), Detection(RULE, 2), 2, batch_size=4)
-    effect = held_out.effect([(3, 7, None)])
+    meter = EffectMeter(model, tower, packed(images), Detection(RULE, 2), 2, batch_size=4)
+    effect = meter.effect([(3, 7, None)])
     assert effect.remaining == pytest.approx(1, abs=0.02)
     assert effect.excess == pytest.approx(1, abs=0.01)
-    everything = held_out.effect([(2, unit, None) for unit in planted.neurons[2]])
+    everything = meter.effect([(2, unit, None) for unit in planted.neurons[2]])
     assert everything.remaining == 0
     assert everything.excess < 0.01
 
 
-def test_a_set_is_run_once():
+def test_a_part_measures_its_own_images():
     images, runs = list(photograph_crops()[:8]), []
     model = fresh("timm_clip")
     neurons = [(2, unit, None) for unit in plant(model, torch.stack(images), num_neurons=4).neurons[2]]
-    whole = Evaluator(model, find_tower(model), packed(images), Detection(RULE, 2), 2, batch_size=8)
-    model.blocks[3].register_forward_hook(lambda *_: runs.append(1))
-    effect = whole.effect(neurons)
-    assert whole.effect([(block, unit, 0.5) for block, unit, _ in neurons[::-1]]) == effect
-    assert len(runs) == 1
+    whole = EffectMeter(model, find_tower(model), packed(images), Detection(RULE, 2), 2, batch_size=8)
+    model.blocks[3].register_forward_hook(lambda module, args, out: runs.append(len(out)))
     half, _ = whole.split(4)
-    half.effect(neurons)  # its images are others
-    assert len(runs) == 2
+    half.effect(neurons)
+    whole.effect(neurons)
+    assert runs == [4, 8]
 
 
 def test_the_given_head_is_asked():
@@ -183,16 +272,16 @@ def test_the_given_head_is_asked():
         scores[1:, 1] = float(testreg.is_patched(model))
         return scores
 
-    held_out = Evaluator(model, tower, packed(images), Detection(RULE, 2), 2, batch_size=4, head=head)
-    assert held_out.effect([(2, 0, None)]).agreement == pytest.approx(2 / 8)
+    meter = EffectMeter(model, tower, packed(images), Detection(RULE, 2), 2, batch_size=4, head=head)
+    assert meter.effect([(2, 0, None)]).agreement == pytest.approx(2 / 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_head_gets_images_as_the_model_takes_them(dtype):
     images = list(photograph_crops()[:4].double())
     model = fresh("timm_clip").to(dtype)
-    held_out = Evaluator(model, find_tower(model), packed(images), Detection(RULE, 2), 2, batch_size=3, head=run)
-    assert held_out.effect([(2, 0, None)]).agreement == 1
+    meter = EffectMeter(model, find_tower(model), packed(images), Detection(RULE, 2), 2, batch_size=3, head=run)
+    assert meter.effect([(2, 0, None)]).agreement == 1
 
 
 def run(model, images):
@@ -212,7 +301,7 @@ def test_heads_that_are_none(head, message):
     images = list(photograph_crops()[:4])
     model = fresh("timm_clip")
     with pytest.raises(ValueError, match=message):
-        Evaluator(model, find_tower(model), packed(images), Detection(RULE, 2), 2, batch_size=4, head=head)
+        EffectMeter(model, find_tower(model), packed(images), Detection(RULE, 2), 2, batch_size=4, head=head)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -222,11 +311,11 @@ def test_figures_under_autocast_are_those_of_its_norms(dtype):
     model = fresh("timm_clip")
     neurons = [(2, unit, None) for unit in plant(model, images, num_neurons=4).neurons[2]]
     tower = find_tower(model)
-    plain = Evaluator(model, tower, packed(images), Detection(RULE, 2), 2, batch_size=10)
+    plain = EffectMeter(model, tower, packed(images), Detection(RULE, 2), 2, batch_size=10)
     with torch.autocast("cpu", dtype):
-        held_out = Evaluator(model, tower, packed(images), Detection(RULE, 2), 2, batch_size=10)
-        effect = held_out.effect(neurons)
-    assert held_out.outlier_fraction == pytest.approx(plain.outlier_fraction, abs=0.01)
-    assert held_out.before["excess"][2].item() == pytest.approx(plain.before["excess"][2].item(), rel=0.1)
+        meter = EffectMeter(model, tower, packed(images), Detection(RULE, 2), 2, batch_size=10)
+        effect = meter.effect(neurons)
+    assert meter.outlier_fraction == pytest.approx(plain.outlier_fraction, abs=0.01)
+    assert meter.before["excess"][2].item() == pytest.approx(plain.before["excess"][2].item(), rel=0.1)
     assert effect.remaining == 0
     assert effect.excess < 0.01

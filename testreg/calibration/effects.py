@@ -1,38 +1,52 @@
 """Measure the patched model on images that did not rank its neurons: what does moving some of them do?
 
 A ranking says which neurons *may* be the cause of outliers. What decides is the patched model: whether the outliers are
-gone, after every block, and whether everything else stays as it was.
+gone, after every block; whether the patches where they were have become patches like others, which draw no more
+attention and resemble their neighbours; and whether everything else stays as it was.
+
+Shapes: L blocks, B images, T tokens, N patches, C width.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from testreg.calibration.block_cache import BlockCache
 from testreg.calibration.options import Head
-from testreg.calibration.prefix import Prefix
 from testreg.families import Tower
+from testreg.families.kernels import attention_kernel
 from testreg.io.images import batched
 from testreg.io.packing import PackedImage
 from testreg.io.processes import Sums, add, gathered, rank, summed
-from testreg.measure.hooks import recorded_norms, recorded_tokens
-from testreg.measure.outliers import MIN_FRACTION, Detection, check_finite, ignored_patches
+from testreg.measure.attention import UNSEEN, SampleRecorder
+from testreg.measure.hooks import recording_inputs, recording_outputs
+from testreg.measure.observation import neighbour_cosine, sample
+from testreg.measure.outliers import MIN_FRACTION, Detection, check_finite, exactly, ignored_patches
 from testreg.neurons import Neuron, unscored
 from testreg.register import patched
 
 KEPT = 2**28  # bytes of tokens between blocks that are kept while sets are compared
 NORMAL_PATCHES = 64  # of an image, whose change is measured
+HOTTER = 1.01  # times as hot an image's hottest patch is, or more
+MUCH_HOTTER = 1.1  # the same, of the mean over images: maps got hotter
+MAX_SINK = 1.5  # times as much attention as other patches: more is an attention sink
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What moving some neurons does, on held-out images."""
+    """What moving some neurons does, on held-out images.
+
+    The *former outliers* are the patches that are outliers of the plain model, after any block from the onset on.
+    """
 
     neurons: int
     remaining: float
@@ -51,6 +65,20 @@ class Effect:
     """1 - cosine between the normal patches without and with registers, likewise."""
     agreement: float | None
     """Fraction of the images that the user's head gives the same class as before; None without a head."""
+    num_registers: int = 1
+    """How many registers the neurons were moved to; each holds all of them."""
+    sink: float | None = None
+    """Attention of all tokens to a former outlier, over that to another patch, in the block behind the onset where this
+    is largest: 1 is any patch. Norms can be normal while attention still sinks into these patches. None where attention
+    cannot be seen."""
+    hottest: float | None = None
+    """Attention of CLS (of all patches, where there is none) to the hottest patch of an image, as a share of that to
+    all patches, in the last block; mean over the images."""
+    hotter: float | None = None
+    """Share of the images whose hottest patch is hotter than without registers."""
+    unlike: float | None = None
+    """How unlike their four neighbours the former outliers are (1 - cosine), as a share of what it was; mean over the
+    blocks from the onset on."""
 
     @property
     def change(self) -> float:
@@ -61,13 +89,56 @@ class Effect:
 def worst_of(effects: Sequence[Effect]) -> Effect:
     """The worst of each figure, for one set of neurons at several image sizes."""
     worst = max(effects, key=lambda effect: effect.remaining)
+    largest = {name: _largest(effects, name) for name in ("sink", "hottest", "hotter", "unlike")}
     return replace(
         worst,
         excess=max(effect.excess for effect in effects),
         change_pooled=max(effect.change_pooled for effect in effects),
         change_patches=max(effect.change_patches for effect in effects),
         agreement=min((effect.agreement for effect in effects if effect.agreement is not None), default=None),
+        **largest,  # type: ignore[arg-type]
     )
+
+
+def _largest(effects: Sequence[Effect], name: str) -> float | None:
+    values = (getattr(effect, name) for effect in effects)
+    return max((value for value in values if value is not None), default=None)
+
+
+def what_is_wrong_with_maps(check: Mapping[str, Any]) -> list[str]:
+    """What keeps the attention maps of a patched model from being clean, in words: a sink that stays, hotter patches.
+
+    Args:
+        check: an entry of "verified_at" in the facts of a calibration; of older lists, it says nothing of attention.
+    """
+    found, before = [], check.get("before") or {}
+    sink, hottest = check.get("sink"), check.get("hottest")
+    if sink is not None and sink > MAX_SINK:
+        found.append(f"former outliers still draw {sink:.1f} times as much attention as other patches")
+    if hottest is not None and hottest > MUCH_HOTTER * before.get("hottest", 1):
+        found.append(
+            f"maps got hotter: the hottest patch draws {hottest:.1%} of the attention, {before['hottest']:.1%} before"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What is read off a batch in one forward."""
+
+    patches: Tensor
+    """(3, L, B, N): after each block, the norms of the patches, their cosines to their four neighbours, and the
+    attention that they draw in it, from all tokens and heads on average."""
+    hottest: Tensor
+    """(B,), see `Effect.hottest`; 0 where attention cannot be seen."""
+    tokens: Tensor
+    """(B, P + N, C), float32, after the last block."""
+    classes: Tensor | None
+    """(B,), by the user's head."""
+
+    @property
+    def norms(self) -> Tensor:
+        return self.patches[0]
 
 
 @dataclass(frozen=True)
@@ -78,10 +149,18 @@ class Baseline:
     limit: Tensor  # (L, B, 1), norm above which a patch is an outlier
     counted: Tensor  # (N,), patches that may be outliers
     outlier: Tensor  # (L, B, N)
+    former: Tensor  # (B, N), patches that are outliers after any block from the onset on
     excess: Tensor  # (L, B), summed over the outliers
+    at_patches: Tensor  # (L, B, 3), see `_at_patches`
+    hottest: Tensor  # (B,), see `Effect.hottest`
     sampled: Tensor  # (B, K), indices of normal patches
     features: Tensor  # (B, 1 + K, C), of the pooled token and of these, after the last block
     classes: Tensor | None  # (B,), by the user's head
+
+    @property
+    def others(self) -> Tensor:
+        """(B, N), the patches that are no former outliers."""
+        return ~self.former & self.counted
 
     def take(self, images: list[int]) -> Baseline:
         """The same of some of the images."""
@@ -90,14 +169,17 @@ class Baseline:
             limit=self.limit[:, images],
             counted=self.counted,
             outlier=self.outlier[:, images],
+            former=self.former[images],
             excess=self.excess[:, images],
+            at_patches=self.at_patches[:, images],
+            hottest=self.hottest[images],
             sampled=self.sampled[images],
             features=self.features[images],
             classes=None if self.classes is None else self.classes[images],
         )
 
 
-class Evaluator:
+class EffectMeter:
     """Measures the effect of sets of neurons, on held-out images that the plain model has seen once.
 
     Outliers are counted after the onset and after every block behind it, new ones too. In front of the onset they are
@@ -135,9 +217,7 @@ class Evaluator:
 
     def _compare_with(self, baselines: Sequence[Baseline]) -> None:
         self.baselines = baselines
-        self.prefix = Prefix(self.tower)  # keeps nothing
-        self.known: dict[frozenset[tuple[int, int]], Effect] = {}
-        """What sets of neurons were found to do."""
+        self.block_cache = BlockCache(self.tower)  # keeps nothing
         sums: Sums = {}
         for plain in baselines:
             pooled, patches = plain.features[:, 0], plain.features[:, 1:].flatten(0, 1)
@@ -146,7 +226,11 @@ class Evaluator:
                 {
                     "outliers": plain.outlier.sum((1, 2)),
                     "patches": torch.tensor(plain.outlier[0].numel()),
+                    "former": plain.former.sum(),
+                    "others": plain.others.sum(),
                     "excess": plain.excess.sum(1),
+                    "at_patches": plain.at_patches.sum(1),
+                    "hottest": plain.hottest.sum(),
                     "features": torch.stack([pooled.sum(0), patches.sum(0)]),
                     "count": torch.tensor([len(pooled), len(patches)]),
                 },
@@ -154,7 +238,7 @@ class Evaluator:
         self.before = summed(sums)
         self.centre = self.before["features"] / self.before["count"].unsqueeze(-1)  # (2, C), of pooled and patches
 
-    def split(self, number: int) -> tuple[Evaluator, Evaluator]:
+    def split(self, number: int) -> tuple[EffectMeter, EffectMeter]:
         """Two evaluators, of `number` of the images and of the others, which have a like share of the outliers.
 
         Images take turns by how many outliers they have, those after each block from the onset on weighing alike.
@@ -193,33 +277,48 @@ class Evaluator:
         """Fraction of the patches that are outliers after the detection block."""
         return float(self.before["outliers"][self.detection.block] / self.before["patches"])
 
+    @property
+    def untouched(self) -> Effect:
+        """The same figures of the plain model."""
+        return Effect(
+            neurons=0,
+            remaining=1.0,
+            worst_block=self.onset,
+            excess=1.0,
+            change_pooled=0.0,
+            change_patches=0.0,
+            agreement=None if self.head is None else 1.0,
+            num_registers=0,
+            **self._attention_figures(self.before),
+            hotter=None if self._sink(self.before) is None else 0.0,
+            unlike=None if not self.before["former"] else 1.0,
+        )
+
     @contextmanager
     def comparing(self) -> Iterator[None]:
         """Within the context, what several sets of neurons share is computed once, as far as `KEPT` bytes hold it."""
-        self.prefix = Prefix(self.tower, KEPT // max(1, len(self.baselines)))
+        self.block_cache = BlockCache(self.tower, KEPT // max(1, len(self.baselines)))
         try:
             yield
         finally:
-            self.prefix = Prefix(self.tower)
+            self.block_cache = BlockCache(self.tower)
 
-    def effect(self, neurons: Sequence[Neuron]) -> Effect:
-        """What moving these neurons to a register does; the images are run once for each set."""
-        moved = frozenset((block, unit) for block, unit, _ in neurons)
-        if moved not in self.known:
-            self.known[moved] = self._measured(neurons)
-        return self.known[moved]
-
-    def _measured(self, neurons: Sequence[Neuron]) -> Effect:
+    def effect(self, neurons: Sequence[Neuron], num_registers: int = 1) -> Effect:
+        """What moving these neurons to registers does; the images are run once for it."""
         sums: Sums = {}
-        with self.prefix.reused(neurons), patched(self.model, unscored(neurons)):
+        with (
+            self.block_cache.reused(neurons, num_registers),
+            patched(self.model, unscored(neurons), num_registers=num_registers),
+        ):
             for batch, baseline in enumerate(self.baselines):
-                self.prefix.begin(batch)
+                self.block_cache.begin(batch)
                 self._compare(baseline, sums)
         after, before = summed(sums), self.before
         least = MIN_FRACTION * float(before["patches"])  # what is as good as none, divided by, means nothing
         remaining = (after["outliers"] / before["outliers"].clamp(min=least))[self.onset :]
         excess = (after["excess"] / before["excess"].clamp(min=least))[self.onset :]
         cosine = after["cosine"] / before["count"]
+        attention = self._attention_figures(after)
         return Effect(
             neurons=len(neurons),
             remaining=float(remaining.max()),
@@ -228,29 +327,48 @@ class Evaluator:
             change_pooled=1 - float(cosine[0]),
             change_patches=1 - float(cosine[1]),
             agreement=float(after["agreed"] / before["count"][0]) if "agreed" in after else None,
+            num_registers=num_registers,
+            **attention,
+            hotter=None if attention["sink"] is None else float(after["hotter"] / before["count"][0]),
+            unlike=self._unlike(after),
         )
 
-    def _run(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Norms (L, B, N) of the patches, tokens (B, P + N, C) after the last block, and the head's classes (B,)."""
+    def _attention_figures(self, sums: Sums) -> dict[str, float | None]:
+        sink = self._sink(sums)
+        return {"sink": sink, "hottest": None if sink is None else float(sums["hottest"] / self.before["count"][0])}
+
+    def _sink(self, sums: Sums) -> float | None:
+        """See `Effect.sink`. Blocks attend to the outliers that the ones before them have made."""
+        numbers = self.before["former"], self.before["others"]
+        drawn = sums["at_patches"][min(self.onset + 1, self.tower.depth - 1) :]  # (L', 3)
+        if not all(numbers) or not drawn[:, 1].all():  # no outliers, or nothing was seen
+            return None
+        return float(((drawn[:, 0] / numbers[0]) / (drawn[:, 1] / numbers[1])).max())
+
+    def _unlike(self, sums: Sums) -> float | None:
+        before, after = (each["at_patches"][self.onset :, 2] for each in (self.before, sums))
+        return float((after / before.clamp(min=1e-6)).mean()) if self.before["former"] else None
+
+    def _run(self, images: Tensor) -> Figures:
+        """What the model, plain or patched, makes of a batch."""
         tower = self.tower
         images = images.to(tower.device, tower.dtype)
-        with torch.no_grad(), recorded_norms(tower) as recorded, recorded_tokens(tower, -1) as last:
+        reader = _Reader(tower, images)
+        with torch.no_grad(), reader.reading():
             scores = tower.run(images) if self.head is None else self.head(self.model, images)
-        if len(recorded) != tower.depth:
+        if reader.blocks_run != tower.depth:
             raise ValueError(
-                f"the head ran {len(recorded)} blocks of a tower of {tower.depth}: it must run the model that it is "
-                "given, once, as `lambda model, images: model(images)` does"
+                f"the head ran {reader.blocks_run} blocks of a tower of {tower.depth}: it must run the model that it "
+                "is given, once, as `lambda model, images: model(images)` does"
             )
-        norms = torch.stack(recorded)
-        check_finite(norms, images)
-        patches = tower.patches(images)
-        classes = None if self.head is None else _classes(scores, len(images))
-        return norms[..., patches], last[0][:, : patches.stop].float(), classes
+        check_finite(torch.stack(reader.prefix_norms), images)
+        return reader.figures(None if self.head is None else _classes(scores, len(images)))
 
     def _baseline(self, packed: tuple[PackedImage, ...], seed: int) -> Baseline:
         """What the plain model makes of a batch."""
         images = _unpacked(packed)
-        norms, tokens, classes = self._run(images)
+        found = self._run(images)
+        norms = found.norms
         limit = self.detection.rule.limit(norms)
         outlier = norms > limit  # (L, B, N)
         counted = ~ignored_patches(self.detection.ignored, self.tower.grid(images)).to(norms.device)
@@ -258,15 +376,19 @@ class Evaluator:
         order = torch.rand(norms.shape[-1], generator=torch.Generator().manual_seed(seed)).to(norms.device)
         sampled = order.expand(len(images), -1).masked_fill(outlier.any(0), -1).topk(number).indices
         outlier = outlier & counted
+        former = outlier[self.onset :].any(0)
         return Baseline(
             images=packed,
             limit=limit,
             counted=counted,
             outlier=outlier,
+            former=former,
             excess=self._excess(norms, outlier),
+            at_patches=_at_patches(found, former, ~former & counted),
+            hottest=found.hottest,
             sampled=sampled,
-            features=self._features(tokens, sampled),
-            classes=classes,
+            features=self._features(found.tokens, sampled),
+            classes=found.classes,
         )
 
     def _features(self, tokens: Tensor, sampled: Tensor) -> Tensor:
@@ -282,23 +404,105 @@ class Evaluator:
 
     def _compare(self, plain: Baseline, sums: Sums) -> None:
         """Add to the sums how the patched model differs from the plain one on a batch."""
-        norms, tokens, classes = self._run(_unpacked(plain.images))
-        norms = self.prefix.finish(norms)
+        found = self._run(_unpacked(plain.images))
+        found = replace(found, patches=self.block_cache.finish(found.patches))
+        norms = found.norms
         # By both limits: norms may grow evenly, so that none stands out, or even out, so that small ones do.
         outlier = norms > torch.maximum(plain.limit, self.detection.rule.limit(norms))
         before, after = (
             torch.cat([features[:, :1] - self.centre[0].to(features), features[:, 1:] - self.centre[1].to(features)], 1)
-            for features in (plain.features, self._features(tokens, plain.sampled))
+            for features in (plain.features, self._features(found.tokens, plain.sampled))
         )
         cosine = F.cosine_similarity(before, after, dim=-1)  # (B, 1 + K)
         added = {
             "outliers": (outlier & plain.counted).sum((1, 2)),
             "excess": self._excess(norms, plain.outlier).sum(1),
+            "at_patches": _at_patches(found, plain.former, plain.others).sum(1),
+            "hottest": found.hottest.sum(),
+            "hotter": (found.hottest > HOTTER * plain.hottest).sum(),
             "cosine": torch.stack([cosine[:, 0].sum(), cosine[:, 1:].sum()]),
         }
-        if plain.classes is not None and classes is not None:
-            added["agreed"] = (plain.classes == classes).sum()
+        if plain.classes is not None and found.classes is not None:
+            added["agreed"] = (plain.classes == found.classes).sum()
         add(sums, added)
+
+
+class _Reader:
+    """Reads figures off a batch while it passes through the blocks."""
+
+    def __init__(self, tower: Tower, images: Tensor) -> None:
+        self.tower, self.images = tower, images
+        self.patches: list[Tensor] = []  # (3, B, N) of each block that has run, see `Figures`
+        self.prefix_norms: list[Tensor] = []
+        self.hottest: Tensor | None = None
+        self.drawn: list[Tensor] = []  # (B, N), of each attention of the running block
+        self.block: int | None = None
+        self.attention = SampleRecorder(self._queries, self._see)
+
+    @property
+    def blocks_run(self) -> int:
+        return len(self.patches)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        blocks = [block.module for block in self.tower.blocks]
+        with (
+            attention_kernel(self.tower.module, "sdpa", instead_of=UNSEEN),
+            recording_inputs(blocks, self._before),
+            recording_outputs(blocks, self._after),
+            self.attention,
+        ):
+            yield
+
+    @functools.cached_property
+    def region(self) -> slice:
+        """Where the patches are among the tokens."""
+        return self.tower.patches(self.images)
+
+    def figures(self, classes: Tensor | None) -> Figures:
+        patches = torch.stack(self.patches, 1)
+        hottest = patches.new_zeros(len(self.images)) if self.hottest is None else self.hottest
+        return Figures(patches, hottest, self.tokens[:, : self.region.stop].float(), classes)
+
+    def _before(self, index: int, tokens: Tensor) -> None:
+        self.block, self.drawn = index, []
+
+    def _after(self, index: int, tokens: Tensor) -> None:
+        self.attention.end()
+        self.block = None
+        self.tokens = self.tower.batch_first(tokens.detach())
+        norms = self.tokens.float().norm(dim=-1)  # (B, T)
+        here = self.tokens[:, self.region].float()
+        cosine = neighbour_cosine(here, norms[:, self.region], self.tower.grid(self.images))
+        drawn = torch.stack(self.drawn).mean(0) if self.drawn else torch.zeros_like(cosine)
+        self.prefix_norms.append(norms)
+        self.patches.append(torch.stack([norms[:, self.region], cosine, drawn]))
+
+    def _queries(self, num_tokens: int) -> Tensor:
+        return self._sample(num_tokens)[0].to(self.tower.device)
+
+    def _sample(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+        return sample(num_tokens, self.region.start, min(self.region.stop, num_tokens))
+
+    def _see(self, weights: Tensor, value: Tensor | None) -> None:
+        """Attention (B, heads, n, T) of the sampled queries in the running block."""
+        if self.block is None or len(weights) != len(self.images) or weights.shape[-1] < self.region.stop:
+            return  # of no block, of packed images, or of other tokens
+        queries, share = self._sample(weights.shape[-1])
+        given = weights[..., self.region].mean(1)  # (B, n, N)
+        with exactly(weights.device):
+            self.drawn.append(torch.einsum("bqn,q->bn", given, share.to(given)))
+        if self.block == self.tower.depth - 1:
+            is_patch = ((queries >= self.region.start) & (queries < self.region.stop)).to(given.device)
+            row = given[:, 0] if self.region.start else given[:, is_patch].mean(1)  # (B, N)
+            self.hottest = row.amax(-1) / row.sum(-1).clamp(min=1e-12)
+
+
+def _at_patches(found: Figures, former: Tensor, others: Tensor) -> Tensor:
+    """Sums (L, B, 3): attention at the former outliers (B, N), attention at the others, and how unlike their neighbours
+    the former outliers are."""
+    _, cosine, drawn = found.patches
+    return torch.stack([(drawn * former).sum(-1), (drawn * others).sum(-1), ((1 - cosine) * former).sum(-1)], -1)
 
 
 def _unpacked(packed: Sequence[PackedImage]) -> Tensor:

@@ -1,0 +1,122 @@
+"""testreg extract"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from testreg.cli.models import chosen_device, load, patch_with
+from testreg.cli.options import (
+    BatchSize,
+    Device,
+    DType,
+    Images,
+    ImageSize,
+    MaxOver,
+    Model,
+    Neurons,
+    NumRegisters,
+    SplitNeurons,
+    TopK,
+    TrustRemoteCode,
+    Workers,
+    Zero,
+)
+from testreg.cli.outputs import check_file
+from testreg.cli.running import Run
+
+
+class What(StrEnum):
+    """What is written of each block."""
+
+    PATCHES = "patches"
+    CLS = "cls"
+    ATTENTION = "attention"
+    REGISTERS = "registers"
+
+
+def extract(
+    run: Run,
+    model: Model,
+    *,
+    images: Images,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="what to write: .safetensors, .npz or .parquet")
+    ],
+    what: Annotated[
+        list[What] | None,
+        typer.Option(help="what to write; may be repeated (default: patches, and cls where there is one)"),
+    ] = None,
+    block: Annotated[
+        list[int] | None, typer.Option(help="block after which it is taken; may be repeated (default: the last)")
+    ] = None,
+    norm: Annotated[bool, typer.Option("--norm", help="behind the model's final norm")] = False,
+    half: Annotated[bool, typer.Option("--half", help="write float16: half the size")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="of the model as it is, without registers")] = False,
+    neurons: Neurons = None,
+    top_k: TopK = None,
+    num_registers: NumRegisters = None,
+    split_neurons: SplitNeurons = False,
+    max_over: MaxOver = "neuron",
+    zero: Zero = "patches",
+    batch_size: BatchSize = 16,
+    workers: Workers = 0,
+    image_size: ImageSize = None,
+    device: Device = None,
+    dtype: DType = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Write the features of a folder of images to one file.
+
+    After an interruption, the same command goes on where it was.
+    """
+    from testreg.io.processes import process_group, rank
+    from testreg.io.sources import check_images
+    from testreg.measure.extraction import check_output
+    from testreg.measure.extraction import extract as written_by
+    from testreg.register import is_patched, unpatch
+
+    asked: Any = [each.value for each in what or ()]
+    if plain and neurons is not None:
+        raise ValueError("--plain takes the model as it is: leave --neurons out")
+    check_file(output)
+    check_output(output)
+    check_images(images)  # before a model is loaded for nothing
+    with process_group(chosen_device(device)) as own:
+        loaded = load(run, model, own, image_size=image_size, dtype=dtype, trust_remote_code=trust_remote_code)
+        if not plain:
+            patch_with(
+                loaded,
+                neurons,
+                top_k=top_k,
+                num_registers=num_registers,
+                split_neurons=split_neurons,
+                max_over=max_over,
+                zero=zero,
+            )
+        elif is_patched(loaded.model):
+            unpatch(loaded.model)
+        done = written_by(
+            loaded.model,
+            images,
+            output,
+            blocks=block or [-1],
+            what=asked,
+            norm=norm,
+            half=half,
+            transform=loaded.transform,
+            batch_size=batch_size,
+            workers=workers,
+            progress=not run.quiet,
+        )
+        is_first = rank() == 0
+    if is_first:
+        count = next(iter(done.arrays.values()))[0]
+        if done.unreadable:
+            run.answer(f"{len(done.unreadable)} of {count} images could not be read: {', '.join(done.unreadable[:3])}")
+        run.say("\n".join(f"{name:<14} {' x '.join(map(str, shape))}" for name, shape in done.arrays.items()))
+        run.answer(f"{output}: {count} images")
+        run.write({"output": str(output), "arrays": done.arrays, "unreadable": done.unreadable})
