@@ -21,6 +21,8 @@ from testreg.patching.forward import (
     Mode,
     arrive,
     begin,
+    can_share,
+    carried,
     check_shape,
     first_of,
     hand_on,
@@ -147,6 +149,11 @@ class RegisterBlock(Override):
                 "blocks in their order, one forward after the other; put what replaces their tokens into a forward "
                 "hook of a block, or keep a block's output until the next is called; do not detach it in between"
             )
+        handoff = carried(tokens, self.patch)
+        if handoff is not None and handoff.registers is registers:
+            sequence = handoff.take_sequence(tokens, layout)
+            if sequence is not None:
+                return sequence
         return layout.join(tokens, registers)
 
     def _moved(self, sequence: Tensor, arguments: dict[str, Any], layout: Layout) -> Any:
@@ -171,7 +178,7 @@ class RegisterBlock(Override):
     def _hand_on(self, out: Any, entered: Tensor | None, layout: Layout) -> Any:
         """The block's output with the tokens alone. Those of all blocks but the last carry the registers along."""
         sequence, call = first_of(out), running.call
-        registers = None
+        registers, is_shared = None, False
         if layout.num_registers:
             assert entered is not None
             if not _is_tokens(sequence, entered):
@@ -181,13 +188,14 @@ class RegisterBlock(Override):
             if running.recorders:
                 record(self.patch, registers, self.index)
             out = _each(out, lambda each: layout.tokens(each).contiguous() if each.shape == entered.shape else each)
+            is_shared = not torch.compiler.is_compiling() and layout.lengths is None and can_share(sequence)
         tokens = first_of(out)
         if not isinstance(tokens, Tensor):
             return out
         if torch.compiler.is_compiling():
             self._hand_on_compiled(tokens, registers)
         elif not self.is_last and call is not None and call.forward is not None:
-            hand_on(tokens, call.forward, self.index, registers)
+            hand_on(tokens, call.forward, self.index, registers, sequence if is_shared else None)
             call.tokens = tokens
         return out
 

@@ -75,10 +75,21 @@ class _Unsaved:
 
 
 class Handoff(_Unsaved):
-    """What the tokens between two blocks carry: the forward they belong to, and its registers (B, R, C), if any."""
+    """What the tokens between two blocks carry: the forward they belong to, and its registers (B, R, C), if any.
 
-    def __init__(self, forward: Forward, registers: Tensor | None) -> None:
-        self.forward, self.registers = forward, registers
+    Where no gradient is taken, and the tokens are a view of the T+R that the block made, as of one image, they carry
+    these too, and the next block need not join them: whoever edits the tokens in place edits both.
+    """
+
+    def __init__(self, forward: Forward, registers: Tensor | None, sequence: Tensor | None = None) -> None:
+        self.forward, self.registers, self.sequence = forward, registers, sequence
+
+    def take_sequence(self, tokens: Tensor, layout: Layout) -> Tensor | None:
+        """The T+R tokens, if `tokens` are still a view of them; once, so that kept tokens do not keep both alive."""
+        sequence, self.sequence = self.sequence, None
+        if sequence is None or torch.is_grad_enabled() or not tokens.is_set_to(layout.tokens(sequence)):
+            return None
+        return sequence
 
 
 class StartMode(_Unsaved):
@@ -163,6 +174,17 @@ class Running(threading.local):
 running = Running()
 
 
+def can_share(sequence: Tensor) -> bool:
+    """Whether the next block may take a block's T+R tokens as they are: plain memory, which no graph or trace sees."""
+    return (
+        not torch.is_grad_enabled()
+        and type(sequence) is Tensor
+        and (sequence.is_cpu or sequence.is_cuda)
+        and not torch.jit.is_tracing()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(sequence)
+    )
+
+
 def is_recomputing() -> bool:
     """Whether this thread is in a backward pass: a block that runs there is recomputed by gradient checkpointing."""
     return torch._C._current_graph_task_id() != -1
@@ -188,9 +210,11 @@ def begin(patch: object, tokens: object, mode: Mode, before: Forward | None) -> 
     return forward
 
 
-def hand_on(tokens: Tensor, forward: Forward, index: int, registers: Tensor | None) -> None:
-    """Let tokens that a block hands on carry the registers to the next block."""
-    handoff = Handoff(forward, registers)
+def hand_on(
+    tokens: Tensor, forward: Forward, index: int, registers: Tensor | None, sequence: Tensor | None = None
+) -> None:
+    """Let tokens that a block hands on carry the registers, or the whole sequence, to the next block."""
+    handoff = Handoff(forward, registers, sequence)
     setattr(tokens, CARRIED, handoff)
     forward.index, forward.shape, forward.handoff = index, tuple(tokens.shape), weakref.ref(handoff)
     forward.kept = None
