@@ -149,7 +149,7 @@ class RegisterBlock(Override):
                 "blocks in their order, one forward after the other; put what replaces their tokens into a forward "
                 "hook of a block, or keep a block's output until the next is called; do not detach it in between"
             )
-        handoff = carried(tokens, self.patch)
+        handoff = None if torch.compiler.is_compiling() else carried(tokens, self.patch)
         if handoff is not None and handoff.registers is registers:
             sequence = handoff.take_sequence(tokens, layout)
             if sequence is not None:
