@@ -242,6 +242,37 @@ def test_a_loop_by_hand_may_edit_tokens_between_blocks(grad: bool) -> None:
     torch.testing.assert_close(results[1], results[0])
 
 
+@pytest.mark.parametrize("family", ["timm_vit", "open_clip_sequence_first"])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_edits_in_place_count_without_gradients(family: str, batch: int, context: Any) -> None:
+    model = patched(family)
+    block = testreg.families.find_tower(model).blocks[1].module
+
+    def replace_memory(module: nn.Module, args: Any, out: Tensor) -> None:
+        out.data = out.data * 0.5
+
+    results = []
+    for edit in (lambda m, a, out: out * 0.5, lambda m, a, out: out.mul_(0.5), replace_memory):
+        handle = block.register_forward_hook(edit)
+        with context():
+            results.append(run(model, images(batch)))
+        handle.remove()
+    with context():
+        unedited = run(model, images(batch))
+    close(results[1], results[0])
+    close(results[2], results[0])
+    assert not torch.allclose(unedited, results[0], atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_block_called_twice_on_the_same_tokens_gives_the_same() -> None:
+    model = patched()
+    x = model.norm_pre(model._pos_embed(model.patch_embed(images(1))))
+    x = model.blocks[1](model.blocks[0](x))
+    close(model.blocks[2](x), model.blocks[2](x))
+
+
 def test_a_trunk_whose_tokens_are_detached_says_what_to_do() -> None:
     model = patched()
     x = model.norm_pre(model._pos_embed(model.patch_embed(images())))
