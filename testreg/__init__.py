@@ -25,6 +25,7 @@ _HOMES = {
     "extract": "measure.extraction",
     "features": "measure.maps",
     "fold": "patching.static",
+    "hooks_without_registers": "patching.hooks",
     "is_patched": "register",
     "load": "io.checkpoints",
     "load_model": "io.loading",

@@ -4,73 +4,36 @@ A few MLP neurons, the *register neurons*, give high norms to background patches
 space. An extra token that starts as zeros, the *register*, is put behind the tokens, and the activations of the
 register neurons are moved onto it: the patches stay clean, and the model uses the register instead.
 
-`shift` moves the neurons. `patch` puts it in front of the second MLP linear (fc2) of each block with register neurons,
-and gives every block a `forward` that appends the registers and takes them off again (`patching.block`, `riding`).
+`patch` does two things to each block of the tower:
+
+1. In front of the second MLP linear (fc2), and of every hook on it, the register neurons' activations are moved:
+   `hidden = shift(hidden, units, num_registers=R, num_prefix=P)`, hidden (B, T+R, H); `patching.moves`.
+2. The block's `forward` appends the registers to its T tokens, calls the block's own, and hands back T tokens, which
+   carry the registers to the next block: "The life of a forward", in `patching.forward`.
 
 Shapes: B batch, T tokens of the unpatched model, P of them prefix tokens, R registers, C width, H hidden, K neurons.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from testreg.families import find_tower
 from testreg.neurons import AnyNeurons, RegisterNeurons, resolve
-from testreg.patching.activations import MaxOver, Zero, largest, silenced, with_channels
-from testreg.patching.index import index_tensor
+from testreg.patching.forward import recording
+from testreg.patching.moves import MaxOver, Zero
+from testreg.patching.moves import shift as shift
 from testreg.patching.notices import log_bundled, warn_of_activation, warn_of_other_weights, warn_of_unverified
-from testreg.patching.placement import overrides
-from testreg.patching.running import recording
+from testreg.patching.placement import parts
 from testreg.patching.state import Patch, check_options, find_patch, patch_of
 from testreg.patching.steering import check_target
 from testreg.static import AnyStatic, resolve_static
 
 M = TypeVar("M", bound=nn.Module)
-
-
-def shift(
-    hidden: Tensor,
-    units: Sequence[int],
-    owners: Sequence[int] | None = None,
-    *,
-    num_registers: int = 1,
-    num_prefix: int = 1,
-    max_over: MaxOver = "neuron",
-    zero: Zero = "patches",
-    valid: Tensor | None = None,
-    patches: Tensor | None = None,
-) -> Tensor:
-    """Move the activations of register neurons onto the registers (Algorithm 2, the inner loop).
-
-    For each image and neuron, the value of largest magnitude over all tokens, prefix and registers included, is given
-    to every register, sign kept; the neuron becomes zero on the patches. With `owners`, each neuron goes to one of the
-    registers alone, and is zero on the others (paper A.5).
-
-    Args:
-        hidden: (B, T+R, H) input of an MLP's second linear: P prefix tokens, patches, R registers.
-        units: the K register neurons, as channels of `hidden`.
-        owners: the register, 0 to R-1, that holds each neuron; None: every register holds all.
-        max_over, zero: as in `patch`.
-        valid: (B, T+R) bool, which tokens are no padding and may give the value; None: all.
-        patches: (1, T+R) bool, which tokens are patches; None: all behind the prefix.
-
-    Returns:
-        (B, T+R, H). Where gradients are off, `hidden` itself, edited in place.
-    """
-    index = index_tensor(units, hidden)
-    activations = hidden.index_select(-1, index)  # (B, T+R, K)
-    peak = largest(activations, max_over, valid)  # (B, 1, K)
-    if owners is not None:
-        owned = index_tensor(owners, hidden) == torch.arange(num_registers, device=hidden.device).unsqueeze(-1)
-        peak = torch.where(owned, peak, peak.new_zeros(()))  # (B, R, K)
-    moved = silenced(activations, zero, num_prefix, patches)
-    moved[:, -num_registers:] = peak
-    return with_channels(hidden, index, moved)
 
 
 def patch(
@@ -105,8 +68,8 @@ def patch(
         target: a mask of patches that take the register's place in every forward, as in `testreg.steered`.
 
     Returns:
-        The same object. Its outputs keep their shapes, its state_dict its keys. Hooks inside of a block see T+R tokens:
-            `testreg.strip_registers` takes registers off; `testreg.attention` and `testreg.features` have none.
+        The same object. Its outputs keep their shapes, its state_dict its keys. Hooks inside of a block see T+R tokens,
+            but not within `testreg.hooks_without_registers`; `testreg.attention` and `testreg.features` have none.
 
     Raises:
         TypeError, ValueError: the model or an argument does not fit. Nothing has been changed then.
@@ -136,7 +99,7 @@ def patch(
     state = Patch(
         tower.module, chosen, num_registers, split_neurons, max_over, zero, tower.num_prefix, target, constant
     )
-    state.install(overrides(tower, state, shift))
+    state.install(parts(tower, state))
     if neurons is None and constant is None:
         log_bundled(chosen, model)
     return model

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from testreg.io.loading import LoadedModel
     from testreg.neurons import RegisterNeurons
-    from testreg.patching.activations import MaxOver, Zero
+    from testreg.patching.moves import MaxOver, Zero
 
 
 def chosen_device(name: str | None) -> torch.device:

@@ -31,3 +31,8 @@ def attention_kernel(model: nn.Module, wanted: str, instead_of: Collection[str] 
     finally:
         for key in changed:
             setattr(configs[key], _CHOICE, before[key])
+
+
+def returns_weights(attention: nn.Module) -> bool:
+    """Whether an attention module may return its weights: in transformers, the fused kernels compute none."""
+    return getattr(getattr(attention, "config", None), _CHOICE, "eager") in ("eager", None)

@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from testreg.families.extend import extend_bias, extend_rope
 from testreg.families.family import STAGES, WINDOWS, Family, Layout
+from testreg.families.tower import convolved
 
 
 def _rope(rope: Tensor, layout: Layout) -> Tensor:
@@ -39,6 +40,9 @@ def _grid(tower: Any, height: int, width: int) -> tuple[int, int]:
     generator = getattr(tower, "patch_generator", None)
     if generator is not None:
         return height // generator.patch_size, width // generator.patch_size
+    projection = getattr(tower.patch_embed, "proj", None)
+    if isinstance(projection, nn.Conv2d) and projection.stride != projection.kernel_size:
+        return convolved(projection, height, width)
     # A convolutional stem always pads, which timm's own count leaves out.
     rows, columns = getattr(tower.patch_embed, "feature_ratio", (1, 1))
     return tower.patch_embed.dynamic_feat_size((-(-height // rows) * rows, -(-width // columns) * columns))

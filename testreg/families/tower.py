@@ -13,6 +13,16 @@ from torch import Tensor, nn
 from testreg.families.family import Family
 
 
+def convolved(embedding: nn.Conv2d, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of what a convolution makes of an image: its patches overlap if the stride was made smaller."""
+    padding = (0, 0) if isinstance(embedding.padding, str) else embedding.padding
+    rows, columns = (
+        1 + (pixels + 2 * padding[i] - embedding.kernel_size[i]) // embedding.stride[i]
+        for i, pixels in enumerate((height, width))
+    )
+    return rows, columns
+
+
 @dataclass(frozen=True)
 class Mlp:
     """An MLP of a block."""
@@ -116,11 +126,12 @@ class Tower:
         """What the tower gives for images (B, 3, h, w), which are brought to its device and dtype.
 
         Raises:
-            ValueError: it does not take a batch of images.
+            ValueError: it does not take a batch of images, or makes other tokens of them than its grid of patches.
         """
         self.check_runs()
         assert self.family.run is not None
-        return self.family.run(self.module, images.to(self.device, self.dtype))
+        with self._checking_tokens(images):
+            return self.family.run(self.module, images.to(self.device, self.dtype))
 
     def check_runs(self) -> None:
         """Raise ValueError unless the tower takes a batch of images."""
@@ -134,7 +145,33 @@ class Tower:
         """The same, and the head that follows the blocks, which `run` may leave out."""
         if self.family.run is None or not hasattr(self.module, "forward_head"):
             return self.run(images)
-        return self.module(images.to(self.device, self.dtype))
+        with self._checking_tokens(images):
+            return self.module(images.to(self.device, self.dtype))
+
+    @contextmanager
+    def _checking_tokens(self, images: Tensor) -> Iterator[None]:
+        """Within the context, block 0 refuses tokens that are not those of the prefix and the grid of the images."""
+
+        def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tokens = args[0] if args else next(iter(kwargs.values()))
+            if not isinstance(tokens, Tensor):
+                return
+            rows, columns = self.grid(images)
+            seen, expected = tokens.numel() // tokens.shape[-1], len(images) * (self.num_prefix + rows * columns)
+            if seen != expected:
+                height, width = images.shape[-2:]
+                raise ValueError(
+                    f"{type(self.module).__name__} makes {seen} tokens of {len(images)} images of {height} x {width} "
+                    f"pixels, and its patch embedding says {expected}: {self.num_prefix} prefix tokens and a grid of "
+                    f"{rows} x {columns} for each. Its embedding was changed in a way that testreg does not know, so "
+                    "that tokens cannot be laid out as a map"
+                )
+
+        handle = self.blocks[0].module.register_forward_pre_hook(check, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -187,6 +224,8 @@ class Tower:
         height, width = images.shape[-2:]
         if self.family.grid is not None:
             return self.family.grid(self.module, height, width)
+        if isinstance(self.embedding, nn.Conv2d) and self.family.patch_size is None:
+            return convolved(self.embedding, height, width)
         rows, columns = self.patch_size
         return height // rows, width // columns
 

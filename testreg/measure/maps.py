@@ -14,8 +14,8 @@ from testreg.io.preprocessing import OwnTransform, Transform
 from testreg.io.sources import images_in, named_source, single_images, undecoded
 from testreg.measure.attention import Query, To, attention_to_patches, pooling, rolled_out
 from testreg.measure.hooks import recorded_tokens
+from testreg.patching.forward import has_no_registers
 from testreg.patching.layout import Layout
-from testreg.patching.riding import is_carrying
 from testreg.patching.state import find_patch
 
 
@@ -196,7 +196,7 @@ def strip_registers(model: nn.Module, tensor: Tensor, lengths: list[int] | None 
         ValueError: the tensor has another shape, or a packed sequence comes without its lengths.
     """
     patch = find_patch(model)
-    if patch is None or not patch.next_mode.has_registers or is_carrying(tensor):
+    if patch is None or not patch.mode_for_new_forward.has_registers or has_no_registers(tensor):
         return tensor
     tower = find_tower(model)
     layout = Layout(patch.num_registers, tower.sequence_first, lengths)

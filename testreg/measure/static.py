@@ -63,7 +63,7 @@ def make_static(
         options = {"num_registers": 1, **options}
     if already and (neurons is not None or options):
         raise ValueError("the model is patched already: leave neurons and options out, or call testreg.unpatch first")
-    if already and (patch_of(model).static is not None or not patch_of(model).next_mode.has_registers):
+    if already and (patch_of(model).static is not None or not patch_of(model).mode_for_new_forward.has_registers):
         raise ValueError("the model computes no registers: patch it without static and target, and not disabled")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")

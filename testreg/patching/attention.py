@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from testreg.families.extend import extend_bias
+from testreg.families.kernels import returns_weights
+from testreg.patching.forward import layout_now, running
 from testreg.patching.layout import Layout
 from testreg.patching.override import Override
-from testreg.patching.running import layout_now, running
 from testreg.patching.state import Patch
 
+_MATMUL = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm)
 _LAYOUT = "_testreg_layout"  # attribute of what a padded or packed block gets beside its tokens
 
 
@@ -32,22 +35,50 @@ class AttentionWeights(Override):
     """
 
     patch: Patch
-    plain: Layout
+    default_layout: Layout
     appended: int
     """Tokens that the block appends behind the registers."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if running.layout is None:
             _find_layout_of_recomputed(*args, *kwargs.values())
-        out = self.original(*args, **kwargs)
-        if not self.patch.mode.has_registers or not isinstance(out, tuple) or len(out) < 2:
+        layout, used = layout_now(self.default_layout), _UsedWeights(self.default_layout)
+        may_need_gradient = torch.is_grad_enabled() and layout.lengths is None and not self.appended
+        if may_need_gradient and not torch.compiler.is_compiling() and returns_weights(self.module):
+            with used:
+                out = self.original(*args, **kwargs)
+        else:
+            out = self.original(*args, **kwargs)
+        if not self.patch.current_mode.has_registers or not isinstance(out, tuple) or len(out) < 2:
             return out
         weights = out[1]
         if isinstance(weights, Tensor):
-            weights = layout_now(self.plain).without_registers(weights, self.appended)
+            shown = used.shown if weights is used.weights else None
+            weights = layout.without_registers(weights, self.appended) if shown is None else shown
         elif isinstance(weights, list):  # of packed images
-            weights = [each if each is None else self.plain.without_registers(each) for each in weights]
+            weights = [each if each is None else self.default_layout.without_registers(each) for each in weights]
         return out[0], weights, *out[2:]
+
+
+class _UsedWeights(TorchFunctionMode):
+    """Sees the weights (B, heads, T+R, T+R) that attention multiplies with the values, while it is active.
+
+    It makes them anew of those between tokens, which are returned: so these are part of what is used, and a relevance
+    map gets their gradient.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__()
+        self.layout = layout
+        self.weights: Tensor | None = None
+        self.shown: Tensor | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func in _MATMUL and len(args) == 2 and args[0].ndim > 2 and args[0].shape[-1] == args[0].shape[-2]:
+            self.weights = args[0]
+            self.shown = self.layout.without_registers(args[0]).contiguous()
+            args = self.layout.with_registers(self.shown, args[0]), args[1]
+        return func(*args, **(kwargs or {}))
 
 
 def _find_layout_of_recomputed(*arguments: Any) -> None:
@@ -67,14 +98,14 @@ class PositionBias(Override):
     """A method that makes a relative position bias (..., T, T): it has none for the registers."""
 
     patch: Patch
-    plain: Layout
+    default_layout: Layout
     count: str
     """Argument that counts the tokens; "" if there is none."""
     method: str
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.patch.mode.has_registers:
+        if not self.patch.current_mode.has_registers:
             return self.original(*args, **kwargs)
         if self.count in kwargs:
             kwargs[self.count] -= self.patch.num_registers
-        return extend_bias(self.original(*args, **kwargs), self.plain)
+        return extend_bias(self.original(*args, **kwargs), self.default_layout)

@@ -1,8 +1,9 @@
-"""A block whose tokens have registers behind them."""
+"""A block whose tokens have registers behind them: `forward` tells how these get from one block to the next."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,21 +13,30 @@ from torch import Tensor, nn
 from testreg.families import Tower
 from testreg.families.extend import MASKS, padded
 from testreg.patching.attention import carry_layout
-from testreg.patching.forwards import begin, end
+from testreg.patching.fc2 import MoveInFront, not_moved, replaced_forward
+from testreg.patching.forward import (
+    CARRIED,
+    Call,
+    Forward,
+    Mode,
+    arrive,
+    begin,
+    can_share,
+    carried,
+    check_shape,
+    first_of,
+    hand_on,
+    is_recomputing,
+    leave,
+    made_as,
+    record,
+    running,
+    running_with_layout,
+    with_first,
+)
+from testreg.patching.index import is_exporting
 from testreg.patching.layout import Layout
 from testreg.patching.override import Override
-from testreg.patching.riding import (
-    carried_sequence,
-    carry,
-    carry_nothing,
-    check_shape,
-    forward_of,
-    keep_forward,
-    mode_from_start,
-    registers_for,
-)
-from testreg.patching.running import Forward, Mode, record, running, running_with_layout
-from testreg.patching.shift import ShiftBefore
 from testreg.patching.state import Patch
 from testreg.patching.static import STATE
 from testreg.patching.steering import check_target_fits
@@ -34,173 +44,194 @@ from testreg.patching.steering import check_target_fits
 
 @dataclass(eq=False)
 class RegisterBlock(Override):
-    """A block that computes on the sequence of T tokens and R registers, and hands back the T tokens.
+    """A block's `forward` that computes on the sequence of T tokens and R registers, and hands back the T tokens.
 
     Whatever is outside the blocks (pooling, heads, hidden states, hooks) sees the shapes it always saw.
     """
 
     patch: Patch
-    plain: Layout
+    default_layout: Layout
     """Where the tokens lie unless the arguments of a call say otherwise."""
     tower: Tower
     index: int
-    shifts: tuple[ShiftBefore, ...]
-    holders: frozenset[type[nn.Module]]
-    """Classes of the modules that hold all blocks of the tower."""
+    moves: tuple[MoveInFront, ...]
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.parameters = _parameters(self.module)
-        self.bare = self.plain.replace(num_registers=0)
-        self.last = self.index == self.tower.depth - 1
+        self.layout_without_registers = self.default_layout.replace(num_registers=0)
+        self.is_last = self.index == self.tower.depth - 1
+        # Another forward of ours that was there before may know what the block gives, and not run it.
+        self.num_moves = 0 if isinstance(self.previous, Override) else sum(move.is_fc2 for move in self.moves)
+
+    # The life of a forward, steps 1 to 8 -----------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # one graph for each mode: dynamo guards on what decides it
-            mode = self.patch.next_mode
-            return self._with_registers(args, kwargs) if mode.has_registers else self._without(mode, args, kwargs)
-        forward, replaced = self._forward_of(args[0] if args else kwargs.get(self.parameters[0]))
-        outer, running.forward = running.forward, forward  # not a context manager: 5 microseconds a block
+            return self._run(self.patch.mode_for_new_forward, None, args, kwargs)
+        call = running.call
+        if call is None or call.block is not self or call.forward is not None:  # called by its forward alone
+            return self.called(self, args, kwargs)
+        forward, registers = self._arrival(args[0] if args else kwargs.get(self.parameters[0]), call)
+        call.forward = forward
+        return self._run(forward.mode, registers, args, kwargs)
+
+    def called(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the block gives, hooks included: `function` is what runs these, and then the block's forward."""
+        tokens, outer = args[0] if args else kwargs.get(self.parameters[0]), running.call
+        call = running.call = Call(self, self.patch, tokens, outer, running.forward)
+        running.forward = None
         try:
-            if forward.mode.has_registers:
-                out = self._with_registers(args, kwargs, replaced)
-            else:
-                out = self._without(forward.mode, args, kwargs)
-                self._tell_next(forward, out)
+            out = function(*args, **kwargs)
+            if call.forward is None and self.patch.mode_for_new_forward.is_patched:
+                raise RuntimeError(replaced_forward(self.index))
+            out = leave(out, call)
+            running.forward = None if self.is_last else call.forward
+        except BaseException:
+            running.forward = None if call.forward is call.before else call.before
+            raise
         finally:
-            running.forward = outer
-        if self.last:
-            end(forward)
+            running.call = outer
+        if self.is_last and call.forward is not None:
+            call.forward.is_over = True
         return out
 
-    def _with_registers(self, args: tuple[Any, ...], kwargs: dict[str, Any], replaced: bool = False) -> Any:
+    def _arrival(self, tokens: Any, call: Call) -> tuple[Forward, Tensor | None]:
+        """The forward that this block is called in, and the registers that belong to its tokens."""
+        mode = self.patch.mode_for_new_forward
+        if self.index == 0 or not isinstance(tokens, Tensor):
+            return begin(self.patch, tokens, mode, call.before), None
+        if (found := arrive(tokens, call, self.index)) is not None:
+            return found
+        return Forward(self.patch, mode, is_certain=False), self._compiled_registers(tokens)
+
+    def _run(self, mode: Mode, registers: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The block's own forward on tokens and registers, or in a mode without these on the tokens alone."""
+        if not mode.is_patched:
+            return self._hand_on(self.original(*args, **kwargs), None, self.layout_without_registers)
         tokens, arguments = self._by_name(args, kwargs)
         if isinstance(tokens, torch.fx.Proxy):
             return self._as_one_node(tokens, arguments)
-        layout = self._checked_layout(tokens, arguments, self.plain)
-        if self.patch.static is not None:
-            sequence = self._with_constants(tokens, layout, replaced)
-        else:
-            sequence = self._enter(tokens, layout) if self.index == 0 else self._arrive(tokens, layout, replaced)
-        if arguments:
+        self._check(tokens)
+        layout = self.default_layout if mode.has_registers else self.layout_without_registers
+        if arguments or self.tower.family.layout is not None:
+            layout = (self.tower.family.layout or padded)(self.tower.module, layout, arguments)
+        if self.index == 0:
+            self._check_use(mode, tokens, layout)
+        sequence = tokens
+        if mode.has_registers:
+            sequence = self._with_registers(tokens, registers, layout)
             arguments = {name: self._extended(name, value, layout) for name, value in arguments.items()}
-        out = self._original(sequence, arguments, layout)
+        if running.call is not None and not torch.compiler.is_compiling():
+            running.call.length = sequence.shape[layout.dim] if mode.has_registers else 0
+        out = self._moved(sequence, arguments, layout)
         return self._hand_on(out, sequence, layout)
 
-    def _enter(self, tokens: Tensor, layout: Layout) -> Tensor:
-        """The tokens with registers of zeros; in CLIP-like towers these pass the norm before the blocks too."""
-        return layout.extend(tokens, layout.dim, first_register(self.tower, tokens))
-
-    def _arrive(self, tokens: Tensor, layout: Layout, replaced: bool) -> Tensor:
-        """The tokens with the registers that the block before has left."""
-        sequence = None if replaced else carried_sequence(tokens)
-        if sequence is None:
-            return layout.join(tokens, self._registers_for(tokens))
-        if not tokens.requires_grad:
-            return sequence
-        registers = layout.registers(sequence)
-        if not registers.requires_grad:
+    def _with_registers(self, tokens: Tensor, registers: Tensor | None, layout: Layout) -> Tensor:
+        """The tokens, with the registers of this block behind those of each image."""
+        if self.patch.static is not None:
+            states = getattr(self.module, STATE).to(tokens.dtype)  # (R, C)
+            return layout.extend(tokens, layout.dim, states.unsqueeze(1) if layout.sequence_first else states)
+        if self.index == 0:
+            return layout.extend(tokens, layout.dim, first_register(self.tower, tokens))
+        if registers is None and torch.compiler.is_compiling():
+            registers = self._compiled_registers(tokens)
+        if registers is None and is_recomputing():
             raise RuntimeError(
-                f"the gradient did not arrive at block {self.index} with the register: re-entrant gradient "
-                "checkpointing drops it. Use use_reentrant=False"
+                f"block {self.index} is recomputed from an input that was saved elsewhere (save_on_cpu, "
+                "offload_wrapper), which has lost the register: checkpoint the blocks without offloading their inputs, "
+                "or offload what is inside of them alone"
             )
-        # Whoever waits for the gradient of the tokens (FSDP, Grad-CAM, autograd.grad) must see it come by.
-        return layout.join(tokens, registers)
-
-    def _with_constants(self, tokens: Tensor, layout: Layout, replaced: bool) -> Tensor:
-        """The tokens with static registers, whatever the block before has left."""
-        states = getattr(self.module, STATE).to(tokens.dtype)  # (R, C)
-        if layout.sequence_first:
-            states = states.unsqueeze(1)
-        sequence = None if replaced or layout.lengths is not None else carried_sequence(tokens)
-        if sequence is None or torch.is_grad_enabled() or sequence.requires_grad:
-            return layout.extend(tokens, layout.dim, states)
-        sequence.narrow(layout.dim, tokens.shape[layout.dim], layout.num_registers).copy_(states)  # saves a copy
-        return sequence
-
-    def _registers_for(self, tokens: Tensor) -> Tensor:
-        """The registers that the block before has left, for tokens that replace its own."""
-        registers = None
-        if running.forward is not None:
-            registers = registers_for(tokens, running.forward, self.index)
-        elif (traced := self.patch.traced) is not None and traced[0] == self.index - 1:
-            check_shape(tokens, traced[1].shape, self.index)
-            registers = traced[2].to(tokens.device, tokens.dtype)
         if registers is None:
             raise RuntimeError(
                 f"the register did not arrive at block {self.index}: its tokens are not those that block "
-                f"{self.index - 1} has just handed on in the same forward, nor in their place. Blocks that are called "
-                "by hand are called in their order, one forward after the other. In a compiled model only hooks of "
-                "the blocks may replace tokens: call the model uncompiled, or edit the tokens in place"
+                f"{self.index - 1} has just handed on in the same forward, nor certainly in their place. Call the "
+                "blocks in their order, one forward after the other; put what replaces their tokens into a forward "
+                "hook of a block, or keep a block's output until the next is called; do not detach it in between"
             )
-        return registers
+        handoff = None if torch.compiler.is_compiling() else carried(tokens, self.patch)
+        if handoff is not None and handoff.registers is registers:
+            sequence = handoff.take_sequence(tokens, layout)
+            if sequence is not None:
+                return sequence
+        return layout.join(tokens, registers)
 
-    def _without(self, mode: Mode, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The block on the T tokens alone: as it was, or with the neurons moved among them."""
-        if not mode.is_patched:
-            return self.original(*args, **kwargs)
-        tokens, arguments = self._by_name(args, kwargs)
-        if isinstance(tokens, torch.fx.Proxy):
-            return self._as_one_node(tokens, arguments)
-        layout = self._checked_layout(tokens, arguments, self.bare)
-        if self.index == 0 and mode.target is not None:
-            self._check_target(mode.target, tokens, layout)
-        return self._original(tokens, arguments, layout)
+    def _moved(self, sequence: Tensor, arguments: dict[str, Any], layout: Layout) -> Any:
+        """What the block makes of the sequence, with the neurons moved in front of its second linear."""
+        if is_exporting():
+            return self._laid_out(sequence, arguments, layout)
+        outer, running.moves = running.moves, 0
+        try:
+            out = self._laid_out(sequence, arguments, layout)
+            if running.moves < self.num_moves and _is_tokens(first_of(out), sequence):
+                raise RuntimeError(not_moved(self.index))
+        finally:
+            running.moves = outer
+        return out
 
-    def _checked_layout(self, tokens: Any, arguments: dict[str, Any], plain: Layout) -> Layout:
-        """Where the tokens of a call lie; an error if the block cannot be run on them."""
-        self._check_tokens(tokens)
-        self._check_shifts()
-        layout = plain
-        if arguments or self.tower.family.layout is not None:
-            layout = (self.tower.family.layout or padded)(self.tower.module, plain, arguments)
-        if self.index == 0:
-            self._check_use(tokens, layout)
-        return layout
-
-    def _original(self, sequence: Tensor, arguments: dict[str, Any], layout: Layout) -> Any:
-        if (layout is self.plain or layout is self.bare) and running.layout is None and running.recomputed is None:
+    def _laid_out(self, sequence: Tensor, arguments: dict[str, Any], layout: Layout) -> Any:
+        if self._is_plain(layout) and running.layout is None and running.recomputed is None:
             return self.original(sequence, **arguments)
         with running_with_layout(layout):
             return self.original(sequence, **arguments)
 
-    def _hand_on(self, out: Any, entered: Tensor, layout: Layout) -> Any:
+    def _hand_on(self, out: Any, entered: Tensor | None, layout: Layout) -> Any:
         """The block's output with the tokens alone. Those of all blocks but the last carry the registers along."""
-        sequence, *rest = out if isinstance(out, tuple) else (out,)
-        if sequence.ndim != entered.ndim:
-            return out  # DINO's blocks can be asked for their attention weights instead of tokens
-        self._check_length(sequence, entered)
-        if running.recorders:
-            record(self.patch, layout.registers(sequence), self.index)
-        tokens = layout.tokens(sequence)
-        if self.last:
-            tokens = tokens.contiguous()
-            if running.forward is not None:
-                keep_forward(tokens, running.forward, self.index)
-        else:
-            carry(tokens, sequence, layout, running.forward, self.index)
-        if running.forward is None:
-            hooked = bool(self.module._forward_hooks) and not self.last
-            traced = (self.index, tokens, layout.registers(sequence)) if hooked else None
-            if traced is not self.patch.traced:
-                self.patch.traced = traced
-        return (tokens, *rest) if isinstance(out, tuple) else tokens
-
-    def _forward_of(self, tokens: Any) -> tuple[Forward, bool]:
-        """The forward that this block is part of, and whether someone has replaced the tokens."""
+        sequence, call = first_of(out), running.call
+        registers, is_shared = None, False
+        if layout.num_registers:
+            assert entered is not None
+            if not _is_tokens(sequence, entered):
+                return out  # DINO's blocks can be asked for their attention weights instead of tokens
+            self._check_length(sequence, entered)
+            registers = layout.registers(sequence)
+            if running.recorders:
+                record(self.patch, registers, self.index)
+            out = _each(out, lambda each: layout.tokens(each).contiguous() if each.shape == entered.shape else each)
+            is_shared = not torch.compiler.is_compiling() and layout.lengths is None and can_share(sequence)
+        tokens = first_of(out)
         if not isinstance(tokens, Tensor):
-            return begin(self.patch, self.holders, self.patch.next_mode, object() if self.index else None), False
-        if self.index == 0:
-            return begin(self.patch, self.holders, mode_from_start(tokens, self.patch)), False
-        return forward_of(tokens, self.patch, self.holders, self.index)
+            return out
+        if torch.compiler.is_compiling():
+            self._hand_on_compiled(tokens, registers)
+        elif not self.is_last and call is not None and call.forward is not None:
+            hand_on(tokens, call.forward, self.index, registers, sequence if is_shared else None)
+            call.tokens = tokens
+        return out
 
-    def _tell_next(self, forward: Forward, out: Any) -> None:
-        """Let the block's output tell the next block that there are no registers."""
-        tokens = out[0] if isinstance(out, tuple) else out
-        if isinstance(tokens, Tensor):
-            if self.last:
-                keep_forward(tokens, forward, self.index)
-            else:
-                carry_nothing(tokens, self.plain, forward, self.index)
+    # Compiled: nothing is known of the thread's forward -------------------------------------------------------------
+
+    def _hand_on_compiled(self, tokens: Tensor, registers: Tensor | None) -> None:
+        if registers is not None and not self.is_last:
+            setattr(tokens, CARRIED, registers)
+        hooked = registers is not None and not self.is_last and bool(self.module._forward_hooks)
+        if hooked or running.compiled is not None:
+            running.compiled = (self.patch, self.index, tuple(tokens.shape), registers) if hooked else None  # type: ignore[assignment]
+
+    def leave_compiled(self, out: Any) -> Any:
+        """What a compiled block hands on once its hooks have run: `leave`, from what is known while it is traced."""
+        tokens, left = first_of(out), running.compiled
+        if left is None or left[1] != self.index or not isinstance(tokens, Tensor):
+            return out
+        running.compiled = None
+        if getattr(tokens, CARRIED, None) is not None or tuple(tokens.shape) != left[2]:
+            return out
+        view = tokens.view_as(tokens)
+        setattr(view, CARRIED, left[3].to(tokens.device, tokens.dtype))
+        return with_first(out, view)
+
+    def _compiled_registers(self, tokens: Tensor) -> Tensor | None:
+        """The registers that a compiled block has left, for its tokens or for what a hook put in their place."""
+        found = getattr(tokens, CARRIED, None)
+        if found is not None:
+            return found if isinstance(found, Tensor) else found.registers
+        left = running.compiled
+        if left is None or left[0] is not self.patch or left[1] != self.index - 1:
+            return None
+        check_shape(tokens, left[2], self.index)
+        return left[3].to(tokens.device, tokens.dtype)
+
+    # Arguments beside the tokens -------------------------------------------------------------------------------------
 
     def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The tokens, and the other arguments by name."""
@@ -212,11 +243,6 @@ class RegisterBlock(Override):
         arguments = dict(zip(self.parameters[: len(args)], args, strict=True)) | kwargs
         return arguments.pop(self.parameters[0]), arguments
 
-    def _as_one_node(self, tokens: torch.fx.Proxy, arguments: dict[str, Any]) -> torch.fx.Proxy:
-        """In a graph that torch.fx traces, a patched block is one node."""
-        tracer: Any = tokens.tracer
-        return tracer.create_proxy("call_module", tracer.path_of_module(self.module), (tokens,), arguments)
-
     def _extended(self, name: str, value: Any, layout: Layout) -> Any:
         """An argument beside the tokens, with rows for the registers."""
         if name == "is_causal" and value:
@@ -225,7 +251,7 @@ class RegisterBlock(Override):
             return None
         if (extend := self.tower.family.block_arguments.get(name) or MASKS.get(name)) is not None:
             extended = extend(value, layout)
-            if layout is not self.plain:
+            if layout is not self.default_layout:
                 carry_layout(extended, layout)
             return extended
         if isinstance(value, Tensor):
@@ -235,11 +261,28 @@ class RegisterBlock(Override):
             )
         return value
 
-    def _check_use(self, tokens: Tensor, layout: Layout) -> None:
-        if (layout is self.plain or layout is self.bare) and not torch.compiler.is_compiling():
-            self.patch.verified_use.check(tokens.shape[layout.dim] - self.patch.num_prefix, tokens)
+    def _as_one_node(self, tokens: torch.fx.Proxy, arguments: dict[str, Any]) -> torch.fx.Proxy:
+        """In a graph that torch.fx traces, a patched block is one node."""
+        tracer: Any = tokens.tracer
+        return tracer.create_proxy("call_module", tracer.path_of_module(self.module), (tokens,), arguments)
 
-    def _check_target(self, target: Tensor, tokens: Tensor, layout: Layout) -> None:
+    # Checks ----------------------------------------------------------------------------------------------------------
+
+    def _check(self, tokens: Any) -> None:
+        if not isinstance(tokens, Tensor):
+            raise NotImplementedError(
+                f"block {self.index} was called with a {type(tokens).__name__} of tokens (images of several sizes at "
+                "once): call the model on one tensor at a time"
+            )
+        for move in self.moves:
+            move.check()
+
+    def _check_use(self, mode: Mode, tokens: Tensor, layout: Layout) -> None:
+        """Whether the images are such as the neurons were verified on, and such as the target mask is for."""
+        if self._is_plain(layout) and not torch.compiler.is_compiling():
+            self.patch.verified_use.check(tokens.shape[layout.dim] - self.patch.num_prefix, tokens)
+        if mode.target is None:
+            return
         if layout.lengths is not None:
             raise NotImplementedError(
                 "images are packed in one sequence here, in which a target mask has no place: steer them one at a time "
@@ -247,22 +290,10 @@ class RegisterBlock(Override):
             )
         num_images, num_tokens = layout.batch_first(tokens).shape[:2]
         patches = num_tokens - self.patch.num_prefix if layout.patches is None else int(layout.patches.sum())
-        check_target_fits(target, num_images, patches)
+        check_target_fits(mode.target, num_images, patches)
 
-    def _check_tokens(self, tokens: Any) -> None:
-        if not isinstance(tokens, Tensor):
-            raise NotImplementedError(
-                f"block {self.index} was called with a {type(tokens).__name__} of tokens (images of several sizes at "
-                "once): call the model on one tensor at a time"
-            )
-
-    def _check_shifts(self) -> None:
-        for shift in self.shifts:
-            if shift.is_bypassed():
-                raise RuntimeError(
-                    f"the second MLP linear of block {self.index} was replaced by a {type(shift.current).__name__} "
-                    "after testreg.patch(), so its neurons would stay: call testreg.unpatch(model) and patch it again"
-                )
+    def _is_plain(self, layout: Layout) -> bool:
+        return layout is self.default_layout or layout is self.layout_without_registers
 
     def _check_length(self, sequence: Tensor, entered: Tensor) -> None:
         if sequence.shape != entered.shape:
@@ -272,12 +303,36 @@ class RegisterBlock(Override):
             )
 
 
+@dataclass(eq=False)
+class BlockCall(Override):
+    """The call of a block as its hooks are around it: what they put in place of the tokens gets the registers."""
+
+    method = "_call_impl"
+    block: RegisterBlock
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.block.leave_compiled(self.original(*args, **kwargs))
+        return self.block.called(self.original, args, kwargs)
+
+
 def first_register(tower: Tower, tokens: Tensor) -> Tensor:
     """The register (C,) that enters block 0, for tokens of this kind: zeros, or what CLIP's norm makes of zeros."""
     register = tokens.new_zeros(1, 1, tokens.shape[-1])
     if tower.entry_norm is not None:
         register = tower.entry_norm.forward(register).to(tokens.dtype)  # .forward: hooks saw this norm already
     return register.flatten()
+
+
+def _is_tokens(out: Any, entered: Tensor) -> bool:
+    return isinstance(out, Tensor) and out.ndim == entered.ndim
+
+
+def _each(out: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """What a block gives, with each of its tensors changed."""
+    if isinstance(out, (tuple, list)):
+        return made_as(out, [change(each) if isinstance(each, Tensor) else each for each in out])
+    return change(out)
 
 
 def _parameters(module: nn.Module) -> tuple[str, ...]:

@@ -14,14 +14,15 @@ def index_tensor(values: Sequence[int], like: Tensor) -> Tensor:
     # A cached index costs no host-to-device copy, but a fake or traced one must never outlive its trace.
     if not (torch.compiler.is_compiling() or torch.jit.is_tracing()) and type(like) is Tensor:
         return _cached(tuple(values), like.device)
-    if torch.compiler.is_dynamo_compiling() and _is_exporting():
+    if torch.compiler.is_dynamo_compiling() and is_exporting():
         # Strict export names a constant by the path on which it was found, which leads through our `forward` and is
         # not in the exported module: so there is none.
         return torch.stack([torch.full((), value, device=like.device) for value in values])
     return torch.tensor(values, device=like.device)
 
 
-def _is_exporting() -> bool:
+def is_exporting() -> bool:
+    """Whether torch.export traces what runs."""
     return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
 
 

@@ -103,6 +103,12 @@ class Layout:
             weights = torch.cat([head, tail], dim) if appended else head
         return weights
 
+    def with_registers(self, shown: Tensor, weights: Tensor) -> Tensor:
+        """The inverse of `without_registers` for a batch: `weights`, with what they are between tokens as `shown`."""
+        size = weights.shape[-1] - self.num_registers
+        rows = torch.cat([shown, weights[..., :size, size:]], -1)
+        return torch.cat([rows, weights[..., size:, :]], -2)
+
     def validity(self, mask: Tensor | BlockMask) -> Tensor:
         """Which tokens (B, T+R) somebody sees under a mask (B, heads, T or 1, T) or (T, T): the others are padding."""
         return self.extend(_seen(mask), -1, True)

@@ -61,6 +61,10 @@ class Constant:
         delattr(self.module, self.name)
 
 
+Part = Override | Constant
+"""One change of one module, which can be installed and taken back."""
+
+
 @dataclass(frozen=True)
 class Refusal:
     """In place of a method by which torch copies modules and leaves their patched `forward` behind."""

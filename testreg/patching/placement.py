@@ -1,33 +1,30 @@
-"""Which methods of a tower are replaced, and by what."""
+"""Which parts of a tower are changed, and by what."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
-from torch import Tensor
+from collections.abc import Iterator
 
 from testreg.families import Block, Tower
 from testreg.patching.attention import AttentionWeights, PositionBias
-from testreg.patching.block import RegisterBlock
+from testreg.patching.block import BlockCall, RegisterBlock
+from testreg.patching.fc2 import MoveInFront
 from testreg.patching.layout import Layout
-from testreg.patching.override import Constant, Override
-from testreg.patching.shift import ShiftBefore
+from testreg.patching.override import Part
 from testreg.patching.state import Patch
 from testreg.patching.static import static_parts
 
 
-def overrides(tower: Tower, patch: Patch, shift: Callable[..., Tensor]) -> Iterator[Override | Constant]:
-    """`shift` in front of every fc2 with register neurons, and what lets registers ride through each block."""
+def parts(tower: Tower, patch: Patch) -> Iterator[Part]:
+    """What moves the neurons in front of each fc2 that reads some, and what takes registers through each block."""
     layout = Layout(patch.num_registers, tower.sequence_first)
     units = patch.neurons.by_block()
-    blocks = {block.module for block in tower.blocks}
-    holders = frozenset(type(each) for each in tower.module.modules() if blocks <= set(each.modules()))
     if patch.static is not None:
         yield from static_parts(tower, patch, patch.static)
     for i, block in enumerate(tower.blocks):
-        shifts = tuple(_shifts(block, i, units.get(i, []), patch, layout, shift))
-        yield from shifts
-        yield RegisterBlock(block.module, patch, layout, tower, i, shifts, holders)
+        moves = tuple(_moves(block, i, units.get(i, []), patch, layout))
+        yield from moves
+        forward = RegisterBlock(block.module, patch, layout, tower, i, moves)
+        yield from (forward, BlockCall(block.module, forward))
         if block.attention is not None:
             yield AttentionWeights(block.attention, patch, layout, tower.family.appended)
         if block.bias is not None:
@@ -35,12 +32,12 @@ def overrides(tower: Tower, patch: Patch, shift: Callable[..., Tensor]) -> Itera
             yield PositionBias(module, patch, layout, tower.family.bias_count, method)
 
 
-def _shifts(
-    block: Block, index: int, units: list[int], patch: Patch, layout: Layout, shift: Callable[..., Tensor]
-) -> Iterator[ShiftBefore]:
+def _moves(block: Block, index: int, units: list[int], patch: Patch, layout: Layout) -> Iterator[MoveInFront]:
     owner = patch.owner
     for mlp, own in block.units_by_mlp(units):
         channels = tuple(mlp.first + unit for unit in own.values())
         owners = None if owner is None else tuple(owner[index, unit] for unit in own)
-        for consumer in mlp.consumers:
-            yield ShiftBefore(consumer, block.module, patch, layout, shift, channels, owners)
+        width = mlp.first + mlp.width
+        for module in mlp.consumers:
+            is_fc2 = module is mlp.fc2
+            yield MoveInFront(module, block.module, block.module, index, patch, layout, channels, owners, width, is_fc2)

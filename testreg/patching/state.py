@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from testreg.neurons import MAX_REGISTERS, RegisterNeurons, shown
-from testreg.patching.activations import MaxOver, Zero
+from testreg.patching.forward import AS_IT_WAS, Mode, is_recomputing, running
+from testreg.patching.moves import MaxOver, Zero
 from testreg.patching.notices import VerifiedUse
-from testreg.patching.override import REFUSALS, Constant, Override
-from testreg.patching.running import AS_IT_WAS, Mode, is_recomputing, running
+from testreg.patching.override import REFUSALS, Part
 from testreg.static import StaticRegisters
 
 _PATCH = "_testreg_patch"  # attribute of a patched tower
@@ -64,16 +64,16 @@ class Patch:
     """The registers, if they are constants."""
     disabled_by: int = 0
     """How many `disabled` blocks are open, in all threads."""
-    traced: tuple[int, Tensor, Tensor] | None = None
-    """While a forward is compiled: a block whose tokens a hook may replace, these, and their registers (B, R, C)."""
+    warns_outside: bool = True
+    """Whether nobody was told yet that a second linear is called outside of its block."""
 
     def __post_init__(self) -> None:
-        self.overrides: list[Override | Constant] = []
+        self.overrides: list[Part] = []
         self.verified_use = VerifiedUse(self.neurons)
         no_tokens = self.target is not None or (self.static is not None and self.static.form == "bias")
-        self.own_mode = Mode(has_registers=not no_tokens, target=self.target)
+        self.default_mode = Mode(has_registers=not no_tokens, target=self.target)
 
-    def install(self, overrides: Iterable[Override | Constant]) -> None:
+    def install(self, overrides: Iterable[Part]) -> None:
         self.overrides = list(overrides)  # all are made before the first is installed
         for override in self.overrides:
             override.install()
@@ -110,26 +110,27 @@ class Patch:
         return {(block, unit): i % self.num_registers for i, (block, unit, _) in enumerate(self.neurons.ranking)}
 
     @property
-    def next_mode(self) -> Mode:
+    def mode_for_new_forward(self) -> Mode:
         """What forwards compute that start now in this thread."""
         if self.disabled_by > 0:
             return AS_IT_WAS
-        mode = self.own_mode
+        mode = self.default_mode
         for patch, steered in running.steered:
             if patch is self:
                 mode = steered
         return mode
 
     @property
-    def mode(self) -> Mode:
+    def current_mode(self) -> Mode:
         """What the block computes that this thread is in.
 
         An MLP or attention that is called by itself, outside its block, is as it was. It is inside although nothing
-        says so where it is compiled, and where a backward pass recomputes the block from within.
+        says so where it is compiled, and where a backward pass recomputes the inside of a block.
         """
-        if running.forward is not None:
-            return running.forward.mode
-        return self.next_mode if torch.compiler.is_compiling() or is_recomputing() else AS_IT_WAS
+        call = running.call
+        if call is not None and call.patch is self and call.forward is not None:
+            return call.forward.mode
+        return self.mode_for_new_forward if torch.compiler.is_compiling() or is_recomputing() else AS_IT_WAS
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -144,4 +145,4 @@ class Patch:
 
     def __getstate__(self) -> dict[str, Any]:
         # The `disabled` block in which a copy is made does not end for the copy.
-        return {**self.__dict__, "disabled_by": 0, "traced": None}
+        return {**self.__dict__, "disabled_by": 0}

@@ -17,9 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from testreg.families import Block, Tower, find_tower
-from testreg.patching.activations import Zero, silenced, with_channels
-from testreg.patching.index import index_tensor
-from testreg.patching.override import Constant, Override
+from testreg.patching.override import Constant, Override, Part
 from testreg.patching.state import Patch, patch_of
 from testreg.static import StaticRegisters
 
@@ -29,16 +27,7 @@ STATE = "testreg_state"  # buffer of a block: its registers (R, C)
 KEY, VALUE = "testreg_bias_k", "testreg_bias_v"  # buffers of an nn.MultiheadAttention: (1, 1, C)
 
 
-def silence(
-    hidden: Tensor, units: Sequence[int], *, num_prefix: int, zero: Zero, patches: Tensor | None = None
-) -> Tensor:
-    """Register neurons that are zero on the patches; the arguments are those of `shift`."""
-    index = index_tensor(units, hidden)
-    silent = silenced(hidden.index_select(-1, index), zero, num_prefix, patches)
-    return with_channels(hidden, index, silent)
-
-
-def static_parts(tower: Tower, patch: Patch, static: StaticRegisters) -> Iterator[Override | Constant]:
+def static_parts(tower: Tower, patch: Patch, static: StaticRegisters) -> Iterator[Part]:
     """What is put on each block so that its registers are constants.
 
     Raises:
@@ -103,7 +92,7 @@ class AttentionBias(Override):
     patch: Patch
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        mode = self.patch.mode
+        mode = self.patch.current_mode
         if not mode.is_patched or mode.target is not None:
             return self.original(*args, **kwargs)
         biased: Any = _Biased(self.module)

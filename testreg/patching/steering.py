@@ -3,64 +3,22 @@
 Outliers sit where the register neurons fire (arXiv 2506.08010, section 5): so a mask says where, and the model needs
 no register meanwhile.
 
-Shapes: B images, T tokens of each, P of them prefix tokens, h x w patches, K neurons.
+Shapes: B images, h x w patches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from testreg.patching.activations import MaxOver, Zero, largest, silenced, with_channels
-from testreg.patching.index import index_tensor
-from testreg.patching.running import Mode, running
+from testreg.patching.forward import Mode, running
 from testreg.patching.state import patch_of
 
 M = TypeVar("M", bound=nn.Module)
-
-
-def steer(
-    hidden: Tensor,
-    units: Sequence[int],
-    target: Tensor,
-    *,
-    num_prefix: int,
-    max_over: MaxOver,
-    zero: Zero,
-    valid: Tensor | None = None,
-    patches: Tensor | None = None,
-) -> Tensor:
-    """Copy the largest activation of each register neuron to the patches of a mask, and silence it on the others.
-
-    Args:
-        hidden: (B, T, H) input of an MLP's second linear.
-        units: the K register neurons, as channels of `hidden`.
-        target: (B, h, w) bool, or (1, h, w) for all images.
-        max_over, zero: as in `patch`.
-        valid: (B, T) bool, which tokens are no padding and may give the value; None: all.
-        patches: (1, T) bool, which tokens are patches; None: all behind the prefix.
-
-    Returns:
-        (B, T, H). Where gradients are off, `hidden` itself, edited in place.
-    """
-    index = index_tensor(units, hidden)
-    activations = hidden.index_select(-1, index)  # (B, T, K)
-    peak = largest(activations, max_over, valid)  # (B, 1, K)
-    silent = silenced(activations, zero, num_prefix, patches)
-    chosen = _tokens(target.to(hidden.device), num_prefix, patches).unsqueeze(-1)  # (B, T, 1)
-    return with_channels(hidden, index, torch.where(chosen, peak, silent))
-
-
-def _tokens(target: Tensor, num_prefix: int, patches: Tensor | None) -> Tensor:
-    """Which tokens (B, T) the patches of a mask are."""
-    mask = target.flatten(1)
-    if patches is None:
-        return torch.cat([mask.new_zeros(len(mask), num_prefix), mask], 1)
-    return patches.new_zeros(len(mask), patches.shape[-1]).masked_scatter(patches, mask)
 
 
 def check_target(target: object) -> None:

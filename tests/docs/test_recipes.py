@@ -286,3 +286,13 @@ def test_clip_of_sentence_transformers(photo: str, neurons: str, tmp_path: Path)
     plain = library.SentenceTransformer(str(tmp_path / "st"), device="cpu")
     encoded = plain.encode(Image.open(photo)), plain.encode(list(module.TEXTS))
     assert not plain.similarity(*encoded)[0].allclose(scores, atol=1e-5)
+
+
+@records
+def test_tools_that_hook_inside_the_blocks(tmp_path: Path, photo: str, neurons: str) -> None:
+    pytest.importorskip("pytorch_grad_cam")
+    fused = timm.layers.use_fused_attn()
+    try:
+        assert recipe("hooked_tools").main(of_timm(tmp_path), photo, neurons).shape == (1, IMAGE, IMAGE)
+    finally:
+        timm.layers.set_fused_attn(bool(fused))

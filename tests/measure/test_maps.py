@@ -293,6 +293,40 @@ def test_bad_arguments(pictures: Path) -> None:
         testreg.attention(tower, images().float(), query="mean")
 
 
+@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.parametrize("family", ["timm_vit", "hf_vit"])
+def test_overlapping_patches_are_laid_out_as_they_lie(family: str, patched: bool) -> None:
+    """The stride of the embedding was made smaller, as for dense descriptors: 7 x 7 patches of 16 pixels."""
+    model: Any = build(family)
+    position = torch.randn(1, 50, WIDTH, generator=torch.Generator().manual_seed(1))
+    if family == "timm_vit":
+        model.patch_embed.proj.stride, model.pos_embed = (8, 8), torch.nn.Parameter(position)
+    else:
+        model.embeddings.patch_embeddings.projection.stride = (8, 8)
+        model.embeddings.position_embeddings = torch.nn.Parameter(position)
+    if patched:
+        testreg.patch(model, NEURONS)
+    batch, kept = images().float(), list[Tensor]()
+    with find_tower(model).blocks[-1].module.register_forward_hook(lambda module, args, output: kept.append(output)):
+        found = testreg.features(model, batch)
+    assert found.shape == (2, WIDTH, 7, 7)
+    torch.testing.assert_close(found.flatten(2).mT, kept[0][:, 1:])
+    assert testreg.attention(model, batch).shape == (2, 4, 7, 7)
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_tokens_that_are_no_grid_of_patches_are_refused(patched: bool) -> None:
+    model: Any = build("timm_vit")
+    if patched:
+        testreg.patch(model, NEURONS)
+    model.patch_embed.register_forward_hook(lambda module, args, output: torch.cat([output, output[:, :3]], 1))
+    model.pos_embed = torch.nn.Parameter(torch.zeros(1, 20, WIDTH))
+    batch = images().float()
+    for measure in (testreg.features, testreg.attention, lambda model, batch: testreg.diagnose(model, list(batch))):
+        with pytest.raises(ValueError, match=r"makes 40 tokens of 2 images .*says 34: 1 prefix tokens and a grid of 4"):
+            measure(model, batch)
+
+
 # strip_registers -----------------------------------------------------------------------------------------------------
 
 

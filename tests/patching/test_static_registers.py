@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import testreg
 from testreg import StaticRegisters, disabled, patch, registers, steered, unpatch
 from testreg.families import find_tower, fingerprint
+from testreg.patching.moves import silence
 from testreg.patching.state import patch_of
-from testreg.patching.static import silence
 
 RANKING = ((1, 3), (2, 127), (1, 120), (2, 0), (1, 77), (0, 5), (3, 9), (2, 64))
 NEURONS = testreg.RegisterNeurons(tuple((layer, unit, None) for layer, unit in RANKING))

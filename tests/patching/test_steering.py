@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import testreg
 from testreg import disabled, patch, registers, steered, unpatch
 from testreg.families import find_tower
-from testreg.patching.steering import steer
+from testreg.patching.moves import steer
 
 RANKING = ((1, 3), (2, 127), (1, 120), (2, 0), (1, 77), (0, 5), (3, 9), (2, 64))
 NEURONS = testreg.RegisterNeurons(tuple((layer, unit, None) for layer, unit in RANKING))

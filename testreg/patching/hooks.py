@@ -1,0 +1,216 @@
+"""Hooks inside of patched blocks that see no registers.
+
+A module with hooks is called in two layers. The outer one takes the registers off what the module gets, and puts them
+back onto what it gives; the inner one does the reverse around the module's own forward. Hooks run between the two. So
+the tensors that they see, keep or replace are those of the T tokens, and part of the autograd graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from testreg.patching.block import RegisterBlock
+from testreg.patching.fc2 import MoveInFront
+from testreg.patching.forward import Hooked, layout_now, running
+from testreg.patching.layout import Layout
+from testreg.patching.override import Override
+from testreg.patching.state import Patch, patch_of
+
+M = TypeVar("M", bound=nn.Module)
+Rejoin = Callable[[Tensor], Tensor]
+"""Puts the registers of one tensor back onto what a hook has made of its tokens."""
+
+
+@contextmanager
+def hooks_without_registers(model: M) -> Iterator[M]:
+    """Within the `with` block, hooks on modules inside of patched blocks see the T tokens, as in an unpatched model.
+
+    It holds for what hooks get and return, for gradients, for attention matrices, which are T x T, and for tensors that
+    modules keep as attributes. So tools that hook a module, as Grad-CAM, attention rollout and key descriptors do, run
+    as they are. The model computes with its registers: rows of attention sum to less than one by what these receive.
+    Blocks that are compiled call hooks with T+R tokens.
+
+    Raises:
+        RuntimeError: the model is not patched.
+
+    Example:
+        >>> seen = []
+        >>> handle = model.blocks[2].norm1.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+        >>> with testreg.patched(model, planted), testreg.hooks_without_registers(model):
+        ...     outputs = model(images)
+        >>> handle.remove()
+        >>> seen[0]
+        torch.Size([45, 17, 48])
+    """
+    patch = patch_of(model)
+    layers: list[Override] = []
+    blocks = [part for part in patch.overrides if isinstance(part, RegisterBlock)]
+    for block in blocks:
+        for module in block.module.modules():
+            if module is not block.module:
+                layers += [Inside(module, patch), Around(module, patch)]
+    try:
+        for layer in layers:
+            layer.install()
+        for block in blocks:
+            block.previous = WithoutAttributes(block.module, patch, block.previous)
+        yield model
+    finally:
+        for block in blocks:
+            if isinstance(block.previous, WithoutAttributes):
+                block.previous = block.previous.original
+        for layer in reversed(layers):
+            layer.remove()
+
+
+@dataclass(eq=False)
+class Around(Override):
+    """The call of a module, its hooks included: these get and give tokens without registers."""
+
+    method = "_call_impl"
+    patch: Patch
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not _length(self.patch) or not _has_hooks(self.module):
+            return self.original(*args, **kwargs)
+        original = self.original
+        if isinstance(self.previous, MoveInFront):  # which needs the registers, and is in front of hooks
+            args, kwargs = self.previous.moved(args, kwargs)
+            original = self.previous.original
+        (args, kwargs), rejoin = _tokens(self.patch).without_registers((args, kwargs))
+        outer, hooked = running.hooked, Hooked(self.module, rejoin)
+        running.hooked = hooked
+        try:
+            out = original(*args, **kwargs)
+        finally:
+            running.hooked = outer
+        return hooked.rejoin(out)
+
+
+@dataclass(eq=False)
+class Inside(Override):
+    """A module's own forward, which computes with registers between hooks that see none."""
+
+    patch: Patch
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        hooked = running.hooked
+        if hooked is None or hooked.module is not self.module:
+            return self.original(*args, **kwargs)
+        args, kwargs = hooked.rejoin((args, kwargs))
+        running.hooked = None
+        try:
+            out = self.original(*args, **kwargs)
+        finally:
+            running.hooked = hooked
+        out, hooked.rejoin = _tokens(self.patch).without_registers(out)
+        return out
+
+
+@dataclass(eq=False)
+class WithoutAttributes:
+    """A block's own forward, after which what its modules keep as attributes has no registers."""
+
+    module: nn.Module
+    patch: Patch
+    original: Callable[..., Any] | None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forward = self.original or type(self.module).forward.__get__(self.module)
+        if torch.compiler.is_compiling():
+            return forward(*args, **kwargs)
+        before = {module: dict(vars(module)) for module in self.module.modules()}
+        out = forward(*args, **kwargs)
+        tokens = _tokens(self.patch)
+        for module, attributes in before.items():
+            for name, value in list(vars(module).items()):
+                if isinstance(value, Tensor) and attributes.get(name) is not value and tokens.length:
+                    setattr(module, name, tokens.without_registers(value)[0])
+        return out
+
+
+def _tokens(patch: Patch) -> _Tokens:
+    """Where registers are in the block that this thread is in."""
+    default = next(part.default_layout for part in patch.overrides if isinstance(part, RegisterBlock))
+    return _Tokens(layout_now(default), _length(patch), patch.num_prefix)
+
+
+def _length(patch: Patch) -> int:
+    """T+R, if this thread is in a block of the patch that has registers; else 0."""
+    call = running.call
+    return call.length if call is not None and call.patch is patch and not torch.compiler.is_compiling() else 0
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    every = torch.nn.modules.module
+    return any(
+        (
+            module._forward_pre_hooks,
+            module._forward_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+            every._global_forward_hooks,
+            every._global_forward_pre_hooks,
+            every._global_backward_hooks,
+            every._global_backward_pre_hooks,
+        )
+    )
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Takes registers off tensors of which a dimension, or the last two, are the T+R of a block."""
+
+    layout: Layout
+    length: int
+    num_prefix: int
+
+    def without_registers(self, value: Any) -> tuple[Any, Callable[[Any], Any]]:
+        """The same without registers, tensors in tuples, lists and dictionaries too; and what puts them back."""
+        if isinstance(value, Tensor):
+            return self._tensor(value)
+        if isinstance(value, dict):
+            parts = {key: self.without_registers(each) for key, each in value.items()}
+            kept = {key: rejoin for key, (_, rejoin) in parts.items()}
+            return {key: each for key, (each, _) in parts.items()}, lambda new: {
+                key: kept.get(key, _unchanged)(each) for key, each in new.items()
+            }
+        if type(value) in (tuple, list):
+            pairs = [self.without_registers(each) for each in value]
+            make = type(value)
+            return make(each for each, _ in pairs), lambda new: make(
+                (pairs[i][1] if i < len(pairs) else _unchanged)(each)
+                for i, each in enumerate(new if isinstance(new, (tuple, list)) else (new,))
+            )
+        return value, _unchanged
+
+    def _tensor(self, value: Tensor) -> tuple[Tensor, Rejoin]:
+        layout, sizes = self.layout, value.shape
+        if value.ndim > 1 and sizes[-1] == sizes[-2] == self.length:
+            shown = layout.without_registers(value)
+            if layout.lengths is not None:
+                raise NotImplementedError("hooks on attention between packed images: run them one image at a time")
+            return shown.contiguous(), lambda new: layout.with_registers(new, value)
+        if layout.lengths is not None:
+            if value.ndim not in (2, 3) or sizes[-2] != self.length:
+                return value, _unchanged
+            registers = layout.registers(value)
+            return layout.tokens(value), lambda new: layout.join(new, registers)
+        places = [dim for dim in (layout.dim, *range(-2, -value.ndim - 1, -1), -1) if -dim <= value.ndim]
+        lengths = self.length, self.length - self.num_prefix  # rotations may be of the patches alone
+        found = next(((dim, length) for length in lengths for dim in places if sizes[dim] == length), None)
+        if found is None:
+            return value, _unchanged
+        dim, size = found[0], found[1] - layout.num_registers
+        kept = value.narrow(dim, size, layout.num_registers)
+        return value.narrow(dim, 0, size).contiguous(), lambda new: torch.cat([new, kept], dim)
+
+
+def _unchanged(value: Any) -> Any:
+    return value

@@ -1,0 +1,131 @@
+"""What becomes of the register neurons' activations: one algorithm with three arms.
+
+All three read the neurons' activations, silence them on the patches, and write them back. `shift` gives the largest of
+each to the registers (arXiv 2506.08010, Algorithm 2), `steer` to patches of one's choice (section 5), and `silence` to
+nobody, as registers are constants then (A.2).
+
+Shapes: B batch, T tokens without registers, P prefix tokens, R registers, H hidden, K neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from testreg.patching.index import index_tensor
+
+MaxOver = Literal["neuron", "layer"]
+Zero = Literal["patches", "all"]
+
+
+def shift(
+    hidden: Tensor,
+    units: Sequence[int],
+    owners: Sequence[int] | None = None,
+    *,
+    num_registers: int = 1,
+    num_prefix: int = 1,
+    max_over: MaxOver = "neuron",
+    zero: Zero = "patches",
+    valid: Tensor | None = None,
+    patches: Tensor | None = None,
+) -> Tensor:
+    """Move the activations of register neurons onto the registers (Algorithm 2, the inner loop).
+
+    For each image and neuron, the value of largest magnitude over all tokens, prefix and registers included, is given
+    to every register, sign kept; the neuron becomes zero on the patches. With `owners`, each neuron goes to one of the
+    registers alone, and is zero on the others (paper A.5).
+
+    Args:
+        hidden: (B, T+R, H) input of an MLP's second linear: P prefix tokens, patches, R registers.
+        units: the K register neurons, as channels of `hidden`.
+        owners: the register, 0 to R-1, that holds each neuron; None: every register holds all.
+        max_over, zero: as in `patch`.
+        valid: (B, T+R) bool, which tokens are no padding and may give the value; None: all.
+        patches: (1, T+R) bool, which tokens are patches; None: all behind the prefix.
+
+    Returns:
+        (B, T+R, H). Where gradients are off, `hidden` itself, edited in place.
+    """
+    index = index_tensor(units, hidden)
+    activations = hidden.index_select(-1, index)  # (B, T+R, K)
+    peak = _largest(activations, max_over, valid)  # (B, 1, K)
+    if owners is not None:
+        owned = index_tensor(owners, hidden) == torch.arange(num_registers, device=hidden.device).unsqueeze(-1)
+        peak = torch.where(owned, peak, peak.new_zeros(()))  # (B, R, K)
+    moved = _silenced(activations, zero, num_prefix, patches)
+    moved[:, -num_registers:] = peak
+    return _with_channels(hidden, index, moved)
+
+
+def steer(
+    hidden: Tensor,
+    units: Sequence[int],
+    target: Tensor,
+    *,
+    num_prefix: int,
+    max_over: MaxOver,
+    zero: Zero,
+    valid: Tensor | None = None,
+    patches: Tensor | None = None,
+) -> Tensor:
+    """Copy the largest activation of each register neuron to the patches of a mask, and silence it on the others.
+
+    Args:
+        hidden: (B, T, H) input of an MLP's second linear; there are no registers.
+        target: (B, h, w) bool, or (1, h, w) for all images.
+        units, max_over, zero, valid, patches: as in `shift`.
+    """
+    index = index_tensor(units, hidden)
+    activations = hidden.index_select(-1, index)
+    peak = _largest(activations, max_over, valid)
+    moved = _silenced(activations, zero, num_prefix, patches)
+    chosen = _tokens_of(target.to(hidden.device), num_prefix, patches).unsqueeze(-1)  # (B, T, 1)
+    return _with_channels(hidden, index, torch.where(chosen, peak, moved))
+
+
+def silence(
+    hidden: Tensor, units: Sequence[int], *, num_prefix: int, zero: Zero, patches: Tensor | None = None
+) -> Tensor:
+    """Make the register neurons zero on the patches; the arguments are those of `shift`."""
+    index = index_tensor(units, hidden)
+    moved = _silenced(hidden.index_select(-1, index), zero, num_prefix, patches)
+    return _with_channels(hidden, index, moved)
+
+
+def _largest(activations: Tensor, max_over: MaxOver, valid: Tensor | None) -> Tensor:
+    """The activation of largest magnitude over the tokens, sign kept: of each neuron, or of all K in the "layer"."""
+    magnitude = activations.abs()
+    if valid is not None:
+        magnitude = magnitude.masked_fill(~valid.unsqueeze(-1), -1)
+    if max_over == "neuron":
+        return activations.gather(1, magnitude.max(1, keepdim=True).indices)
+    joint = magnitude.flatten(1).max(1, keepdim=True).indices
+    return activations.flatten(1).gather(1, joint).unsqueeze(-1).expand(-1, 1, activations.shape[-1])
+
+
+def _silenced(activations: Tensor, zero: Zero, num_prefix: int, patches: Tensor | None) -> Tensor:
+    """The activations, zero on the patches or on "all" tokens; edited in place where gradients are off."""
+    if patches is not None and zero == "patches":
+        return activations.masked_fill(patches.unsqueeze(-1), 0)
+    silent = activations.clone() if torch.is_grad_enabled() else activations
+    silent[:, num_prefix if zero == "patches" else 0 :].zero_()  # strict export fails on `= 0`
+    return silent
+
+
+def _with_channels(hidden: Tensor, index: Tensor, activations: Tensor) -> Tensor:
+    """`hidden` with other activations in the channels of `index`; edited in place where gradients are off."""
+    if torch.is_grad_enabled():
+        return hidden.index_copy(-1, index, activations)
+    return hidden.index_copy_(-1, index, activations)
+
+
+def _tokens_of(target: Tensor, num_prefix: int, patches: Tensor | None) -> Tensor:
+    """Which tokens (B, T) the patches of a mask (B, h, w) are."""
+    mask = target.flatten(1)
+    if patches is None:
+        return torch.cat([mask.new_zeros(len(mask), num_prefix), mask], 1)
+    return patches.new_zeros(len(mask), patches.shape[-1]).masked_scatter(patches, mask)
