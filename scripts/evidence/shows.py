@@ -72,7 +72,7 @@ def compute(column: Column, images: Tensor) -> Mapping[str, Tensor]:
     tower, patches, grid = column.tower, column.tower.patches(images), column.tower.grid(images)
     with (
         attention_kernel(tower.module, "sdpa", instead_of=UNSEEN),
-        Recorder(of_all=True, queries=patches) as attention,
+        Recorder(lambda num_tokens: patches) as attention,
         recorded_norms(tower) as norms,
         recorded_tokens(tower, -2) as before,
         recorded_tokens(tower, -1) as last,

@@ -253,6 +253,8 @@ def arrive(tokens: Tensor, call: Call, index: int) -> tuple[Forward, Tensor | No
         left = waiting.handoff()
         forward, registers = waiting, waiting.kept if left is None else left.registers
     else:
+        if waiting is not None and waiting.mode.has_registers:
+            check_shape(tokens, waiting.shape, index)
         return None
     if tokens is call.arrived and own is not None and own.forward is forward:
         if tokens.grad_fn is not None and registers is not None and not registers.requires_grad:

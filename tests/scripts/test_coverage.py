@@ -14,9 +14,8 @@ from coverage.check import Verdict, check
 from coverage.registry import Absent, Architecture, registry
 from torch import Tensor
 
-from testreg import register
 from testreg.families import FAMILIES, find_tower
-from testreg.patching import layout
+from testreg.patching import fc2, layout
 
 SLICE = {
     "timm VisionTransformer": "radio; vit_base_patch16_18x2_224; vit_dpwee_patch16_reg1_gap_256; vit_base_r26_s32_224",
@@ -132,14 +131,14 @@ def test_is_refused_with_the_reason(name: str, reason: str) -> None:
     ],
 )
 def test_the_check_fails_if_the_shift_is_wrong(name: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = register.shift
+    right = fc2.shift
 
     def wrong(hidden: Tensor, *args: Any, **options: Any) -> Tensor:
         hidden = right(hidden, *args, **options)
         hidden[:, -1] *= -1  # of the register
         return hidden
 
-    monkeypatch.setattr(register, "shift", wrong)
+    monkeypatch.setattr(fc2, "shift", wrong)
     verdict = verdict_on(name)
     assert verdict.word == "FAILED"
     assert what in verdict.reason
