@@ -42,16 +42,16 @@ ROWS: Mapping[str, Row] = {
     **{f"lost-448-{part}": _lost(part, 448, 100, ("testreg", "jroth")) for part in ("q", "k", "v")},
     **{f"lost-native-{part}": _lost(part, None, 64, ("testreg", "jroth")) for part in ("q", "k", "v")},
     "segment": Row(
-        Task(segment.evaluate, "coco256", {"size": 224, "iterations": 200, "warm_up": 10, **SHORT}),
-        ("testreg", "one register", "jroth", "zeroed"),
+        Task(segment.evaluate, "coco256", {"size": 224, "iterations": 200, "warm_up": 10, **SHORT, "fit_batch": 2}),
+        ("testreg", "one register", "jroth"),
     ),
     "depth": Row(
         Task(
             depth.evaluate,
             "livingroom-rgbd",
-            {"size": 224, "nyu_crop": False, "iterations": 120, "warm_up": 12, "every": 30, **SHORT},
+            {"size": 224, "nyu_crop": False, "iterations": 120, "warm_up": 12, "every": 60, **SHORT, "fit_batch": 2},
         ),
-        ("testreg", "one register", "jroth", "zeroed"),
+        ("testreg", "one register", "jroth"),
     ),
     "knn": Row(Task(knn.evaluate, "", {"num_images": 1000}), ("testreg", "jroth"), least=20),
     "linear": Row(
