@@ -18,7 +18,8 @@ def of_columns(made: dict[str, Any]) -> str:
     rows = [["column", "what", "neurons", "registers"], ["plain", made["note"], "0", "0"]]
     for name, facts in made["columns"].items():
         count = sum(map(len, facts.get("neurons", {}).values()))
-        rows.append([name, facts["what"], str(count), str(facts.get("num_registers", 0))])
+        what = facts["what"].replace("|", "\\|")  # which ends a cell
+        rows.append([name, what, str(count), str(facts.get("num_registers", 0))])
     return markdown(rows)
 
 
