@@ -23,7 +23,7 @@ from testreg.calibration.errors import ImmovableOutliersError, NoOutliersError
 from testreg.calibration.options import Head, Options
 from testreg.calibration.result import Checks, Choice, facts_before_ranking, result
 from testreg.calibration.resume import State, key_of
-from testreg.calibration.selection import MAX_MEASUREMENTS, MAX_NEURONS, MAX_REGISTERS, Candidates, select
+from testreg.calibration.selection import MAX_MEASUREMENTS, MAX_NEURONS, REGISTERS_TRIED, Candidates, select
 from testreg.calibration.view import (
     CHUNK,
     FIRST_CHUNK,
@@ -290,7 +290,7 @@ def _choose(
         return Choice(ranking[: options.top_k], ranking, first_last, None)
     # What is left to do once no more time is to be spent: one more set of neurons, if it was begun, numbers of
     # registers, and to verify.
-    to_come = sum(each.num_images for each in set(meters[0])) + (MAX_REGISTERS - 1) * meters[0][0].num_images
+    to_come = sum(each.num_images for each in set(meters[0])) + (REGISTERS_TRIED - 1) * meters[0][0].num_images
     ranked_again = FORWARDS_TO_RANK * NUM_RANKED_AGAIN * world_size()
     with ExitStack() as stack:
         for choosing, _ in meters:

@@ -361,7 +361,7 @@ class EffectMeter:
                 f"the head ran {reader.blocks_run} blocks of a tower of {tower.depth}: it must run the model that it "
                 "is given, once, as `lambda model, images: model(images)` does"
             )
-        check_finite(torch.stack(reader.prefix_norms), images)
+        check_finite(torch.stack(reader.norms_of_tokens), images)
         return reader.figures(None if self.head is None else _classes(scores, len(images)))
 
     def _baseline(self, packed: tuple[PackedImage, ...], seed: int) -> Baseline:
@@ -433,7 +433,7 @@ class _Reader:
     def __init__(self, tower: Tower, images: Tensor) -> None:
         self.tower, self.images = tower, images
         self.patches: list[Tensor] = []  # (3, B, N) of each block that has run, see `Figures`
-        self.prefix_norms: list[Tensor] = []
+        self.norms_of_tokens: list[Tensor] = []
         self.hottest: Tensor | None = None
         self.drawn: list[Tensor] = []  # (B, N), of each attention of the running block
         self.block: int | None = None
@@ -475,7 +475,7 @@ class _Reader:
         here = self.tokens[:, self.region].float()
         cosine = neighbour_cosine(here, norms[:, self.region], self.tower.grid(self.images))
         drawn = torch.stack(self.drawn).mean(0) if self.drawn else torch.zeros_like(cosine)
-        self.prefix_norms.append(norms)
+        self.norms_of_tokens.append(norms)
         self.patches.append(torch.stack([norms[:, self.region], cosine, drawn]))
 
     def _queries(self, num_tokens: int) -> Tensor:

@@ -26,7 +26,7 @@ FEW = (
 MAX_NEURONS = 512  # that one round adds to a set; InternViT-6B needed 300
 MAX_MEASUREMENTS = 64  # of sets of neurons, in one selection
 MAX_ROUNDS = 8
-MAX_REGISTERS = 4  # that are tried
+REGISTERS_TRIED = 4  # at most
 
 Measure = Callable[[Sequence[Neuron], int], Effect]
 """Neurons, and the number of registers that they are moved to -> the effect."""
@@ -215,7 +215,7 @@ class _Search:
 
     def is_over(self) -> bool:
         """Whether nothing more may be measured but numbers of registers."""
-        return len(self.known) > MAX_MEASUREMENTS - MAX_REGISTERS or self.out_of_time()
+        return len(self.known) > MAX_MEASUREMENTS - REGISTERS_TRIED or self.out_of_time()
 
     def needs_more(self) -> bool:
         """Whether outliers are left that another round may remove."""
@@ -275,7 +275,7 @@ class _Search:
         """The effects of moving the neurons, which have this effect with one register, to 1, 2, ... registers, until
         outputs change more again."""
         effects = [effect]
-        while len(effects) < MAX_REGISTERS:
+        while len(effects) < REGISTERS_TRIED:
             if len(effects) > 1 and effects[-1].change > effects[-2].change:
                 break
             effects.append(self.measured(neurons, len(effects) + 1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from testreg.cli.running import Run
 
@@ -11,7 +11,6 @@ if TYPE_CHECKING:
 
     from testreg.io.loading import LoadedModel
     from testreg.neurons import RegisterNeurons
-    from testreg.patching.moves import MaxOver, Zero
 
 
 def chosen_device(name: str | None) -> torch.device:
@@ -43,31 +42,15 @@ def load(
     return loaded
 
 
-def patch_with(
-    loaded: LoadedModel,
-    neurons: str | None,
-    *,
-    top_k: int | None,
-    num_registers: int | None,
-    split_neurons: bool,
-    max_over: MaxOver,
-    zero: Zero,
-) -> RegisterNeurons:
-    """Patch the model, unless it is a patched checkpoint already; returns its register neurons."""
+def patch_with(loaded: LoadedModel, neurons: str | None, **options: Any) -> RegisterNeurons:
+    """Patch the model with these options of `testreg.patch`, unless it is a patched checkpoint already; returns its
+    register neurons."""
     from testreg.patching.state import patch_of
     from testreg.register import is_patched, patch
 
     if is_patched(loaded.model):
         if neurons is not None:
             raise ValueError(f"{loaded.name} is a patched checkpoint already: leave --neurons out")
-        return patch_of(loaded.model).neurons
-    patch(
-        loaded.model,
-        neurons,
-        top_k=top_k,
-        num_registers=num_registers,
-        split_neurons=split_neurons,
-        max_over=max_over,
-        zero=zero,
-    )
+    else:
+        patch(loaded.model, neurons, **options)
     return patch_of(loaded.model).neurons
