@@ -27,10 +27,11 @@ from testreg.families.kernels import attention_kernel
 from testreg.io.images import batched
 from testreg.io.packing import PackedImage
 from testreg.io.processes import Sums, add, gathered, rank, summed
-from testreg.measure.attention import UNSEEN, SampleRecorder
+from testreg.measure.attention import UNSEEN
 from testreg.measure.hooks import recording_inputs, recording_outputs
-from testreg.measure.observation import neighbour_cosine, sample
+from testreg.measure.observation import neighbour_cosine
 from testreg.measure.outliers import MIN_FRACTION, Detection, check_finite, exactly, ignored_patches
+from testreg.measure.sampling import SampledAttention
 from testreg.neurons import Neuron, unscored
 from testreg.register import patched
 
@@ -436,8 +437,7 @@ class _Reader:
         self.norms_of_tokens: list[Tensor] = []
         self.hottest: Tensor | None = None
         self.drawn: list[Tensor] = []  # (B, N), of each attention of the running block
-        self.block: int | None = None
-        self.attention = SampleRecorder(self._queries, self._see)
+        self.attention = SampledAttention(tower, images, self._see)
 
     @property
     def blocks_run(self) -> int:
@@ -465,11 +465,11 @@ class _Reader:
         return Figures(patches, hottest, self.tokens[:, : self.region.stop].float(), classes)
 
     def _before(self, index: int, tokens: Tensor) -> None:
-        self.block, self.drawn = index, []
+        self.drawn = []
+        self.attention.begin(index)
 
     def _after(self, index: int, tokens: Tensor) -> None:
         self.attention.end()
-        self.block = None
         self.tokens = self.tower.batch_first(tokens.detach())
         norms = self.tokens.float().norm(dim=-1)  # (B, T)
         here = self.tokens[:, self.region].float()
@@ -478,22 +478,13 @@ class _Reader:
         self.norms_of_tokens.append(norms)
         self.patches.append(torch.stack([norms[:, self.region], cosine, drawn]))
 
-    def _queries(self, num_tokens: int) -> Tensor:
-        return self._sample(num_tokens)[0].to(self.tower.device)
-
-    def _sample(self, num_tokens: int) -> tuple[Tensor, Tensor]:
-        return sample(num_tokens, self.region.start, min(self.region.stop, num_tokens))
-
-    def _see(self, weights: Tensor, value: Tensor | None) -> None:
-        """Attention (B, heads, n, T) of the sampled queries in the running block."""
-        if self.block is None or len(weights) != len(self.images) or weights.shape[-1] < self.region.stop:
-            return  # of no block, of packed images, or of other tokens
-        queries, share = self._sample(weights.shape[-1])
+    def _see(self, block: int, weights: Tensor, queries: Tensor, share: Tensor, values: Tensor | None) -> None:
+        """What some tokens of a block give to all, (B, heads, n, T)."""
         given = weights[..., self.region].mean(1)  # (B, n, N)
         with exactly(weights.device):
             self.drawn.append(torch.einsum("bqn,q->bn", given, share.to(given)))
-        if self.block == self.tower.depth - 1:
-            is_patch = ((queries >= self.region.start) & (queries < self.region.stop)).to(given.device)
+        if block == self.tower.depth - 1:
+            is_patch = (queries >= self.region.start) & (queries < self.region.stop)
             row = given[:, 0] if self.region.start else given[:, is_patch].mean(1)  # (B, N)
             self.hottest = row.amax(-1) / row.sum(-1).clamp(min=1e-12)
 

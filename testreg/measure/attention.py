@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from testreg.families import Tower
 from testreg.families.kernels import attention_kernel
+from testreg.measure.attention_observer import Attention, AttentionObserver, Rows
 from testreg.measure.hooks import recording_inputs, recording_outputs
-from testreg.measure.tokens import attends_to_itself, module_projections
 
 Query = Literal["cls", "pool", "mean", "register"]
 To = Literal["patches", "registers"]
-Rows = slice | Tensor  # which of the tokens: a slice, or their numbers (n,)
-RowsOf = Callable[[int], Rows]  # the same, from the number of tokens T
+RowsOf = Callable[[int], Rows]  # which of the tokens, from their number T
 # Kernels that do not go through torch.nn.functional.
 UNSEEN = ("flash_attention_2", "flash_attention_3", "flex_attention")
-SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
-MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
 def mean_of_queries(weights: Tensor) -> Tensor:
@@ -37,177 +31,22 @@ def mean_of_heads(weights: Tensor) -> Tensor:
     return weights.mean(1)
 
 
-class Recorder(TorchFunctionMode):
-    """Sees every attention that is computed while it is active: fused, in nn.MultiheadAttention, or by a softmax.
+class Recorder(AttentionObserver):
+    """Keeps what some tokens give to all, of every attention of tokens to themselves.
 
     Args:
-        queries: of which tokens, from the number of tokens T. Where attention is fused, no other weights are computed.
+        queries: which tokens these are, from the number of tokens T.
         reduce: what is kept of their weights (B, heads, n, T).
     """
 
     def __init__(self, queries: RowsOf, reduce: Callable[[Tensor], Tensor] = mean_of_queries) -> None:
-        super().__init__()
+        super().__init__(self._keep)
         self.queries, self.reduce = queries, reduce
         self.rows: list[Tensor] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            key = args[1] if len(args) > 1 else kwargs["key"]
-            weights = fused_weights(*args, **kwargs, rows=self.queries(key.shape[-2]))
-            if weights is not None:
-                self.rows.append(self.reduce(weights))
-        elif func is F.multi_head_attention_forward and attends_to_itself(*args, **kwargs):
-            asked = kwargs.get("need_weights", True)
-            out, weights = func(*args, **{**kwargs, "need_weights": True, "average_attn_weights": False})
-            assert weights is not None
-            self._keep(weights)
-            return out, weights.mean(1) if asked else None
-        out = func(*args, **kwargs)
-        if func in SOFTMAX and out.ndim == 4 and out.shape[-1] == out.shape[-2]:
-            self._keep(out)
-        return out
-
-    def _keep(self, attention: Tensor) -> None:
-        """Of attention (B, heads, T, T)."""
-        rows = attention[:, :, self.queries(attention.shape[-1])]
-        self.rows.append(self.reduce(rows.to(torch.promote_types(rows.dtype, torch.float32))))
-
-
-class PoolRecorder(TorchFunctionMode):
-    """Sees attention of other queries to tokens while it is active: that of a head which pools by attention.
-
-    Keeps what these queries give, on average, to each token (B, heads, T).
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[Tensor] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            weights = fused_weights(*args, **kwargs, rows=slice(None), to_others=True)
-            if weights is not None:
-                self.rows.append(weights.mean(2))
-        elif func is F.multi_head_attention_forward and not attends_to_itself(*args, **kwargs):
-            asked = kwargs.get("need_weights", True)
-            out, weights = func(*args, **{**kwargs, "need_weights": True, "average_attn_weights": False})
-            assert weights is not None
-            self.rows.append(weights.mean(2))
-            return out, weights.mean(1) if asked else None
-        out = func(*args, **kwargs)
-        if func in SOFTMAX and out.ndim == 4 and out.shape[-1] != out.shape[-2]:
-            self.rows.append(out.mean(2))
-        return out
-
-
-class SampleRecorder(TorchFunctionMode):
-    """Sees every attention of tokens to themselves while it is active, of some queries alone.
-
-    Where attention is fused, as it mostly is, no weights are computed but those of these queries.
-
-    Args:
-        queries: which they are (n,), from the number of tokens T.
-        see: called with the weights (B, heads, n, T) of each attention, before dropout, and the values
-            (B, heads, T, D), or None where these were not seen.
-    """
-
-    def __init__(self, queries: Callable[[int], Tensor], see: Callable[[Tensor, Tensor | None], object]) -> None:
-        super().__init__()
-        self.queries, self.see = queries, see
-        self.unfused: Tensor | None = None  # weights (B, heads, T, T), until they are multiplied with the values
-
-    def end(self) -> None:
-        """What is running has ended: weights that wait for their values wait in vain."""
-        if self.unfused is not None:
-            self._see_unfused(None)
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            self._see_fused(*args, **kwargs)
-        elif func is F.multi_head_attention_forward and attends_to_itself(*args, **kwargs):
-            return self._see_module(*args, **kwargs)
-        out = func(*args, **kwargs)
-        if func in SOFTMAX and out.ndim == 4 and out.shape[-1] == out.shape[-2]:
-            self.end()
-            self.unfused = out
-        elif self.unfused is not None and args and args[0] is self.unfused:
-            if func in MATMUL:
-                self._see_unfused(args[1])
-            elif isinstance(out, Tensor) and out.shape == self.unfused.shape:  # dropout, another dtype
-                self.unfused = out
-        return out
-
-    def _see_unfused(self, value: Tensor | None) -> None:
-        assert self.unfused is not None
-        weights, self.unfused = self.unfused[:, :, self.queries(self.unfused.shape[-1])], None
-        self.see(weights.to(torch.promote_types(weights.dtype, torch.float32)), value)
-
-    def _see_fused(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> None:
-        weights = fused_weights(query, key, value, *args, **kwargs, rows=self.queries(key.shape[-2]))
-        if weights is not None:
-            self.see(weights, value.repeat_interleave(weights.shape[1] // value.shape[1], 1))
-
-    def _see_module(self, *args: Any, **kwargs: Any) -> Any:
-        """What nn.MultiheadAttention gives, of tokens (T, B, C)."""
-        named = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs)
-        given = named.arguments
-        rows = self.queries(len(given["query"]))
-        if all(given.get(name) is None for name in ("attn_mask", "key_padding_mask", "bias_k")):
-            projected = module_projections(*args, **kwargs, rows=rows)
-            query, key, value = (each.unflatten(-1, (given["num_heads"], -1)).transpose(1, 2) for each in projected)
-            self.see(_softmax(query, key), value)
-            return F.multi_head_attention_forward(*args, **kwargs)
-        asked = given.get("need_weights", True)
-        given.update(need_weights=True, average_attn_weights=False)
-        out, weights = F.multi_head_attention_forward(*named.args, **named.kwargs)
-        assert weights is not None
-        self.see(weights[:, :, rows].float(), None)
-        return out, weights.mean(1) if asked else None
-
-
-def fused_weights(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    *,
-    rows: Rows,
-    to_others: bool = False,
-) -> Tensor | None:
-    """The weights (B, heads, n, T) of some queries behind `F.scaled_dot_product_attention`, before dropout; None unless
-    tokens attend to themselves, or, if `to_others`, to others."""
-    length = key.shape[-2]
-    if query.ndim != 4 or (query.shape[-2] == length) == to_others:
-        return None
-    visible = query.new_ones(length, length, dtype=torch.bool).tril()[rows] if is_causal else None
-    if attn_mask is not None and attn_mask.shape[-2] > 1:
-        attn_mask = attn_mask[..., rows, :]
-    if enable_gqa:
-        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-    return _softmax(query[:, :, rows], key, scale, (visible, attn_mask))
-
-
-def _softmax(query: Tensor, key: Tensor, scale: float | None = None, masks: tuple[Tensor | None, ...] = ()) -> Tensor:
-    """The weights (B, heads, n, T) that queries (B, heads, n, D) give keys, with masks of what is shown or of what is
-    added."""
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    with torch.autocast(query.device.type, enabled=False):
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        logits = (query.to(dtype) * scale) @ key.to(dtype).transpose(-2, -1)
-    given = [mask for mask in masks if mask is not None]
-    if not given:
-        return logits.softmax(-1)
-    for mask in given:
-        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else logits + mask
-    # A token that sees nothing gives nothing.
-    return logits.softmax(-1).masked_fill(logits.isneginf().all(-1, keepdim=True), 0)
+    def _keep(self, attention: Attention) -> None:
+        if attention.is_of_tokens_to_themselves:
+            self.rows.append(self.reduce(attention.weights(self.queries(attention.num_tokens))))
 
 
 @torch.no_grad()
@@ -284,6 +123,7 @@ def recorded_attention(tower: Tower, blocks: Sequence[int], recorder: Recorder) 
     kept: list[list[Tensor]] = [[] for _ in blocks]
 
     def keep(index: int, tokens: Tensor) -> None:
+        recorder.end()
         kept[index] += recorder.rows
         recorder.rows.clear()
 
@@ -333,11 +173,19 @@ def rolled_out(tower: Tower, images: Tensor, block: int = -1, query: Query | Ten
 
 
 def pooling(tower: Tower, images: Tensor) -> list[Tensor]:
-    """What the query that pools the last block's tokens by attention gives to each; empty if there is no such head."""
+    """What the query that pools the last block's tokens by attention gives to each (B, heads, T); empty if there is no
+    such head."""
+    rows: list[Tensor] = []
+    num_tokens = tower.patches(images).stop
+
+    def see(attention: Attention) -> None:
+        if not attention.is_of_tokens_to_themselves and attention.num_tokens == num_tokens:
+            rows.append(mean_of_queries(attention.weights(slice(None))))
+
     last = tower.blocks[-1].module
-    with PoolRecorder() as recorder, recording_outputs([last], lambda index, tokens: recorder.rows.clear()):
+    with AttentionObserver(see), recording_outputs([last], lambda index, tokens: rows.clear()):
         tower.run_with_head(images)
-    return [rows for rows in recorder.rows if rows.shape[-1] == tower.patches(images).stop][:1]
+    return rows[:1]
 
 
 def entropy(attention: Tensor) -> Tensor:

@@ -27,8 +27,9 @@ from testreg.measure.diagnosis import (
     Residual,
     Sink,
 )
-from testreg.measure.observation import BIN, LOWEST, NUM_QUERIES, Observations
+from testreg.measure.observation import BIN, LOWEST, Observations
 from testreg.measure.outliers import MIN_FRACTION, OutlierRule
+from testreg.measure.sampling import NUM_QUERIES
 from testreg.neurons import describe_model
 from testreg.register import is_patched
 

@@ -4,8 +4,7 @@ The residual stream is measured at 2L+1 *hook points*, for L blocks: in front of
 after the MLP of each. All figures follow from sums over images, so that memory is that of a batch, the batch size does
 not matter, and the sums of several processes add up.
 
-Attention is measured in all images, but of `NUM_QUERIES` patches of each alone, which stand for the others, and of all
-tokens that are no patches. They are drawn once for each number of patches, so that every process and run has the same.
+Attention is measured in all images, but of some tokens of each alone, which stand for the others (`sampling`).
 """
 
 from __future__ import annotations
@@ -24,11 +23,10 @@ from torch.overrides import TorchFunctionMode
 
 from testreg.families import Tower
 from testreg.io.processes import Sums, add
-from testreg.measure.attention import SampleRecorder
 from testreg.measure.hooks import recording_inputs, recording_outputs
 from testreg.measure.outliers import OutlierRule, check_finite, exactly, ignored_patches
+from testreg.measure.sampling import SampledAttention, from_afar
 
-NUM_QUERIES = 64
 BIN = math.log(1.01)  # width of a histogram bin: quantiles are exact to half of it, 0.5 %
 LOWEST, HIGHEST = math.log(2.0**-7), math.log(2.0**13)  # norms beyond, over the median, count as these
 TINY = 1e-12  # attention and norms are divided by no less
@@ -128,10 +126,9 @@ class _BatchObserver:
         self.sums, self.tower, self.images, self.rule, self.ignored = sums, tower, images, rule, ignored
         self.ratios: list[Any] = []  # (B, N) of each hook point passed, or None where it cannot be observed
         self.outlier: list[Any] = []  # masks of the same shape
-        self.block: int | None = None  # that is running
         self.entered: Tensor | None = None  # the tokens (B, T, C) that it got
         self.residual_sum = _ResidualSum()
-        self.attention = SampleRecorder(lambda num_tokens: self._sample(num_tokens)[0], self._add_attention)
+        self.attention = SampledAttention(tower, images, self._add_attention)
 
     @functools.cached_property
     def grid(self) -> tuple[int, int]:
@@ -156,14 +153,14 @@ class _BatchObserver:
             yield
 
     def _before_block(self, index: int, tokens: Tensor) -> None:
-        self.entered, self.block = self.tower.batch_first(tokens), index
+        self.entered = self.tower.batch_first(tokens)
+        self.attention.begin(index)
         if not self.ratios:
             self._measure(self.entered)
         self.residual_sum.clear()
 
     def _after_block(self, index: int, tokens: Tensor) -> None:
         self.attention.end()
-        self.block = None
         tokens = self.tower.batch_first(tokens)
         assert self.entered is not None
         before_mlp = self.residual_sum.before_mlp(self.tower, self.entered, tokens)
@@ -171,24 +168,17 @@ class _BatchObserver:
         self._measure(before_mlp)
         self._measure(tokens)
 
-    def _sample(self, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """Numbers of some of the tokens (n,), and how many each stands for, as a share of all."""
-        tokens, share = sample(num_tokens, self.patches.start, min(self.patches.stop, num_tokens))
-        return tokens.to(self.tower.device), share.to(self.tower.device)
-
-    def _add_attention(self, weights: Tensor, value: Tensor | None) -> None:
-        """Add what the sampled tokens of the running block give to all, (B, heads, n, T), where values are
-        (B, heads, T, D)."""
-        if self.block is None or len(weights) != len(self.images) or weights.shape[-1] < self.patches.stop:
-            return  # of no block, of packed images, or of other tokens
-        queries, share = self._sample(weights.shape[-1])
+    def _add_attention(
+        self, block: int, weights: Tensor, queries: Tensor, share: Tensor, values: Tensor | None
+    ) -> None:
+        """Add what tokens of a block give to all, (B, heads, n, T), where values are (B, heads, T, D)."""
         far = from_afar(queries, self.grid, self.tower.num_prefix)
         with exactly(weights.device):
             more = _attention_sums(weights, share, far, self.patches, self.outlier[-1])
-            if value is not None and self.outlier[-1].any():
-                shown = weights[..., self.patches], value[:, :, self.patches].to(weights.dtype)
+            if values is not None and self.outlier[-1].any():
+                shown = weights[..., self.patches], values[:, :, self.patches].to(weights.dtype)
                 more |= _value_sums(*shown, self.outlier[-1], share)
-        add(self.sums.attention[self.block], more)
+        add(self.sums.attention[block], more)
 
     def _measure(self, tokens: Tensor | None) -> None:
         """Add the figures of the tokens (B, T, C) at the next hook point; None where it cannot be observed."""
@@ -282,33 +272,6 @@ def _residual_sums(
         "prefix": (prefix.norm(dim=-1) / median).sum(0),
     }
     return sums, ratio, outlier
-
-
-@functools.lru_cache
-def sample(num_tokens: int, first: int, end: int) -> tuple[Tensor, Tensor]:
-    """Numbers of some tokens (n,), and how many each stands for, as a share of all.
-
-    They are all but the patches, which are those from `first` to `end`, and at most `NUM_QUERIES` of these, drawn by a
-    seed.
-    """
-    generator = torch.Generator().manual_seed(0)
-    patches = first + torch.randperm(end - first, generator=generator)[:NUM_QUERIES].sort().values
-    others = torch.cat([torch.arange(first), torch.arange(end, num_tokens)])
-    count = torch.cat([torch.ones(len(others)), torch.full((len(patches),), (end - first) / len(patches))])
-    return torch.cat([others, patches]), count / num_tokens
-
-
-def from_afar(queries: Tensor, grid: tuple[int, int], first: int) -> Tensor:
-    """Which queries, by their numbers (n,), are far from which patches (n, N): neither that patch nor one of the eight
-    around it. The patches are those from `first`, in a grid; what is no patch is far from all."""
-    rows, columns = grid
-    patches = torch.arange(rows * columns, device=queries.device)
-    number = (queries - first).unsqueeze(1)
-    apart = torch.maximum(
-        (number.div(columns, rounding_mode="floor") - patches.div(columns, rounding_mode="floor")).abs(),
-        (number % columns - patches % columns).abs(),
-    )
-    return (apart > 1) | (number < 0) | (number >= len(patches))
 
 
 def _attention_sums(weights: Tensor, share: Tensor, far: Tensor, patches: slice, outlier: Tensor) -> Sums:

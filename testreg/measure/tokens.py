@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from testreg.families import Tower
+from testreg.measure.attention_observer import Attention, AttentionObserver
 from testreg.measure.hooks import recording_inputs, recording_outputs
 
 Part = Literal["q", "k", "v"]
@@ -36,55 +35,6 @@ def global_token(tokens: Tensor, tower: Tower) -> Tensor:
     return tokens[:, 0] if tower.num_prefix else tokens.mean(1)
 
 
-def attends_to_itself(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> bool:
-    """Whether nn.MultiheadAttention is called with tokens that attend to themselves."""
-    return query is key
-
-
-def module_projections(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    embed_dim_to_check: int,
-    num_heads: int,
-    in_proj_weight: Tensor,
-    in_proj_bias: Tensor | None,
-    *args: Any,
-    rows: slice | Tensor = slice(None),
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What nn.MultiheadAttention projects tokens (T, B, C) to: the queries (B, n, C), of some `rows`, and the keys and
-    values (B, T, C), heads joined."""
-    width = query.shape[-1]
-    biases = (None, None) if in_proj_bias is None else in_proj_bias.split([width, 2 * width])
-    of_query, of_key_value = in_proj_weight.split([width, 2 * width])
-    queries = F.linear(query[rows], of_query, biases[0]).transpose(0, 1)
-    keys, values = F.linear(query, of_key_value, biases[1]).transpose(0, 1).chunk(2, -1)
-    return queries, keys, values
-
-
-class _Projections(TorchFunctionMode):
-    """Keeps the queries, keys and values (B, T, C), heads joined, of every attention of tokens to themselves."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kept: list[dict[Part, Tensor]] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-            query, key, value = named["query"], named["key"], named["value"]
-            if query.ndim == 4 and query.shape[-2] == key.shape[-2]:
-                self._keep(*(each.transpose(1, 2).flatten(2) for each in (query, key, value)))
-        elif func is F.multi_head_attention_forward and attends_to_itself(*args, **kwargs):
-            self._keep(*module_projections(*args, **kwargs))
-        return func(*args, **kwargs)
-
-    def _keep(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        self.kept.append({"q": query, "k": key, "v": value})
-
-
 @contextmanager
 def recorded_projections(tower: Tower, blocks: Sequence[int]) -> Iterator[dict[int, dict[Part, Tensor]]]:
     """Within the context, a forward leaves the queries, keys and values (B, T, C) of some blocks, heads joined.
@@ -94,22 +44,27 @@ def recorded_projections(tower: Tower, blocks: Sequence[int]) -> Iterator[dict[i
     Raises:
         RuntimeError: a block computes attention in a way that cannot be observed from Python.
     """
-    found: dict[int, dict[Part, Tensor]] = {}
+    projections: dict[int, dict[Part, Tensor]] = {}
     modules = [tower.blocks[block].module for block in blocks]
-    recorder = _Projections()
+    seen: list[dict[Part, Tensor]] = []
+
+    def see(attention: Attention) -> None:
+        if attention.is_of_tokens_to_themselves and attention.projections is not None:
+            query, key, value = attention.projections
+            seen.append({"q": query, "k": key, "v": value})
 
     def keep(index: int, tokens: Tensor) -> None:
-        if not recorder.kept:
+        if not seen:
             raise RuntimeError(
                 f"saw no attention in block {blocks[index]} of {tower.family.name}: its queries, keys and values are "
                 "read from F.scaled_dot_product_attention and nn.MultiheadAttention (transformers: load the model "
                 'with attn_implementation="sdpa"; do not compile it)'
             )
-        found[blocks[index]] = recorder.kept[-1]
+        projections[blocks[index]] = seen[-1]
 
     with (
-        recorder,
-        recording_inputs(modules, lambda index, tokens: recorder.kept.clear()),
+        AttentionObserver(see),
+        recording_inputs(modules, lambda index, tokens: seen.clear()),
         recording_outputs(modules, keep),
     ):
-        yield found
+        yield projections

@@ -15,8 +15,9 @@ from testreg.families import find_tower
 from testreg.measure.conclusion import MASSIVE, conclude
 from testreg.measure.diagnose import diagnose
 from testreg.measure.diagnosis import ATTENTION_LEGEND, LEGEND, QUANTILES, AttentionHead, BlockDiagnosis
-from testreg.measure.observation import Observations, from_afar, neighbour_cosine, observe, sample
+from testreg.measure.observation import Observations, neighbour_cosine, observe
 from testreg.measure.outliers import OutlierRule
+from testreg.measure.sampling import from_afar, sample
 
 NORM_BEFORE_MLP = {
     "timm_vit": "norm2",
@@ -411,7 +412,7 @@ def test_a_sample_of_the_queries_gives_nearly_what_all_give(name, photos, monkey
     model = fresh(name)
     plant(model, photos, num_neurons=4)
     whole = look(model, photos)
-    monkeypatch.setattr("testreg.measure.observation.NUM_QUERIES", 6)
+    monkeypatch.setattr("testreg.measure.sampling.NUM_QUERIES", 6)
     sample.cache_clear()
     found = look(model, photos)
     sample.cache_clear()
