@@ -7,20 +7,8 @@ from typing import Annotated
 
 import typer
 
-from testreg.cli.models import chosen_device, load, patch_with
-from testreg.cli.options import (
-    Device,
-    DType,
-    ImageSize,
-    MaxOver,
-    Model,
-    Neurons,
-    NumRegisters,
-    SplitNeurons,
-    TopK,
-    TrustRemoteCode,
-    Zero,
-)
+from testreg.cli.models import load, patch
+from testreg.cli.options import Loading, Model, Patching
 from testreg.cli.running import Run
 from testreg.files import check_writable_folder
 
@@ -30,16 +18,8 @@ def apply(
     model: Model,
     *,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="folder to write")],
-    neurons: Neurons = None,
-    top_k: TopK = None,
-    num_registers: NumRegisters = None,
-    split_neurons: SplitNeurons = False,
-    max_over: MaxOver = "neuron",
-    zero: Zero = "patches",
-    image_size: ImageSize = None,
-    device: Device = None,
-    dtype: DType = None,
-    trust_remote_code: TrustRemoteCode = False,
+    patching: Patching,
+    loading: Loading,
 ) -> None:
     """Save a patched checkpoint."""
     from testreg.io.checkpoints import check_replaceable, save
@@ -47,18 +27,8 @@ def apply(
     check_replaceable(output)
     check_writable_folder(output)
     check_writable_folder(output.resolve().parent)  # where it is made
-    loaded = load(
-        run, model, chosen_device(device), image_size=image_size, dtype=dtype, trust_remote_code=trust_remote_code
-    )
-    used = patch_with(
-        loaded,
-        neurons,
-        top_k=top_k,
-        num_registers=num_registers,
-        split_neurons=split_neurons,
-        max_over=max_over,
-        zero=zero,
-    )
+    loaded = load(run, model, loading)
+    used = patch(loaded, patching)
     with run.waiting(f"writing {output}"):
         save(loaded.model, output, processor=loaded.processor)
     run.answer(f"{output}: patched checkpoint of {loaded.name}")

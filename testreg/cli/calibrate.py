@@ -16,6 +16,7 @@ from testreg.cli.options import (
     DType,
     Images,
     ImageSizes,
+    Loading,
     Model,
     NumImages,
     ReportFile,
@@ -97,9 +98,7 @@ def calibrate(
     check_images(images)  # before a model is loaded for nothing
     sizes: list[int | None] = [*image_size] if image_size else [None]
     with process_group(chosen_device(device)) as own:
-        loaded = [
-            load(run, model, own, image_size=size, dtype=dtype, trust_remote_code=trust_remote_code) for size in sizes
-        ]
+        loaded = [load(run, model, Loading(size, device, dtype, trust_remote_code), own) for size in sizes]
         neurons = calibration.calibrate(
             [each.model for each in loaded],
             images,

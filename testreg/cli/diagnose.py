@@ -9,17 +9,14 @@ from testreg.cli.exits import Exit
 from testreg.cli.models import chosen_device, load
 from testreg.cli.options import (
     BatchSize,
-    Device,
-    DType,
     Images,
-    ImageSize,
+    Loading,
     Models,
     NumImages,
     ReportFile,
     Rule,
     Seed,
     Threshold,
-    TrustRemoteCode,
     Workers,
 )
 from testreg.cli.outputs import PAGES, check_file
@@ -37,10 +34,7 @@ def diagnose(
     *,
     images: Images,
     report: ReportFile = None,
-    image_size: ImageSize = None,
-    device: Device = None,
-    dtype: DType = None,
-    trust_remote_code: TrustRemoteCode = False,
+    loading: Loading,
     num_images: NumImages = 200,
     batch_size: BatchSize = 16,
     workers: Workers = 0,
@@ -63,9 +57,9 @@ def diagnose(
     check_file(report, *PAGES)
     check_images(images)  # before a model is loaded for nothing
     found: dict[str, Diagnosis] = {}
-    with process_group(chosen_device(device)) as own:
+    with process_group(chosen_device(loading.device)) as own:
         for model in dict.fromkeys(models):
-            loaded = load(run, model, own, image_size=image_size, dtype=dtype, trust_remote_code=trust_remote_code)
+            loaded = load(run, model, loading, own)
             found[model] = measure.diagnose(
                 loaded.model,
                 images,

@@ -8,23 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from testreg.cli.models import chosen_device, load, patch_with
-from testreg.cli.options import (
-    BatchSize,
-    Device,
-    DType,
-    Images,
-    ImageSize,
-    MaxOver,
-    Model,
-    Neurons,
-    NumRegisters,
-    SplitNeurons,
-    TopK,
-    TrustRemoteCode,
-    Workers,
-    Zero,
-)
+from testreg.cli.models import chosen_device, load, patch
+from testreg.cli.options import BatchSize, Images, Loading, Model, Patching, Workers
 from testreg.cli.outputs import check_file
 from testreg.cli.running import Run
 
@@ -56,18 +41,10 @@ def extract(
     norm: Annotated[bool, typer.Option("--norm", help="behind the model's final norm")] = False,
     half: Annotated[bool, typer.Option("--half", help="write float16: half the size")] = False,
     plain: Annotated[bool, typer.Option("--plain", help="of the model as it is, without registers")] = False,
-    neurons: Neurons = None,
-    top_k: TopK = None,
-    num_registers: NumRegisters = None,
-    split_neurons: SplitNeurons = False,
-    max_over: MaxOver = "neuron",
-    zero: Zero = "patches",
+    patching: Patching,
     batch_size: BatchSize = 16,
     workers: Workers = 0,
-    image_size: ImageSize = None,
-    device: Device = None,
-    dtype: DType = None,
-    trust_remote_code: TrustRemoteCode = False,
+    loading: Loading,
 ) -> None:
     """Write the features of a folder of images to one file.
 
@@ -80,23 +57,15 @@ def extract(
     from testreg.register import is_patched, unpatch
 
     asked: Any = [each.value for each in what or ()]
-    if plain and neurons is not None:
+    if plain and patching.neurons is not None:
         raise ValueError("--plain takes the model as it is: leave --neurons out")
     check_file(output)
     check_output(output)
     check_images(images)  # before a model is loaded for nothing
-    with process_group(chosen_device(device)) as own:
-        loaded = load(run, model, own, image_size=image_size, dtype=dtype, trust_remote_code=trust_remote_code)
+    with process_group(chosen_device(loading.device)) as own:
+        loaded = load(run, model, loading, own)
         if not plain:
-            patch_with(
-                loaded,
-                neurons,
-                top_k=top_k,
-                num_registers=num_registers,
-                split_neurons=split_neurons,
-                max_over=max_over,
-                zero=zero,
-            )
+            patch(loaded, patching)
         elif is_patched(loaded.model):
             unpatch(loaded.model)
         done = written_by(

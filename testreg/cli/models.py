@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
+from testreg.cli.options import Loading, Patching
 from testreg.cli.running import Run
 
 if TYPE_CHECKING:
@@ -21,36 +23,32 @@ def chosen_device(name: str | None) -> torch.device:
     return torch.device(name or best)
 
 
-def load(
-    run: Run,
-    name: str,
-    device: torch.device,
-    *,
-    image_size: int | None,
-    dtype: str | None,
-    trust_remote_code: bool,
-) -> LoadedModel:
-    """The model of that name."""
+def load(run: Run, name: str, loading: Loading, device: torch.device | None = None) -> LoadedModel:
+    """The model of that name, on this device, or on the one that its user asked for."""
     import torch
 
     from testreg.io.loading import load_model
 
     with run.waiting(f"loading {name}"):
-        loaded = load_model(name, image_size=image_size, device=device, trust_remote_code=trust_remote_code)
-        if dtype is not None:
-            loaded.model.to(getattr(torch, dtype))
+        loaded = load_model(
+            name,
+            image_size=loading.image_size,
+            device=device or chosen_device(loading.device),
+            trust_remote_code=loading.trust_remote_code,
+        )
+        if loading.dtype is not None:
+            loaded.model.to(getattr(torch, loading.dtype))
     return loaded
 
 
-def patch_with(loaded: LoadedModel, neurons: str | None, **options: Any) -> RegisterNeurons:
-    """Patch the model with these options of `testreg.patch`, unless it is a patched checkpoint already; returns its
-    register neurons."""
+def patch(loaded: LoadedModel, patching: Patching) -> RegisterNeurons:
+    """Patch the model, unless it is a patched checkpoint already; returns its register neurons."""
+    from testreg import register
     from testreg.patching.state import patch_of
-    from testreg.register import is_patched, patch
 
-    if is_patched(loaded.model):
-        if neurons is not None:
+    if register.is_patched(loaded.model):
+        if patching.neurons is not None:
             raise ValueError(f"{loaded.name} is a patched checkpoint already: leave --neurons out")
     else:
-        patch(loaded.model, neurons, **options)
+        register.patch(loaded.model, **asdict(patching))
     return patch_of(loaded.model).neurons

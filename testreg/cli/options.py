@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -55,3 +56,25 @@ Zero = Annotated[Literal["patches", "all"], typer.Option("--zero", help="all: pr
 ReportFile = Annotated[
     Path | None, typer.Option("--report", metavar="HTML", help="write a page that shows what was found")
 ]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How the model is loaded."""
+
+    image_size: ImageSize = None
+    device: Device = None
+    dtype: DType = None
+    trust_remote_code: TrustRemoteCode = False
+
+
+@dataclass(frozen=True)
+class Patching:
+    """The arguments of `testreg.patch`."""
+
+    neurons: Neurons = None
+    top_k: TopK = None
+    num_registers: NumRegisters = None
+    split_neurons: SplitNeurons = False
+    max_over: MaxOver = "neuron"
+    zero: Zero = "patches"

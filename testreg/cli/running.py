@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import json
@@ -99,15 +100,22 @@ def add_command(
 ) -> None:
     """Make `function` a command: its first parameter is the `Run`, the others are arguments and options of its own.
 
+    The fields of a parameter that is a dataclass (`options.Loading`) are options each.
+
     Args:
         others: its exit codes beside those that every command has.
         done: what it means there that the command is done.
     """
-    signature = inspect.signature(function, eval_str=True)
+    own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+    groups = {each.name: each.annotation for each in own if dataclasses.is_dataclass(each.annotation)}
     common = {"quiet": _Quiet, "verbose": _Verbose, "json": _Json, "debug": _Debug}
     parameters = [
         Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context),
-        *(each.replace(kind=Parameter.KEYWORD_ONLY) for each in list(signature.parameters.values())[1:]),
+        *(
+            part.replace(kind=Parameter.KEYWORD_ONLY)
+            for each in own
+            for part in (_fields(each.annotation) if each.name in groups else [each])
+        ),
         *(
             Parameter(key, Parameter.KEYWORD_ONLY, annotation=kind, default=None if kind is _Json else False)
             for key, kind in common.items()
@@ -117,11 +125,17 @@ def add_command(
     @functools.wraps(function)
     def command(*, context: typer.Context, **values: Any) -> None:
         run = Run(context.obj, **{key: values.pop(key) for key in common})
+        for name, group in groups.items():
+            values[name] = group(**{part.name: values.pop(part.name) for part in _fields(group)})
         raise SystemExit(_ended(function, run, values))
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {each.name: each.annotation for each in parameters}
     app.command(name or function.__name__, epilog=exit_codes(*others, done=done))(command)
+
+
+def _fields(group: type) -> list[Parameter]:
+    return list(inspect.signature(group, eval_str=True).parameters.values())
 
 
 def _ended(function: Callable[..., Exit | None], run: Run, values: Mapping[str, Any]) -> Exit:

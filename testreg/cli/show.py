@@ -9,20 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from testreg.cli.models import chosen_device, load, patch_with
-from testreg.cli.options import (
-    Device,
-    DType,
-    ImageSize,
-    MaxOver,
-    Model,
-    Neurons,
-    NumRegisters,
-    SplitNeurons,
-    TopK,
-    TrustRemoteCode,
-    Zero,
-)
+from testreg.cli.models import load, patch
+from testreg.cli.options import Loading, Model, Patching
 from testreg.cli.outputs import PICTURES, check_file, save_picture
 from testreg.cli.running import Run
 
@@ -44,12 +32,7 @@ def show(
     ],
     *,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="PNG", help="picture to write")],
-    neurons: Neurons = None,
-    top_k: TopK = None,
-    num_registers: NumRegisters = None,
-    split_neurons: SplitNeurons = False,
-    max_over: MaxOver = "neuron",
-    zero: Zero = "patches",
+    patching: Patching,
     block: Annotated[
         int | None, typer.Option(help="block whose norms are drawn (default: where calibration saw outliers)")
     ] = None,
@@ -67,10 +50,7 @@ def show(
     foreground: Annotated[
         bool, typer.Option("--foreground", help="with --pca: blacken the background, which the first component tells")
     ] = False,
-    image_size: ImageSize = None,
-    device: Device = None,
-    dtype: DType = None,
-    trust_remote_code: TrustRemoteCode = False,
+    loading: Loading,
 ) -> None:
     """Picture of a model before and after."""
     check_file(output, *PICTURES)
@@ -87,18 +67,8 @@ def show(
     from testreg.report import maps
 
     photos = _photos(images)
-    loaded = load(
-        run, model, chosen_device(device), image_size=image_size, dtype=dtype, trust_remote_code=trust_remote_code
-    )
-    used = patch_with(
-        loaded,
-        neurons,
-        top_k=top_k,
-        num_registers=num_registers,
-        split_neurons=split_neurons,
-        max_over=max_over,
-        zero=zero,
-    )
+    loaded = load(run, model, loading)
+    used = patch(loaded, patching)
     tower = find_tower(loaded.model)
     drawn = (-1 if pca else used.calibration.get("detection_block", -1)) if block is None else block
     if not -tower.depth <= drawn < tower.depth:
