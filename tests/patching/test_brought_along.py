@@ -98,6 +98,22 @@ def test_neurons_are_moved_in_front_of_an_adapter_that_rotates_them(grad: bool) 
         torch.compile(with_rotations(patched()), backend="eager", fullgraph=True)(images())
 
 
+@pytest.mark.parametrize("kind", ["OFT", "BOFT", "HRA"])
+def test_adapters_of_peft_that_rotate_get_what_they_get_if_they_were_there_first(kind: str) -> None:
+    peft = pytest.importorskip("peft")
+
+    def adapted(model: Any) -> Any:
+        torch.manual_seed(0)
+        config = getattr(peft, f"{kind}Config")(target_modules=["fc2"], init_weights=False)
+        return peft.get_peft_model(model, config)
+
+    first, then = testreg.patch(adapted(build("timm_vit")), NEURONS), adapted(patched())
+    expected = first(images())
+    close(then(images()), expected)
+    with testreg.disabled(first):
+        assert not torch.allclose(first(images()), expected, atol=1e-3)
+
+
 # Replaced forwards ---------------------------------------------------------------------------------------------------
 
 
