@@ -104,7 +104,8 @@ class Columns:
     def facts(self, name: str) -> dict[str, Any]:
         """What a column is, for JSON: two that differ have different facts."""
         used = self.moved(name) or {"joint": self.one}.get(name, self.chosen)
-        facts = {"what": COLUMNS[name], "neurons": used.by_block(), "num_registers": used.num_registers}
+        neurons = {block: sorted(units) for block, units in used.by_block().items()}  # their order does not matter
+        facts = {"what": COLUMNS[name], "neurons": neurons, "num_registers": used.num_registers}
         if name == "bare":
             del facts["neurons"]
         if name == "zeroed":
