@@ -18,7 +18,7 @@ from restoration.tables import write
 from restoration.tasks import TASKS
 
 import testreg
-from testreg.evaluation.run import Settings
+from testreg.evaluation.evaluation import Settings
 from testreg.families import Tower, find_tower
 from testreg.io.loading import load_model
 

@@ -11,15 +11,15 @@ from testreg.io.loading import load_model as load_model
 from testreg.measure.answers import answer_attention as answer_attention
 from testreg.measure.diagnose import diagnose as diagnose
 from testreg.measure.diagnosis import Diagnosis as Diagnosis
+from testreg.measure.make_static import make_static as make_static
 from testreg.measure.maps import attention as attention
 from testreg.measure.maps import features as features
 from testreg.measure.maps import strip_registers as strip_registers
 from testreg.measure.outliers import OutlierRule as OutlierRule
-from testreg.measure.static import make_static as make_static
 from testreg.neurons import RegisterNeurons as RegisterNeurons
 from testreg.neurons import UnverifiedNeuronsWarning as UnverifiedNeuronsWarning
 from testreg.neurons import bundled as bundled
-from testreg.patching.static import fold as fold
+from testreg.patching.static_parts import fold as fold
 from testreg.patching.steering import steered as steered
 from testreg.register import disabled as disabled
 from testreg.register import is_patched as is_patched

@@ -37,7 +37,7 @@ from testreg.cli.show import _box, _target
 from testreg.io.rows import Writer
 from testreg.measure.ranking import Score
 from testreg.patching.notices import warn_of_unverified
-from testreg.report import maps
+from testreg.report import map_figures
 
 records = pytest.mark.skipif(not TIMM_RECORDS, reason="this timm cannot rebuild a model of unusual size")
 
@@ -196,8 +196,8 @@ def test_show_of_principal_components(folder, calibrated, tmp_path, monkeypatch,
         drawn["axes"] = (figure := real(images, sides, title, **options)).axes
         return figure
 
-    real = maps.principal_figure
-    monkeypatch.setattr(maps, "principal_figure", principal_figure)
+    real = map_figures.principal_figure
+    monkeypatch.setattr(map_figures, "principal_figure", principal_figure)
     output, photos = tmp_path / "pca.png", [str(folder / "photos" / f"{i:02}.png") for i in range(9)]
     arguments = ["show", str(folder / "model"), *photos, "--neurons", str(calibrated), "-o", str(output)]
     assert main([*arguments, "--pca", "--foreground", "--block", "-2"]) == 0
@@ -495,7 +495,7 @@ def test_show_and_diagnose_take_an_image_or_a_folder(folder, calibrated, tmp_pat
     for photo in photos[1:]:
         shutil.copy(photo, tmp_path / "some")
     shown = []
-    monkeypatch.setattr("testreg.report.maps.figure", lambda images, *rest: shown.append(images) or plt.figure())
+    monkeypatch.setattr("testreg.report.map_figures.figure", lambda images, *rest: shown.append(images) or plt.figure())
     command = ["show", str(folder / "model"), "--neurons", str(calibrated), "-o", str(tmp_path / "picture.png")]
     assert main([*command, *map(str, photos)]) == main([*command, str(photos[0]), str(tmp_path / "some")]) == 0
     assert torch.equal(*shown)

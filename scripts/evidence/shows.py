@@ -19,9 +19,9 @@ from torch import Tensor
 
 from testreg.evaluation.bootstrap import Array, Metric, Scores, mean_of, ratio, ratio_of
 from testreg.evaluation.clip import embed_images
+from testreg.evaluation.evaluation import Evaluation, Model, Settings, Variant
 from testreg.evaluation.features import Features
 from testreg.evaluation.result import Result
-from testreg.evaluation.run import Column, Model, Run, Settings
 from testreg.evaluation.samples import drawn, images_under, of_file
 from testreg.families.kernels import attention_kernel
 from testreg.measure.attention import UNSEEN, Recorder, attention_to_patches
@@ -54,22 +54,26 @@ def evaluate(
 
     Args:
         data: a folder of images, which are prepared as the model's own library does.
-        settings: see `testreg.evaluation.run.Settings`.
+        settings: see `testreg.evaluation.evaluation.Settings`.
     """
     settings_ = Settings(**settings)
     samples = drawn([of_file(file, None) for file in images_under(Path(data))], settings_.num_images, settings_.seed)
-    run = Run("shows", model, data, settings_, neurons=neurons, against=against)
-    plain, *others = [(column.name, run.features(column, samples, None, compute, {})) for column in run.columns]
+    evaluation = Evaluation("shows", model, data, settings_, neurons=neurons, against=against)
+    plain, *others = [
+        (variant.name, evaluation.features(variant, samples, None, compute, {})) for variant in evaluation.variants
+    ]
     seen = Seen(plain[1])
     scores = {name: score(seen, Seen(found)) for name, found in (plain, *others)}
-    return run.result(scores, {"images": len(samples), "outlier": f"norm > {FACTOR} x median behind the last block"})
+    return evaluation.result(
+        scores, {"images": len(samples), "outlier": f"norm > {FACTOR} x median behind the last block"}
+    )
 
 
-def compute(column: Column, images: Tensor) -> Mapping[str, Tensor]:
+def compute(variant: Variant, images: Tensor) -> Mapping[str, Tensor]:
     """Of images: the embedding (B, D), norms (B, L, N), the patches behind the last block (B, N, C), the cosine to
     their neighbours one block earlier (B, N), what patches give to each in each block (B, L, N), and CLS in the last
     (B, N)."""
-    tower, patches, grid = column.tower, column.tower.patches(images), column.tower.grid(images)
+    tower, patches, grid = variant.tower, variant.tower.patches(images), variant.tower.grid(images)
     with (
         attention_kernel(tower.module, "sdpa", instead_of=UNSEEN),
         Recorder(lambda num_tokens: patches) as attention,
@@ -77,7 +81,7 @@ def compute(column: Column, images: Tensor) -> Mapping[str, Tensor]:
         recorded_tokens(tower, -2) as before,
         recorded_tokens(tower, -1) as last,
     ):
-        embedding = embed_images(column, images)
+        embedding = embed_images(variant, images)
     if len(attention.rows) != tower.depth:
         raise RuntimeError(f"saw {len(attention.rows)} attentions in {tower.depth} blocks")
     earlier = before[0][:, patches].float()
@@ -103,7 +107,7 @@ class Seen:
 
 
 def score(plain: Seen, seen: Seen) -> Scores:
-    """The metrics of a column, over the images."""
+    """The metrics of a variant, over the images."""
     former = plain.norms[:, -1] > FACTOR * plain.median[:, -1]  # (n, N)
     before = (plain.norms > FACTOR * plain.median).sum(-1)  # (n, L)
     after = (seen.norms > FACTOR * torch.maximum(plain.median, seen.median)).sum(-1)

@@ -21,7 +21,7 @@ def demo(
     check_file(output, *PICTURES)  # before all that the demo needs is imported
 
     from testreg.demo.run import run_demo
-    from testreg.report.maps import figures_of, table
+    from testreg.report.map_figures import figures_of, table
 
     run.say("A small ViT, trained on CIFAR-10 around a planted outlier mechanism: see testreg/demo/model/README.md.")
     done = run_demo(progress=not run.quiet)

@@ -107,15 +107,11 @@ def add_command(
         done: what it means there that the command is done.
     """
     own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
-    groups = {each.name: each.annotation for each in own if dataclasses.is_dataclass(each.annotation)}
+    grouped = {each.name: _fields(each.annotation) for each in own if dataclasses.is_dataclass(each.annotation)}
     common = {"quiet": _Quiet, "verbose": _Verbose, "json": _Json, "debug": _Debug}
     parameters = [
         Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context),
-        *(
-            part.replace(kind=Parameter.KEYWORD_ONLY)
-            for each in own
-            for part in (_fields(each.annotation) if each.name in groups else [each])
-        ),
+        *(part.replace(kind=Parameter.KEYWORD_ONLY) for each in own for part in grouped.get(each.name, [each])),
         *(
             Parameter(key, Parameter.KEYWORD_ONLY, annotation=kind, default=None if kind is _Json else False)
             for key, kind in common.items()
@@ -125,8 +121,9 @@ def add_command(
     @functools.wraps(function)
     def command(*, context: typer.Context, **values: Any) -> None:
         run = Run(context.obj, **{key: values.pop(key) for key in common})
-        for name, group in groups.items():
-            values[name] = group(**{part.name: values.pop(part.name) for part in _fields(group)})
+        for each in own:
+            if each.name in grouped:
+                values[each.name] = each.annotation(**{part.name: values.pop(part.name) for part in grouped[each.name]})
         raise SystemExit(_ended(function, run, values))
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -134,7 +131,8 @@ def add_command(
     app.command(name or function.__name__, epilog=exit_codes(*others, done=done))(command)
 
 
-def _fields(group: type) -> list[Parameter]:
+def _fields(group: Callable[..., object]) -> list[Parameter]:
+    """The fields of a dataclass, as parameters."""
     return list(inspect.signature(group, eval_str=True).parameters.values())
 
 

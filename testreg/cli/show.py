@@ -64,7 +64,7 @@ def show(
 
     from testreg.families import find_tower
     from testreg.patching.steering import steered
-    from testreg.report import maps
+    from testreg.report.map_figures import figure, figures_of, maps_before_and_after, table
 
     photos = _photos(images)
     loaded = load(run, model, loading)
@@ -80,10 +80,10 @@ def show(
         if pca:
             made, facts = _principal(loaded, batch, drawn, onto, foreground), {}
         else:
-            before, after = maps.compare(loaded.model, batch, drawn)
-            run.say(maps.table(before, after))
-            made = maps.figure(batch, before, after, f"{loaded.name}, norms after block {drawn}{onto}")
-            facts = {"before": maps.figures_of(before), "after": maps.figures_of(after)}
+            before, after = maps_before_and_after(loaded.model, batch, drawn)
+            run.say(table(before, after))
+            made = figure(batch, before, after, f"{loaded.name}, norms after block {drawn}{onto}")
+            facts = {"before": figures_of(before), "after": figures_of(after)}
     save_picture(made, output)
     run.answer(f"picture:    {output}")
     run.write(
@@ -103,7 +103,7 @@ def _principal(loaded: LoadedModel, images: Tensor, block: int, onto: str, foreg
     from testreg.families import find_tower
     from testreg.measure.maps import features
     from testreg.register import disabled
-    from testreg.report.maps import principal_figure
+    from testreg.report.map_figures import principal_figure
 
     def taken() -> Tensor:
         return features(loaded.model, images, block).permute(0, 2, 3, 1)

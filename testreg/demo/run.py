@@ -16,7 +16,7 @@ from testreg.io.loading import DEMO, demo_model
 from testreg.io.sources import image_paths
 from testreg.neurons import RegisterNeurons
 from testreg.register import patch
-from testreg.report.maps import Maps, compare, figure
+from testreg.report.map_figures import Maps, figure, maps_before_and_after
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,7 +50,7 @@ def run_demo(*, progress: bool = True) -> Demo:
     found = calibrate(model, crops(photographs(2 * CROP_SIZE), CROP_SIZE, STRIDE), progress=progress)
     images = photographs(IMAGE_SIZE)
     patch(model, found)
-    before, after = compare(model, images, block=found.calibration["detection_block"])
+    before, after = maps_before_and_after(model, images, block=found.calibration["detection_block"])
     picture = figure(images, before, after, "testreg's demo model: trained on CIFAR-10 around planted outliers")
     return Demo(planted_neurons(), found, before, after, picture)
 

@@ -13,14 +13,14 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from testreg.evaluation.bootstrap import Array, Scores, mean_iou_of, mean_of, ratio_of
+from testreg.evaluation.evaluation import Evaluation, Model, Settings, Variant
 from testreg.evaluation.features import Features
 from testreg.evaluation.figures import Panel, rows_of
 from testreg.evaluation.libraries import library
-from testreg.evaluation.maps import Map, MapFile, mapped_images, one_split
 from testreg.evaluation.overlap import IGNORED, overlap
+from testreg.evaluation.pixel_maps import Map, MapFile, mapped_images, one_split
 from testreg.evaluation.preparing import AS_THEY_ARE, Fit, Square, normalisation_of
 from testreg.evaluation.result import Result
-from testreg.evaluation.run import Column, Model, Run, Settings
 from testreg.evaluation.samples import Sample, drawn
 from testreg.files import plain
 from testreg.measure.attention import attention_to_patches
@@ -54,7 +54,7 @@ def evaluate(
             code: they do not lie over each other then, unless images are square.
         foreground: the values of masks that are foreground, FIRST-LAST; None for all but 0.
         ignore: a value of masks whose pixels do not count.
-        settings: see `testreg.evaluation.run.Settings`.
+        settings: see `testreg.evaluation.evaluation.Settings`.
     """
     settings_ = Settings(**settings)
     first, last = _range(foreground)
@@ -71,26 +71,26 @@ def evaluate(
     counted = sum(int((truth != IGNORED).sum()) for truth in truths)
     share = sum(int((truth == 1).sum()) for truth in truths) / counted
     folder = _folder_of(samples)
-    run = Run("attention-seg", model, data, settings_, neurons=neurons, against=against, image_size=size)
+    evaluation = Evaluation("attention-seg", model, data, settings_, neurons=neurons, against=against, image_size=size)
 
-    def compute(column: Column, images: Tensor) -> dict[str, Tensor]:
-        attention = attention_to_patches(column.tower, images, block).mean(1)  # (B, N)
-        return {"attention": attention.unflatten(1, column.tower.grid(images))}
+    def compute(variant: Variant, images: Tensor) -> dict[str, Tensor]:
+        attention = attention_to_patches(variant.tower, images, block).mean(1)  # (B, N)
+        return {"attention": attention.unflatten(1, variant.tower.grid(images))}
 
-    found: dict[str, Features] = {}
+    features: dict[str, Features] = {}
     scores: dict[str, Scores] = {}
-    for column in run.columns:
-        prepare = Square(normalisation_of(column.transform), size, fit)
-        found[column.name] = run.features(column, samples, prepare, compute, {"block": block})
-        scores[column.name] = score([each["attention"] for each in found[column.name]], truths)
+    for variant in evaluation.variants:
+        prepare = Square(normalisation_of(variant.transform), size, fit)
+        features[variant.name] = evaluation.features(variant, samples, prepare, compute, {"block": block})
+        scores[variant.name] = score([each["attention"] for each in features[variant.name]], truths)
 
     def panels(i: int) -> list[Panel]:
         pixels = Square(AS_THEY_ARE, size, fit).fitted(tv.pil_to_tensor(samples[i].open())).permute(1, 2, 0).numpy()
-        drawn_maps = {name: scaled(each[i]["attention"], size).numpy() for name, each in found.items()}
+        drawn_maps = {name: scaled(each[i]["attention"], size).numpy() for name, each in features.items()}
         maps = [Panel(name, values, colours="inferno") for name, values in drawn_maps.items()]
         return [Panel("image", pixels), Panel("truth", pixels, over=truths[i], limits=(-1, 1)), *maps]
 
-    return run.result(
+    return evaluation.result(
         scores,
         {
             "images": len(samples),

@@ -52,9 +52,9 @@ def mean_iou_of(intersections: Any, unions: Any) -> Metric:
     rows = np.concatenate([np.asarray(intersections), np.asarray(unions)], axis=1).astype(np.float64)
 
     def of_sum(sums: Array) -> Array:
-        found = sums[..., classes:] > 0
-        ious = np.where(found, ratio(sums[..., :classes], sums[..., classes:]), 0.0)
-        return ratio(ious.sum(-1), found.sum(-1))
+        is_defined = sums[..., classes:] > 0
+        ious = np.where(is_defined, ratio(sums[..., :classes], sums[..., classes:]), 0.0)
+        return ratio(ious.sum(-1), is_defined.sum(-1))
 
     return Metric(rows, of_sum)
 

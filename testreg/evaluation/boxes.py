@@ -59,10 +59,10 @@ def boxed_images(data: str | os.PathLike[str], names: str | os.PathLike[str] | N
         samples = _voc(folder, chosen)
     elif files := sorted((folder / "annotations").glob("instances_*.json")):
         chosen = _listed(None if names is None else Path(names))
-        found = [pair for file in files for pair in _coco(folder, file, chosen)]
-        if missing := (chosen or set()) - {stem for stem, _ in found}:
+        pairs = [pair for file in files for pair in _coco(folder, file, chosen)]
+        if missing := (chosen or set()) - {stem for stem, _ in pairs}:
             raise ValueError(f"{names} names {plain(min(missing))}, which has no annotations in {folder}")
-        samples = [sample for _, sample in found]
+        samples = [sample for _, sample in pairs]
     else:
         raise ValueError(f"{folder} has no boxes: they are read from {LAYOUTS}")
     samples = [sample for sample in samples if len(sample.target.boxes)]
@@ -132,8 +132,8 @@ def _coco(folder: Path, file: Path, chosen: set[str] | None) -> list[tuple[str, 
     if root is None:
         raise FileNotFoundError(f"no images for {file}: there is no folder {folders[0]} or {folders[1]}")
     return [
-        (Path(name).stem, _annotated(root / name, Objects(_checked(found, f"{file}, {plain(name)}"), size), file))
-        for name, size, found in named
+        (Path(name).stem, _annotated(root / name, Objects(_checked(boxes, f"{file}, {plain(name)}"), size), file))
+        for name, size, boxes in named
         if chosen is None or Path(name).stem in chosen
     ]
 

@@ -8,24 +8,24 @@ import torch
 from torch import Tensor
 
 from testreg.evaluation.bootstrap import Scores, mean_of
+from testreg.evaluation.evaluation import Evaluation, Variant
 from testreg.evaluation.features import Features
 from testreg.evaluation.preparing import IMAGENET_ZOOM, Square, normalisation_of
-from testreg.evaluation.run import Column, Run
 from testreg.evaluation.samples import Sample
 from testreg.measure.tokens import global_token, normed_tokens
 
 BLOCKS = 4
 
 
-def global_features(run: Run, column: Column, samples: Sequence[Sample[int]], size: int) -> Features:
+def global_features(evaluation: Evaluation, variant: Variant, samples: Sequence[Sample[int]], size: int) -> Features:
     """`cls` (4, C) and `mean` (C,) of the middle of each image, as `features` has them: computed once for all tasks."""
-    prepare = Square(normalisation_of(column.transform), size, "crop", IMAGENET_ZOOM)
-    return run.features(column, samples, prepare, features, {"task": "classification"})
+    prepare = Square(normalisation_of(variant.transform), size, "crop", IMAGENET_ZOOM)
+    return evaluation.features(variant, samples, prepare, features, {"task": "classification"})
 
 
-def features(column: Column, images: Tensor) -> dict[str, Tensor]:
+def features(variant: Variant, images: Tensor) -> dict[str, Tensor]:
     """The global tokens of the last blocks (B, 4, C), the last block's first, and the mean of its patches (B, C)."""
-    tower = column.tower
+    tower = variant.tower
     tokens = normed_tokens(tower, images, min(BLOCKS, tower.depth))[::-1]
     cls = torch.stack([global_token(each.float(), tower) for each in tokens], dim=1)
     return {"cls": cls, "mean": tokens[0][:, tower.patches(images)].float().mean(1)}

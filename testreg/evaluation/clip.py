@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from testreg.evaluation.evaluation import Evaluation, Variant
 from testreg.evaluation.labels import Labelled, class_names
-from testreg.evaluation.run import Column, Run
 from testreg.io.trust import CHECK_HUB, asking_only_if, explained
 
 Tokenizer = Callable[[list[str]], Any]
@@ -43,38 +43,38 @@ def tokenizer_of(name: str) -> Tokenizer:
 
 
 def texts_of(
-    run: Run, names: Sequence[str], templates: Sequence[Callable[[str], str]], tokenizer: Tokenizer | None
+    evaluation: Evaluation, names: Sequence[str], templates: Sequence[Callable[[str], str]], tokenizer: Tokenizer | None
 ) -> dict[str, Tensor]:
     """The embeddings (classes, D) of the classes, by column; each model reads them once.
 
     Raises:
         ValueError: a model encodes no texts, or its tokenizer is not known.
     """
-    for column in run.columns:
-        if not any(hasattr(column.model, each) for each in ("encode_text", "get_text_features")):
+    for variant in evaluation.variants:
+        if not any(hasattr(variant.model, each) for each in ("encode_text", "get_text_features")):
             raise ValueError(
-                f"{type(column.model).__name__} encodes no texts: this needs a whole CLIP, of open_clip or of "
+                f"{type(variant.model).__name__} encodes no texts: this needs a whole CLIP, of open_clip or of "
                 "transformers"
             )
     made: dict[int, Tensor] = {}
-    for column in run.columns:
-        if id(column.model) not in made:
-            reader = tokenizer or tokenizer_of(run.name_of(column))
-            with column.tower.evaluating():
-                embeddings = class_embeddings(column.model, reader, names, templates, column.tower.device)
-            made[id(column.model)] = embeddings.cpu()
-    return {column.name: made[id(column.model)] for column in run.columns}
+    for variant in evaluation.variants:
+        if id(variant.model) not in made:
+            reader = tokenizer or tokenizer_of(evaluation.name_of(variant))
+            with variant.tower.evaluating():
+                embeddings = class_embeddings(variant.model, reader, names, templates, variant.tower.device)
+            made[id(variant.model)] = embeddings.cpu()
+    return {variant.name: made[id(variant.model)] for variant in evaluation.variants}
 
 
-def encode_images(column: Column, images: Tensor) -> Tensor:
+def encode_images(variant: Variant, images: Tensor) -> Tensor:
     """The embeddings (B, D), of length 1, of images (B, 3, h, w)."""
-    return F.normalize(embed_images(column, images), dim=-1)
+    return F.normalize(embed_images(variant, images), dim=-1)
 
 
-def embed_images(column: Column, images: Tensor) -> Tensor:
+def embed_images(variant: Variant, images: Tensor) -> Tensor:
     """The embeddings (B, D) of images (B, 3, h, w), of any length; of an image tower alone, what it returns."""
-    model: Any = column.model
-    images = images.to(column.tower.device, column.tower.dtype)
+    model: Any = variant.model
+    images = images.to(variant.tower.device, variant.tower.dtype)
     encode = next(
         (getattr(model, name) for name in ("encode_image", "get_image_features") if hasattr(model, name)), model
     )
@@ -113,11 +113,13 @@ def class_embeddings(
     return F.normalize(embeddings.unflatten(0, (len(names), len(templates))).mean(1), dim=-1)
 
 
-def names_of(found: Labelled, classes: str | None) -> list[str]:
+def names_of(labelled: Labelled, classes: str | None) -> list[str]:
     """The names of the classes; those of ImageNet, as open_clip has them, for its 1,000 folders or for "imagenet"."""
     import open_clip
 
-    synsets = found.classes is not None and len(found.classes) == 1000 and all(n[0] == "n" for n in found.classes)
+    synsets = (
+        labelled.classes is not None and len(labelled.classes) == 1000 and all(n[0] == "n" for n in labelled.classes)
+    )
     if classes == "imagenet" or (classes is None and synsets):
         return list(open_clip.IMAGENET_CLASSNAMES)
-    return [name.replace("_", " ") for name in class_names(found, classes)]
+    return [name.replace("_", " ") for name in class_names(labelled, classes)]

@@ -10,7 +10,7 @@ from inspect import Parameter
 from pathlib import Path
 from typing import Annotated, Any
 
-from testreg.evaluation.run import Settings
+from testreg.evaluation.evaluation import Settings
 
 _IN_PYTHON = {
     "model",

@@ -16,13 +16,13 @@ from torchvision.transforms.v2 import functional as tv
 
 from testreg.evaluation.bootstrap import Scores, mean_of
 from testreg.evaluation.dense import dense_features, resized
+from testreg.evaluation.evaluation import Evaluation, Model, Settings, Variant
 from testreg.evaluation.features import Features
 from testreg.evaluation.figures import Panel, rows_of
 from testreg.evaluation.fitting import Batch, augmented_batches, kept_batches
-from testreg.evaluation.maps import DEPTHS, Map, mapped_images, two_splits
+from testreg.evaluation.pixel_maps import DEPTHS, Map, mapped_images, two_splits
 from testreg.evaluation.preparing import Normalisation, Whole, normalisation_of, pixels_of
 from testreg.evaluation.result import Result
-from testreg.evaluation.run import Column, Model, Run, Settings
 from testreg.evaluation.samples import Sample, drawn
 from testreg.neurons import AnyNeurons
 
@@ -65,7 +65,7 @@ def evaluate(
             step; if not, they are computed once, whole, and kept.
         nyu_crop: leave out the border of NYU's images of 480 x 640, as the protocol does.
         unit: values of the PNGs in a metre; 0 is unknown.
-        settings: see `testreg.evaluation.run.Settings`.
+        settings: see `testreg.evaluation.evaluation.Settings`.
     """
     settings_ = Settings(**settings)
     splits = two_splits(mapped_images(data, DEPTHS), data)
@@ -73,21 +73,21 @@ def evaluate(
     truths = [metres(sample.target, unit) for sample in val]
     scored = [within(truth, nyu_crop, sample.target.name) for truth, sample in zip(truths, val, strict=True)]
     targets = [] if augment else [within(metres(each.target, unit), False, each.target.name) for each in train]
-    run = Run("depth", model, data, settings_, neurons=neurons, against=against, image_size=size or "any")
+    evaluation = Evaluation("depth", model, data, settings_, neurons=neurons, against=against, image_size=size or "any")
     scores: dict[str, Scores] = {}
     predicted: dict[str, list[Tensor]] = {}
-    for column in run.columns:
-        normalise = normalisation_of(column.transform)
-        patch, device = column.tower.patch_size, column.tower.device
+    for variant in evaluation.variants:
+        normalise = normalisation_of(variant.transform)
+        patch, device = variant.tower.patch_size, variant.tower.device
         whole = Whole(normalise, size)
         schedule = {"iterations": iterations, "batch_size": fit_batch}
         if augment:
             crop = _Augment(normalise, unit, nyu_crop, size)
-            batches = augmented_batches(run, column, train, crop, _dense, **schedule)
+            batches = augmented_batches(evaluation, variant, train, crop, _dense, **schedule)
         else:
-            kept = run.features(column, train, whole, _kept, {})
-            batches = kept_batches(run, column, kept, targets, **schedule)
-        asked = run.features(column, val, whole, _kept_with_flip, {})
+            kept = evaluation.features(variant, train, whole, _kept, {})
+            batches = kept_batches(evaluation, variant, kept, targets, **schedule)
+        asked = evaluation.features(variant, val, whole, _kept_with_flip, {})
         with torch.random.fork_rng():
             torch.manual_seed(settings_.seed)
             head = Head(2 * asked[0]["patches"].shape[1]).to(device)
@@ -97,8 +97,8 @@ def evaluate(
             if best is None or error < best[0]:
                 best = error, copy.deepcopy(head)
         assert best is not None
-        predicted[column.name] = predict(best[1], asked, scored, size, patch)
-        scores[column.name] = score(predicted[column.name], scored)
+        predicted[variant.name] = predict(best[1], asked, scored, size, patch)
+        scores[variant.name] = score(predicted[variant.name], scored)
 
     def panels(i: int) -> list[Panel]:
         maps = {"truth": scored[i]} | {name: each[i] for name, each in predicted.items()}
@@ -106,7 +106,7 @@ def evaluate(
         drawn_maps = [Panel(name, each.numpy(), colours="magma_r", limits=limits) for name, each in maps.items()]
         return [Panel("image", np.asarray(val[i].open())), *drawn_maps]
 
-    return run.result(
+    return evaluation.result(
         scores,
         {
             "train": len(train),
@@ -216,8 +216,9 @@ def predict(
 ) -> list[Tensor]:
     """Depth (h, w) of each image, averaged with that of its flip."""
     device, made = head.convolution.weight.device, []
-    for found, truth in zip(asked, truths, strict=True):
-        depth = head(found["patches"].float().to(device), found["cls"].float().to(device))  # (2, 1, rows, columns)
+    for features, truth in zip(asked, truths, strict=True):
+        patches, cls = (features[name].float().to(device) for name in ("patches", "cls"))
+        depth = head(patches, cls)  # (2, 1, rows, columns)
         full = on_image(depth, truth.shape, size, patch)
         made.append(((full[0] + full[1].flip(-1)) / 2).clamp(NEAREST, FARTHEST).cpu())
     return made
@@ -228,26 +229,28 @@ def score(depths: Sequence[Tensor], truths: Sequence[Tensor]) -> Scores:
     errors: list[list[float]] = []
     for depth, truth in zip(depths, truths, strict=True):
         known = truth > 0
-        found, true = depth[known].double(), truth[known].double()
-        ratio = torch.maximum(found / true, true / found)
-        rmse = (found - true).square().mean().sqrt()
-        errors.append([float(rmse), float(((found - true).abs() / true).mean()), float((ratio < 1.25).double().mean())])
+        predicted, true = depth[known].double(), truth[known].double()
+        ratio = torch.maximum(predicted / true, true / predicted)
+        rmse = (predicted - true).square().mean().sqrt()
+        errors.append(
+            [float(rmse), float(((predicted - true).abs() / true).mean()), float((ratio < 1.25).double().mean())]
+        )
     rmse_, relative, delta = zip(*errors, strict=True)
     return {"rmse": mean_of(rmse_), "abs_rel": mean_of(relative), "delta1": mean_of(delta)}
 
 
-def _dense(column: Column, images: Tensor) -> Mapping[str, Tensor]:
-    patches, cls = dense_features(column.tower, images)
+def _dense(variant: Variant, images: Tensor) -> Mapping[str, Tensor]:
+    patches, cls = dense_features(variant.tower, images)
     return {"patches": patches, "cls": cls}
 
 
-def _kept(column: Column, images: Tensor) -> Mapping[str, Tensor]:
-    return {name: values.half() for name, values in _dense(column, images).items()}
+def _kept(variant: Variant, images: Tensor) -> Mapping[str, Tensor]:
+    return {name: values.half() for name, values in _dense(variant, images).items()}
 
 
-def _kept_with_flip(column: Column, images: Tensor) -> Mapping[str, Tensor]:
+def _kept_with_flip(variant: Variant, images: Tensor) -> Mapping[str, Tensor]:
     """The features of images and of their flips: (B, 2, ...)."""
-    both = [_kept(column, each) for each in (images, images.flip(-1))]
+    both = [_kept(variant, each) for each in (images, images.flip(-1))]
     return {name: torch.stack([each[name] for each in both], dim=1) for name in both[0]}
 
 

@@ -99,8 +99,8 @@ def extract(
         chunk = {number: next(images) for number in range(first, first + sizes[first])}
         tensors: dict[str, Tensor] = {}
         for batch in _batches(chunk, batch_size):
-            found = compute(torch.stack([chunk[number] for number in batch]))
-            for name, values in found.items():
+            computed = compute(torch.stack([chunk[number] for number in batch]))
+            for name, values in computed.items():
                 if values.is_floating_point() and not values.isfinite().all():
                     raise ValueError(f"the {name} of the model are not finite: run it in float32 or bfloat16")
                 rows = values.cpu()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from testreg.evaluation.evaluation import Evaluation, Variant
 from testreg.evaluation.features import Features
-from testreg.evaluation.run import Column, Run
 from testreg.evaluation.samples import Sample
 from testreg.io.processes import gathered, rank, world_size
 from testreg.io.progress import progress_bar
@@ -23,11 +23,11 @@ Batch = tuple[dict[str, Tensor], Tensor]
 
 
 def augmented_batches(
-    run: Run,
-    column: Column,
+    evaluation: Evaluation,
+    variant: Variant,
     samples: Sequence[Sample[Any]],
     augment: Augment,
-    compute: Callable[[Column, Tensor], Mapping[str, Tensor]],
+    compute: Callable[[Variant, Tensor], Mapping[str, Tensor]],
     *,
     iterations: int,
     batch_size: int,
@@ -36,40 +36,50 @@ def augmented_batches(
 
     Processes share a batch out, and each gets all of it, so that they all fit the same probe.
     """
-    draws = _draws(len(samples), iterations, batch_size, run.settings.seed)
+    draws = _draws(len(samples), iterations, batch_size, evaluation.settings.seed)
     loader = DataLoader(
-        _Augmented(samples, augment, draws, run.settings.seed),
+        _Augmented(samples, augment, draws, evaluation.settings.seed),
         batch_size=None,
-        num_workers=run.settings.workers,
+        num_workers=evaluation.settings.workers,
         generator=torch.Generator(),
     )
-    device = column.tower.device
-    with column.state(), column.tower.evaluating(), _bar(run, column, iterations) as bar:
+    device = variant.tower.device
+    with variant.state(), variant.tower.evaluating(), _bar(evaluation, variant, iterations) as bar:
         for images, targets in loader:
             share = torch.arange(len(images)).tensor_split(world_size())[rank()]
             with torch.no_grad():
-                own = [compute(column, part) for part in images[share].split(run.settings.batch_size) if len(part)]
+                own = [
+                    compute(variant, part) for part in images[share].split(evaluation.settings.batch_size) if len(part)
+                ]
             parts = gathered([{name: values.cpu() for name, values in each.items()} for each in own])
-            found = [each for part in parts for each in part]
-            yield {name: torch.cat([each[name] for each in found]).to(device) for name in found[0]}, targets.to(device)
+            batch = [each for part in parts for each in part]
+            yield {name: torch.cat([each[name] for each in batch]).to(device) for name in batch[0]}, targets.to(device)
             bar.update()
 
 
 def kept_batches(
-    run: Run, column: Column, features: Features, targets: Sequence[Tensor], *, iterations: int, batch_size: int
+    evaluation: Evaluation,
+    variant: Variant,
+    features: Features,
+    targets: Sequence[Tensor],
+    *,
+    iterations: int,
+    batch_size: int,
 ) -> Iterator[Batch]:
     """Features that are kept, in the order in which `augmented_batches` would take the images."""
-    device = column.tower.device
-    with _bar(run, column, iterations) as bar:
-        for numbers in _draws(len(features), iterations, batch_size, run.settings.seed):
-            found = [features[int(i)] for i in numbers]
-            stacked = {name: torch.stack([each[name] for each in found]).to(device).float() for name in found[0]}
+    device = variant.tower.device
+    with _bar(evaluation, variant, iterations) as bar:
+        for numbers in _draws(len(features), iterations, batch_size, evaluation.settings.seed):
+            batch = [features[int(i)] for i in numbers]
+            stacked = {name: torch.stack([each[name] for each in batch]).to(device).float() for name in batch[0]}
             yield stacked, torch.stack([targets[int(i)] for i in numbers]).to(device)
             bar.update()
 
 
-def _bar(run: Run, column: Column, iterations: int) -> Any:
-    return progress_bar(f"{run.task}, {column.name}, fitting", iterations, run.settings.progress, unit="batch")
+def _bar(evaluation: Evaluation, variant: Variant, iterations: int) -> Any:
+    return progress_bar(
+        f"{evaluation.task}, {variant.name}, fitting", iterations, evaluation.settings.progress, unit="batch"
+    )
 
 
 def _draws(count: int, iterations: int, batch_size: int, seed: int) -> np.ndarray[Any, Any]:

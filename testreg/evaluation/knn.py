@@ -11,10 +11,10 @@ from torch import Tensor
 
 from testreg.evaluation.bootstrap import Scores
 from testreg.evaluation.classification import global_features, top_1_and_5
+from testreg.evaluation.evaluation import Evaluation, Model, Settings
 from testreg.evaluation.labels import labelled_images
-from testreg.evaluation.maps import two_splits
+from testreg.evaluation.pixel_maps import two_splits
 from testreg.evaluation.result import Result
-from testreg.evaluation.run import Model, Run, Settings
 from testreg.evaluation.samples import drawn
 from testreg.neurons import AnyNeurons
 
@@ -42,22 +42,22 @@ def evaluate(
         k: neighbours that vote.
         temperature: how much less the farther ones count.
         size: side of the middle of the image that the model sees; the image's short side is 256 / 224 of it.
-        settings: see `testreg.evaluation.run.Settings`.
+        settings: see `testreg.evaluation.evaluation.Settings`.
     """
     settings_ = Settings(**settings)
     splits = two_splits(labelled_images(data).splits, data)
     train, val = (drawn(samples, settings_.num_images, settings_.seed) for samples in splits)
     if not 1 <= k <= len(train):
         raise ValueError(f"k must be between 1 and the {len(train)} images of train, got {k}")
-    run = Run("knn", model, data, settings_, neurons=neurons, against=against, image_size=size)
+    evaluation = Evaluation("knn", model, data, settings_, neurons=neurons, against=against, image_size=size)
     labels, truth = (torch.tensor([sample.target for sample in each]) for each in (train, val))
     scores: dict[str, Scores] = {}
-    for column in run.columns:
-        found = (global_features(run, column, each, size).stacked("cls")[:, 0] for each in (train, val))
-        known, asked = (F.normalize(each, dim=-1) for each in found)
+    for variant in evaluation.variants:
+        features = (global_features(evaluation, variant, each, size).stacked("cls")[:, 0] for each in (train, val))
+        known, asked = (F.normalize(each, dim=-1) for each in features)
         votes = torch.cat([vote(part, known, labels, k, temperature) for part in asked.split(QUERIES)])
-        scores[column.name] = top_1_and_5(votes, truth)
-    return run.result(
+        scores[variant.name] = top_1_and_5(votes, truth)
+    return evaluation.result(
         scores, {"train": len(train), "images": len(val), "k": k, "temperature": temperature, "size": size}
     )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from testreg.evaluation.libraries import library
-from testreg.evaluation.maps import SPLITS
+from testreg.evaluation.pixel_maps import SPLITS
 from testreg.evaluation.samples import Row, Sample, images_under, of_file
 from testreg.files import plain, read_text, shown
 from testreg.io.sources import COLUMNS
@@ -40,41 +40,43 @@ def labelled_images(data: str | os.PathLike[str]) -> Labelled:
     name = os.fspath(data)
     path = Path(name)
     if name.startswith("hf-dataset:"):
-        found = _of_datasets(_datasets(name.removeprefix("hf-dataset:")), name)
+        labelled = _of_datasets(_datasets(name.removeprefix("hf-dataset:")), name)
     elif path.is_file() and path.suffix == ".parquet":
-        found = _of_parquet({"": [path]})
+        labelled = _of_parquet({"": [path]})
     elif not path.is_dir():
         raise FileNotFoundError(f"no data at {name}: labels are read from {LAYOUTS}")
     elif files := sorted(path.rglob("*.parquet")):
-        found = _of_parquet(dict(_by_split(files)))
+        labelled = _of_parquet(dict(_by_split(files)))
     else:
-        found = _of_folders(path)
-    if not any(found.splits.values()):
+        labelled = _of_folders(path)
+    if not any(labelled.splits.values()):
         raise ValueError(f"{name} has no labelled images: they are read from {LAYOUTS}")
-    for split, samples in found.splits.items():
+    for split, samples in labelled.splits.items():
         if not samples:
             raise ValueError(f"the split {split} of {name} is empty")
-    train, val = found.splits.get("train"), found.splits.get("val")
+    train, val = labelled.splits.get("train"), labelled.splits.get("val")
     if train and val and (unknown := {each.target for each in val} - {each.target for each in train}):
         label = min(unknown)
-        raise ValueError(f"{name}: class {found.classes[label] if found.classes else label} of val is not in train")
-    return found
+        raise ValueError(
+            f"{name}: class {labelled.classes[label] if labelled.classes else label} of val is not in train"
+        )
+    return labelled
 
 
-def class_names(found: Labelled, classes: str | os.PathLike[str] | None) -> list[str]:
+def class_names(labelled: Labelled, classes: str | os.PathLike[str] | None) -> list[str]:
     """The names of the classes: a file with a name a line, or as the data says them.
 
     Raises:
         ValueError: nobody says them, or there are more classes than names.
     """
-    names = found.classes
+    names = labelled.classes
     if classes is not None:
         names = [line.strip() for line in read_text(classes).splitlines() if line.strip()]
     if names is None:
         raise ValueError(
             "the data does not say what its classes are called: name a file with a name a line (--classes)"
         )
-    largest = max(each.target for samples in found.splits.values() for each in samples)
+    largest = max(each.target for samples in labelled.splits.values() for each in samples)
     if largest >= len(names):
         raise ValueError(
             f"there are {len(names)} names of classes, but an image of class {largest} (they count from 0)"
@@ -85,12 +87,12 @@ def class_names(found: Labelled, classes: str | os.PathLike[str] | None) -> list
 def _of_folders(folder: Path) -> Labelled:
     roots = {split: root for split, names in SPLITS.items() for name in names if (root := folder / name).is_dir()}
     by_class = {split: _classes_in(root) for split, root in (roots or {"": folder}).items()}
-    classes = sorted({name for found in by_class.values() for name in found})
+    classes = sorted({name for of_split in by_class.values() for name in of_split})
     numbers = {name: i for i, name in enumerate(classes)}
     return Labelled(
         {
-            split: [of_file(image, numbers[name]) for name, images in found.items() for image in images]
-            for split, found in by_class.items()
+            split: [of_file(image, numbers[name]) for name, images in of_split.items() for image in images]
+            for split, of_split in by_class.items()
         },
         classes,
     )
@@ -102,8 +104,8 @@ def _classes_in(root: Path) -> dict[str, list[Path]]:
 
 def _by_split(files: list[Path]) -> Iterator[tuple[str, list[Path]]]:
     for split, names in SPLITS.items():
-        if found := [file for file in files if any(name in file.stem for name in names)]:
-            yield split, found
+        if of_split := [file for file in files if any(name in file.stem for name in names)]:
+            yield split, of_split
     if not any(name in file.stem for names in SPLITS.values() for name in names for file in files):
         yield "", files
 
@@ -112,10 +114,10 @@ def _of_parquet(files: Mapping[str, list[Path]]) -> Labelled:
     datasets = library("datasets")
     named = {split or "whole": [str(file) for file in each] for split, each in files.items()}
     try:
-        found = datasets.load_dataset("parquet", data_files=named)
+        splits = datasets.load_dataset("parquet", data_files=named)
     except Exception as error:  # of pyarrow and of datasets
         raise ValueError(f"{next(iter(files.values()))[0]} is not a readable parquet file: {plain(error)}") from error
-    return _of_datasets({"" if split == "whole" else split: rows for split, rows in found.items()}, str(files))
+    return _of_datasets({"" if split == "whole" else split: rows for split, rows in splits.items()}, str(files))
 
 
 def _datasets(name: str) -> Mapping[str, Any]:
@@ -124,15 +126,15 @@ def _datasets(name: str) -> Mapping[str, Any]:
     saved = any((folder / file).is_file() for file in ("state.json", "dataset_dict.json"))
     if name.startswith(("/", ".")) and not folder.is_dir():
         raise FileNotFoundError(f"no dataset's folder at {name}")
-    found = datasets.load_from_disk(folder) if saved else datasets.load_dataset(name)
-    return found if isinstance(found, Mapping) else {"": found}
+    splits = datasets.load_from_disk(folder) if saved else datasets.load_dataset(name)
+    return splits if isinstance(splits, Mapping) else {"": splits}
 
 
-def _of_datasets(found: Mapping[str, Any], where: str) -> Labelled:
+def _of_datasets(rows_of: Mapping[str, Any], where: str) -> Labelled:
     known = {name: split for split, names in SPLITS.items() for name in names} | {"": ""}
     splits: dict[str, list[Sample[int]]] = {}
     classes = None
-    for name, rows in found.items():
+    for name, rows in rows_of.items():
         if name in known:
             splits[known[name]], classes = _of_rows(rows, where)
     return Labelled(splits, classes)

@@ -13,12 +13,12 @@ from torchvision.transforms import v2
 
 from testreg.evaluation.bootstrap import Scores
 from testreg.evaluation.classification import BLOCKS, features, global_features, top_1_and_5
+from testreg.evaluation.evaluation import Evaluation, Model, Settings
 from testreg.evaluation.fitting import augmented_batches, kept_batches
 from testreg.evaluation.labels import labelled_images
-from testreg.evaluation.maps import two_splits
+from testreg.evaluation.pixel_maps import two_splits
 from testreg.evaluation.preparing import Normalisation, normalisation_of, pixels_of
 from testreg.evaluation.result import Result
-from testreg.evaluation.run import Model, Run, Settings
 from testreg.evaluation.samples import Sample, drawn
 from testreg.neurons import AnyNeurons
 
@@ -50,36 +50,36 @@ def evaluate(
         augment: random crops and flips of the training images, which are then computed anew in each step; if not,
             features are computed once and kept.
         size: side of the model's input: a random crop, and on val the middle of a short side of 256 / 224 of it.
-        settings: see `testreg.evaluation.run.Settings`.
+        settings: see `testreg.evaluation.evaluation.Settings`.
     """
     settings_ = Settings(**settings)
-    found = labelled_images(data)
-    splits = two_splits(found.splits, data)
+    labelled = labelled_images(data)
+    splits = two_splits(labelled.splits, data)
     train, val = (drawn(samples, settings_.num_images, settings_.seed) for samples in splits)
     classes = 1 + max(sample.target for sample in (*train, *val))
-    run = Run("linear", model, data, settings_, neurons=neurons, against=against, image_size=size)
+    evaluation = Evaluation("linear", model, data, settings_, neurons=neurons, against=against, image_size=size)
     truth = torch.tensor([sample.target for sample in val])
     scores: dict[str, Scores] = {}
     chosen: dict[str, str] = {}
-    for column in run.columns:
+    for variant in evaluation.variants:
         schedule = {"iterations": iterations, "batch_size": fit_batch}
         if augment:
             batches = augmented_batches(
-                run, column, train, _Crop(normalisation_of(column.transform), size), features, **schedule
+                evaluation, variant, train, _Crop(normalisation_of(variant.transform), size), features, **schedule
             )
         else:
-            kept = global_features(run, column, train, size)
-            batches = kept_batches(run, column, kept, [torch.tensor(each.target) for each in train], **schedule)
-        asked = global_features(run, column, val, size)
+            kept = global_features(evaluation, variant, train, size)
+            batches = kept_batches(evaluation, variant, kept, [torch.tensor(each.target) for each in train], **schedule)
+        asked = global_features(evaluation, variant, val, size)
         with torch.random.fork_rng():
             torch.manual_seed(settings_.seed)
-            probes = Probes(asked[0]["cls"].shape[-1], classes, fit_batch).to(column.tower.device)
+            probes = Probes(asked[0]["cls"].shape[-1], classes, fit_batch).to(variant.tower.device)
         probes.fit(batches, iterations)
-        inputs = {name: asked.stacked(name).to(column.tower.device) for name in ("cls", "mean")}
+        inputs = {name: asked.stacked(name).to(variant.tower.device) for name in ("cls", "mean")}
         by_probe = {name: top_1_and_5(logits.cpu(), truth) for name, logits in probes(inputs).items()}
-        chosen[column.name] = max(by_probe, key=lambda name: by_probe[name]["top1"].value)
-        scores[column.name] = by_probe[chosen[column.name]]
-    return run.result(
+        chosen[variant.name] = max(by_probe, key=lambda name: by_probe[name]["top1"].value)
+        scores[variant.name] = by_probe[chosen[variant.name]]
+    return evaluation.result(
         scores,
         {
             "train": len(train),

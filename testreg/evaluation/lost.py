@@ -18,11 +18,11 @@ from torchvision.ops import box_area, box_iou
 
 from testreg.evaluation.bootstrap import Scores, mean_of
 from testreg.evaluation.boxes import Objects, boxed_images
+from testreg.evaluation.evaluation import Evaluation, Model, Settings, Variant
 from testreg.evaluation.figures import Panel, rows_of
 from testreg.evaluation.libraries import library
 from testreg.evaluation.preparing import Native, Square, normalisation_of
 from testreg.evaluation.result import Result
-from testreg.evaluation.run import Column, Model, Run, Settings
 from testreg.evaluation.samples import Sample, drawn
 from testreg.measure.hooks import recorded_tokens
 from testreg.measure.tokens import Part, behind_norm, global_token, recorded_projections
@@ -103,20 +103,22 @@ def evaluate(
         sweep: choose among the last 4 blocks, q, k and v, and 11 biases of [-1, 0] on features of length 1, on half of
             the images, and report the other half; what the other arguments say is reported beside it.
         size: squash images to a square of that side; None for their own size, padded to whole patches.
-        settings: see `testreg.evaluation.run.Settings`.
+        settings: see `testreg.evaluation.evaluation.Settings`.
     """
     settings_ = Settings(**settings)
     samples = drawn(boxed_images(data, names), settings_.num_images, settings_.seed)
     if sweep and len(samples) < 2:
         raise ValueError("a sweep chooses on half of the images and reports the other: it needs at least 2")
-    run = Run("lost", model, data, settings_, neurons=neurons, against=against, image_size=size or "any")
+    evaluation = Evaluation("lost", model, data, settings_, neurons=neurons, against=against, image_size=size or "any")
     released = [Choice(block, part, bias) for part in PARTS]
-    found = {column.name: _found(run, column, samples, released, sweep, size) for column in run.columns}
+    proposals = {
+        variant.name: _proposed(evaluation, variant, samples, released, sweep, size) for variant in evaluation.variants
+    }
     scored = list(range(len(samples)))[1::2] if sweep else list(range(len(samples)))  # drawn in the order of names
     scores: dict[str, Scores] = {}
     chosen: dict[str, str] = {}
     by_feature: dict[str, dict[str, float]] = {}
-    for name, (choices, boxes, hits) in found.items():
+    for name, (choices, boxes, hits) in proposals.items():
         right = torch.stack([_right(boxes[:, i], samples) for i in range(len(choices))])  # (choices, n)
         metrics = {
             "corloc": mean_of(right[PARTS.index(feature), scored]),
@@ -133,10 +135,10 @@ def evaluate(
 
     def panels(i: int) -> list[Panel]:
         image = np.asarray(samples[i].open())
-        made = [Panel(name, image, boxes[i, None, PARTS.index(feature)]) for name, (_, boxes, _) in found.items()]
+        made = [Panel(name, image, boxes[i, None, PARTS.index(feature)]) for name, (_, boxes, _) in proposals.items()]
         return [Panel("truth", image, samples[i].target.boxes), *made]
 
-    return run.result(
+    return evaluation.result(
         scores,
         {
             "images": len(kept),
@@ -156,11 +158,16 @@ def evaluate(
     )
 
 
-def _found(
-    run: Run, column: Column, samples: Sequence[Sample[Objects]], released: list[Choice], sweep: bool, size: int | None
+def _proposed(
+    evaluation: Evaluation,
+    variant: Variant,
+    samples: Sequence[Sample[Objects]],
+    released: list[Choice],
+    sweep: bool,
+    size: int | None,
 ) -> tuple[list[Choice], Tensor, Tensor]:
     """The choices, those of the arguments first; the boxes (n, choices, 4) in pixels of the images; the hits (n,)."""
-    depth, patch = column.tower.depth, column.tower.patch_size
+    depth, patch = variant.tower.depth, variant.tower.patch_size
     if not -depth <= released[0].block < depth:
         raise ValueError(f"the model has no block {released[0].block}, but {depth} blocks")
     choices = released
@@ -170,11 +177,11 @@ def _found(
         choices = released + [Choice(block, part, round(float(bias), 3), True) for block, part, bias in swept]
     if size is not None and any(size % side for side in patch):
         raise ValueError(f"size must be a multiple of the model's patches of {patch[0]} x {patch[1]}, got {size}")
-    normalise = normalisation_of(column.transform)
+    normalise = normalisation_of(variant.transform)
     prepare = Native(normalise, patch) if size is None else Square(normalise, size)
 
-    def compute(column: Column, images: Tensor) -> dict[str, Tensor]:
-        tower, grid = column.tower, column.tower.grid(images)
+    def compute(variant: Variant, images: Tensor) -> dict[str, Tensor]:
+        tower, grid = variant.tower, variant.tower.grid(images)
         where = tower.patches(images)
         blocks = sorted({choice.block for choice in choices})
         with recorded_projections(tower, blocks) as parts, recorded_tokens(tower, -1) as last:
@@ -188,8 +195,10 @@ def _found(
         score = torch.cosine_similarity(patches, whole.unsqueeze(1), dim=-1)
         return {"boxes": torch.stack([torch.stack(each) for each in boxes]), "best": score.argmax(1)}
 
-    found = run.features(column, samples, prepare, compute, {"choices": [repr(choice) for choice in choices]})
-    pairs = list(zip(found, samples, strict=True))
+    features = evaluation.features(
+        variant, samples, prepare, compute, {"choices": [repr(choice) for choice in choices]}
+    )
+    pairs = list(zip(features, samples, strict=True))
     boxes = torch.stack([_in_pixels(each["boxes"], sample, patch, size) for each, sample in pairs])
     hits = torch.tensor([_hits(int(each["best"]), sample, patch, size) for each, sample in pairs]).double()
     return choices, boxes, hits

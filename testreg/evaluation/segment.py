@@ -15,13 +15,13 @@ from torchvision.transforms.v2 import functional as tv
 
 from testreg.evaluation.bootstrap import Array, Scores, mean_iou_of, ratio_of
 from testreg.evaluation.dense import dense_features, resized
+from testreg.evaluation.evaluation import Evaluation, Model, Settings, Variant
 from testreg.evaluation.figures import Panel, rows_of, spread
 from testreg.evaluation.fitting import Batch, augmented_batches, kept_batches
-from testreg.evaluation.maps import Map, mapped_images, two_splits
 from testreg.evaluation.overlap import IGNORED, overlap
+from testreg.evaluation.pixel_maps import Map, mapped_images, two_splits
 from testreg.evaluation.preparing import Normalisation, Square, normalisation_of, pixels_of, resized_within
 from testreg.evaluation.result import Result
-from testreg.evaluation.run import Column, Model, Run, Settings
 from testreg.evaluation.samples import Sample, drawn
 from testreg.io.progress import progress_bar
 from testreg.neurons import AnyNeurons
@@ -62,52 +62,52 @@ def evaluate(
             each step; if not, the middle of each image is computed once and kept.
         classes: how many there are, of values from 0 on (without `ignore`); None for those that masks have.
         ignore: the value of masks whose pixels do not count: 0 in ADE20k.
-        settings: see `testreg.evaluation.run.Settings`.
+        settings: see `testreg.evaluation.evaluation.Settings`.
     """
     settings_ = Settings(**settings)
     splits = two_splits(mapped_images(data), data)
     train, val = (drawn(samples, settings_.num_images, settings_.seed) for samples in splits)
     values = class_values([*train, *val], classes, ignore, settings_.progress)
-    run = Run("segment", model, data, settings_, neurons=neurons, against=against, image_size=size)
+    evaluation = Evaluation("segment", model, data, settings_, neurons=neurons, against=against, image_size=size)
     numbers = {value: i for i, value in enumerate(values)}
     scores: dict[str, Scores] = {}
     predicted: dict[str, dict[int, Array]] = {}
     per_class: dict[str, dict[str, float | None]] = {}
-    for column in run.columns:
-        normalise = normalisation_of(column.transform)
+    for variant in evaluation.variants:
+        normalise = normalisation_of(variant.transform)
         schedule = {"iterations": iterations, "batch_size": fit_batch}
         if augment:
             crop = _Crop(normalise, size, numbers)
-            batches = augmented_batches(run, column, train, crop, _crops, **schedule)
+            batches = augmented_batches(evaluation, variant, train, crop, _crops, **schedule)
         else:
             square = Square(normalise, size, "crop")
-            kept = run.features(column, train, square, _kept_crops, {})
+            kept = evaluation.features(variant, train, square, _kept_crops, {})
             targets = [square.fitted(as_target(each.target, numbers)[None], nearest=True)[0] for each in train]
-            batches = kept_batches(run, column, kept, targets, **schedule)
-        windows = run.features(column, val, _Short(normalise, size), lambda c, x: _kept_windows(c, x, size), {})
+            batches = kept_batches(evaluation, variant, kept, targets, **schedule)
+        windows = evaluation.features(variant, val, _Short(normalise, size), lambda c, x: _kept_windows(c, x, size), {})
         with torch.random.fork_rng():
             torch.manual_seed(settings_.seed)
             head = nn.Sequential(
                 nn.BatchNorm2d(windows[0]["patches"].shape[1]),
                 nn.Conv2d(windows[0]["patches"].shape[1], len(values), 1),
-            ).to(column.tower.device)
-        patch = column.tower.patch_size
+            ).to(variant.tower.device)
+        patch = variant.tower.patch_size
         fit(head, batches, iterations, warm_up, (size, size), patch)
         rows, shown = [], set(spread(len(val)))
-        predicted[column.name] = {}
-        for i, (found, sample) in enumerate(zip(windows, val, strict=True)):
+        predicted[variant.name] = {}
+        for i, (features, sample) in enumerate(zip(windows, val, strict=True)):
             truth = as_target(sample.target, numbers).numpy()
-            labels = predict(head, found["patches"].to(column.tower.device), truth.shape, size, patch)
+            labels = predict(head, features["patches"].to(variant.tower.device), truth.shape, size, patch)
             rows.append(overlap(labels, truth, len(values)))
             if i in shown:
-                predicted[column.name][i] = labels
+                predicted[variant.name][i] = labels
         intersections, unions, pixels = (np.stack(each) for each in zip(*rows, strict=True))
-        scores[column.name] = {
+        scores[variant.name] = {
             "miou": mean_iou_of(intersections, unions),
             "pixel_accuracy": ratio_of(intersections.sum(1), pixels),
         }
         sums = zip(values, intersections.sum(0).tolist(), unions.sum(0).tolist(), strict=True)
-        per_class[column.name] = {str(value): both / any_ if any_ else None for value, both, any_ in sums}
+        per_class[variant.name] = {str(value): both / any_ if any_ else None for value, both, any_ in sums}
 
     def panels(i: int) -> list[Panel]:
         image = np.asarray(val[i].open())
@@ -120,7 +120,7 @@ def evaluate(
             *(Panel(n, each, colours="nipy_spectral", limits=limits) for n, each in maps.items()),
         ]
 
-    return run.result(
+    return evaluation.result(
         scores,
         {
             "train": len(train),
@@ -144,7 +144,7 @@ def class_values(samples: Sequence[Sample[Map]], classes: int | None, ignore: in
     Raises:
         ValueError: a mask has a value that is no class, or no mask has any.
     """
-    found: set[int] = set()
+    present: set[int] = set()
     expected = None if classes is None else {*range(classes + (0 <= ignore <= classes))} - {ignore}
     with progress_bar("masks", len(samples), progress) as bar:
         for sample in samples:
@@ -154,11 +154,11 @@ def class_values(samples: Sequence[Sample[Map]], classes: int | None, ignore: in
                     f"{sample.target.name} has the value {min(unknown)}, which is none of the {classes} classes (nor "
                     f"{ignore}, which is ignored)"
                 )
-            found |= here
+            present |= here
             bar.update()
-    if not found:
+    if not present:
         raise ValueError(f"no mask has a class: all values are {ignore}, which is ignored")
-    return sorted(found if expected is None else expected)
+    return sorted(present if expected is None else expected)
 
 
 def as_target(mask: Map, numbers: dict[int, int]) -> Tensor:
@@ -219,20 +219,20 @@ def corners(height: int, width: int, size: int) -> list[tuple[int, int]]:
     return [(top, left) for top in starts(height) for left in starts(width)]
 
 
-def _crops(column: Column, images: Tensor) -> dict[str, Tensor]:
-    return {"patches": dense_features(column.tower, images)[0]}
+def _crops(variant: Variant, images: Tensor) -> dict[str, Tensor]:
+    return {"patches": dense_features(variant.tower, images)[0]}
 
 
-def _kept_crops(column: Column, images: Tensor) -> dict[str, Tensor]:
-    return {"patches": dense_features(column.tower, images)[0].half()}
+def _kept_crops(variant: Variant, images: Tensor) -> dict[str, Tensor]:
+    return {"patches": dense_features(variant.tower, images)[0].half()}
 
 
-def _kept_windows(column: Column, images: Tensor, size: int) -> dict[str, Tensor]:
+def _kept_windows(variant: Variant, images: Tensor, size: int) -> dict[str, Tensor]:
     """The patches of all windows of images (B, 3, h, w): (B, windows, C, rows, columns), in half precision."""
     height, width = images.shape[-2:]
     padded = F.pad(images, (0, max(size - width, 0), 0, max(size - height, 0)))
     parts = [padded[..., top : top + size, left : left + size] for top, left in corners(height, width, size)]
-    return {"patches": torch.stack([dense_features(column.tower, part)[0].half() for part in parts], dim=1)}
+    return {"patches": torch.stack([dense_features(variant.tower, part)[0].half() for part in parts], dim=1)}
 
 
 class _Short:

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from testreg.evaluation.bootstrap import Array, Metric, Scores, mean_of, ratio_of
+from testreg.evaluation.evaluation import Evaluation, Model, Settings, Variant
 from testreg.evaluation.features import Features
 from testreg.evaluation.labels import labelled_images
 from testreg.evaluation.libraries import library
-from testreg.evaluation.maps import two_splits
+from testreg.evaluation.pixel_maps import two_splits
 from testreg.evaluation.preparing import Square, normalisation_of
 from testreg.evaluation.result import Result
-from testreg.evaluation.run import Column, Model, Run, Settings
 from testreg.evaluation.samples import Sample, drawn
 from testreg.measure.hooks import recorded_tokens
 from testreg.measure.outliers import OutlierRule
@@ -61,7 +61,7 @@ def evaluate(
         choices: how often the tokens are chosen at random: metrics are means, and details have the spread.
         num_c: values of C from 1e-6 to 1e5 that are tried, on a fifth of train.
         epochs: times that the linear model of positions sees the patches of train.
-        settings: see `testreg.evaluation.run.Settings`.
+        settings: see `testreg.evaluation.evaluation.Settings`.
     """
     settings_ = Settings(**settings)
     splits = two_splits(labelled_images(data).splits, data)
@@ -69,21 +69,25 @@ def evaluate(
     if len(train) <= VALIDATION or len({sample.target for sample in train}) < 2:
         raise ValueError(f"train needs at least {VALIDATION + 1} images and two classes, has {len(train)} images")
     rule = OutlierRule(threshold=threshold)
-    run = Run("tokens", model, data, settings_, neurons=neurons, against=against, image_size=size)
+    evaluation = Evaluation("tokens", model, data, settings_, neurons=neurons, against=against, image_size=size)
     scores: dict[str, Scores] = {}
     spread: dict[str, Mapping[str, float]] = {}
     outliers: list[Tensor] = []
-    for column in run.columns:
-        prepare = Square(normalisation_of(column.transform), size)
-        found = [run.features(column, each, prepare, _tokens_after(block), {"block": block}) for each in (train, val)]
+    for variant in evaluation.variants:
+        prepare = Square(normalisation_of(variant.transform), size)
+        features = [
+            evaluation.features(variant, each, prepare, _tokens_after(block), {"block": block}) for each in (train, val)
+        ]
         if not outliers:  # of the plain model, which comes first
-            outliers = [(norms := each.stacked("norms")) > rule.limit(norms) for each in found]
-        if outliers[0].shape[1] != found[0][0]["patches"].shape[0]:
-            raise ValueError(f"{run.against_name} has other patches than {run.model_name}: tokens cannot be compared")
-        metrics = {**position(found, outliers, epochs, settings_.seed), **pixels(found, outliers)}
-        known, spread[column.name] = classes(found, outliers, (train, val), choices, num_c, settings_.seed)
-        scores[column.name] = metrics | known
-    return run.result(
+            outliers = [(norms := each.stacked("norms")) > rule.limit(norms) for each in features]
+        if outliers[0].shape[1] != features[0][0]["patches"].shape[0]:
+            raise ValueError(
+                f"{evaluation.against_name} has other patches than {evaluation.model_name}: tokens cannot be compared"
+            )
+        metrics = {**position(features, outliers, epochs, settings_.seed), **pixels(features, outliers)}
+        known, spread[variant.name] = classes(features, outliers, (train, val), choices, num_c, settings_.seed)
+        scores[variant.name] = metrics | known
+    return evaluation.result(
         scores,
         {
             "train": len(train),
@@ -101,12 +105,12 @@ def evaluate(
 
 
 def _tokens_after(block: int) -> Any:
-    def compute(column: Column, images: Tensor) -> dict[str, Tensor]:
+    def compute(variant: Variant, images: Tensor) -> dict[str, Tensor]:
         """Of images: norms (B, N), patches (B, N, C), their pixels (B, N, 3 p p), CLS and register (B, C)."""
-        tower = column.tower
+        tower = variant.tower
         with ExitStack() as stack:
             last = stack.enter_context(recorded_tokens(tower, block))
-            riding = stack.enter_context(registers(column.model)) if column.patch is not None else []
+            states = stack.enter_context(registers(variant.model)) if variant.patch is not None else []
             tower.run(images)
         where, tokens = tower.patches(images), behind_norm(tower, last[0]).float()
         made = {
@@ -115,8 +119,8 @@ def _tokens_after(block: int) -> Any:
             "pixels": F.unfold(images, tower.patch_size, stride=tower.patch_size).transpose(1, 2).half(),
             "cls": global_token(tokens, tower),
         }
-        if riding:
-            made["register"] = behind_norm(tower, riding[block][:, :1])[:, 0].float()
+        if states:
+            made["register"] = behind_norm(tower, states[block][:, :1])[:, 0].float()
         elif tower.num_prefix > 1:
             made["register"] = tokens[:, 1]
         return made
@@ -124,9 +128,9 @@ def _tokens_after(block: int) -> Any:
     return compute
 
 
-def position(found: Sequence[Features], outliers: Sequence[Tensor], epochs: int, seed: int) -> Scores:
+def position(features: Sequence[Features], outliers: Sequence[Tensor], epochs: int, seed: int) -> Scores:
     """How well a linear classifier says where a patch is."""
-    known, asked = (each.stacked("patches").float() for each in found)
+    known, asked = (each.stacked("patches").float() for each in features)
     count = known.shape[1]
     mean, std = known.mean((0, 1)), known.std((0, 1)).clamp(min=1e-6)
     known, asked = (known - mean) / std, (asked - mean) / std
@@ -148,10 +152,10 @@ def position(found: Sequence[Features], outliers: Sequence[Tensor], epochs: int,
     return {f"{name}_{kind}": _over(each, outliers[1], kind) for name, each in values.items() for kind in KINDS}
 
 
-def pixels(found: Sequence[Features], outliers: Sequence[Tensor]) -> Scores:
+def pixels(features: Sequence[Features], outliers: Sequence[Tensor]) -> Scores:
     """How well a ridge regression says the pixels of a patch."""
     (known, asked), (targets, truth) = (
-        [each.stacked(name).float() for each in found] for name in ("patches", "pixels")
+        [each.stacked(name).float() for each in features] for name in ("patches", "pixels")
     )
     inputs, outputs = (F.pad(known.flatten(0, 1), (0, 1), value=1.0).double(), targets.flatten(0, 1).double())
     gram = inputs.T @ inputs + len(inputs) * 1e-4 * torch.eye(inputs.shape[1], dtype=torch.float64)
@@ -167,7 +171,7 @@ def _over(values: Tensor, outlier: Tensor, kind: str) -> Metric:
 
 
 def classes(
-    found: Sequence[Features],
+    features: Sequence[Features],
     outliers: Sequence[Tensor],
     samples: Sequence[Sequence[Sample[int]]],
     choices: int,
@@ -181,18 +185,18 @@ def classes(
         right = []
         for choice in range(choices if kind in KINDS else 1):
             random = torch.Generator().manual_seed(seed + choice)
-            tokens = [_one_token(each, mask, kind, random) for each, mask in zip(found, outliers, strict=True)]
+            tokens = [_one_token(each, mask, kind, random) for each, mask in zip(features, outliers, strict=True)]
             right.append(_accuracy(tokens, labels, num_c))
         metrics[f"class_{kind}"] = mean_of(np.mean(right, axis=0))
         spread[f"class_{kind}"] = float(np.std([mean_of(each).value for each in right]))
     return metrics, spread
 
 
-def _one_token(found: Features, outlier: Tensor, kind: str, random: torch.Generator) -> Array:
+def _one_token(features: Features, outlier: Tensor, kind: str, random: torch.Generator) -> Array:
     """A token (n, C) of each image, NaN where it has none of that kind."""
     if kind not in KINDS:
-        return found.stacked(kind).numpy() if kind in found[0] else np.full((len(found), 1), np.nan)
-    patches = found.stacked("patches").float()
+        return features.stacked(kind).numpy() if kind in features[0] else np.full((len(features), 1), np.nan)
+    patches = features.stacked("patches").float()
     drawn_ = torch.rand(outlier.shape, generator=random).masked_fill(outlier ^ (kind == "outlier"), -1).max(1)
     chosen = patches[torch.arange(len(patches)), drawn_.indices]
     return chosen.masked_fill((drawn_.values < 0)[:, None], torch.nan).numpy()

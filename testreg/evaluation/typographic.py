@@ -18,12 +18,12 @@ from torchvision.transforms.v2 import functional as tv
 
 from testreg.evaluation.bootstrap import Metric, Scores, mean_of
 from testreg.evaluation.clip import Tokenizer, encode_images, names_of, texts_of
+from testreg.evaluation.evaluation import Evaluation, Model, Settings, Variant
 from testreg.evaluation.figures import Panel, rows_of
 from testreg.evaluation.labels import labelled_images
-from testreg.evaluation.maps import one_split, two_splits
+from testreg.evaluation.pixel_maps import one_split, two_splits
 from testreg.evaluation.preparing import Normalisation, Square, normalisation_of
 from testreg.evaluation.result import Result
-from testreg.evaluation.run import Column, Model, Run, Settings
 from testreg.evaluation.samples import Sample, drawn, images_under, of_file
 from testreg.neurons import AnyNeurons
 from testreg.patching.steering import steered
@@ -63,7 +63,7 @@ def evaluate(
 
     Accuracy is over all classes; an attack succeeds if the written word is nearer to the image than the true class.
     `*_painted`: the word is painted over with the mean colour of its box, a defence that needs no neurons.
-    `*_defended`: in the patched column, the register neurons fire on the word's patches and on no other, without a
+    `*_defended`: in the patched variant, the register neurons fire on the word's patches and on no other, without a
     register. Both need to know where the word is: not so in RTA-100, where they are not defined.
 
     Args:
@@ -72,7 +72,7 @@ def evaluate(
         means: compare images with the mean embedding of each class of train, not with texts: for an image tower alone.
         size: side of the square that images are squashed to, and written on.
         tokenizer: from texts to what the model takes; None for the one that belongs to the model's name.
-        settings: see `testreg.evaluation.run.Settings`.
+        settings: see `testreg.evaluation.evaluation.Settings`.
     """
     settings_ = Settings(**settings)
     known: list[Sample[int]] = []
@@ -81,34 +81,35 @@ def evaluate(
         if means:
             raise ValueError("RTA-100 has no photographs without words to take means of: leave means out (--means)")
     else:
-        found = labelled_images(data)
-        names = names_of(found, classes)
-        asked = one_split(found.splits)
+        labelled = labelled_images(data)
+        names = names_of(labelled, classes)
+        asked = one_split(labelled.splits)
         if means:
-            known, asked = two_splits(found.splits, data)
+            known, asked = two_splits(labelled.splits, data)
         samples = [_attacked(each, names, i, settings_.seed) for i, each in enumerate(asked)]
     samples = drawn(samples, settings_.num_images, settings_.seed)
     written = bool(samples[0].target.text)
-    run = Run("typographic", model, data, settings_, neurons=neurons, against=against, image_size=size)
+    evaluation = Evaluation("typographic", model, data, settings_, neurons=neurons, against=against, image_size=size)
     if means:
-        embeddings = _class_means(run, drawn(known, settings_.num_images, settings_.seed), names, size)
+        embeddings = _class_means(evaluation, drawn(known, settings_.num_images, settings_.seed), names, size)
     else:
-        embeddings = texts_of(run, names, open_clip.OPENAI_IMAGENET_TEMPLATES, tokenizer)
+        embeddings = texts_of(evaluation, names, open_clip.OPENAI_IMAGENET_TEMPLATES, tokenizer)
     kinds: tuple[Kind, ...] = ("clean", "attacked", "painted") if written else ("attacked",)
     shown = {kind: [_in_state(each, kind, size) for each in samples] for kind in kinds}
     none = torch.full((len(samples),), torch.nan)
     scores: dict[str, Scores] = {}
     guesses: dict[str, Tensor] = {}
-    for column in run.columns:
-        normalise = normalisation_of(column.transform)
-        texts = embeddings[column.name]
+    for variant in evaluation.variants:
+        normalise = normalisation_of(variant.transform)
+        texts = embeddings[variant.name]
         seen = {
-            str(kind): run.features(column, each, Square(normalise, size), _embedded, {}).stacked("embedding") @ texts.T
+            str(kind): evaluation.features(variant, each, Square(normalise, size), _embedded, {}).stacked("embedding")
+            @ texts.T
             for kind, each in shown.items()
         }
-        if column.name == "patched" and written:
+        if variant.name == "patched" and written:
             boxed = [_in_state(each, "boxed", size) for each in samples]
-            defended = run.features(column, boxed, WithBox(normalise, size), _steered, {"onto": "the word"})
+            defended = evaluation.features(variant, boxed, WithBox(normalise, size), _steered, {"onto": "the word"})
             seen["defended"] = defended.stacked("embedding") @ texts.T
         label = torch.tensor([each.target.label for each in samples])
         word = torch.tensor([each.target.word for each in samples])
@@ -120,8 +121,8 @@ def evaluate(
             logits = seen.get(state)
             won = none if logits is None else (_of(logits, word) > _of(logits, label)).double()
             metrics["attack_success" if state == "attacked" else f"attack_success_{state}"] = mean_of(won)
-        scores[column.name] = metrics
-        guesses[column.name] = seen["attacked"].argmax(1)
+        scores[variant.name] = metrics
+        guesses[variant.name] = seen["attacked"].argmax(1)
 
     def panels(i: int) -> list[Panel]:
         said = ", ".join(f"{name}: {names[int(each[i])]}" for name, each in guesses.items())
@@ -135,7 +136,7 @@ def evaluate(
         "size": size,
         "words": "written" if written else "RTA",
     }
-    return run.result(
+    return evaluation.result(
         scores, protocol, pictures={"attacks": lambda: rows_of(panels, len(samples), "typographic attacks")}
     )
 
@@ -158,8 +159,10 @@ def _rta(folder: Path) -> tuple[list[Sample[Attack]], list[str]] | None:
     ], names
 
 
-def _class_means(run: Run, known: Sequence[Sample[int]], names: Sequence[str], size: int) -> dict[str, Tensor]:
-    """The mean embedding (classes, D), of length 1, of each class's photographs, by column.
+def _class_means(
+    evaluation: Evaluation, known: Sequence[Sample[int]], names: Sequence[str], size: int
+) -> dict[str, Tensor]:
+    """The mean embedding (classes, D), of length 1, of each class's photographs, by variant.
 
     Raises:
         ValueError: a class has no photograph.
@@ -170,11 +173,11 @@ def _class_means(run: Run, known: Sequence[Sample[int]], names: Sequence[str], s
     shown = [Sample(each.name, each.image, Attack(each.target, each.target, "", 0)) for each in known]
     clean = [_in_state(each, "clean", size) for each in shown]
     made: dict[str, Tensor] = {}
-    for column in run.columns:
-        prepare = Square(normalisation_of(column.transform), size)
-        found = run.features(column, clean, prepare, _embedded, {}).stacked("embedding")
-        means = torch.stack([found[labels == number].mean(0) for number in range(len(names))])
-        made[column.name] = F.normalize(means, dim=-1)
+    for variant in evaluation.variants:
+        prepare = Square(normalisation_of(variant.transform), size)
+        embeddings = evaluation.features(variant, clean, prepare, _embedded, {}).stacked("embedding")
+        means = torch.stack([embeddings[labels == number].mean(0) for number in range(len(names))])
+        made[variant.name] = F.normalize(means, dim=-1)
     return made
 
 
@@ -261,12 +264,12 @@ class WithBox:
         return torch.cat([self.normalise(values[:3]), 1 - values[3:]])
 
 
-def _embedded(column: Column, images: Tensor) -> Mapping[str, Tensor]:
-    return {"embedding": encode_images(column, images)}
+def _embedded(variant: Variant, images: Tensor) -> Mapping[str, Tensor]:
+    return {"embedding": encode_images(variant, images)}
 
 
-def _steered(column: Column, images: Tensor) -> Mapping[str, Tensor]:
+def _steered(variant: Variant, images: Tensor) -> Mapping[str, Tensor]:
     """Embeddings of images (B, 4, h, w) whose outliers are moved onto the patches that the word touches."""
-    touched = F.max_pool2d(images[:, 3:], column.tower.patch_size, column.tower.patch_size)[:, 0] > 0
-    with steered(column.model, touched):
-        return {"embedding": encode_images(column, images[:, :3])}
+    touched = F.max_pool2d(images[:, 3:], variant.tower.patch_size, variant.tower.patch_size)[:, 0] > 0
+    with steered(variant.model, touched):
+        return {"embedding": encode_images(variant, images[:, :3])}

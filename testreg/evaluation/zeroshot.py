@@ -11,10 +11,10 @@ from torch import Tensor
 from testreg.evaluation.bootstrap import Scores
 from testreg.evaluation.classification import top_1_and_5
 from testreg.evaluation.clip import Tokenizer, encode_images, names_of, texts_of
+from testreg.evaluation.evaluation import Evaluation, Model, Settings, Variant
 from testreg.evaluation.labels import labelled_images
-from testreg.evaluation.maps import one_split
+from testreg.evaluation.pixel_maps import one_split
 from testreg.evaluation.result import Result
-from testreg.evaluation.run import Column, Model, Run, Settings
 from testreg.evaluation.samples import drawn
 from testreg.neurons import AnyNeurons
 
@@ -41,26 +41,26 @@ def evaluate(
             The 1,000 folders of ImageNet have open_clip's names by themselves.
         templates: open_clip's 80 for ImageNet ("openai"), or its 7 ("simple").
         tokenizer: from texts to what the model takes; None for the one that belongs to the model's name.
-        settings: see `testreg.evaluation.run.Settings`.
+        settings: see `testreg.evaluation.evaluation.Settings`.
     """
     import open_clip
 
     settings_ = Settings(**settings)
-    found = labelled_images(data)
-    names = names_of(found, classes)
-    samples = drawn(one_split(found.splits), settings_.num_images, settings_.seed)
+    labelled = labelled_images(data)
+    names = names_of(labelled, classes)
+    samples = drawn(one_split(labelled.splits), settings_.num_images, settings_.seed)
     sentences = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}[
         templates
     ]
-    run = Run("zeroshot", model, data, settings_, neurons=neurons, against=against)
-    texts = texts_of(run, names, sentences, tokenizer)
+    evaluation = Evaluation("zeroshot", model, data, settings_, neurons=neurons, against=against)
+    texts = texts_of(evaluation, names, sentences, tokenizer)
     truth = torch.tensor([sample.target for sample in samples])
     scores: dict[str, Scores] = {}
-    for column in run.columns:
-        seen = run.features(column, samples, None, features, {}).stacked("embedding")
-        scores[column.name] = top_1_and_5(seen @ texts[column.name].T, truth)
-    return run.result(scores, {"images": len(samples), "classes": len(names), "templates": templates})
+    for variant in evaluation.variants:
+        seen = evaluation.features(variant, samples, None, features, {}).stacked("embedding")
+        scores[variant.name] = top_1_and_5(seen @ texts[variant.name].T, truth)
+    return evaluation.result(scores, {"images": len(samples), "classes": len(names), "templates": templates})
 
 
-def features(column: Column, images: Tensor) -> dict[str, Tensor]:
-    return {"embedding": encode_images(column, images)}
+def features(variant: Variant, images: Tensor) -> dict[str, Tensor]:
+    return {"embedding": encode_images(variant, images)}

@@ -77,10 +77,10 @@ def _activation(block: Block, mlp: Mlp) -> str | None:
 
 def _named(modules: list[nn.Module]) -> str | None:
     """The one activation among the modules."""
-    found = {_NAMES[type(module).__name__]: module for module in modules if type(module).__name__ in _NAMES}
-    if len(found) != 1:
+    known = {_NAMES[type(module).__name__]: module for module in modules if type(module).__name__ in _NAMES}
+    if len(known) != 1:
         return None
-    name, module = found.popitem()
+    name, module = known.popitem()
     return "gelu_tanh" if getattr(module, "approximate", "none") == "tanh" else name
 
 

@@ -34,18 +34,18 @@ def find_tower(model: nn.Module) -> Tower:
             raise TypeError("traced modules cannot be patched: patch the Python model, then trace or export it")
         if type(module).__module__.startswith("torch.jit"):
             raise TypeError("TorchScript modules cannot be patched: patch the Python model (and use torch.compile)")
-    found = list(_towers(model, ""))
-    if not found:
+    towers = list(_towers(model, ""))
+    if not towers:
         if reason := _refusal(model):
             raise ValueError(f"{type(model).__name__} cannot be patched: {reason}")
         raise ValueError(
             f"no supported vision tower in {type(model).__name__}: see {COVERED} for those that are. A family of your "
             "own is one row: testreg.add_family"
         )
-    if len(found) > 1:
-        paths = ", ".join(repr(path) for path, _, _ in found)
+    if len(towers) > 1:
+        paths = ", ".join(repr(path) for path, _, _ in towers)
         raise ValueError(f"{type(model).__name__} holds several vision towers ({paths}): pass the one you mean")
-    return _resolve(*found[0])
+    return _resolve(*towers[0])
 
 
 def _refusal(model: nn.Module) -> str:

@@ -100,13 +100,13 @@ class Tower:
         Of several, it is the one nested least, and of these the one that comes first among the modules.
         """
         inside = {module for block in self.blocks for module in block.module.modules()}
-        behind, found = False, list[tuple[int, nn.Module]]()
+        behind, norms = False, list[tuple[int, nn.Module]]()
         for name, module in self.module.named_modules():
             behind |= module is self.blocks[0].module
             shape = getattr(getattr(module, "weight", None), "shape", None)
             if behind and module not in inside and "Norm" in type(module).__name__ and shape == (self.width,):
-                found.append((name.count("."), module))
-        return min(found, key=lambda each: each[0])[1] if found else None
+                norms.append((name.count("."), module))
+        return min(norms, key=lambda each: each[0])[1] if norms else None
 
     @property
     def depth(self) -> int:

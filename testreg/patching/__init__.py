@@ -1,1 +1,1 @@
-"""How a register rides along: what is put on a patched tower, and what the tower sees of it."""
+"""How registers get through a tower: what a patch puts on it, and what the tower sees of it."""

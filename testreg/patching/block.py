@@ -38,7 +38,7 @@ from testreg.patching.index import is_exporting
 from testreg.patching.layout import Layout
 from testreg.patching.override import Override
 from testreg.patching.state import Patch
-from testreg.patching.static import STATE
+from testreg.patching.static_parts import STATE
 from testreg.patching.steering import check_target_fits
 
 
@@ -101,8 +101,8 @@ class RegisterBlock(Override):
         mode = self.patch.mode_for_new_forward
         if self.index == 0 or not isinstance(tokens, Tensor):
             return begin(self.patch, tokens, mode, call.before), None
-        if (found := arrive(tokens, call, self.index)) is not None:
-            return found
+        if (arrival := arrive(tokens, call, self.index)) is not None:
+            return arrival
         return Forward(self.patch, mode, is_certain=False), self._compiled_registers(tokens)
 
     def _run(self, mode: Mode, registers: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -222,9 +222,9 @@ class RegisterBlock(Override):
 
     def _compiled_registers(self, tokens: Tensor) -> Tensor | None:
         """The registers that a compiled block has left, for its tokens or for what a hook put in their place."""
-        found = getattr(tokens, CARRIED, None)
-        if found is not None:
-            return found if isinstance(found, Tensor) else found.registers
+        handoff = getattr(tokens, CARRIED, None)
+        if handoff is not None:
+            return handoff if isinstance(handoff, Tensor) else handoff.registers
         left = running.compiled
         if left is None or left[0] is not self.patch or left[1] != self.index - 1:
             return None

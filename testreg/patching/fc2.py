@@ -46,7 +46,7 @@ class MoveInFront(Override):
 
     def __post_init__(self, holder: nn.Module) -> None:
         super().__post_init__()
-        self.home = self.module
+        self.first = self.module
         self.parent, self.name = next(
             (parent, name)
             for parent in holder.modules()
@@ -67,7 +67,7 @@ class MoveInFront(Override):
         current: nn.Module = self.parent._modules[self.name]  # type: ignore[assignment]  # getattr copies in export
         if current is self.module:
             return
-        if current is not self.home and self.home not in set(current.modules()):
+        if current is not self.first and self.first not in set(current.modules()):
             raise RuntimeError(
                 f"the second MLP linear of block {self.index} was replaced by a {type(current).__name__} after "
                 "testreg.patch(), so its neurons would stay: call testreg.unpatch(model) and patch it again"

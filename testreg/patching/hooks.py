@@ -204,10 +204,10 @@ class _Tokens:
             return layout.tokens(value), lambda new: layout.join(new, registers)
         places = [dim for dim in (layout.dim, *range(-2, -value.ndim - 1, -1), -1) if -dim <= value.ndim]
         lengths = self.length, self.length - self.num_prefix  # rotations may be of the patches alone
-        found = next(((dim, length) for length in lengths for dim in places if sizes[dim] == length), None)
-        if found is None:
+        place = next(((dim, length) for length in lengths for dim in places if sizes[dim] == length), None)
+        if place is None:
             return value, _unchanged
-        dim, size = found[0], found[1] - layout.num_registers
+        dim, size = place[0], place[1] - layout.num_registers
         kept = value.narrow(dim, size, layout.num_registers)
         return value.narrow(dim, 0, size).contiguous(), lambda new: torch.cat([new, kept], dim)
 

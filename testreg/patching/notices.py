@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
-import sys
 import warnings
 from collections.abc import Mapping
 from weakref import WeakSet
@@ -130,7 +130,7 @@ class VerifiedUse:
 
 def _stacklevel() -> int:
     """The level of the code outside testreg that called into it, seen from the function that calls this one."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "testreg":
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "testreg":
         frame, level = frame.f_back, level + 1
     return level

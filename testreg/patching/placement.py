@@ -11,7 +11,7 @@ from testreg.patching.fc2 import MoveInFront
 from testreg.patching.layout import Layout
 from testreg.patching.override import Part
 from testreg.patching.state import Patch
-from testreg.patching.static import static_parts
+from testreg.patching.static_parts import static_parts
 
 
 def parts(tower: Tower, patch: Patch) -> Iterator[Part]:

@@ -42,9 +42,9 @@ def find_patch(model: nn.Module) -> Patch | None:
 
 def patch_of(model: nn.Module) -> Patch:
     """The patch of a patched model: its neurons and options. Raises RuntimeError if there is none."""
-    if (found := find_patch(model)) is None:
+    if (patch := find_patch(model)) is None:
         raise RuntimeError("the model is not patched")
-    return found
+    return patch
 
 
 @dataclass(eq=False)

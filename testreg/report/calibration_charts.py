@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 
 from testreg.report.charts import FOURTH, INK, THIRD, Chart, label_plainly, label_whole_numbers
-from testreg.report.maps import AFTER, BEFORE
+from testreg.report.map_figures import AFTER, BEFORE
 from testreg.report.measure import Norms, Report
 from testreg.report.values import Table, numbers_in, table_of
 

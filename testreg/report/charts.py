@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from testreg.report.maps import AFTER, BEFORE
+from testreg.report.map_figures import AFTER, BEFORE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -23,8 +23,17 @@ from testreg.measure.maps import image_batch, listed_images
 from testreg.measure.outliers import token_norms
 from testreg.neurons import AnyNeurons, describe_model, resolve
 from testreg.register import disabled, is_patched, patched
-from testreg.report.maps import AFTER, BEFORE, Maps, feature_colours, panels, photograph, scales_of, table
-from testreg.report.maps import compare as compare_maps
+from testreg.report.map_figures import (
+    AFTER,
+    BEFORE,
+    Maps,
+    feature_colours,
+    maps_before_and_after,
+    panels,
+    photograph,
+    scales_of,
+    table,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -157,9 +166,9 @@ def compare(
     change = nullcontext() if own else patched(model, replace(resolve(neurons, model), verified=True))
     with change, tower.evaluating():
         with disabled(model):
-            block = _most_outlying(tower, batch) if block is None else block % tower.depth
+            block = _block_of_largest_norm(tower, batch) if block is None else block % tower.depth
             observable = _is_observable(tower, batch[:1])
-        before, after = compare_maps(model, batch, block, attention=observable)
+        before, after = maps_before_and_after(model, batch, block, attention=observable)
     return Comparison(photographs, boxes, block, before, after, describe_model(model, tower)["name"])
 
 
@@ -208,7 +217,7 @@ def _edges(share: Tensor) -> tuple[float, float] | None:
     return max(float(share.mean() - half), 0), min(float(share.mean() + half), 1)
 
 
-def _most_outlying(tower: Tower, images: Tensor) -> int:
+def _block_of_largest_norm(tower: Tower, images: Tensor) -> int:
     """The block after which the largest norm of the patches is the largest multiple of their median."""
     norms = token_norms(tower, images)[..., tower.patches(images)]
     return int((norms.amax(-1) / norms.median(-1).values).mean(1).argmax())

@@ -15,7 +15,7 @@ from testreg.families import find_tower
 from testreg.measure.diagnosis import ATTENTION_LEGEND, LEGEND, Diagnosis
 from testreg.measure.outliers import OutlierRule, token_norms
 from testreg.report.charts import FOURTH, THIRD, Chart, label_plainly, label_whole_numbers, svg
-from testreg.report.maps import BEFORE, Maps, feature_colours, measure_maps, panels
+from testreg.report.map_figures import BEFORE, Maps, feature_colours, measure_maps, panels
 from testreg.report.measure import NUM_PHOTOGRAPHS, images_with_most
 from testreg.report.rendering import Card, Row, render, rows_of, write_page
 from testreg.report.values import Table, share, table_of, value_of

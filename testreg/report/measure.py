@@ -18,7 +18,7 @@ from testreg.measure.observation import observe
 from testreg.measure.outliers import MIN_FRACTION, OutlierRule, ignored_patches, token_norms
 from testreg.neurons import RegisterNeurons, describe_model
 from testreg.register import disabled, patched, registers
-from testreg.report.maps import Maps, compare
+from testreg.report.map_figures import Maps, maps_before_and_after
 from testreg.report.values import numbers_in, percent
 
 NUM_PHOTOGRAPHS = 5
@@ -189,13 +189,13 @@ def measure_report(
     with patched(model, replace(neurons, verified=True)), tower.evaluating():
         with disabled(model):
             before = conclude(model, [observe(tower, batches, rule, ignored=ignored)], rule)
-            block = _most_outlying(before, neurons)
+            block = _block_with_most_outliers(before, neurons)
             norms_before = _norms(model, tower, batches, block, rule, ignored)
         after = conclude(model, [observe(tower, batches, rule, ignored=ignored)], rule)
         norms_after = _norms(model, tower, batches, block, rule, ignored)
         photographs = images[images_with_most(norms_before.outliers, NUM_PHOTOGRAPHS)]
         observable = before.blocks[-1].outlier_attention is not None
-        maps_before, maps_after = compare(model, photographs, block, attention=observable)
+        maps_before, maps_after = maps_before_and_after(model, photographs, block, attention=observable)
     return Report(
         neurons=neurons,
         model=describe_model(model, tower),
@@ -216,7 +216,7 @@ def images_with_most(outliers: Tensor, count: int) -> Tensor:
     return outliers.argsort(descending=True, stable=True)[:count].sort().values
 
 
-def _most_outlying(before: Diagnosis, neurons: RegisterNeurons) -> int:
+def _block_with_most_outliers(before: Diagnosis, neurons: RegisterNeurons) -> int:
     """The block at which the diagnosis finds most outliers, else that at which calibration did, else the last."""
     last = len(before.blocks) - 1
     return before.outliers.block if before.outliers else int(neurons.calibration.get("detection_block", last))

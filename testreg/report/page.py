@@ -19,7 +19,7 @@ from testreg.measure.outliers import OutlierRule
 from testreg.neurons import RegisterNeurons
 from testreg.report.calibration_charts import charts_of, tables_of
 from testreg.report.charts import draw, svg
-from testreg.report.maps import feature_colours, figure, panels
+from testreg.report.map_figures import feature_colours, figure, panels
 from testreg.report.measure import Report, measure_report
 from testreg.report.rendering import Card, render, rows_of, write_page
 from testreg.report.usage import python_lines, shell_line

@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from testreg.files import replacing
-from testreg.report.maps import Panel
+from testreg.report.map_figures import Panel
 
 PHOTOGRAPH_SIDE = 640  # pixels in the page, at most; the maps have one for each patch
 

@@ -11,7 +11,7 @@ from scenes import RANDOM, SIZES, masks, tiny_model, write_image, write_map
 
 from testreg.evaluation import attention_seg
 from testreg.evaluation.attention_seg import scaled, score
-from testreg.evaluation.maps import MapFile, mapped_images, two_splits
+from testreg.evaluation.pixel_maps import MapFile, mapped_images, two_splits
 
 
 def test_metrics_by_hand() -> None:

@@ -90,7 +90,7 @@ def test_features_are_those_of_the_last_blocks() -> None:
     loaded = tiny_model("timm_dinov2")
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        run_column = type("Column", (), {"tower": find_tower(loaded.model)})
+        run_column = type("Variant", (), {"tower": find_tower(loaded.model)})
         found = features(run_column, images)  # type: ignore[arg-type]
         last = loaded.model.forward_features(images)
         blocks = loaded.model.get_intermediate_layers(images, n=4, return_prefix_tokens=True, norm=True)

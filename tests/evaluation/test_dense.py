@@ -11,8 +11,8 @@ from torch import nn
 
 from testreg.evaluation import depth, segment
 from testreg.evaluation.dense import dense_features, edges_around, resized
-from testreg.evaluation.maps import MapFile, mapped_images
 from testreg.evaluation.overlap import overlap
+from testreg.evaluation.pixel_maps import MapFile, mapped_images
 from testreg.evaluation.preparing import Normalisation, resized_within
 from testreg.families import find_tower
 

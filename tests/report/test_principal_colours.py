@@ -6,7 +6,7 @@ import torch
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from testreg.report.maps import principal_colours
+from testreg.report.map_figures import principal_colours
 
 
 def scene() -> tuple[Tensor, Tensor]:

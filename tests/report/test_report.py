@@ -21,7 +21,7 @@ from testreg.families import find_tower
 from testreg.measure.outliers import OutlierRule, token_norms
 from testreg.neurons import RegisterNeurons
 from testreg.report.calibration_charts import curves_of_rounds, tables_of
-from testreg.report.maps import compare, feature_colours, figure
+from testreg.report.map_figures import feature_colours, figure, maps_before_and_after
 from testreg.report.measure import measure_report
 from testreg.report.page import page, write_report
 from testreg.report.usage import python_lines
@@ -426,7 +426,7 @@ def test_other_families(name, photos, tmp_path):
 def test_feature_colours(planted, photos):
     model, neurons = planted
     with testreg.patched(model, replace(neurons, verified=True)):
-        before, after = compare(model, photos, attention=False)
+        before, after = maps_before_and_after(model, photos, attention=False)
     assert before.attention is None
     first, second = feature_colours(before, after)
     assert first.shape == (45, 4, 4, 3)
@@ -444,7 +444,7 @@ def test_feature_colours(planted, photos):
 def test_a_picture_says_which_maps_have_a_scale_of_their_own(planted, photos):
     model, neurons = planted
     with testreg.patched(model, replace(neurons, verified=True)):
-        before, after = compare(model, photos[:1])
+        before, after = maps_before_and_after(model, photos[:1])
     page = figure(photos[:1], before, after, "")
     assert "Attention: each map from its least to its largest value" in page.get_supxlabel()
     assert [axis.get_title() for axis in page.axes][1:4] == ["norms before", "norms after", "attention before"]

@@ -22,7 +22,7 @@ from tiny import HF, build
 from torch import Tensor
 
 from testreg.demo.run import PHOTOGRAPHS
-from testreg.evaluation.run import Settings
+from testreg.evaluation.evaluation import Settings
 from testreg.families import find_tower
 from testreg.io.decoding import open_image
 from testreg.io.loading import load_model

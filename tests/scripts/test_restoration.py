@@ -172,7 +172,7 @@ def test_tasks_need_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_the_tasks_name_arguments_that_exist() -> None:
     import inspect
 
-    from testreg.evaluation.run import Settings
+    from testreg.evaluation.evaluation import Settings
 
     settings = set(inspect.signature(Settings).parameters)
     for name, task in tasks.TASKS.items():

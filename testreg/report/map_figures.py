@@ -41,7 +41,9 @@ class Maps:
     """Entropy, in nats, of that attention over the patches; mean over heads and images."""
 
 
-def compare(model: nn.Module, images: Tensor, block: int = -1, *, attention: bool = True) -> tuple[Maps, Maps]:
+def maps_before_and_after(
+    model: nn.Module, images: Tensor, block: int = -1, *, attention: bool = True
+) -> tuple[Maps, Maps]:
     """Maps of a patched model without and with its registers.
 
     Args:

@@ -13,9 +13,9 @@ from scenes import RANDOM, coco, masks, tiny_model
 from testreg.evaluation import attention_seg, lost
 from testreg.evaluation.bootstrap import difference, mean_iou_of, mean_of, ratio_of
 from testreg.evaluation.boxes import boxed_images
+from testreg.evaluation.evaluation import Evaluation, Settings
 from testreg.evaluation.libraries import library
 from testreg.evaluation.preparing import Native, Normalisation, Own, Square, normalisation_of
-from testreg.evaluation.run import Run, Settings
 from testreg.io.loading import load_model
 from testreg.register import is_patched, patch, patched
 
@@ -169,13 +169,13 @@ def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
 
 def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     samples = boxed_images(coco(tmp_path / "coco"))
-    run = Run("task", tiny_model(), "", Settings(progress=False))
+    evaluation = Evaluation("task", tiny_model(), "", Settings(progress=False))
     with pytest.raises(ValueError, match="the values of the model are not finite: run it in float32"):
-        run.features(
-            run.columns[0],
+        evaluation.features(
+            evaluation.variants[0],
             samples,
             None,
-            lambda column, images: {"values": images.new_full((len(images),), np.inf)},
+            lambda variant, images: {"values": images.new_full((len(images),), np.inf)},
             {},
         )
 

@@ -78,16 +78,16 @@ def mapped_images(data: str | os.PathLike[str], kinds: Sequence[str] = MASKS) ->
         return {"": _of_mat(folder if folder.name == MAT else folder / MAT)}
     if not folder.is_dir():
         raise FileNotFoundError(f"no data folder at {folder}: it holds {_layout(kinds)}")
-    found: dict[str, list[Sample[Map]]] = {}
+    splits: dict[str, list[Sample[Map]]] = {}
     for split, samples in _splits(folder, kinds):
         if samples:
-            found.setdefault(split, []).extend(samples)
-    if not found:
+            splits.setdefault(split, []).extend(samples)
+    if not splits:
         raise ValueError(f"{folder} holds no maps: it must hold {_layout(kinds)}")
-    for samples in found.values():
+    for samples in splits.values():
         for sample in samples:
             _check_size(sample)
-    return found
+    return splits
 
 
 def _layout(kinds: Sequence[str]) -> str:
@@ -106,8 +106,8 @@ def _splits(folder: Path, kinds: Sequence[str]) -> Iterator[tuple[str, list[Samp
             yield "", _paired(root, _images_of(folder, ""))
     for split, names in SPLITS.items():
         above = [folder / name for name in names]
-        found = [(part, root) for part in above for root in _first_with_images([part / kind for kind in kinds])]
-        yield split, [pair for part, root in found for pair in _paired(root, _images_of(part, ""))]
+        roots = [(part, root) for part in above for root in _first_with_images([part / kind for kind in kinds])]
+        yield split, [pair for part, root in roots for pair in _paired(root, _images_of(part, ""))]
 
 
 def _first_with_images(folders: Sequence[Path]) -> list[Path]:
@@ -117,10 +117,10 @@ def _first_with_images(folders: Sequence[Path]) -> list[Path]:
 
 def _images_of(folder: Path, split: str) -> Path:
     candidates = [folder / name / split for name in IMAGES] + ([folder / split] if split else [])
-    found = next((each for each in candidates if each.is_dir()), None)
-    if found is None:
+    folder_of_images = next((each for each in candidates if each.is_dir()), None)
+    if folder_of_images is None:
         raise FileNotFoundError(f"no images for the maps in {folder}: there is no folder {candidates[0]}")
-    return found
+    return folder_of_images
 
 
 def _paired(maps: Path, images: Path) -> list[Sample[Map]]:
@@ -177,10 +177,10 @@ class _InMat:
 
     def read(self) -> Array:
         with library("h5py").File(self.file) as mat:
-            found = mat[mat[f"value/{self.kind}"][self.index, 0]]
+            values = mat[mat[f"value/{self.kind}"][self.index, 0]]
             if self.kind == "gt":
-                found = mat[found[0, 0]]
-            values = np.asarray(found)
+                values = mat[values[0, 0]]
+            values = np.asarray(values)
         return values.T.astype(np.int32) if self.kind == "gt" else np.ascontiguousarray(values.transpose(2, 1, 0))
 
 
@@ -199,23 +199,23 @@ def _of_mat(file: Path) -> list[Sample[Map]]:
 # What maps say --------------------------------------------------------------------------------------------------------
 
 
-def one_split(found: Mapping[str, list[Any]]) -> list[Any]:
+def one_split(splits: Mapping[str, list[Any]]) -> list[Any]:
     """The split that counts, for tasks that fit nothing: val, or all where there are no splits."""
-    return next(found[name] for name in ("val", "", "train") if name in found)
+    return next(splits[name] for name in ("val", "", "train") if name in splits)
 
 
-def two_splits(found: Mapping[str, list[Any]], data: object, held_out: float = 0.25) -> tuple[list[Any], list[Any]]:
+def two_splits(splits: Mapping[str, list[Any]], data: object, held_out: float = 0.25) -> tuple[list[Any], list[Any]]:
     """The samples to fit on and those to report on. Where there are no splits, the last in order are reported.
 
     Raises:
         ValueError: one of them is empty.
     """
-    if "train" in found and "val" in found:
-        return found["train"], found["val"]
-    if "" not in found:
-        missing = "val" if "train" in found else "train"
+    if "train" in splits and "val" in splits:
+        return splits["train"], splits["val"]
+    if "" not in splits:
+        missing = "val" if "train" in splits else "train"
         raise ValueError(f"{data} has no split {missing}: name its folder {' or '.join(SPLITS[missing])}")
-    samples = found[""]
+    samples = splits[""]
     first = len(samples) - max(1, round(held_out * len(samples)))
     if first < 1:
         raise ValueError(f"{data} has {len(samples)} images: too few to split them")

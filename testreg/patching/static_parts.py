@@ -47,14 +47,14 @@ def static_parts(tower: Tower, patch: Patch, static: StaticRegisters) -> Iterato
 
 def _attention(tower: Tower, block: Block, num_registers: int) -> nn.MultiheadAttention:
     """The attention of a block, if it has a place for a bias."""
-    found = [each for each in block.module.modules() if isinstance(each, nn.MultiheadAttention)]
+    attentions = [each for each in block.module.modules() if isinstance(each, nn.MultiheadAttention)]
     fix = "take static registers of form='token'"
-    if len(found) != 1 or type(found[0]).forward is not nn.MultiheadAttention.forward:
+    if len(attentions) != 1 or type(attentions[0]).forward is not nn.MultiheadAttention.forward:
         raise ValueError(
             f"{type(tower.module).__name__} ({tower.family.name}) does not attend with nn.MultiheadAttention, which "
             f"alone has a place for a bias: {fix}"
         )
-    (attention,) = found
+    (attention,) = attentions
     if attention.bias_k is not None or attention.add_zero_attn or "forward" in attention.__dict__:
         raise ValueError(f"attention of {type(tower.module).__name__} has a bias, or another forward, already: {fix}")
     if num_registers > 1:

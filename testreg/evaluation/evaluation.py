@@ -1,4 +1,4 @@
-"""The frame of every task: the columns plain, patched and against, on the same images, and the result."""
+"""The frame of every task: the model as it is, patched, and another one, on the same images, and the result."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Column:
+class Variant:
     """A model in one state: as it is, patched, or another one."""
 
     name: str
@@ -100,14 +100,14 @@ class Column:
         return digest.hexdigest()
 
 
-class Run:
-    """One evaluation: its columns, what they give for images, and the result.
+class Evaluation:
+    """One evaluation: its variants, what they give for images, and the result.
 
     Args:
         task: its name, under which features are kept.
-        model: what is evaluated. A checkpoint that is patched already has both columns, without `neurons`.
-        neurons: the register neurons of the patched column, as `testreg.patch` takes them; None or "none" for no such
-            column.
+        model: what is evaluated. A checkpoint that is patched already has both variants, without `neurons`.
+        neurons: the register neurons of the patched variant, as `testreg.patch` takes them; None or "none" for no such
+            variant.
         against: another model, e.g. one with trained registers, as it comes.
         image_size: side of the square images that the task will give, up to whole patches; "any" if they are of any
             size; None for the model's own.
@@ -133,11 +133,11 @@ class Run:
         loaded = self._loaded(model, image_size)
         self.model_name = loaded.name
         self.against_name: str | None = None
-        self.columns = _columns(loaded, None if neurons == "none" else neurons)
+        self.variants = _variants(loaded, None if neurons == "none" else neurons)
         if against is not None:
             other = self._loaded(against, image_size)
             patch = _patch_of(other.model) if is_patched(other.model) else None
-            self.columns.append(Column("against", other.model, other.transform, nullcontext, patch))
+            self.variants.append(Variant("against", other.model, other.transform, nullcontext, patch))
             self.against_name = other.name
 
     def _loaded(self, model: Model, image_size: int | str | None) -> LoadedModel:
@@ -158,36 +158,36 @@ class Run:
             loaded.model.to(settings.device)
         return loaded
 
-    def name_of(self, column: Column) -> str:
-        """The name of the model of a column."""
-        return self.against_name if column.name == "against" and self.against_name else self.model_name
+    def name_of(self, variant: Variant) -> str:
+        """The name of the model of a variant."""
+        return self.against_name if variant.name == "against" and self.against_name else self.model_name
 
     def features(
         self,
-        column: Column,
+        variant: Variant,
         samples: Sequence[Sample[Any]],
         prepare: Preparation | None,
-        compute: Callable[[Column, Tensor], Mapping[str, Tensor]],
+        compute: Callable[[Variant, Tensor], Mapping[str, Tensor]],
         key: Mapping[str, Any],
     ) -> Features:
-        """What a column gives for each sample, computed once and kept on disk.
+        """What a variant gives for each sample, computed once and kept on disk.
 
         Args:
             prepare: makes the model's input of an image; None for its own preprocessing.
-            compute: from the column and images (B, 3, h, w) to named tensors (B, ...).
+            compute: from the variant and images (B, 3, h, w) to named tensors (B, ...).
             key: what the features depend on besides the model, the images and their preparation. Tasks that read the
                 same features name another `task` in it.
 
         Raises:
             OSError, ValueError: an image cannot be read, or the model does not take it.
         """
-        prepare = Own(column.transform) if prepare is None else prepare
+        prepare = Own(variant.transform) if prepare is None else prepare
         depends_on = {
             "version": FEATURES_VERSION,
             "task": self.task,
-            "weights": column.weights,
-            "dtype": str(column.tower.dtype),
-            "patch": column.patch,
+            "weights": variant.weights,
+            "dtype": str(variant.tower.dtype),
+            "patch": variant.patch,
             "images": [sample.name for sample in samples],
             "preparation": prepare.key,
             **key,
@@ -195,15 +195,15 @@ class Run:
         settings = self.settings
         with (
             torch.no_grad(),
-            column.state(),
-            column.tower.evaluating(),
-            progress_bar(f"{self.task}, {column.name}", len(samples), settings.progress) as bar,
+            variant.state(),
+            variant.tower.evaluating(),
+            progress_bar(f"{self.task}, {variant.name}", len(samples), settings.progress) as bar,
         ):
             return extract(
                 self.cache / hashed(depends_on)[:32],
                 samples,
                 prepare,
-                _explained(compute, column),
+                _explained(compute, variant),
                 batch_size=settings.batch_size,
                 workers=settings.workers,
                 on_images=bar.update,
@@ -219,8 +219,8 @@ class Run:
         notes: Sequence[str] = (),
         pictures: Mapping[str, Callable[[], Figure]] | None = None,
     ) -> Result:
-        """The result, from the scores of each column by its name."""
-        patches = {column.name: column.patch for column in self.columns}
+        """The result, from the scores of each variant by its name."""
+        patches = {variant.name: variant.patch for variant in self.variants}
         return Result(
             task=self.task,
             model=self.model_name,
@@ -252,22 +252,22 @@ def _values(scores: Scores) -> dict[str, float]:
     return {name: metric.value for name, metric in scores.items()}
 
 
-def _columns(loaded: LoadedModel, neurons: AnyNeurons) -> list[Column]:
+def _variants(loaded: LoadedModel, neurons: AnyNeurons) -> list[Variant]:
     model, transform = loaded.model, loaded.transform
     if is_patched(model):
         if neurons is not None:
             raise ValueError(f"{loaded.name} is patched already: leave neurons out, or call testreg.unpatch first")
         return [
-            Column("plain", model, transform, lambda: disabled(model), None),
-            Column("patched", model, transform, nullcontext, _patch_of(model)),
+            Variant("plain", model, transform, lambda: disabled(model), None),
+            Variant("patched", model, transform, nullcontext, _patch_of(model)),
         ]
-    columns = [Column("plain", model, transform, nullcontext, None)]
+    variants = [Variant("plain", model, transform, nullcontext, None)]
     if neurons is not None:
         chosen = resolve(neurons, model)
         with patched(model, chosen):  # so that neurons which do not fit are known before the work
             patch = _patch_of(model)
-        columns.append(Column("patched", model, transform, lambda: patched(model, chosen), patch))
-    return columns
+        variants.append(Variant("patched", model, transform, lambda: patched(model, chosen), patch))
+    return variants
 
 
 def _patch_of(model: nn.Module) -> dict[str, Any]:
@@ -279,16 +279,16 @@ def _patch_of(model: nn.Module) -> dict[str, Any]:
     return {"neurons": state.neurons.by_block(), **state.options, **states}
 
 
-def _explained(compute: Callable[[Column, Tensor], Mapping[str, Tensor]], column: Column) -> Compute:
-    """`compute` for a column, with an error that says so where the model does not take images of their size."""
+def _explained(compute: Callable[[Variant, Tensor], Mapping[str, Tensor]], variant: Variant) -> Compute:
+    """`compute` for a variant, with an error that says so where the model does not take images of their size."""
 
     def computed(images: Tensor) -> Mapping[str, Tensor]:
         try:
-            return compute(column, images)
+            return compute(variant, images)
         except (AssertionError, RuntimeError, ValueError) as error:
             height, width = images.shape[-2:]
             raise ValueError(
-                f"{type(column.model).__name__} failed on images of {height} x {width} pixels ({error}): if it takes "
+                f"{type(variant.model).__name__} failed on images of {height} x {width} pixels ({error}): if it takes "
                 "images of one size alone, name that as size (--size)"
             ) from error
 
