@@ -20,8 +20,8 @@ import open_clip
 import pytest
 import timm
 import torch
-import torch._dynamo.testing
 import transformers
+from marks import slow_except
 from reference import LAYOUTS, block_outputs, build, forward_by_hand, run
 from safetensors import safe_open
 from timm.models.vision_transformer import checkpoint_filter_fn
@@ -585,25 +585,29 @@ def compiled(model: Any, **options: Any) -> Callable[[Tensor], Tensor]:
     return lambda inputs: run(tower, inputs)
 
 
-@pytest.mark.parametrize("family", COMPILED)
+@pytest.mark.parametrize("family", slow_except(COMPILED, "timm_vit", "torchvision_vit"))
 @torch.no_grad()
 def test_compile_needs_one_graph_for_all_batch_sizes(family: str) -> None:
     if TORCH_2_9 and family.startswith(("open_clip", "torchvision")):
         pytest.skip("torch 2.9 cannot compile nn.MultiheadAttention for sizes that change, patched or not")
     model = patch(build(family), NEURONS, num_registers=2)
-    counter = torch._dynamo.testing.CompileCounter()
+    from torch._dynamo.testing import CompileCounter  # imported here, as it takes a second
+
+    counter = CompileCounter()
     forward = compiled(model, backend=counter)
     for batch in (2, 3, 5):
         torch.testing.assert_close(forward(images(batch)), outputs(model, batch), rtol=1e-4, atol=1e-5)
     assert counter.frame_count <= 2  # the first is static, the second dynamic
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compile_with_inductor_agrees() -> None:
     model = patch(build("timm_dinov2_reg4"), NEURONS)
     torch.testing.assert_close(compiled(model)(images()), outputs(model), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compile_has_the_same_gradients() -> None:
     model = patch(build("timm_dinov2_reg4"), NEURONS)
     actual, expected = (
@@ -628,7 +632,7 @@ def test_compile_notices_patch_disabled_and_unpatch() -> None:
     assert forward(images()).equal(clean)
 
 
-@all_families
+@pytest.mark.parametrize("family", slow_except(LAYOUTS, "timm_vit", "hf_clip", "open_clip_sequence_first"))
 @torch.no_grad()
 def test_export_takes_any_batch_size(family: str) -> None:
     # Units used by no other test, so that an index is cached, or not, by the trace itself.

@@ -219,6 +219,7 @@ def test_means_of_nothing_are_not_defined() -> None:
     assert np.isnan(mean_of([np.nan]).value)
 
 
+@pytest.mark.slow
 def test_processes_fit_the_same_probe(tmp_path: Path) -> None:
     command = ["evaluate", "linear", "demo", "--data", str(labelled(tmp_path / "data")), "--neurons", "none"]
     command += ["--iterations", "3", "--fit-batch", "6", "--size", "56", "--resamples", "5", "--device", "cpu"]

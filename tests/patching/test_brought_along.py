@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import slow_except
 from reference import LAYOUTS, build, run
 from tiny import IMAGE
 from torch import Tensor, nn
@@ -120,7 +121,7 @@ def test_a_forward_that_replaces_that_of_a_patched_block_is_an_error(index: int)
         close(model(images()), build("timm_vit")(images()))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", slow_except([False, True], False))
 def test_an_mlp_that_does_not_call_fc2_is_an_error(compiled: bool) -> None:
     torch._dynamo.reset()
     model = patched()

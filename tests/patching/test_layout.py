@@ -23,6 +23,7 @@ from coverage import timm_models, transformers_models
 from coverage.registry import image, images, randomise
 from coverage.transformers_inputs import GRIDS
 from coverage.transformers_table import VLM
+from marks import slow_except
 from reference import shift_by_hand
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
@@ -512,7 +513,7 @@ def test_threads_with_different_masks_do_not_meet(name: str, grad: bool) -> None
     assert not wrong
 
 
-@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("grad", slow_except([False, True], False))
 def test_a_masked_model_compiles_to_one_graph(grad: bool) -> None:
     model = testreg.patch(tiny.build("timm_vit"), tiny.NEURONS, num_registers=2)
     torch.compiler.reset()

@@ -9,7 +9,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-import torch._dynamo.testing
+import torch._dynamo
 from reference import LAYOUTS, block_outputs, build, forward_by_hand, run
 from tiny import IMAGE
 from torch import Tensor, nn
