@@ -557,6 +557,7 @@ def test_patching_imports_no_images_plots_or_model_libraries():
     assert printed.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(folder, tmp_path):
     """Two processes share the images out; sums are added in another order, hence 1e-5."""
     command = ["calibrate", str(folder / "model"), "--images", str(folder / "photos"), "--batch-size", "5"]
@@ -581,6 +582,7 @@ def test_two_processes_find_what_one_finds(folder, tmp_path):
     assert testreg.RegisterNeurons.load(again).ranking == two.ranking
 
 
+@pytest.mark.slow
 def test_of_two_processes_of_torchrun_one_says_what_was_diagnosed(folder, tmp_path):
     arguments = ["diagnose", str(folder / "model"), "--images", str(folder / "photos"), "--device", "cpu"]
     done = torchrun(2, [*arguments, "--json", str(tmp_path / "diagnosis.json")])
