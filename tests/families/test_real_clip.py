@@ -117,6 +117,7 @@ def test_patch_finds_the_list_in_transformers(
     assert all(LIST in each.getMessage() and ", verified" in each.getMessage() for each in caplog.records)
 
 
+@pytest.mark.slow
 def test_the_list_removes_the_outliers_of_other_photographs(original: Any) -> None:
     found = testreg.compare(original, sorted((FOLDER.parents[1] / "images").glob("*.jpg"))[-4:])
     assert found.before.max_over_median > 10

@@ -18,6 +18,7 @@ import pytest
 import timm
 import torch
 import transformers
+from marks import slow_except
 from safetensors import SafetensorError
 from tiny import BUILDERS, DEPTH, HF, HF_TEXT, IMAGE, NEURONS, PATCH, TIMM, WIDTH, build
 from torch import Tensor, nn
@@ -478,7 +479,7 @@ def killed_at(step: int, run: Callable[[], None]) -> bool:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-@pytest.mark.parametrize("previous", [True, False])
+@pytest.mark.parametrize("previous", slow_except([True, False], True))
 def test_a_save_may_be_killed_at_any_step(previous: bool, two: Any) -> None:
     folder, model, again = two
     backup = folder.parent / "backup"
@@ -514,6 +515,7 @@ def test_a_save_may_be_killed_at_any_step(previous: bool, two: Any) -> None:
     assert found.count("refused") >= (6 if previous else 10)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_rollback_may_be_killed_at_any_step(two: Any) -> None:
     folder, _, again = two

@@ -95,6 +95,10 @@ def test_neurons_are_moved_in_front_of_an_adapter_that_rotates_them(grad: bool) 
             block.mlp.fc2 = block.mlp.fc2.base_layer
         close(then(images()), patched()(images()))
     assert not any({"forward", "_call_impl"} & vars(module).keys() for module in testreg.unpatch(then).modules())
+
+
+@pytest.mark.slow
+def test_compilation_names_an_adapter_that_rotates() -> None:
     with pytest.raises(RuntimeError, match=r"wrapped in a Rotated .*or patch it last"):
         torch.compile(with_rotations(patched()), backend="eager", fullgraph=True)(images())
 

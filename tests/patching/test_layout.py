@@ -213,8 +213,8 @@ def test_other_masks_are_refused(mask: Tensor, message: str) -> None:
         TWO.validity(mask)
 
 
-@pytest.mark.parametrize("batch", [2, None], ids=["of each image", "of all images"])
-@pytest.mark.parametrize("size", [128, 2], ids=["one block", "several blocks"])
+@pytest.mark.parametrize("batch", slow_except([2, None], 2), ids=["of each image", "of all images"])
+@pytest.mark.parametrize("size", slow_except([128, 2], 2), ids=["one block", "several blocks"])
 def test_block_masks_are_extended_as_dense_ones(batch: int | None, size: int) -> None:
     shown = SHOWN if batch else SHOWN[:1]
     rows = shown[:, 0]
