@@ -585,7 +585,7 @@ def compiled(model: Any, **options: Any) -> Callable[[Tensor], Tensor]:
     return lambda inputs: run(tower, inputs)
 
 
-@pytest.mark.parametrize("family", slow_except(COMPILED, "timm_vit", "torchvision_vit"))
+@pytest.mark.parametrize("family", slow_except(COMPILED, "timm_vit"))
 @torch.no_grad()
 def test_compile_needs_one_graph_for_all_batch_sizes(family: str) -> None:
     if TORCH_2_9 and family.startswith(("open_clip", "torchvision")):
@@ -632,7 +632,7 @@ def test_compile_notices_patch_disabled_and_unpatch() -> None:
     assert forward(images()).equal(clean)
 
 
-@pytest.mark.parametrize("family", slow_except(LAYOUTS, "timm_vit", "hf_clip", "open_clip_sequence_first"))
+@pytest.mark.parametrize("family", slow_except(LAYOUTS, "timm_vit", "open_clip_sequence_first"))
 @torch.no_grad()
 def test_export_takes_any_batch_size(family: str) -> None:
     # Units used by no other test, so that an index is cached, or not, by the trace itself.

@@ -310,6 +310,7 @@ def test_offloaded_inputs_of_gradient_checkpointing_are_named() -> None:
 # Compiled, traced, split ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_hooks_that_replace_what_a_compiled_block_gives() -> None:
     torch._dynamo.reset()

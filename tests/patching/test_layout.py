@@ -513,7 +513,8 @@ def test_threads_with_different_masks_do_not_meet(name: str, grad: bool) -> None
     assert not wrong
 
 
-@pytest.mark.parametrize("grad", slow_except([False, True], False))
+@pytest.mark.slow
+@pytest.mark.parametrize("grad", [False, True])
 def test_a_masked_model_compiles_to_one_graph(grad: bool) -> None:
     model = testreg.patch(tiny.build("timm_vit"), tiny.NEURONS, num_registers=2)
     torch.compiler.reset()
@@ -524,6 +525,7 @@ def test_a_masked_model_compiles_to_one_graph(grad: bool) -> None:
             torch.testing.assert_close(compiled(batch, attn_mask=mask), model.forward_features(batch, attn_mask=mask))
 
 
+@pytest.mark.slow
 def test_a_model_compiles_in_a_second_thread_after_a_masked_one() -> None:
     def compiled_features(mask: Tensor | None) -> Tensor:
         torch.compiler.reset()
@@ -798,6 +800,7 @@ def test_registers_nest() -> None:
     assert not torch.equal(outer[-1], inner[-1])
 
 
+@pytest.mark.slow
 def test_registers_of_a_model_that_was_compiled_before() -> None:
     torch.compiler.reset()
     model = testreg.patch(tiny.build("timm_vit"), tiny.NEURONS)

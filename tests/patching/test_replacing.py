@@ -20,7 +20,6 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
-from marks import slow_except
 from reference import LAYOUTS, build, run
 from tiny import IMAGE
 from torch import Tensor, nn
@@ -437,7 +436,8 @@ def test_tokens_are_saved_without_what_rides_on_them() -> None:
             torch.testing.assert_close(model(images(2)), expected)
 
 
-@pytest.mark.parametrize("fullgraph", slow_except([True, False], True))
+@pytest.mark.slow
+@pytest.mark.parametrize("fullgraph", [True, False])
 @torch.no_grad()
 def test_a_compiled_model_takes_what_hooks_return(fullgraph: bool) -> None:
     torch._dynamo.reset()
