@@ -647,6 +647,7 @@ def test_export_takes_any_batch_size(family: str) -> None:
     assert outputs(copy.deepcopy(model)).equal(outputs(model))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_export_with_eager_attention_extends_the_mask_that_transformers_makes() -> None:
     model = build("hf_vit")

@@ -407,6 +407,7 @@ def test_no_activation_outlives_its_forward(how: str, grad: bool) -> None:
     assert running.forward is None or running.forward.kept is None or running.forward.kept.grad_fn is None
 
 
+@pytest.mark.slow
 def test_tokens_that_are_kept_until_the_interpreter_ends_say_nothing() -> None:
     program = f"""
 import sys
