@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from marks import slow_except
 from ranks import torchrun
 from scenes import RANDOM, image_bytes, labelled, tiny_model
 
@@ -57,7 +58,7 @@ def test_colours_are_told_apart(tmp_path: Path) -> None:
         knn.evaluate(tiny_model(), tmp_path, **OPTIONS)
 
 
-@pytest.mark.parametrize("augment", [True, False])
+@pytest.mark.parametrize("augment", slow_except([True, False], True))
 def test_a_linear_probe_learns(augment: bool, tmp_path: Path) -> None:
     labelled(tmp_path)
     result = linear.evaluate(

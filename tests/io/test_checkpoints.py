@@ -123,8 +123,14 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return configs
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", [*BUILDERS, *WHOLE])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    slow_except(
+        itertools.product([*BUILDERS, *WHOLE], [torch.float32, torch.bfloat16]),
+        *[(name, torch.float32) for name in (*BUILDERS, *WHOLE)],
+        *[(name, torch.bfloat16) for name in ("timm_vit", "hf_vit", "open_clip")],
+    ),
+)
 def test_loads_as_it_was_saved(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = saved(name, tmp_path / "out", dtype, num_registers=2, split_neurons=True, zero="all", max_over="layer")
     (tmp_path / "out" / "pytorch_model.bin").write_bytes(b"a pickle that nobody may open")

@@ -482,7 +482,7 @@ def test_recomputation_with_flex_attention_leaves_padding_out() -> None:
 # Threads, compilation, copies ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["timm ViT, masked", "Qwen2-VL, packed"])
+@pytest.mark.parametrize("name", slow_except(["timm ViT, masked", "Qwen2-VL, packed"], "timm ViT, masked"))
 @pytest.mark.parametrize("grad", [False, True])
 def test_threads_with_different_masks_do_not_meet(name: str, grad: bool) -> None:
     model = build(name).eval()
@@ -553,7 +553,7 @@ def _saved(model: nn.Module) -> nn.Module:
 COPIES = [copy.deepcopy, _pickled, _saved]
 
 
-@pytest.mark.parametrize("duplicate", COPIES)
+@pytest.mark.parametrize("duplicate", slow_except(COPIES, copy.deepcopy))
 @pytest.mark.parametrize("name", CASES)
 def test_copies_of_padded_and_packed_models_work(name: str, duplicate: Callable[[nn.Module], nn.Module]) -> None:
     model = build(name, num_registers=2)
