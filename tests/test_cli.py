@@ -247,6 +247,7 @@ def test_no_outliers_is_exit_code_3_and_no_file(folder, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_demo_finds_what_was_planted_and_says_that_it_was(tmp_path, capsys, monkeypatch):
     # A third of the time of its own sizes, at which tests/demo ranks, patches and diagnoses.
     for name, value in {"IMAGE_SIZE": 80, "CROP_SIZE": 64, "STRIDE": 21}.items():
