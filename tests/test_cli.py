@@ -618,6 +618,7 @@ def test_calibrate_writes_the_report_and_the_figures(folder, tmp_path, capsys):
 
 
 @records
+@pytest.mark.slow
 def test_the_demo_model_is_a_model_like_others(folder, tmp_path, capsys):
     assert main(["diagnose", "demo", "--images", str(folder / "photos"), "--image-size", "64"]) == 0
     assert "outliers from block 3 (MLP)" in capsys.readouterr().out

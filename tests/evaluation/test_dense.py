@@ -43,7 +43,7 @@ def rooms(folder: Path, count: int = 8) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("augment", [True, False])
+@pytest.mark.parametrize("augment", slow_except([True, False], False))
 def test_a_bright_rectangle_is_segmented(augment: bool, tmp_path: Path) -> None:
     options: dict[str, Any] = {"size": 64, "augment": augment, "cache": tmp_path / "kept", **OPTIONS}
     scenes(tmp_path)

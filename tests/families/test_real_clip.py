@@ -21,7 +21,7 @@ from testreg.families import activation, checkpoint_names, compare_weights, find
 from testreg.patching.state import patch_of
 
 FOLDER = Path(__file__).parents[3] / "shared" / "models" / "clip-vit-base-patch16"
-pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the weights are not here")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not FOLDER.is_dir(), reason="the weights are not here")]
 HUB, LIST = "openai/clip-vit-base-patch16", "openai-clip-vitb16"
 Weights = dict[str, Tensor]
 
@@ -117,7 +117,6 @@ def test_patch_finds_the_list_in_transformers(
     assert all(LIST in each.getMessage() and ", verified" in each.getMessage() for each in caplog.records)
 
 
-@pytest.mark.slow
 def test_the_list_removes_the_outliers_of_other_photographs(original: Any) -> None:
     found = testreg.compare(original, sorted((FOLDER.parents[1] / "images").glob("*.jpg"))[-4:])
     assert found.before.max_over_median > 10

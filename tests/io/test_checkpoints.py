@@ -484,8 +484,9 @@ def killed_at(step: int, run: Callable[[], None]) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-@pytest.mark.parametrize("previous", slow_except([True, False], True))
+@pytest.mark.parametrize("previous", [True, False])
 def test_a_save_may_be_killed_at_any_step(previous: bool, two: Any) -> None:
     folder, model, again = two
     backup = folder.parent / "backup"
