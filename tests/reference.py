@@ -321,12 +321,13 @@ _BUILDERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def build(name: str) -> Any:
+@tiny.built_once
+def build(name: str, seed: int = 0) -> Any:
     """A tiny model in eval mode, with weights such that every block, bias and norm matters."""
     if name in tiny.BUILDERS:
-        model = tiny.build(name)
+        model = tiny.build(name, seed)
     else:
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         model = _BUILDERS[name]().eval()
         for module in model.modules():
             if isinstance(module, nn.Linear):

@@ -247,6 +247,7 @@ def test_no_outliers_is_exit_code_3_and_no_file(folder, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_demo_finds_what_was_planted_and_says_that_it_was(tmp_path, capsys, monkeypatch):
     # A third of the time of its own sizes, at which tests/demo ranks, patches and diagnoses.
     for name, value in {"IMAGE_SIZE": 80, "CROP_SIZE": 64, "STRIDE": 21}.items():
@@ -525,6 +526,7 @@ def test_code_of_a_model_is_trusted_only_if_asked(folder, monkeypatch):
     assert asked == [False, True] * 4
 
 
+@pytest.mark.slow
 def test_names_that_are_no_text_or_look_like_markup(folder, tmp_path, capsys):
     """Folders whose names are not UTF-8, or hold HTML and TeX, in the JSON, the report, the figures and the output."""
     marked_up, no_text = tmp_path / "<b>$\\frac{x", tmp_path / os.fsdecode(b"caf\xe9 <i>$")
@@ -550,13 +552,7 @@ def test_names_that_are_no_text_or_look_like_markup(folder, tmp_path, capsys):
     assert picture.is_file()
 
 
-def test_patching_imports_no_images_plots_or_model_libraries():
-    heavy = ("PIL", "matplotlib", "timm", "transformers", "open_clip", "torchvision")
-    code = f"import sys, testreg; testreg.patch; print([name for name in {heavy} if name in sys.modules])"
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert printed.strip() == "[]"
-
-
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(folder, tmp_path):
     """Two processes share the images out; sums are added in another order, hence 1e-5."""
     command = ["calibrate", str(folder / "model"), "--images", str(folder / "photos"), "--batch-size", "5"]
@@ -581,6 +577,7 @@ def test_two_processes_find_what_one_finds(folder, tmp_path):
     assert testreg.RegisterNeurons.load(again).ranking == two.ranking
 
 
+@pytest.mark.slow
 def test_of_two_processes_of_torchrun_one_says_what_was_diagnosed(folder, tmp_path):
     arguments = ["diagnose", str(folder / "model"), "--images", str(folder / "photos"), "--device", "cpu"]
     done = torchrun(2, [*arguments, "--json", str(tmp_path / "diagnosis.json")])
@@ -621,6 +618,7 @@ def test_calibrate_writes_the_report_and_the_figures(folder, tmp_path, capsys):
 
 
 @records
+@pytest.mark.slow
 def test_the_demo_model_is_a_model_like_others(folder, tmp_path, capsys):
     assert main(["diagnose", "demo", "--images", str(folder / "photos"), "--image-size", "64"]) == 0
     assert "outliers from block 3 (MLP)" in capsys.readouterr().out

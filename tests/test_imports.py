@@ -82,9 +82,14 @@ def test_every_public_name_is_there() -> None:
 
 
 def test_patching_and_calibrating_import_little_beside_torch() -> None:
-    """torch's flex attention imports sympy, which takes half a second."""
-    code = "import sys, torch; before = set(sys.modules); {}; print(*set(sys.modules) - before)"
-    run = [sys.executable, "-c", code.format("import testreg; testreg.patch; testreg.calibrate; testreg.diagnose")]
-    added = subprocess.run(run, capture_output=True, text=True, check=True).stdout.split()
+    """Patching imports no images, plots or model libraries; torch's flex attention imports sympy: half a second."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import testreg; testreg.patch; print(*sys.modules);"
+        "testreg.calibrate; testreg.diagnose; print(*set(sys.modules) - before)"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    patching, added = (line.split() for line in printed.splitlines())
+    assert not {"PIL", "matplotlib", "timm", "transformers", "open_clip", "torchvision"} & set(patching)
+    assert "testreg.register" in patching
     assert "testreg.register" in added
     assert not {"sympy", "torch.nn.attention.flex_attention", "torch._dynamo"} & set(added)

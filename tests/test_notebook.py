@@ -4,9 +4,7 @@ from typing import Any
 
 import pytest
 
-nbclient = pytest.importorskip("nbclient")
-pytest.importorskip("ipykernel")
-from nbformat import v4  # noqa: E402
+pytestmark = pytest.mark.slow
 
 CELLS = (
     "import testreg\nfrom testreg.demo.run import photographs",
@@ -22,6 +20,10 @@ CELLS = (
 @pytest.fixture(scope="module")
 def outputs() -> list[list[Any]]:
     """The outputs of each cell."""
+    nbclient = pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    from nbformat import v4
+
     notebook = v4.new_notebook(cells=[v4.new_code_cell(cell) for cell in CELLS])
     nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
     return [cell.outputs for cell in notebook.cells]

@@ -48,6 +48,14 @@ def test_its_links_work_elsewhere() -> None:
     assert all(link.startswith("https://") for link in links)
 
 
+def test_ci_runs_its_tests_and_the_slow_ones_that_they_leave_out() -> None:
+    (command,) = re.findall(r"^pip install .*\[dev\].*pytest.*$", README, re.MULTILINE)
+    assert "-m" not in command
+    assert "pytest -m slow" in README
+    run = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert re.findall(r"^eval (.*)$", run, re.MULTILINE) == ['"$command"', '"$tests -m slow"']
+
+
 def files_of(pages: str | list[Any] | dict[str, Any]) -> list[str]:
     """The files of mkdocs' navigation, those of its sections included."""
     if isinstance(pages, str):

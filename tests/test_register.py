@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import gc
 import io
+import itertools
 import json
 import math
 import pickle
@@ -20,8 +21,8 @@ import open_clip
 import pytest
 import timm
 import torch
-import torch._dynamo.testing
 import transformers
+from marks import slow_except
 from reference import LAYOUTS, block_outputs, build, forward_by_hand, run
 from safetensors import safe_open
 from timm.models.vision_transformer import checkpoint_filter_fn
@@ -46,7 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "all_options": {"num_registers": 2, "split_neurons": True, "zero": "all", "max_over": "layer"},
 }
 
-COMPILED = (
+PATHS = (
     "timm_vit",
     "timm_dinov2_reg4",
     "timm_dinov3",
@@ -59,7 +60,7 @@ COMPILED = (
     "open_clip",
     "open_clip_sequence_first",
     "torchvision_vit",
-)  # compiling takes seconds, so of families with the same path through the code there is one
+)  # of families with the same path through the code there is one
 
 all_families = pytest.mark.parametrize("family", LAYOUTS)
 
@@ -424,8 +425,17 @@ def through_torch_save(model: nn.Module) -> nn.Module:
     return torch.load(buffer, weights_only=False)
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle, through_torch_save])
-@all_families
+DUPLICATES = (copy.deepcopy, through_pickle, through_torch_save)
+
+
+@pytest.mark.parametrize(
+    ("family", "duplicate"),
+    slow_except(
+        itertools.product(LAYOUTS, DUPLICATES),
+        *[(family, copy.deepcopy) for family in PATHS],
+        *[("timm_vit", duplicate) for duplicate in DUPLICATES],
+    ),
+)
 def test_copies_are_patched_and_independent(family: str, duplicate: Callable[[nn.Module], nn.Module]) -> None:
     model = build(family)
     clean = outputs(model)
@@ -585,25 +595,30 @@ def compiled(model: Any, **options: Any) -> Callable[[Tensor], Tensor]:
     return lambda inputs: run(tower, inputs)
 
 
-@pytest.mark.parametrize("family", COMPILED)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", PATHS)
 @torch.no_grad()
 def test_compile_needs_one_graph_for_all_batch_sizes(family: str) -> None:
     if TORCH_2_9 and family.startswith(("open_clip", "torchvision")):
         pytest.skip("torch 2.9 cannot compile nn.MultiheadAttention for sizes that change, patched or not")
     model = patch(build(family), NEURONS, num_registers=2)
-    counter = torch._dynamo.testing.CompileCounter()
+    from torch._dynamo.testing import CompileCounter  # imported here, as it takes a second
+
+    counter = CompileCounter()
     forward = compiled(model, backend=counter)
     for batch in (2, 3, 5):
         torch.testing.assert_close(forward(images(batch)), outputs(model, batch), rtol=1e-4, atol=1e-5)
     assert counter.frame_count <= 2  # the first is static, the second dynamic
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compile_with_inductor_agrees() -> None:
     model = patch(build("timm_dinov2_reg4"), NEURONS)
     torch.testing.assert_close(compiled(model)(images()), outputs(model), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compile_has_the_same_gradients() -> None:
     model = patch(build("timm_dinov2_reg4"), NEURONS)
     actual, expected = (
@@ -616,9 +631,11 @@ def test_compile_has_the_same_gradients() -> None:
 @torch.no_grad()
 def test_compile_notices_patch_disabled_and_unpatch() -> None:
     model = build("timm_vit")
+    model.blocks = model.blocks[:2]  # compiling takes a second for each
+    neurons = {block: units for block, units in NEURONS.by_block().items() if block < 2}
     forward, clean = compiled(model, backend="eager"), outputs(model)
     assert forward(images()).equal(clean)
-    patched = outputs(patch(model, NEURONS))
+    patched = outputs(patch(model, neurons))
     assert not patched.equal(clean)
     assert forward(images()).equal(patched)
     with disabled(model):
@@ -628,7 +645,7 @@ def test_compile_notices_patch_disabled_and_unpatch() -> None:
     assert forward(images()).equal(clean)
 
 
-@all_families
+@pytest.mark.parametrize("family", slow_except(LAYOUTS, "timm_vit"))
 @torch.no_grad()
 def test_export_takes_any_batch_size(family: str) -> None:
     # Units used by no other test, so that an index is cached, or not, by the trace itself.
@@ -643,6 +660,7 @@ def test_export_takes_any_batch_size(family: str) -> None:
     assert outputs(copy.deepcopy(model)).equal(outputs(model))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_export_with_eager_attention_extends_the_mask_that_transformers_makes() -> None:
     model = build("hf_vit")
@@ -656,7 +674,7 @@ def test_export_with_eager_attention_extends_the_mask_that_transformers_makes() 
 
 
 @pytest.mark.parametrize("how", ["bf16", "autocast"])
-@all_families
+@pytest.mark.parametrize("family", slow_except(LAYOUTS, *PATHS))
 @torch.no_grad()
 def test_low_precision_errs_no_more_than_without_registers(family: str, how: str) -> None:
     def tokens(model: Any) -> Tensor:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from marks import slow_except
 from planting import plant
 from tiny import BUILDERS, SPREAD_MLP, fresh, packed, photograph_crops
 
@@ -32,7 +33,16 @@ def assert_alike(one, other):
         assert getattr(one, name) == pytest.approx(getattr(other, name), abs=1e-5), name
 
 
-@pytest.mark.parametrize("name", [name for name in BUILDERS if "swiglu" not in name and name not in SPREAD_MLP])
+@pytest.mark.parametrize(
+    "name",
+    slow_except(
+        [name for name in BUILDERS if "swiglu" not in name and name not in SPREAD_MLP],
+        "timm_clip",
+        "hf_siglip",
+        "open_clip_sequence_first",
+        "torchvision_vit",
+    ),
+)
 def test_effects_are_what_they_would_be_without_it(name):
     meter, neurons = meter_of(name)
     late = [neuron for neuron in neurons if neuron[0] == 2]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from marks import slow_except
 from PIL import Image
 from planting import plant
 from safetensors import safe_open
@@ -35,6 +36,7 @@ DATA = Path(__file__).parents[1] / "data"
 # Most lists here are found on too few images to be verified.
 pytestmark = pytest.mark.filterwarnings("ignore::testreg.UnverifiedNeuronsWarning")
 PLANTABLE = [name for name in BUILDERS if "swiglu" not in name and name not in SPREAD_MLP]
+QUICK = ("timm_clip", "timm_dinov2_reg4", "hf_siglip", "hf_dinov2", "open_clip_sequence_first", "torchvision_vit")
 
 
 @pytest.fixture
@@ -51,8 +53,8 @@ def first(neurons, count):
     return {(block, unit) for block, unit, _ in neurons.ranking[:count]}
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("name", PLANTABLE)
+@pytest.mark.parametrize("seed", slow_except([0, 1], 0))
+@pytest.mark.parametrize("name", slow_except(PLANTABLE, *QUICK))
 def test_planted_neurons_are_found_and_patching_removes_their_outliers(name, seed, photos):
     model = fresh(name, seed)
     planted = plant(model, photos, num_neurons=4, decoys=True, seed=seed)
@@ -148,7 +150,7 @@ def test_activation_score_equals_a_ranking_from_whole_activations(name):
         assert score == pytest.approx(expected[block, unit].item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 64])
+@pytest.mark.parametrize("batch_size", slow_except([1, 7, 64], 7))
 def test_scores_do_not_depend_on_the_batch_size(batch_size, planted, photos):
     model, _ = planted
     scores = [
@@ -428,7 +430,7 @@ class Interrupted(torch.utils.data.Dataset):
         return self.images[index]
 
 
-@pytest.mark.parametrize("score", ["contribution", "activation"])
+@pytest.mark.parametrize("score", slow_except(["contribution", "activation"], "contribution"))
 def test_an_interrupted_run_goes_on_to_the_same_result(score, planted, photos, tmp_path):
     model, _ = planted
     many, state = photos.repeat(6, 1, 1, 1), tmp_path / "state.safetensors"
@@ -762,7 +764,7 @@ def test_other_sizes_and_dtypes_than_verified_warn_once(planted, photos):
         larger(photos[:1])
 
 
-@pytest.mark.parametrize("mechanism", ["triggers", "spread", "two_populations", "fading"])
+@pytest.mark.parametrize("mechanism", slow_except(["triggers", "spread", "two_populations", "fading"], "spread"))
 def test_mechanisms_that_are_spread_over_blocks_are_found(mechanism, photos, tmp_path):
     """By default, told nothing: under 5 % of the outliers are left after every block, and no decoy is moved."""
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 import pytest
 import timm
+from marks import slow_except
 from torch import Tensor, nn
 
 import testreg
@@ -25,7 +26,7 @@ def model() -> nn.Module:
     return timm.create_model(f"local-dir:{DEMO}", pretrained=True).eval()
 
 
-@pytest.fixture(scope="module", params=SIZES)
+@pytest.fixture(scope="module", params=slow_except(SIZES, 96))
 def photographs(request: pytest.FixtureRequest) -> Tensor:
     return demo.photographs(request.param)
 

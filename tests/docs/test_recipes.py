@@ -243,6 +243,7 @@ def test_lora(classes: Path, neurons: str, tmp_path: Path) -> None:
     testreg.patch(merged, NEURONS)
 
 
+@pytest.mark.slow
 @records
 def test_feature_server(photo: str, neurons: str, tmp_path: Path) -> None:
     torch._dynamo.reset()

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from marks import slow_except
 from ranks import torchrun
 from scenes import RANDOM, image_bytes, labelled, tiny_model
 
@@ -57,7 +58,7 @@ def test_colours_are_told_apart(tmp_path: Path) -> None:
         knn.evaluate(tiny_model(), tmp_path, **OPTIONS)
 
 
-@pytest.mark.parametrize("augment", [True, False])
+@pytest.mark.parametrize("augment", slow_except([True, False], True))
 def test_a_linear_probe_learns(augment: bool, tmp_path: Path) -> None:
     labelled(tmp_path)
     result = linear.evaluate(
@@ -219,6 +220,7 @@ def test_means_of_nothing_are_not_defined() -> None:
     assert np.isnan(mean_of([np.nan]).value)
 
 
+@pytest.mark.slow
 def test_processes_fit_the_same_probe(tmp_path: Path) -> None:
     command = ["evaluate", "linear", "demo", "--data", str(labelled(tmp_path / "data")), "--neurons", "none"]
     command += ["--iterations", "3", "--fit-batch", "6", "--size", "56", "--resamples", "5", "--device", "cpu"]

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from marks import slow_except
 from scenes import RANDOM, SIZES, masks, tiny_model, write_image, write_map
 from torch import nn
 
@@ -42,7 +43,7 @@ def rooms(folder: Path, count: int = 8) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("augment", [True, False])
+@pytest.mark.parametrize("augment", slow_except([True, False], False))
 def test_a_bright_rectangle_is_segmented(augment: bool, tmp_path: Path) -> None:
     options: dict[str, Any] = {"size": 64, "augment": augment, "cache": tmp_path / "kept", **OPTIONS}
     scenes(tmp_path)
@@ -57,7 +58,9 @@ def test_a_bright_rectangle_is_segmented(augment: bool, tmp_path: Path) -> None:
     assert result.save_figures(tmp_path)[0].name == "segment-masks.png"
 
 
-@pytest.mark.parametrize(("augment", "size"), [(True, None), (False, None), (False, 64), (True, 48)])
+@pytest.mark.parametrize(
+    ("augment", "size"), slow_except([(True, None), (False, None), (False, 64), (True, 48)], (True, 48), (False, None))
+)
 def test_depth_is_learnt(augment: bool, size: int | None, tmp_path: Path) -> None:
     result = depth.evaluate(
         tiny_model(),

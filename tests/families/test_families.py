@@ -13,6 +13,7 @@ import tiny
 import torch
 import transformers
 from imitations import clip
+from marks import slow_except
 from reference import LAYOUTS, block_outputs, build, forward_by_hand, run
 from tiny import DEPTH, HF, HF_DINOV2, HF_TEXT, IMAGE, TIMM, WIDTH
 from torch import Tensor, nn
@@ -382,7 +383,7 @@ WHOLE: dict[str, tuple[Callable[[], nn.Module], Call]] = {
 }
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", slow_except(WHOLE, *(WHOLE.keys() - {"compiled"})))
 @torch.no_grad()
 def test_whole_models_are_patched_at_their_tower(name: str) -> None:
     make, forward = WHOLE[name]

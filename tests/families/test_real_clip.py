@@ -21,7 +21,7 @@ from testreg.families import activation, checkpoint_names, compare_weights, find
 from testreg.patching.state import patch_of
 
 FOLDER = Path(__file__).parents[3] / "shared" / "models" / "clip-vit-base-patch16"
-pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the weights are not here")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not FOLDER.is_dir(), reason="the weights are not here")]
 HUB, LIST = "openai/clip-vit-base-patch16", "openai-clip-vitb16"
 Weights = dict[str, Tensor]
 

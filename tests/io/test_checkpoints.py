@@ -18,6 +18,7 @@ import pytest
 import timm
 import torch
 import transformers
+from marks import slow_except
 from safetensors import SafetensorError
 from tiny import BUILDERS, DEPTH, HF, HF_TEXT, IMAGE, NEURONS, PATCH, TIMM, WIDTH, build
 from torch import Tensor, nn
@@ -122,8 +123,14 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return configs
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", [*BUILDERS, *WHOLE])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    slow_except(
+        itertools.product([*BUILDERS, *WHOLE], [torch.float32, torch.bfloat16]),
+        *[(name, torch.float32) for name in (*BUILDERS, *WHOLE)],
+        *[(name, torch.bfloat16) for name in ("timm_vit", "hf_vit", "open_clip")],
+    ),
+)
 def test_loads_as_it_was_saved(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = saved(name, tmp_path / "out", dtype, num_registers=2, split_neurons=True, zero="all", max_over="layer")
     (tmp_path / "out" / "pytorch_model.bin").write_bytes(b"a pickle that nobody may open")
@@ -477,6 +484,7 @@ def killed_at(step: int, run: Callable[[], None]) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 @pytest.mark.parametrize("previous", [True, False])
 def test_a_save_may_be_killed_at_any_step(previous: bool, two: Any) -> None:
@@ -514,6 +522,7 @@ def test_a_save_may_be_killed_at_any_step(previous: bool, two: Any) -> None:
     assert found.count("refused") >= (6 if previous else 10)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_rollback_may_be_killed_at_any_step(two: Any) -> None:
     folder, _, again = two

@@ -18,6 +18,7 @@ import torch
 import torchvision
 import transformers
 from imitations import dinov2
+from marks import slow_except
 from PIL import Image
 from tiny import DEPTH, HF, IMAGE, MLP_WIDTH, NEURONS, PATCH, TIMM, WIDTH, build
 from torch import Tensor, nn
@@ -485,7 +486,9 @@ def test_image_size_is_checked() -> None:
         load_model("timm:vit_tiny_patch16_224", image_size=0)
 
 
-@pytest.mark.parametrize("name", ["timm_vit", "hf_clip", "open_clip", "torchvision"])
+@pytest.mark.parametrize(
+    "name", slow_except(["timm_vit", "hf_clip", "open_clip", "torchvision"], "timm_vit", "hf_clip", "open_clip")
+)
 def test_what_save_writes_takes_photographs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`load` needs neither the original nor its processor, wherever the folder lies."""
     if name == "torchvision":

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import transformers
+from marks import slow_except
 from planting import plant
 from tiny import HF, TIMM, build, fresh
 from torch.overrides import _len_torch_function_stack
@@ -510,7 +511,7 @@ def test_neighbour_cosine_of_a_single_patch_or_row():
     assert neighbour_cosine(row, row.norm(dim=-1), (1, 3)).tolist() == [[0.0, 0.5, 1.0]]
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 64])
+@pytest.mark.parametrize("batch_size", slow_except([1, 7, 64], 7))
 def test_the_batch_size_does_not_matter(batch_size, planted, photos):
     expected, found = (look(planted, photos, batch_size=size).to_json() for size in (16, batch_size))
     assert found["verdict"] == expected["verdict"]
@@ -642,7 +643,9 @@ def interrupted(photos):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("name", ["timm_clip", "hf_clip", "open_clip_sequence_first"])
+@pytest.mark.parametrize(
+    "name", slow_except(["timm_clip", "hf_clip", "open_clip_sequence_first"], "open_clip_sequence_first")
+)
 def test_a_patched_model_has_no_outliers_left(name, photos):
     model = fresh(name)
     plant(model, photos, num_neurons=4)

@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from marks import slow_except
 from planting import plant, plant_on_register
 from tiny import TIMM, build, fresh
 from torch import Tensor
@@ -31,7 +32,7 @@ def test_registers_of_timm(name: str) -> None:
     assert tower.num_prefix == (5 if "dinov3" in name else 4)
 
 
-@pytest.mark.parametrize("name", WITH_REGISTERS)
+@pytest.mark.parametrize("name", slow_except(WITH_REGISTERS, "hf_dinov3"))
 def test_what_is_planted_on_patches_is_found_and_removed(name: str, photos: Tensor) -> None:
     model = fresh(name)
     planted = plant(model, photos, num_neurons=4, norm_ratio=40.0)

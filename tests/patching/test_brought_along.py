@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import slow_except
 from reference import LAYOUTS, build, run
 from tiny import IMAGE
 from torch import Tensor, nn
@@ -94,6 +95,10 @@ def test_neurons_are_moved_in_front_of_an_adapter_that_rotates_them(grad: bool) 
             block.mlp.fc2 = block.mlp.fc2.base_layer
         close(then(images()), patched()(images()))
     assert not any({"forward", "_call_impl"} & vars(module).keys() for module in testreg.unpatch(then).modules())
+
+
+@pytest.mark.slow
+def test_compilation_names_an_adapter_that_rotates() -> None:
     with pytest.raises(RuntimeError, match=r"wrapped in a Rotated .*or patch it last"):
         torch.compile(with_rotations(patched()), backend="eager", fullgraph=True)(images())
 
@@ -136,7 +141,7 @@ def test_a_forward_that_replaces_that_of_a_patched_block_is_an_error(index: int)
         close(model(images()), build("timm_vit")(images()))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", slow_except([False, True], False))
 def test_an_mlp_that_does_not_call_fc2_is_an_error(compiled: bool) -> None:
     torch._dynamo.reset()
     model = patched()
@@ -321,6 +326,7 @@ def test_offloaded_inputs_of_gradient_checkpointing_are_named() -> None:
 # Compiled, traced, split ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_hooks_that_replace_what_a_compiled_block_gives() -> None:
     torch._dynamo.reset()

@@ -68,6 +68,7 @@ class MainOutput(nn.Module):
 # Compilers and exporters ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compile_takes_any_image_size_and_follows_patch_and_unpatch() -> None:
     torch._dynamo.reset()
@@ -86,6 +87,7 @@ def test_compile_takes_any_image_size_and_follows_patch_and_unpatch() -> None:
     close(forward(images(*shapes[1])), clean[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "strict"), [("timm_dinov3", False), ("hf_clip", True), ("torchvision_vit", True)])
 @torch.no_grad()
 def test_an_exported_program_decomposes_and_survives_a_file(family: str, strict: bool) -> None:
@@ -102,6 +104,7 @@ def test_an_exported_program_decomposes_and_survives_a_file(family: str, strict:
         close(loaded(images(size)), outputs(model, images(size)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["timm_vit", "hf_clip", "open_clip"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @torch.no_grad()
@@ -350,6 +353,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
 @pytest.mark.parametrize("order", ["patch first", "wrap first"])
 @pytest.mark.parametrize("kind", WRAPPERS)

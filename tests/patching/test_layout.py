@@ -23,6 +23,7 @@ from coverage import timm_models, transformers_models
 from coverage.registry import image, images, randomise
 from coverage.transformers_inputs import GRIDS
 from coverage.transformers_table import VLM
+from marks import slow_except
 from reference import shift_by_hand
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
@@ -212,8 +213,8 @@ def test_other_masks_are_refused(mask: Tensor, message: str) -> None:
         TWO.validity(mask)
 
 
-@pytest.mark.parametrize("batch", [2, None], ids=["of each image", "of all images"])
-@pytest.mark.parametrize("size", [128, 2], ids=["one block", "several blocks"])
+@pytest.mark.parametrize("batch", slow_except([2, None], 2), ids=["of each image", "of all images"])
+@pytest.mark.parametrize("size", slow_except([128, 2], 2), ids=["one block", "several blocks"])
 def test_block_masks_are_extended_as_dense_ones(batch: int | None, size: int) -> None:
     shown = SHOWN if batch else SHOWN[:1]
     rows = shown[:, 0]
@@ -481,7 +482,7 @@ def test_recomputation_with_flex_attention_leaves_padding_out() -> None:
 # Threads, compilation, copies ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["timm ViT, masked", "Qwen2-VL, packed"])
+@pytest.mark.parametrize("name", slow_except(["timm ViT, masked", "Qwen2-VL, packed"], "timm ViT, masked"))
 @pytest.mark.parametrize("grad", [False, True])
 def test_threads_with_different_masks_do_not_meet(name: str, grad: bool) -> None:
     model = build(name).eval()
@@ -512,6 +513,7 @@ def test_threads_with_different_masks_do_not_meet(name: str, grad: bool) -> None
     assert not wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_masked_model_compiles_to_one_graph(grad: bool) -> None:
     model = testreg.patch(tiny.build("timm_vit"), tiny.NEURONS, num_registers=2)
@@ -523,6 +525,7 @@ def test_a_masked_model_compiles_to_one_graph(grad: bool) -> None:
             torch.testing.assert_close(compiled(batch, attn_mask=mask), model.forward_features(batch, attn_mask=mask))
 
 
+@pytest.mark.slow
 def test_a_model_compiles_in_a_second_thread_after_a_masked_one() -> None:
     def compiled_features(mask: Tensor | None) -> Tensor:
         torch.compiler.reset()
@@ -550,7 +553,7 @@ def _saved(model: nn.Module) -> nn.Module:
 COPIES = [copy.deepcopy, _pickled, _saved]
 
 
-@pytest.mark.parametrize("duplicate", COPIES)
+@pytest.mark.parametrize("duplicate", slow_except(COPIES, copy.deepcopy))
 @pytest.mark.parametrize("name", CASES)
 def test_copies_of_padded_and_packed_models_work(name: str, duplicate: Callable[[nn.Module], nn.Module]) -> None:
     model = build(name, num_registers=2)
@@ -797,6 +800,7 @@ def test_registers_nest() -> None:
     assert not torch.equal(outer[-1], inner[-1])
 
 
+@pytest.mark.slow
 def test_registers_of_a_model_that_was_compiled_before() -> None:
     torch.compiler.reset()
     model = testreg.patch(tiny.build("timm_vit"), tiny.NEURONS)

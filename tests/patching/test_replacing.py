@@ -407,6 +407,7 @@ def test_no_activation_outlives_its_forward(how: str, grad: bool) -> None:
     assert running.forward is None or running.forward.kept is None or running.forward.kept.grad_fn is None
 
 
+@pytest.mark.slow
 def test_tokens_that_are_kept_until_the_interpreter_ends_say_nothing() -> None:
     program = f"""
 import sys
@@ -436,6 +437,7 @@ def test_tokens_are_saved_without_what_rides_on_them() -> None:
             torch.testing.assert_close(model(images(2)), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fullgraph", [True, False])
 @torch.no_grad()
 def test_a_compiled_model_takes_what_hooks_return(fullgraph: bool) -> None:

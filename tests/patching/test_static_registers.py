@@ -9,7 +9,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-import torch._dynamo.testing
+import torch._dynamo
 from reference import LAYOUTS, block_outputs, build, forward_by_hand, run
 from tiny import IMAGE
 from torch import Tensor, nn
@@ -222,6 +222,7 @@ def test_steering_needs_no_registers(family: str, form: str) -> None:
         assert outputs(model).equal(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "form"), [("timm_vit", "token"), ("open_clip", "bias")])
 @torch.no_grad()
 def test_compile_and_export(family: str, form: str) -> None:

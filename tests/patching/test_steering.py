@@ -297,6 +297,7 @@ def _fresh_dynamo() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["timm_vit", "hf_clip", "open_clip_sequence_first"])
 @pytest.mark.usefixtures("_fresh_dynamo")
 @torch.no_grad()
@@ -310,6 +311,7 @@ def test_compiled_models_can_be_steered(family: str) -> None:
             torch.testing.assert_close(run(tower, images()), outputs(model), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_dynamo")
 def test_compiled_models_are_steered_by_the_thread_that_says_so() -> None:
     model = patch(build("timm_vit"), NEURONS)
@@ -331,6 +333,7 @@ def test_compiled_models_are_steered_by_the_thread_that_says_so() -> None:
         torch.testing.assert_close(thread.submit(compiled).result(), moved, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [False, True])
 @torch.no_grad()
 def test_the_target_of_a_patch_is_exported(strict: bool) -> None:

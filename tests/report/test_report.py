@@ -504,6 +504,7 @@ def opened(browser, text, folder):
     return json.loads(html.unescape(found[1])), [line for line in result.stderr.splitlines() if "CONSOLE" in line]
 
 
+@pytest.mark.slow
 def test_in_chromium(browser, written, tmp_path):
     frames, console = opened(browser, (written / "report.html").read_text(encoding="utf-8"), tmp_path)
     assert console == []
@@ -516,6 +517,7 @@ def test_in_chromium(browser, written, tmp_path):
         assert frame["title"] == f"testreg: {HOSTILE}"
 
 
+@pytest.mark.slow
 def test_chromium_would_notice(browser, written, tmp_path):
     """The test above can fail: a foreign picture is not loaded, an error logged, a wide line seen."""
     text = (written / "report.html").read_text(encoding="utf-8")

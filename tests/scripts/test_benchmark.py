@@ -199,11 +199,13 @@ def fewest_faults_of_a_tensor() -> int:
     return min(faults() for _ in range(10))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is known to give memory back")
 def test_freed_memory_is_kept() -> None:
     assert in_own_process(fewest_faults_of_a_tensor) < 1000  # 16384 where it was given back
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own() -> None:
     assert in_own_process(os.getppid) == os.getpid()
 
@@ -266,6 +268,7 @@ def test_a_folder_that_is_no_checkout(made: tuple[str, ...], message: str, tmp_p
     )
 
 
+@pytest.mark.slow
 def test_rows_are_printed_and_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

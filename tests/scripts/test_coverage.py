@@ -166,6 +166,7 @@ def test_a_model_without_a_known_tower_is_a_failure() -> None:
     assert "no supported vision tower in Linear" in verdict.reason
 
 
+@pytest.mark.slow
 def test_the_script_counts() -> None:
     command = [sys.executable, SCRIPT, "--library", "torchvision", "--match", "vit_b_16", "--workers", "1"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)

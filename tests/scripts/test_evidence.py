@@ -150,6 +150,7 @@ def command(network: Path, work: Path, neurons: str = "neurons.json", **options:
     return json.loads((work / "made.json").read_text())
 
 
+@pytest.mark.slow
 def test_one_command_makes_all_columns(network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = ("testreg", "zeroed")
     monkeypatch.setitem(ROWS, "attention-seg", replace(ROWS["attention-seg"], columns=few))

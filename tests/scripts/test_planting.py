@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import transformers
+from marks import slow_except
 from planting import plant, plant_into
 from tiny import HF, TIMM, fresh
 
@@ -14,6 +15,7 @@ from testreg.families import find_tower
 from testreg.measure.outliers import OutlierRule, token_norms
 
 FAMILIES = ["timm_vit", "timm_eva", "hf_clip", "hf_dinov2", "hf_siglip", "hf_dinov3", "open_clip"]
+QUICK = ("timm_vit", "hf_clip", "open_clip")
 WITH_POSITIONS = ["timm_vit", "timm_eva", "hf_dinov2", "hf_siglip"]
 FIXED = (1, 2)  # of 4 x 4 patches
 
@@ -63,7 +65,7 @@ def silenced(tower, neurons):
 
 
 @pytest.mark.parametrize("two_blocks", [False, True])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", slow_except(FAMILIES, *QUICK))
 def test_planted_neurons_make_the_outliers(name, two_blocks, photos):
     model = random_model(name)
     planted = plant(model, photos, num_neurons=6, two_blocks=two_blocks, outlier_fraction=0.03)
@@ -85,7 +87,7 @@ def test_planted_neurons_make_the_outliers(name, two_blocks, photos):
         assert not outliers_of(tower, photos).any()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", slow_except(FAMILIES, *QUICK))
 def test_decoys_are_there_when_outliers_are_but_do_not_make_them(name, photos):
     model = random_model(name)
     planted = plant(model, photos, num_neurons=4, norm_ratio=16.0, decoys=True)
@@ -112,7 +114,7 @@ def test_decoys_are_there_when_outliers_are_but_do_not_make_them(name, photos):
     assert change["trap"] > 5 * max(change[decoy] for decoy in ("idle", "companion", "echo"))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", slow_except(FAMILIES, *QUICK))
 def test_an_echo_writes_much_across_the_outliers(name, photos):
     model = random_model(name)
     planted = plant(model, photos, num_neurons=4, norm_ratio=16.0, decoys=True)
@@ -131,7 +133,7 @@ def test_an_echo_writes_much_across_the_outliers(name, photos):
 
 
 @pytest.mark.parametrize("num_neurons", [0, 4])
-@pytest.mark.parametrize("name", WITH_POSITIONS)
+@pytest.mark.parametrize("name", slow_except(WITH_POSITIONS, "timm_vit"))
 def test_a_fixed_position_is_an_outlier_everywhere(name, num_neurons, photos):
     model = random_model(name)
     planted = plant(model, photos, num_neurons=num_neurons, decoys=True, fixed_position=FIXED)
@@ -153,7 +155,7 @@ def test_not_every_family_has_fixed_positions(name, message, photos):
 
 
 @pytest.mark.parametrize("decoys", [False, True])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", slow_except(FAMILIES, *QUICK))
 def test_without_neurons_a_model_is_clean(name, decoys, photos):
     model = random_model(name)
     planted = plant(model, photos, num_neurons=0, decoys=decoys)
@@ -199,7 +201,7 @@ MECHANISMS = {
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
-@pytest.mark.parametrize("name", ["timm_vit", "hf_siglip"])
+@pytest.mark.parametrize("name", slow_except(["timm_vit", "hf_siglip"], "timm_vit"))
 def test_a_mechanism_makes_outliers_that_moving_its_neurons_takes_away(name, mechanism, photos):
     model = deep_model(name)
     planted = plant(model, photos, mechanism=mechanism, decoys=True, outlier_fraction=0.03)
@@ -228,7 +230,7 @@ def test_a_mechanism_makes_outliers_that_moving_its_neurons_takes_away(name, mec
     assert after > 0.95
 
 
-@pytest.mark.parametrize("name", ["timm_vit", "hf_siglip"])
+@pytest.mark.parametrize("name", slow_except(["timm_vit", "hf_siglip"], "timm_vit"))
 def test_the_triggers_cause_what_amplifiers_do(name, photos):
     model = deep_model(name)
     planted = plant(model, photos, mechanism="spread", outlier_fraction=0.03)

@@ -125,6 +125,7 @@ def test_each_way_has_its_own_column(tmp_path: Path, monkeypatch: pytest.MonkeyP
     )
 
 
+@pytest.mark.slow
 def test_one_command_makes_tables_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the demo model, as if its neurons had been planted here."""
     demo = load_model("demo")
