@@ -131,7 +131,7 @@ def add_command(
     app.command(name or function.__name__, epilog=exit_codes(*others, done=done))(command)
 
 
-def _fields(group: Callable[..., object]) -> list[Parameter]:
+def _fields(group: Any) -> list[Parameter]:
     """The fields of a dataclass, as parameters."""
     return list(inspect.signature(group, eval_str=True).parameters.values())
 
