@@ -48,6 +48,12 @@ WRONG: dict[str, dict[str, Any]] = {
     "names that are one": {"model": {"names": "timm:a"}},
     "a size of one side": {"calibration": {"verified_at": [{"image_size": [224]}]}},
     "a curve that is none": {"calibration": {"curve": [1]}},
+    "a point of the curve without figures": {"calibration": {"curve": [{"neurons": 3}]}},
+    "a round without neurons": {"calibration": {"rounds": [{"round": 1, "curve": []}]}},
+    "neurons of two numbers that were dropped": {"calibration": {"dropped": [[1, 2]]}},
+    "a target in words": {"calibration": {"target": "few"}},
+    "positions of no grid": {"calibration": {"ignored": [{"positions": []}]}},
+    "a version that is not read any more": {"version": 1},
 }
 
 

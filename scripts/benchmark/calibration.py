@@ -117,7 +117,7 @@ def search(args: argparse.Namespace) -> Iterator[Row]:
             "noise": f"{min(plain) / max(plain):.2f}",
             "turns": len(whole),
             "neurons": found.top_k,
-            "met": found.calibration["target_met"],
+            "met": found.calibration.target_met,
         }
 
 
@@ -131,12 +131,12 @@ def budget(args: argparse.Namespace) -> Iterator[Row]:
     yield {
         "budget_s": args.budget,
         "wall_s": round(seconds),
-        "ranked": facts["images"],
-        "held_out": facts["held_out"],
-        "sets": len(facts["curve"]),
+        "ranked": facts.images,
+        "held_out": facts.held_out,
+        "sets": len(facts.curve),
         "neurons": found.top_k,
-        "met": facts["target_met"],
-        "cut": " and ".join(facts.get("out_of_time", ())) or "nothing",
+        "met": facts.target_met,
+        "cut": " and ".join(facts.out_of_time) or "nothing",
     }
 
 

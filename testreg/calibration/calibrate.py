@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from testreg.calibration.budget import Budget
-from testreg.calibration.effects import Effect, EffectMeter, worst_of
+from testreg.calibration.effects import EffectMeter, worst_of
 from testreg.calibration.errors import ImmovableOutliersError, NoOutliersError
 from testreg.calibration.options import Head, Options
-from testreg.calibration.result import Checks, Choice, facts_before_ranking, result
+from testreg.calibration.result import Checks, Choice, before_ranking, result
 from testreg.calibration.resume import State, key_of
 from testreg.calibration.selection import MAX_MEASUREMENTS, MAX_NEURONS, REGISTERS_TRIED, Candidates, select
 from testreg.calibration.view import (
@@ -42,6 +42,7 @@ from testreg.measure.diagnosis import Diagnosis
 from testreg.measure.outliers import Detection, OutlierRule
 from testreg.measure.ranking import SELECTIVE, Score, best, selectivity
 from testreg.neurons import Neuron, RegisterNeurons
+from testreg.records.calibration import Effect, PlainAttention, Verification
 
 NEGLIGIBLE = 0.01  # neurons that score less than this share of the best are not measured,
 NEGLIGIBLE_SELECTIVE = 0.001  # and selective ones less than this: small ones, together, may keep a sink alive
@@ -82,7 +83,7 @@ def calibrate(
         >>> neurons = testreg.calibrate(model, images, progress=False)
         >>> neurons.top_k, len(neurons.by_block()[2])
         (4, 4)
-        >>> neurons.calibration["verdict"]
+        >>> neurons.calibration.verdict
         'outliers from block 2 (MLP), ... % of patches, movable'
         >>> neurons.save("neurons.json")
 
@@ -225,7 +226,9 @@ def _saved_state(views: Sequence[View], found: View, options: Options) -> State 
     """What an interrupted run has left, or nothing yet; None unless the run is to be resumable."""
     if options.resume is None:
         return None
-    state = State(Path(options.resume), views, {**facts_before_ranking(found, options), "held_out": options.held_out})
+    state = State(
+        Path(options.resume), views, {**before_ranking(found, options).to_json(), "held_out": options.held_out}
+    )
     state.load()
     return state
 
@@ -339,10 +342,22 @@ def _verify(views: Sequence[View], choice: Choice, meters: Sequence[EffectMeter]
     """Measure the chosen neurons at each image size; None if no images are held out."""
     if not meters:
         return None
-    effects = [each.effect(choice.neurons, choice.num_registers) for each in meters]
+    measured = []
+    for view, meter in zip(views, meters, strict=True):
+        (height, width), before = view.diagnosis.image_size, meter.untouched
+        measured.append(
+            Verification(
+                image_size=(height, width),
+                dtype=view.dtype,
+                grid=meter.grid,
+                images=meter.num_images,
+                outlier_fraction=meter.outlier_fraction,
+                effect=meter.effect(choice.neurons, choice.num_registers),
+                before=PlainAttention(before.sink, before.hottest),
+            )
+        )
     return Checks(
-        list(meters),
-        effects,
-        target_met=worst_of(effects).remaining <= options.target,
+        tuple(measured),
+        target_met=worst_of([each.effect for each in measured]).remaining <= options.target,
         on_others=choice.selection is None or all(view.is_split for view in views),
     )

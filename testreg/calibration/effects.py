@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +31,7 @@ from testreg.measure.hooks import recording_inputs, recording_outputs
 from testreg.measure.observation import neighbour_cosine, sample
 from testreg.measure.outliers import MIN_FRACTION, Detection, check_finite, exactly, ignored_patches
 from testreg.neurons import Neuron, unscored
+from testreg.records.calibration import Effect, Verification
 from testreg.register import patched
 
 KEPT = 2**28  # bytes of tokens between blocks that are kept while sets are compared
@@ -39,51 +39,6 @@ NORMAL_PATCHES = 64  # of an image, whose change is measured
 HOTTER = 1.01  # times as hot an image's hottest patch is, or more
 MUCH_HOTTER = 1.1  # the same, of the mean over images: maps got hotter
 MAX_SINK = 1.5  # times as much attention as other patches: more is an attention sink
-
-
-@dataclass(frozen=True)
-class Effect:
-    """What moving some neurons does, on held-out images.
-
-    The *former outliers* are the patches that are outliers of the plain model, after any block from the onset on.
-    """
-
-    neurons: int
-    remaining: float
-    """Outliers left after `worst_block`, as a fraction of those before. Such an outlier exceeds the limit of its image
-    both as the plain and as the patched model sees it."""
-    worst_block: int
-    """The block, from the onset on, after which most outliers are left."""
-    excess: float
-    """Excess norm that the plain model's outliers keep, as a fraction of what they had, after the block from the onset
-    on where that is most. The excess of a patch is how far its norm is above the normal one of its image (median + 5
-    robust sigma), over the latter. Unlike a count, it tells whether neurons were left out that matter."""
-    change_pooled: float
-    """1 - cosine between the last block's CLS tokens without and with registers, or between the means of the normal
-    patches where there is no CLS. What all images have in common is subtracted first: it would hide any change."""
-    change_patches: float
-    """1 - cosine between the normal patches without and with registers, likewise."""
-    agreement: float | None
-    """Fraction of the images that the user's head gives the same class as before; None without a head."""
-    num_registers: int = 1
-    """How many registers the neurons were moved to; each holds all of them."""
-    sink: float | None = None
-    """Attention of all tokens to a former outlier, over that to another patch, in the block behind the onset where this
-    is largest: 1 is any patch. Norms can be normal while attention still sinks into these patches. None where attention
-    cannot be seen."""
-    hottest: float | None = None
-    """Attention of CLS (of all patches, where there is none) to the hottest patch of an image, as a share of that to
-    all patches, in the last block; mean over the images."""
-    hotter: float | None = None
-    """Share of the images whose hottest patch is hotter than without registers."""
-    unlike: float | None = None
-    """How unlike their four neighbours the former outliers are (1 - cosine), as a share of what it was; mean over the
-    blocks from the onset on."""
-
-    @property
-    def change(self) -> float:
-        """The larger of the two changes."""
-        return max(self.change_pooled, self.change_patches)
 
 
 def worst_of(effects: Sequence[Effect]) -> Effect:
@@ -105,21 +60,17 @@ def _largest(effects: Sequence[Effect], name: str) -> float | None:
     return max((value for value in values if value is not None), default=None)
 
 
-def what_is_wrong_with_maps(check: Mapping[str, Any]) -> list[str]:
-    """What keeps the attention maps of a patched model from being clean, in words: a sink that stays, hotter patches.
-
-    Args:
-        check: an entry of "verified_at" in the facts of a calibration; of older lists, it says nothing of attention.
-    """
-    found, before = [], check.get("before") or {}
-    sink, hottest = check.get("sink"), check.get("hottest")
+def what_is_wrong_with_maps(check: Verification) -> list[str]:
+    """What keeps the attention maps of a patched model from being clean, in words: a sink that stays, or patches
+    that got hotter."""
+    faults = []
+    sink, hottest = check.effect.sink, check.effect.hottest
     if sink is not None and sink > MAX_SINK:
-        found.append(f"former outliers still draw {sink:.1f} times as much attention as other patches")
-    if hottest is not None and hottest > MUCH_HOTTER * before.get("hottest", 1):
-        found.append(
-            f"maps got hotter: the hottest patch draws {hottest:.1%} of the attention, {before['hottest']:.1%} before"
-        )
-    return found
+        faults.append(f"former outliers still draw {sink:.1f} times as much attention as other patches")
+    before = None if check.before is None else check.before.hottest
+    if hottest is not None and before is not None and hottest > MUCH_HOTTER * before:
+        faults.append(f"maps got hotter: the hottest patch draws {hottest:.1%} of the attention, {before:.1%} before")
+    return faults
 
 
 @dataclass(frozen=True)
@@ -280,6 +231,7 @@ class EffectMeter:
     @property
     def untouched(self) -> Effect:
         """The same figures of the plain model."""
+        sink, hottest = self._attention_figures(self.before)
         return Effect(
             neurons=0,
             remaining=1.0,
@@ -289,8 +241,9 @@ class EffectMeter:
             change_patches=0.0,
             agreement=None if self.head is None else 1.0,
             num_registers=0,
-            **self._attention_figures(self.before),
-            hotter=None if self._sink(self.before) is None else 0.0,
+            sink=sink,
+            hottest=hottest,
+            hotter=None if sink is None else 0.0,
             unlike=None if not self.before["former"] else 1.0,
         )
 
@@ -318,7 +271,7 @@ class EffectMeter:
         remaining = (after["outliers"] / before["outliers"].clamp(min=least))[self.onset :]
         excess = (after["excess"] / before["excess"].clamp(min=least))[self.onset :]
         cosine = after["cosine"] / before["count"]
-        attention = self._attention_figures(after)
+        sink, hottest = self._attention_figures(after)
         return Effect(
             neurons=len(neurons),
             remaining=float(remaining.max()),
@@ -328,14 +281,16 @@ class EffectMeter:
             change_patches=1 - float(cosine[1]),
             agreement=float(after["agreed"] / before["count"][0]) if "agreed" in after else None,
             num_registers=num_registers,
-            **attention,
-            hotter=None if attention["sink"] is None else float(after["hotter"] / before["count"][0]),
+            sink=sink,
+            hottest=hottest,
+            hotter=None if sink is None else float(after["hotter"] / before["count"][0]),
             unlike=self._unlike(after),
         )
 
-    def _attention_figures(self, sums: Sums) -> dict[str, float | None]:
+    def _attention_figures(self, sums: Sums) -> tuple[float | None, float | None]:
+        """The `sink` and the `hottest` of an `Effect`."""
         sink = self._sink(sums)
-        return {"sink": sink, "hottest": None if sink is None else float(sums["hottest"] / self.before["count"][0])}
+        return sink, None if sink is None else float(sums["hottest"] / self.before["count"][0])
 
     def _sink(self, sums: Sums) -> float | None:
         """See `Effect.sink`. Blocks attend to the outliers that the ones before them have made."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from testreg.calibration.effects import Effect
 from testreg.calibration.view import FIRST_CHUNK, View
 from testreg.families import fingerprint
 from testreg.files import replacing
 from testreg.io.processes import gathered, rank
 from testreg.measure.ranking import Statistics
 from testreg.neurons import Neuron
+from testreg.records.calibration import Effect
 
 FORMAT = "testreg-calibration"
 VERSION = 4  # of the sums and effects that are saved
@@ -57,7 +56,7 @@ class State:
             for i, view in enumerate(self.views)
             for name, tensor in view.statistics.tensors().items()
         }
-        effects = {key: asdict(effect) for key, effect in self.effects.items()}
+        effects = {key: effect.to_json() for key, effect in self.effects.items()}
         saved = {"format": FORMAT, "version": VERSION, "done": self.done, "run": self.run, "effects": effects}
         with replacing(self.path) as temporary:
             save_file(tensors, temporary, metadata={"testreg": json.dumps(saved)})
@@ -110,8 +109,8 @@ class State:
         if type(done) is not int or not 0 < done <= sys.maxsize or done % FIRST_CHUNK:
             raise self._damage(f"it cannot have ended at image {_short(done)}")
         try:
-            effects = {key: Effect(**effect) for key, effect in saved["effects"].items()}
-        except (AttributeError, KeyError, TypeError):
+            effects = {key: Effect.from_json(effect, "an effect") for key, effect in saved["effects"].items()}
+        except (AttributeError, KeyError, TypeError, ValueError):
             raise self._damage("its effects are not valid") from None
         return done, [self._statistics(tensors, i, done) for i in range(len(self.views))], effects
 

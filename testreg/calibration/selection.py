@@ -8,9 +8,9 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from testreg.calibration.effects import Effect
 from testreg.measure.ranking import MATTERS
 from testreg.neurons import Neuron
+from testreg.records.calibration import Effect, Round
 
 TOLERANCE = 0.02  # of the outliers' excess norm: sets that differ by less remove them equally well
 SAME_CHANGE = 0.01  # sets whose changes of features differ by less change the same,
@@ -41,18 +41,6 @@ class Candidates:
     """Those that are active at outliers and hardly anywhere else, which may score too little for the ranking, or below
     zero. What moving them changes at other patches is not their own doing, but that of the outliers, which others look
     at."""
-
-
-@dataclass(frozen=True)
-class Round:
-    """What was added to the set in one round, and what was measured to decide it."""
-
-    added: tuple[Neuron, ...]
-    effect: Effect
-    """Of all neurons that were moved by the end of the round."""
-    curve: tuple[Effect, ...]
-    """Effects of the best 1, 2, 4, ... of the round's ranking, and of the sizes between which the choice was made, each
-    with the neurons of the rounds before."""
 
 
 @dataclass(frozen=True)
@@ -240,7 +228,7 @@ class _Search:
         """Add the fewest measured of a ranking that remove the most; returns whether that helped, else nothing is
         added."""
         moved, ranking = self.chosen, candidates.ranking
-        curve = _Curve(self, moved, ranking)
+        curve = _Curve(self, len(self.rounds) + 1, moved, ranking)
         curve.grow()
         best = curve.best()
         if best is None:
@@ -417,6 +405,8 @@ class _Curve:
     """The effects of several numbers of the best neurons of a ranking, on top of those that are moved already."""
 
     search: _Search
+    number: int
+    """Of the round, from 1."""
     moved: tuple[Neuron, ...]
     ranking: Sequence[Neuron]
     effects: list[Effect] = field(default_factory=list)
@@ -474,7 +464,7 @@ class _Curve:
     def round(self, effect: Effect) -> Round:
         """The round that ends with this effect."""
         added = tuple(self.ranking[: effect.neurons - len(self.moved)])
-        return Round(added, effect, tuple(sorted(self.effects, key=lambda effect: effect.neurons)))
+        return Round(self.number, added, tuple(sorted(self.effects, key=lambda effect: effect.neurons)), effect)
 
     def fewest(self, best: Effect) -> Effect:
         """The effect of the fewest neurons measured that are as good as the best; if that is not what the search aims

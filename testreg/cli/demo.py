@@ -26,7 +26,7 @@ def demo(
     run.say("A small ViT, trained on CIFAR-10 around a planted outlier mechanism: see testreg/demo/model/README.md.")
     done = run_demo(progress=not run.quiet)
     planted = sum(map(len, done.planted.values()))
-    verdict = done.found.calibration["verdict"]
+    verdict = done.found.calibration.verdict
     run.say(f"diagnosed:  {verdict}")
     run.say(
         f"calibrated: {done.found.top_k} register neurons, {done.recovered} of the {planted} planted ones among them"

@@ -84,11 +84,11 @@ def diagnose(
 
         run.answer(several.verdicts(found))
         run.say(f"\n{several.table(found)}")
-        run.write([{"name": name, **each.to_dict()} for name, each in found.items()])
+        run.write([{"name": name, **each.to_json()} for name, each in found.items()])
     elif is_first:
         run.answer(first.verdict)
         run.say("\n".join(["", first.table(), "", *first.notes]))
-        run.write(first.to_dict())
+        run.write(first.to_json())
         if report is not None:
             from testreg.io.images import ImageStream
             from testreg.report.diagnosis import write_diagnosis_report

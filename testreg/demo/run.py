@@ -50,7 +50,9 @@ def run_demo(*, progress: bool = True) -> Demo:
     found = calibrate(model, crops(photographs(2 * CROP_SIZE), CROP_SIZE, STRIDE), progress=progress)
     images = photographs(IMAGE_SIZE)
     patch(model, found)
-    before, after = compare(model, images, block=found.calibration["detection_block"])
+    block = found.calibration.detection_block
+    assert block is not None  # calibration says it
+    before, after = compare(model, images, block=block)
     picture = figure(images, before, after, "testreg's demo model: trained on CIFAR-10 around planted outliers")
     return Demo(planted_neurons(), found, before, after, picture)
 

@@ -476,16 +476,14 @@ class Diagnosis:
         width = max(len(term) for term, _ in legend) + 2
         return "\n".join([*lines, "", *(f"  {term:<{width}}{meaning}" for term, meaning in legend)])
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """All figures, and the verdict, as JSON holds them."""
         return {"format": FORMAT, "version": VERSION, "verdict": self.verdict, "kind": self.kind, **asdict(self)}
-
-    to_json = to_dict  # as the neurons have it
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON; an existing file is replaced whole or not at all."""
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def named(positions: Sequence[tuple[int, int]]) -> str:
