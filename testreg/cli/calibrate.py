@@ -131,7 +131,7 @@ def calibrate(
             run.answer(not_verified())
         run.answer(f"{output}: {len(neurons)} register neurons, and the ranking they are from")
         if report or figures:
-            from testreg.calibration.view import held_out_images
+            from testreg.calibration.split import held_out_images
             from testreg.report.page import write_report
 
             with run.phase("measuring for the report"):
@@ -211,7 +211,7 @@ def summary(neurons: RegisterNeurons) -> str:
 
 def not_verified() -> str:
     """What a list that is not verified lacks."""
-    from testreg.calibration.view import MIN_VERIFYING, NUM_CHOOSING
+    from testreg.calibration.split import MIN_VERIFYING, NUM_CHOOSING
 
     return (
         f"not verified: that takes a target that is met, and clean maps, on at least {MIN_VERIFYING} held-out "

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from testreg.calibration.view import MIN_VERIFYING
+from testreg.calibration.split import MIN_VERIFYING
 from testreg.files import replacing
 from testreg.measure.diagnosis import named
 from testreg.measure.outliers import OutlierRule

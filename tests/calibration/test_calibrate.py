@@ -19,11 +19,12 @@ from torch.utils.data import DataLoader, TensorDataset
 import testreg
 from testreg.calibration.budget import Budget
 from testreg.calibration.calibrate import calibrate
+from testreg.calibration.choose import Choice
 from testreg.calibration.effects import EffectMeter
 from testreg.calibration.errors import ImmovableOutliersError, NoOutliersError
-from testreg.calibration.result import Choice
+from testreg.calibration.resume import CHUNK
 from testreg.calibration.selection import Selection
-from testreg.calibration.view import CHUNK, held_out_images
+from testreg.calibration.split import held_out_images
 from testreg.cli.calibrate import summary as described
 from testreg.families import find_tower
 from testreg.measure.diagnosis import Outliers
