@@ -58,7 +58,7 @@ from testreg.families import find_tower
 from testreg.io.decoding import open_image
 from testreg.io.sources import image_paths
 from testreg.measure.outliers import token_norms
-from testreg.measure.ranking import Score
+from testreg.measure.score import Score
 
 DEPTH, WIDTH, HEADS, PATCH, IMAGE = 6, 64, 4, 8, 112  # 14 x 14 patches
 DEPTHS = 8, 9, 10  # of models with the other mechanisms than `direct`

@@ -35,7 +35,7 @@ from testreg.cli import calibrate, main, show
 from testreg.cli.running import Run
 from testreg.cli.show import _box, _target
 from testreg.io.rows import Writer
-from testreg.measure.ranking import Score
+from testreg.measure.score import Score
 from testreg.patching.notices import warn_of_unverified
 from testreg.report import maps
 

@@ -18,7 +18,8 @@ from torch import nn
 from testreg.calibration.budget import Budget
 from testreg.calibration.choose import choose
 from testreg.calibration.detect import Detected, detect, leading
-from testreg.calibration.options import Head, Options
+from testreg.calibration.effects import Head
+from testreg.calibration.options import Options
 from testreg.calibration.rank import rank
 from testreg.calibration.result import before_ranking, result
 from testreg.calibration.resume import State
@@ -28,7 +29,7 @@ from testreg.calibration.view import evaluating, views_of
 from testreg.io.images import Images
 from testreg.io.preprocessing import Transform
 from testreg.measure.outliers import OutlierRule
-from testreg.measure.ranking import Score
+from testreg.measure.score import Score
 from testreg.neurons import RegisterNeurons
 
 
@@ -77,21 +78,22 @@ def calibrate(
         block: the block (0-based, negative from the end) after which outliers are detected; None takes the one where
             they stand out most.
         threshold: norm above which a token is an outlier; None for the `rule`, which adapts to the model.
+        rule: which tokens are outliers; None for `testreg.OutlierRule()`.
         max_block: last block whose neurons are ranked. None for the last one with outliers; with other scores than
             "attribution", which take what fires at outliers for what makes them, for the one after which the outliers
             are there, and later ones only if that fails.
-        score: what neurons are ranked by, see `testreg.measure.ranking.scores`. "attribution" takes a backward pass;
+        score: what neurons are ranked by, see `testreg.measure.ranking.SUMS`. "attribution" takes a backward pass;
             "activation" is the paper's.
         sparsity_filter: as in the released code, a neuron counts in an image only if at least half of the tokens have
             |a| < 0.5. Needs all hidden activations, so it is slower.
         top_k: how many neurons to recommend; None chooses them by measuring, see
             `testreg.calibration.selection.select`. The list keeps more, so that it can be truncated anew.
         target: outliers that may be left after any block, as a fraction of those before.
-        max_change: how much features may change (1 - cosine, see `testreg.calibration.effects.Effect`); None for
+        max_change: how much features may change (1 - cosine, see `testreg.records.calibration.Effect`); None for
             any.
         budget: seconds that the calibration may take, roughly. A model that is too slow for the first images
             gets fewer, by the time that one takes; and once the seconds have passed no more images are ranked, and no
-            more sets of neurons measured. "out_of_time" in the facts says which of these happened.
+            more sets of neurons measured. `calibration.out_of_time` says which of these happened.
         head: model, images (B, 3, h, w) -> scores (B, classes), such as `lambda model, images: model(images)`: how
             often it agrees with itself without registers is measured. The images are on the model's device and in its
             dtype.
@@ -103,12 +105,17 @@ def calibrate(
             (`testreg.measure.ranking.overlap`); None reads all images.
         resume: a safetensors file for what was ranked and measured, from which the run goes on if the file exists. With
             several processes, it is that of the first.
+        batch_size: images that are run at once.
+        num_images: at most so many are read; None for all.
+        workers: processes that decode images; 0 for this one.
         amp: torch.bfloat16 or torch.float16 to run under autocast.
+        seed: of the order in which images are read, and of the normal tokens that are sampled.
+        progress: show how far it is.
 
     Returns:
-        The neurons, with the facts of the run in `calibration`. They are `verified` if they reach the target on at
+        The neurons, with all that is known of the run in `calibration`. They are `verified` if they reach the target on at
         least `MIN_VERIFYING` held-out images that had no part in the choice, at each image size. If the target was not
-        reached, "target_met" is false in the facts, and the set is the one that came closest.
+        reached, `calibration.target_met` is False, and the set is the one that came closest.
 
     Raises:
         NoOutliersError: there is nothing to fix.

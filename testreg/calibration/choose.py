@@ -25,7 +25,7 @@ from testreg.calibration.selection import (
 )
 from testreg.io.processes import world_size
 from testreg.io.progress import progress_bar
-from testreg.measure.ranking import SELECTIVE, best, selectivity
+from testreg.measure.ranking import SELECTIVE, best
 from testreg.neurons import Neuron
 from testreg.records.calibration import Effect
 
@@ -62,9 +62,7 @@ class Choice:
 def choose(ranked: Ranked, meters: Sequence[Meters], options: Options, budget: Budget, state: State) -> Choice:
     """As many of the best neurons as the user says, or the fewest with which the target is met, or nearly so."""
     first_last, later_last = last_blocks(ranked.leader, options)
-    ranking = best(
-        ranked.scores(ranked.totals(), options.score), first_last, max(MIN_LISTED, 10 * (options.top_k or 0))
-    )
+    ranking = best(ranked.scores(ranked.totals()), first_last, max(MIN_LISTED, 10 * (options.top_k or 0)))
     if not ranking:
         raise ImmovableOutliersError(
             f"{ranked.leader.diagnosis.verdict}, but no neuron of the blocks up to {first_last} has a positive score"
@@ -92,9 +90,9 @@ def choose(ranked: Ranked, meters: Sequence[Meters], options: Options, budget: B
             if moved and budget.is_spent("choosing", forwards_to_come=ranked_again + to_come):
                 return Candidates(())
             totals = ranked.totals_with(moved) if moved else ranked.totals()
-            scores = ranked.scores(totals, options.score)
+            scores = ranked.scores(totals)
             last = later_last if moved else first_last
-            is_selective = torch.stack([selectivity(each) for each in totals]).amin(0) >= SELECTIVE
+            is_selective = torch.stack([each.selectivity for each in totals]).amin(0) >= SELECTIVE
             candidates = best(scores, last, MAX_NEURONS, at_least=NEGLIGIBLE, without=moved)
             # Those that hold outliers back score below zero, and belong to what makes them nevertheless.
             weights = scores.abs() * is_selective

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from testreg.calibration.block_cache import BlockCache
-from testreg.calibration.options import Head
 from testreg.families import Tower
 from testreg.families.kernels import attention_kernel
 from testreg.io.images import batched
@@ -33,6 +32,9 @@ from testreg.measure.outliers import MIN_FRACTION, Detection, check_finite, exac
 from testreg.neurons import Neuron, unscored
 from testreg.records.calibration import Effect, Verification
 from testreg.register import patched
+
+Head = Callable[[nn.Module, Tensor], Tensor]
+"""A model and images (B, 3, h, w), on its device and in its dtype -> scores (B, classes)."""
 
 KEPT = 2**28  # bytes of tokens between blocks that are kept while sets are compared
 NORMAL_PATCHES = 64  # of an image, whose change is measured

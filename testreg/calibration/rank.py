@@ -19,7 +19,7 @@ from testreg.calibration.resume import CHUNK, FIRST_CHUNK, State
 from testreg.io.images import batched
 from testreg.io.processes import gathered
 from testreg.io.progress import progress_bar
-from testreg.measure.ranking import Score, Statistics, overlap, scores, statistics_of
+from testreg.measure.ranking import SUMS, Statistics, overlap, statistics_of
 from testreg.neurons import Neuron, unscored
 from testreg.register import patched
 
@@ -52,15 +52,15 @@ class Ranked:
         """The same once some neurons are moved, over some of the first images."""
         return [_statistics_with(each, moved) for each in self.detected]
 
-    def scores(self, totals: Sequence[Statistics], score: Score) -> Tensor:
+    def scores(self, totals: Sequence[Statistics]) -> Tensor:
         """Scores (L, H) of the neurons by sums of each view: their mean over the views that show outliers."""
         pairs = list(zip(self.detected, totals, strict=True))
         showing = [pair for pair in pairs if pair[1].num_with_outliers > 0] or pairs
-        return torch.stack([scores(total, each.tower, score) for each, total in showing]).mean(0)
+        return torch.stack([total.scores(each.tower) for each, total in showing]).mean(0)
 
-    def stability(self, score: Score, last: int, count: int | None = None) -> tuple[float, int]:
+    def stability(self, last: int, count: int | None = None) -> tuple[float, int]:
         """Share of the best neurons that the rankings by two halves of the images have in common, and their number."""
-        first, second = (self.scores([each.half(index) for each in self.statistics], score) for index in (0, 1))
+        first, second = (self.scores([each.half(index) for each in self.statistics]) for index in (0, 1))
         return overlap(first, second, last, count)
 
 
@@ -82,7 +82,7 @@ def rank(detected: Sequence[Detected], options: Options, budget: Budget, state: 
         with_outliers = torch.stack([each.num_with_outliers for each in state.statistics]).sum(0)  # of either half
         if state.done < end_of_first and min(with_outliers.sum(), 4 * with_outliers.min()) < MIN_RANKED:
             return False
-        return ranked().stability(options.score, last_blocks(leading(detected), options)[0])[0] >= options.stability
+        return ranked().stability(last_blocks(leading(detected), options)[0])[0] >= options.stability
 
     with progress_bar("ranking", detected[0].view.stream.length, options.progress) as bar:
         while not state.done or not (is_read() or is_stable() or budget.is_spent("ranking")):
@@ -126,7 +126,7 @@ def _statistics_of(
         norms_are_known: whether norms that `detected` has are those of the model as it is.
     """
     options, known = detected.view.options, (detected.norms if norms_are_known else {})
-    statistics = Statistics.zeros(detected.tower)
+    statistics = SUMS[options.score].zeros(detected.tower)
     while batch := list(itertools.islice(numbered, options.batch_size)):
         (images,) = batched((image for _, image in batch), options.batch_size)
         numbers = [number for number, _ in batch]

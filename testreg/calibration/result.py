@@ -49,7 +49,7 @@ def result(
             max_block=choice.last,
             outlier_fraction=float(total.num_outliers / total.num_patches),
             images_with_outliers=int(total.num_with_outliers),
-            stability=Stability(*ranked.stability(options.score, choice.last, len(choice.neurons))),
+            stability=Stability(*ranked.stability(choice.last, len(choice.neurons))),
             out_of_time=tuple(out_of_time),
             **({} if choice.selection is None else _facts_of_choice(choice.selection)),
             **({} if checks is None else _facts_of_checks(choice, checks, options)),

@@ -17,12 +17,12 @@ from testreg.calibration.detect import Detected
 from testreg.families import fingerprint
 from testreg.files import replacing
 from testreg.io.processes import gathered, rank
-from testreg.measure.ranking import Statistics
+from testreg.measure.ranking import SUMS, Statistics
 from testreg.neurons import Neuron
 from testreg.records.calibration import Effect
 
 FORMAT = "testreg-calibration"
-VERSION = 4  # of the sums and effects that are saved
+VERSION = 5  # of the sums and effects that are saved
 
 FIRST_CHUNK = 16  # images between two checks of whether the ranking is stable, and between two saved states
 CHUNK = 64  # the same behind the first images, which processes have yet to read
@@ -49,7 +49,7 @@ class State:
         """All that must be the same for the sums to be of the same run, as JSON gives it back."""
         self.done = 0
         """All images with lower numbers are in the statistics."""
-        self.statistics = [Statistics.zeros(each.tower) for each in detected]
+        self.statistics = [SUMS[each.view.options.score].zeros(each.tower) for each in detected]
         """Of each view."""
         self.effects: dict[str, Effect] = {}
         """The effects of sets of neurons, by `key_of`."""
@@ -128,7 +128,7 @@ class State:
                 raise self._damage(f"{name} is missing, or does not fit the model")
             if not value.isfinite().all():
                 raise self._damage(f"{name} is not finite")
-        statistics = Statistics(**sums)  # type: ignore[arg-type]
+        statistics = type(self.statistics[index])(**sums)  # type: ignore[arg-type]
         if not 0 < float(statistics.num_images.sum()) <= done:
             raise self._damage(f"it cannot be of {float(statistics.num_images.sum()):g} images, if it ended at {done}")
         return statistics

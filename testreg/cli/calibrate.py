@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from testreg.calibration.options import MEANINGS, Options
 from testreg.cli.exits import Exit
 from testreg.cli.models import chosen_device, load
 from testreg.cli.options import (
@@ -28,11 +29,13 @@ from testreg.cli.options import (
 from testreg.cli.outputs import PAGES, check_file
 from testreg.cli.running import Run
 from testreg.files import check_writable_folder
+from testreg.measure.score import Score
 
 if TYPE_CHECKING:
     from testreg.neurons import RegisterNeurons
     from testreg.records.calibration import Effect, Verification
 
+NUM_IMAGES = 500  # of a folder, which may hold millions; in Python all that are given
 REPORT_IMAGES = 32
 HIGH_AGREEMENT = 0.99  # of a head with itself, which needs no mention
 
@@ -45,37 +48,25 @@ def calibrate(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="JSON", help="where the neurons are written")],
     report: ReportFile = None,
     figures: Annotated[Path | None, typer.Option(metavar="DIR", help="write its pictures as PNG, for papers")] = None,
-    target: Annotated[float, typer.Option(help="outliers that may be left")] = 0.05,
-    max_change: Annotated[
-        float | None, typer.Option(help="how much features may change, 1 - cosine (default: any)")
-    ] = None,
-    budget: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="take about so long (default: as long as it takes)")
-    ] = None,
-    held_out: Annotated[int, typer.Option(help="images to choose and verify on")] = 48,
-    resume: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="keep the state there (safetensors); go on from it")
-    ] = None,
-    num_images: NumImages = 500,
-    batch_size: BatchSize = 16,
-    workers: Workers = 0,
-    seed: Seed = 0,
-    block: Annotated[
-        int | None, typer.Option(help="block to look for outliers at (default: where they stand out)")
-    ] = None,
-    threshold: Threshold = None,
+    target: Annotated[float, typer.Option(help=MEANINGS["target"])] = Options.target,
+    max_change: Annotated[float | None, typer.Option(help=MEANINGS["max_change"])] = Options.max_change,
+    budget: Annotated[float | None, typer.Option(metavar="SECONDS", help=MEANINGS["budget"])] = Options.budget,
+    held_out: Annotated[int, typer.Option(help=MEANINGS["held_out"])] = Options.held_out,
+    resume: Annotated[Path | None, typer.Option(metavar="FILE", help=MEANINGS["resume"])] = None,
+    num_images: NumImages = NUM_IMAGES,
+    batch_size: BatchSize = Options.batch_size,
+    workers: Workers = Options.workers,
+    seed: Seed = Options.seed,
+    block: Annotated[int | None, typer.Option(help=MEANINGS["block"])] = Options.block,
+    threshold: Threshold = Options.threshold,
     rule: Rule = "robust",
-    max_block: Annotated[
-        int | None, typer.Option(help="last block to take neurons from (default: the last one with outliers)")
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(help="how many neurons to recommend (default: chosen by measuring)")
-    ] = None,
-    score: Annotated[
-        Literal["attribution", "contribution", "activation"], typer.Option(help="activation: the paper's")
-    ] = "attribution",
-    sparsity_filter: Annotated[bool, typer.Option("--sparsity-filter", help="as in the released code")] = False,
-    amp: Annotated[Literal["bfloat16", "float16"] | None, typer.Option(help="run under autocast")] = None,
+    max_block: Annotated[int | None, typer.Option(help=MEANINGS["max_block"])] = Options.max_block,
+    top_k: Annotated[int | None, typer.Option(help=MEANINGS["top_k"])] = Options.top_k,
+    score: Annotated[Score, typer.Option(help=MEANINGS["score"])] = Options.score,
+    sparsity_filter: Annotated[bool, typer.Option("--sparsity-filter", help=MEANINGS["sparsity_filter"])] = (
+        Options.sparsity_filter
+    ),
+    amp: Annotated[Literal["bfloat16", "float16"] | None, typer.Option(help=MEANINGS["amp"])] = None,
     image_size: ImageSizes = None,
     device: Device = None,
     dtype: DType = None,

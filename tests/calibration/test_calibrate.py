@@ -29,7 +29,7 @@ from testreg.cli.calibrate import summary as described
 from testreg.families import find_tower
 from testreg.measure.diagnosis import Outliers
 from testreg.measure.outliers import Detection, OutlierRule, token_norms
-from testreg.measure.ranking import best, scores, statistics_of
+from testreg.measure.ranking import best, statistics_of
 from testreg.patching.state import patch_of
 from testreg.records.calibration import FixedPositions
 
@@ -691,8 +691,8 @@ def test_neurons_of_quantized_weights_are_scored(planted, photos):
     model, planted_neurons = planted
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
     tower = find_tower(model)
-    found = statistics_of(tower, photos, range(len(photos)), Detection(OutlierRule(), 2), score="contribution").total()
-    ranking = best(scores(found, tower, "contribution"), 2, 4)
+    sums = statistics_of(tower, photos, range(len(photos)), Detection(OutlierRule(), 2), score="contribution").total()
+    ranking = best(sums.scores(tower), 2, 4)
     assert as_set(planted_neurons.neurons) >= {neuron[:2] for neuron in ranking if neuron[0] == 2}
     assert ranking[0][:2] in as_set(planted_neurons.neurons)
 
@@ -705,15 +705,19 @@ def test_sums_are_not_rounded_under_autocast(dtype, planted, photos):
     images = photos.repeat(11, 1, 1, 1)
     with torch.autocast("cpu", dtype):
         norms = token_norms(tower, images)
-        found = statistics_of(tower, images, range(len(images)), detection, score="contribution").total()
-        shares = scores(found, tower, "contribution")
+        found, by_activation = (
+            statistics_of(tower, images, range(len(images)), detection, score=score).total()
+            for score in ("contribution", "activation")
+        )
+        shares = found.scores(tower)
     outlier = detection.outliers(norms, tower.num_prefix, (4, 4))[2]
     assert found.num_outliers == outlier.sum()
     assert found.num_with_outliers == outlier.any(1).sum()
     assert found.num_normal == 8 * len(images)
-    assert torch.equal(shares, scores(found, tower, "contribution"))
+    assert torch.equal(shares, found.scores(tower))
+    sums = found.tensors() | by_activation.tensors()
     for name in ("magnitude", "activation", "normal_activation", "direction"):
-        value = found.tensors()[name]
+        value = sums[name]
         assert (value.to(dtype).float() != value).float().mean() > 0.9, name
 
 
