@@ -113,9 +113,9 @@ def calibrate(
         progress: show how far it is.
 
     Returns:
-        The neurons, with all that is known of the run in `calibration`. They are `verified` if they reach the target on at
-        least `MIN_VERIFYING` held-out images that had no part in the choice, at each image size. If the target was not
-        reached, `calibration.target_met` is False, and the set is the one that came closest.
+        The neurons, with all that is known of the run in `calibration`. They are `verified` if they reach the target on
+        at least `MIN_VERIFYING` held-out images that had no part in the choice, at each image size. If the target was
+        not reached, `calibration.target_met` is False, and the set is the one that came closest.
 
     Raises:
         NoOutliersError: there is nothing to fix.
