@@ -81,6 +81,15 @@ def test_every_public_name_is_there() -> None:
         testreg.nothing  # noqa: B018
 
 
+def test_patching_rests_on_neither_the_hub_nor_what_notebooks_show() -> None:
+    """Lists of neurons call both, when somebody asks them to."""
+    code = "import sys, testreg; testreg.patch; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    modules = run.stdout.split()
+    assert "testreg.neurons.ranked" in modules
+    assert not [each for each in modules if each.startswith(("testreg.hub", "testreg.display", "huggingface_hub"))]
+
+
 def test_patching_and_calibrating_import_little_beside_torch() -> None:
     """torch's flex attention imports sympy, which takes half a second."""
     code = "import sys, torch; before = set(sys.modules); {}; print(*set(sys.modules) - before)"

@@ -1,9 +1,17 @@
-"""Find the register neurons of a model: split the images, detect the outliers, rank, choose in rounds, verify.
+"""Find the register neurons of a model, in five steps, a file each; what a step has seen is a record, which the next
+takes.
 
-Images are split as they come. Of the first `2 * held_out`, every other one is put aside: the neurons are chosen on
-images that had no part in diagnosis and ranking, and the result is verified on others still. The rest is read in chunks
-until the ranking is stable. Which image goes where depends on its number alone, so that several processes
-(torch.distributed), and a run that was interrupted and resumed, come to the result of a single one.
+1. `split`: images are split as they come. Of the first `2 * held_out`, every other one is put aside: the neurons are
+   chosen on images that had no part in diagnosis and ranking, and the result is verified on others still.
+2. `detect`: which tokens of the first images are outliers, and may neurons move them?
+3. `rank`: neurons are ranked by what they have to do with the outliers, on chunks of images until that is stable.
+4. `choose`: the fewest of the best neurons that remove the outliers are found by measuring, in rounds, on one part of
+   the images that were put aside.
+5. `verify`: what they do is measured on the other part.
+
+A model at several image sizes is seen in several views, each of which goes through all steps. Which image goes where
+depends on its number alone, so that several processes (torch.distributed), and a run that was interrupted and resumed,
+come to the result of a single one.
 """
 
 from __future__ import annotations

@@ -324,8 +324,8 @@ class EffectMeter:
     def _baseline(self, packed: tuple[PackedImage, ...], seed: int) -> Baseline:
         """What the plain model makes of a batch."""
         images = _unpacked(packed)
-        found = self._run(images)
-        norms = found.norms
+        figures = self._run(images)
+        norms = figures.norms
         limit = self.detection.rule.limit(norms)
         outlier = norms > limit  # (L, B, N)
         counted = ~ignored_patches(self.detection.ignored, self.tower.grid(images)).to(norms.device)
@@ -341,11 +341,11 @@ class EffectMeter:
             outlier=outlier,
             former=former,
             excess=self._excess(norms, outlier),
-            at_patches=_at_patches(found, former, ~former & counted),
-            hottest=found.hottest,
+            at_patches=_at_patches(figures, former, ~former & counted),
+            hottest=figures.hottest,
             sampled=sampled,
-            features=self._features(found.tokens, sampled),
-            classes=found.classes,
+            features=self._features(figures.tokens, sampled),
+            classes=figures.classes,
         )
 
     def _features(self, tokens: Tensor, sampled: Tensor) -> Tensor:
@@ -361,26 +361,26 @@ class EffectMeter:
 
     def _compare(self, plain: Baseline, sums: Sums) -> None:
         """Add to the sums how the patched model differs from the plain one on a batch."""
-        found = self._run(_unpacked(plain.images))
-        found = replace(found, patches=self.block_cache.finish(found.patches))
-        norms = found.norms
+        figures = self._run(_unpacked(plain.images))
+        figures = replace(figures, patches=self.block_cache.finish(figures.patches))
+        norms = figures.norms
         # By both limits: norms may grow evenly, so that none stands out, or even out, so that small ones do.
         outlier = norms > torch.maximum(plain.limit, self.detection.rule.limit(norms))
         before, after = (
             torch.cat([features[:, :1] - self.centre[0].to(features), features[:, 1:] - self.centre[1].to(features)], 1)
-            for features in (plain.features, self._features(found.tokens, plain.sampled))
+            for features in (plain.features, self._features(figures.tokens, plain.sampled))
         )
         cosine = F.cosine_similarity(before, after, dim=-1)  # (B, 1 + K)
         added = {
             "outliers": (outlier & plain.counted).sum((1, 2)),
             "excess": self._excess(norms, plain.outlier).sum(1),
-            "at_patches": _at_patches(found, plain.former, plain.others).sum(1),
-            "hottest": found.hottest.sum(),
-            "hotter": (found.hottest > HOTTER * plain.hottest).sum(),
+            "at_patches": _at_patches(figures, plain.former, plain.others).sum(1),
+            "hottest": figures.hottest.sum(),
+            "hotter": (figures.hottest > HOTTER * plain.hottest).sum(),
             "cosine": torch.stack([cosine[:, 0].sum(), cosine[:, 1:].sum()]),
         }
-        if plain.classes is not None and found.classes is not None:
-            added["agreed"] = (plain.classes == found.classes).sum()
+        if plain.classes is not None and figures.classes is not None:
+            added["agreed"] = (plain.classes == figures.classes).sum()
         add(sums, added)
 
 
@@ -455,10 +455,10 @@ class _Reader:
             self.hottest = row.amax(-1) / row.sum(-1).clamp(min=1e-12)
 
 
-def _at_patches(found: Figures, former: Tensor, others: Tensor) -> Tensor:
+def _at_patches(figures: Figures, former: Tensor, others: Tensor) -> Tensor:
     """Sums (L, B, 3): attention at the former outliers (B, N), attention at the others, and how unlike their neighbours
     the former outliers are."""
-    _, cosine, drawn = found.patches
+    _, cosine, drawn = figures.patches
     return torch.stack([(drawn * former).sum(-1), (drawn * others).sum(-1), ((1 - cosine) * former).sum(-1)], -1)
 
 

@@ -256,8 +256,8 @@ class _Search:
         """The neurons, which have this effect, with all selective candidates if less attention is drawn then, and the
         effect of them all."""
         selective = [neuron for of_round in self.selective for neuron in of_round]
-        whole, found = self._with(selective, neurons, effect)
-        return (neurons, effect) if draws_as_little(effect, found) else (whole, found)
+        whole, effect_of_whole = self._with(selective, neurons, effect)
+        return (neurons, effect) if draws_as_little(effect, effect_of_whole) else (whole, effect_of_whole)
 
     def with_registers(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[Effect, ...]:
         """The effects of moving the neurons, which have this effect with one register, to 1, 2, ... registers, until
@@ -315,10 +315,10 @@ class _Search:
 
     def completed(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[tuple[Neuron, ...], Effect]:
         """The neurons, which have this effect, with selective ones if these change more, and the effect of them all."""
-        whole, found = self._with(self.weighty, neurons, effect)
-        if changes_the_same(found, effect):
+        whole, effect_of_whole = self._with(self.weighty, neurons, effect)
+        if changes_the_same(effect_of_whole, effect):
             return neurons, effect
-        return self.without_idle(whole, found, same_change=True)
+        return self.without_idle(whole, effect_of_whole, same_change=True)
 
     def without_bystanders(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[tuple[Neuron, ...], Effect]:
         """The neurons, which have this effect, less those that do nothing beside the others, and little alone.
@@ -344,8 +344,9 @@ class _Search:
         added = {neuron[:2]: neuron for neuron in others if neuron[:2] not in taken}
         if not added or self.is_over():
             return neurons, effect
-        found = self.measured((*neurons, *added.values()))
-        return ((*neurons, *added.values()), found) if self.is_as_good(found, effect) else (neurons, effect)
+        whole = (*neurons, *added.values())
+        effect_of_whole = self.measured(whole)
+        return (whole, effect_of_whole) if self.is_as_good(effect_of_whole, effect) else (neurons, effect)
 
 
 @dataclass
@@ -388,16 +389,16 @@ class _Drop:
         without = tuple(neuron for neuron in self.kept if neuron not in chunk)
         if not chunk or not without or self.search.is_over():
             return None
-        found = self.search.measured(without)
+        effect = self.search.measured(without)
         must_do_the_same = self.same_change and self.selective.issuperset(chunk)
-        does_the_same = changes_the_same(found, self.best) and is_as_clean(found, self.best)
+        does_the_same = changes_the_same(effect, self.best) and is_as_clean(effect, self.best)
         if (
-            not self.search.is_as_good(found, self.best)
-            or found.change > _as_little(self.best.change)
+            not self.search.is_as_good(effect, self.best)
+            or effect.change > _as_little(self.best.change)
             or (must_do_the_same and not does_the_same)
         ):
             return None
-        return without, found
+        return without, effect
 
 
 @dataclass

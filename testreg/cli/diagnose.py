@@ -62,11 +62,11 @@ def diagnose(
         raise ValueError("a report shows one model: name one, or leave --report out")
     check_file(report, *PAGES)
     check_images(images)  # before a model is loaded for nothing
-    found: dict[str, Diagnosis] = {}
+    diagnoses: dict[str, Diagnosis] = {}
     with process_group(chosen_device(device)) as own:
         for model in dict.fromkeys(models):
             loaded = load(run, model, own, image_size=image_size, dtype=dtype, trust_remote_code=trust_remote_code)
-            found[model] = measure.diagnose(
+            diagnoses[model] = measure.diagnose(
                 loaded.model,
                 images,
                 transform=loaded.transform,
@@ -78,13 +78,13 @@ def diagnose(
                 progress=not run.quiet,
             )
         is_first = rank() == 0
-    first = next(iter(found.values()))
-    if is_first and len(found) > 1:
+    first = next(iter(diagnoses.values()))
+    if is_first and len(diagnoses) > 1:
         from testreg.measure import several
 
-        run.answer(several.verdicts(found))
-        run.say(f"\n{several.table(found)}")
-        run.write([{"name": name, **each.to_json()} for name, each in found.items()])
+        run.answer(several.verdicts(diagnoses))
+        run.say(f"\n{several.table(diagnoses)}")
+        run.write([{"name": name, **each.to_json()} for name, each in diagnoses.items()])
     elif is_first:
         run.answer(first.verdict)
         run.say("\n".join(["", first.table(), "", *first.notes]))
@@ -98,6 +98,6 @@ def diagnose(
                 shown = [image for _, image in itertools.islice(stream.numbered(), REPORT_IMAGES)]
                 write_diagnosis_report(report, first, loaded.model, shown, command=run.command, rule=outlier_rule)
             run.answer(str(report))
-    if len(found) > 1:
+    if len(diagnoses) > 1:
         return Exit.DONE
     return {"movable": Exit.DONE, "none": Exit.NOTHING_TO_FIX}.get(first.kind, Exit.NOT_FIXABLE)
