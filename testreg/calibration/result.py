@@ -32,30 +32,31 @@ def result(
     """
     leader, total = ranked.leader, ranked.leader_statistics
     ignored = ((each.split.grid, sorted(each.detection.ignored)) for each in ranked.detected)
+    entries = {
+        "images": int(total.num_images),
+        "held_out": sum(gathered(len(leader.split.held_out))),
+        "unreadable_images": sum(gathered(leader.view.stream.num_skipped)),
+        "verdict": _verdict(leader, target_met=checks is not None and checks.target_met),
+        "ignored": tuple(FixedPositions(grid, tuple(positions)) for grid, positions in ignored if positions),
+        "detection_block": leader.detection.block,
+        "onset_block": leader.onset,
+        "max_block": choice.last,
+        "outlier_fraction": float(total.num_outliers / total.num_patches),
+        "images_with_outliers": int(total.num_with_outliers),
+        "stability": Stability(*ranked.stability(choice.last, len(choice.neurons))),
+        **({"out_of_time": tuple(out_of_time)} if out_of_time else {}),
+        **({} if choice.selection is None else _entries_of_choice(choice.selection)),
+        **({} if checks is None else _entries_of_checks(choice, checks, options)),
+        "made_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": _versions(),
+    }
+    before = before_ranking(leader)
     return RegisterNeurons(
         choice.neurons + choice.others,
         top_k=len(choice.neurons),
         num_registers=choice.num_registers,
         model=describe_model(leader.view.model, leader.tower),
-        calibration=replace(
-            before_ranking(leader),
-            images=int(total.num_images),
-            held_out=sum(gathered(len(leader.split.held_out))),
-            unreadable_images=sum(gathered(leader.view.stream.num_skipped)),
-            verdict=_verdict(leader, target_met=checks is not None and checks.target_met),
-            ignored=tuple(FixedPositions(grid, tuple(positions)) for grid, positions in ignored if positions),
-            detection_block=leader.detection.block,
-            onset_block=leader.onset,
-            max_block=choice.last,
-            outlier_fraction=float(total.num_outliers / total.num_patches),
-            images_with_outliers=int(total.num_with_outliers),
-            stability=Stability(*ranked.stability(choice.last, len(choice.neurons))),
-            out_of_time=tuple(out_of_time),
-            **({} if choice.selection is None else _facts_of_choice(choice.selection)),
-            **({} if checks is None else _facts_of_checks(choice, checks, options)),
-            made_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            versions=_versions(),
-        ),
+        calibration=replace(before, **entries, order=(*before.to_json(), *entries)),
         verified=checks is not None and checks.verified,
     )
 
@@ -74,7 +75,7 @@ def before_ranking(leader: Detected) -> Calibration:
     )
 
 
-def _facts_of_choice(selection: Selection) -> dict[str, Any]:
+def _entries_of_choice(selection: Selection) -> dict[str, Any]:
     return {
         "curve": selection.curve,
         "chosen": selection.effect,
@@ -83,7 +84,7 @@ def _facts_of_choice(selection: Selection) -> dict[str, Any]:
     }
 
 
-def _facts_of_checks(choice: Choice, checks: Checks, options: Options) -> dict[str, Any]:
+def _entries_of_checks(choice: Choice, checks: Checks, options: Options) -> dict[str, Any]:
     return {
         "target": options.target,
         "target_met": checks.target_met,

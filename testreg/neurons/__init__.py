@@ -1,6 +1,6 @@
-"""Register neurons: the ranked list (`ranked`), its JSON (`format`), and the lists that come along (`bundled`)."""
+"""Register neurons: the ranked list (`ranked`), its JSON (`format`), and the lists that come along (`bundle`)."""
 
-from testreg.neurons.bundled import AnyNeurons, BundledLists, bundled, resolve
+from testreg.neurons.bundle import AnyNeurons, BundledLists, bundled, resolve
 from testreg.neurons.checkpoint import describe_model
 from testreg.neurons.configs import config_folder
 from testreg.neurons.ranked import MAX_REGISTERS, Neuron, RegisterNeurons, UnverifiedNeuronsWarning, unscored

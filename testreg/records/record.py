@@ -105,7 +105,7 @@ class Record:
     others: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
     """Entries that testreg does not read."""
     order: tuple[str, ...] = field(default=(), kw_only=True, repr=False, compare=False)
-    """The keys of the object that it was read from: it is written with the same, in the same order."""
+    """The keys that are written whatever they hold, in this order: those of the object that it was read from."""
     is_sparse: ClassVar[bool] = False
     """Whether entries that have their defaults are left out of the JSON, unless they were read."""
 
