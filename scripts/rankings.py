@@ -27,7 +27,7 @@ from testreg.io.packing import PackedImage
 from testreg.measure.diagnose import diagnose
 from testreg.measure.hooks import recording_inputs
 from testreg.measure.outliers import Detection, OutlierRule, token_norms
-from testreg.measure.ranking import SELECTIVE, best, scores, selectivity, statistics_of
+from testreg.measure.ranking import SELECTIVE, SUMS, best, statistics_of
 
 BATCH = 16
 
@@ -80,16 +80,16 @@ def main() -> None:
 def rankings_of(tower: Tower, images: Tensor, detection: Detection) -> dict[str, Tensor]:
     """Scores (L, H) of all neurons."""
     numbers = range(len(images))
-    found = {}
-    for score in ("attribution", "activation", "contribution"):
+    sums = {}
+    for score in SUMS:
         batches = zip(images.split(BATCH), torch.tensor(numbers).split(BATCH), strict=True)
         parts = [statistics_of(tower, batch, own.tolist(), detection, score=score) for batch, own in batches]
         total = parts[0]
         for part in parts[1:]:
             total += part
-        found[score] = total.total()
-    share = selectivity(found["attribution"])
-    attributed = scores(found["attribution"], tower, "attribution") / share.clamp(min=1e-12)
+        sums[score] = total.total()
+    share = sums["attribution"].selectivity
+    attributed = sums["attribution"].scores(tower) / share.clamp(min=1e-12)
     z_score = z_scores(tower, images, detection)
     return {
         "attribution": attributed,
@@ -99,8 +99,8 @@ def rankings_of(tower: Tower, images: Tensor, detection: Detection) -> dict[str,
         "z-score x selectivity": z_score * share,
         "|attribution|, selective": attributed.abs() * (share >= SELECTIVE),
         "selective": (share >= SELECTIVE).float() * (z_score > 1),
-        "activation (paper)": scores(found["activation"], tower, "activation"),
-        "contribution": scores(found["contribution"], tower, "contribution"),
+        "activation (paper)": sums["activation"].scores(tower),
+        "contribution": sums["contribution"].scores(tower),
     }
 
 

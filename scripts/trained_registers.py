@@ -19,7 +19,7 @@ import timm
 import torch
 import transformers
 from planting import Mechanism, plant, plant_on_register
-from proof import (
+from planting.networks import (
     CALIBRATION_CROPS,
     HF,
     HF_MLP,

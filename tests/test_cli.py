@@ -35,7 +35,7 @@ from testreg.cli import calibrate, main, show
 from testreg.cli.running import Run
 from testreg.cli.show import _box, _target
 from testreg.io.rows import Writer
-from testreg.measure.ranking import Score
+from testreg.measure.score import Score
 from testreg.patching.notices import warn_of_unverified
 from testreg.report import map_figures
 
@@ -105,7 +105,7 @@ def test_diagnose_of_several_models_is_one_table(folder, calibrated, tmp_path, c
         "name": models[0],
         **testreg.diagnose(
             testreg.load_model(models[0]).model, folder / "photos", progress=False, num_images=200
-        ).to_dict(),
+        ).to_json(),
     }
     worst = found[0]["blocks"][found[0]["outliers"]["block"]]["after_mlp"]
     assert table[2].split()[4:6] == [f"{100 * worst['outlier_fraction']:.1f}", f"{worst['max_over_median']:.1f}"]
@@ -138,8 +138,8 @@ def test_calibrate_finds_the_planted_neurons(folder, calibrated):
     neurons = testreg.RegisterNeurons.load(calibrated)
     (block, units), *_ = json.loads((folder / "planted.json").read_text()).items()
     assert {(block, unit) for block, unit, _ in neurons.truncate().ranking} == {(int(block), unit) for unit in units}
-    assert neurons.calibration["images"] + neurons.calibration["held_out"] == 90
-    assert neurons.calibration["unreadable_images"] == 1
+    assert neurons.calibration.images + neurons.calibration.held_out == 90
+    assert neurons.calibration.unreadable_images == 1
 
 
 def test_the_script_is_the_command(folder, calibrated, tmp_path, monkeypatch):
@@ -445,9 +445,10 @@ def test_a_list_that_is_not_verified_has_an_exit_code_of_its_own(folder, calibra
 @pytest.mark.parametrize(("agreement", "said"), [(None, False), (0.995, False), (0.9, True)])
 def test_the_agreement_of_a_head_is_shown_if_it_is_low(agreement, said, calibrated):
     neurons = testreg.RegisterNeurons.load(calibrated)
-    chosen = {"agreement": agreement}
-    found = calibrate.found(dataclasses.replace(neurons, calibration={**neurons.calibration, "chosen": chosen}))
-    assert ("the head agrees with itself on 90.0% of the images" in found) == said
+    chosen = dataclasses.replace(neurons.calibration.chosen, agreement=agreement)
+    calibration = dataclasses.replace(neurons.calibration, chosen=chosen)
+    text = calibrate.summary(dataclasses.replace(neurons, calibration=calibration))
+    assert ("the head agrees with itself on 90.0% of the images" in text) == said
 
 
 @pytest.mark.parametrize("command", ["demo", "list", "diagnose", "calibrate", "apply", "show", "extract", None])
@@ -546,7 +547,7 @@ def test_names_that_are_no_text_or_look_like_markup(folder, tmp_path, capsys):
     assert "<b>" not in text
     assert "<i>" not in text
     assert "caf\\udce9 <i>$/n.json: 4 register neurons" in capsys.readouterr().out
-    assert testreg.RegisterNeurons.load(neurons).calibration["source"] == str(photos)
+    assert testreg.RegisterNeurons.load(neurons).calibration.source == str(photos)
     picture = no_text / "picture.png"
     assert main(["show", model, str(photos / "00.png"), "--neurons", neurons, "-o", str(picture)]) == 0
     assert picture.is_file()
@@ -570,8 +571,9 @@ def test_two_processes_find_what_one_finds(folder, tmp_path):
     assert len(common) > 0.9 * len(scores[0])
     assert all(scores[0][neuron] == pytest.approx(scores[1][neuron], rel=1e-5, abs=1e-5) for neuron in common)
     for key in ("images", "held_out", "unreadable_images", "outlier_fraction", "images_with_outliers", "stability"):
-        assert one.calibration[key] == two.calibration[key], key
-    assert one.calibration["chosen"] == pytest.approx(two.calibration["chosen"], abs=1e-5)
+        assert getattr(one.calibration, key) == getattr(two.calibration, key), key
+    chosen = [each.calibration.chosen.to_json() for each in (one, two)]
+    assert chosen[0] == pytest.approx(chosen[1], abs=1e-5)
     again = tmp_path / "again.json"  # the state of two processes, continued by one
     assert main([*command, "-o", str(again), *state]) == 0
     assert testreg.RegisterNeurons.load(again).ranking == two.ranking

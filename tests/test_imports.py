@@ -14,7 +14,7 @@ import testreg
 PACKAGE = Path(testreg.__file__).parent
 FLOORS = (  # a room imports from itself and from those below it
     *("__main__", "cli", "demo", "report", "evaluation", "calibration", "measure", "io", "register"),
-    *("patching", "static", "neurons", "hub", "families", "display", "files"),
+    *("patching", "static", "neurons", "hub", "records", "families", "display", "files"),
 )
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
@@ -79,6 +79,15 @@ def test_every_public_name_is_there() -> None:
     assert all(getattr(testreg, name) is not None for name in testreg.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         testreg.nothing  # noqa: B018
+
+
+def test_patching_rests_on_neither_the_hub_nor_what_notebooks_show() -> None:
+    """Lists of neurons call both, when somebody asks them to."""
+    code = "import sys, testreg; testreg.patch; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    modules = run.stdout.split()
+    assert "testreg.neurons.ranked" in modules
+    assert not [each for each in modules if each.startswith(("testreg.hub", "testreg.display", "huggingface_hub"))]
 
 
 def test_patching_and_calibrating_import_little_beside_torch() -> None:

@@ -33,7 +33,9 @@ from torch.utils.checkpoint import checkpoint
 
 import testreg
 from testreg import RegisterNeurons, disabled, is_patched, patch, unpatch
+from testreg.neurons import Calibration
 from testreg.patching.state import patch_of
+from testreg.records.calibration import Effect, Verification
 from testreg.register import shift
 
 # In rank order, mixed over all blocks, so that sharing them out to registers in another order would show.
@@ -988,7 +990,8 @@ def test_neurons_of_other_weights_warn() -> None:
 
 @pytest.mark.filterwarnings("ignore::testreg.UnverifiedNeuronsWarning")
 def test_a_verified_list_on_the_meta_device() -> None:
-    verified = {"verified_at": [{"grid": [4, 4], "dtype": "float32"}]}
+    effect = Effect(neurons=2, remaining=0.0, worst_block=3, excess=0.0, change_pooled=0.0, change_patches=0.0)
+    verified = Calibration(verified_at=(Verification((64, 64), "float32", (4, 4), 20, 0.1, effect),))
     model = patch(build("timm_vit").to("meta"), RegisterNeurons(NEURONS.ranking, calibration=verified))
     assert model(images().to("meta")).shape == (2, 10)
 

@@ -33,7 +33,10 @@ def test_a_list_that_calibrate_writes_follows_it(tmp_path: Path) -> None:
     images, model = photograph_crops(), fresh("timm_clip").eval()
     plant(model, images, num_neurons=4)
     testreg.calibrate(model, images, progress=False).save(tmp_path / "neurons.json")
-    VALIDATOR.validate(json.loads((tmp_path / "neurons.json").read_text()))
+    data = json.loads((tmp_path / "neurons.json").read_text())
+    VALIDATOR.validate(data)
+    assert data["calibration"].keys() >= {"ignored", "dropped", "max_change"}, "said also where there are none"
+    assert "out_of_time" not in data["calibration"]
 
 
 WRONG: dict[str, dict[str, Any]] = {
@@ -48,6 +51,12 @@ WRONG: dict[str, dict[str, Any]] = {
     "names that are one": {"model": {"names": "timm:a"}},
     "a size of one side": {"calibration": {"verified_at": [{"image_size": [224]}]}},
     "a curve that is none": {"calibration": {"curve": [1]}},
+    "a point of the curve without figures": {"calibration": {"curve": [{"neurons": 3}]}},
+    "a round without neurons": {"calibration": {"rounds": [{"round": 1, "curve": []}]}},
+    "neurons of two numbers that were dropped": {"calibration": {"dropped": [[1, 2]]}},
+    "a target in words": {"calibration": {"target": "few"}},
+    "positions of no grid": {"calibration": {"ignored": [{"positions": []}]}},
+    "a version that is not read any more": {"version": 1},
 }
 
 

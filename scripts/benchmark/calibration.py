@@ -99,7 +99,7 @@ def search(args: argparse.Namespace) -> Iterator[Row]:
     for mechanism in args.mechanisms:
         model, counted = copy.deepcopy(untouched), Counted(images)
         plant_into(model, some, mechanism=mechanism)
-        found, operations = count_operations(calibrate, model, counted)
+        neurons, operations = count_operations(calibrate, model, counted)
         parts = len(counted.read) / len(some)
         operations /= count_operations(plain_pass, model)[1] * parts
         times = [cpu_seconds(plain_pass, model)]
@@ -116,8 +116,8 @@ def search(args: argparse.Namespace) -> Iterator[Row]:
             "ratio": round(statistics.median(map(operator.truediv, whole, around)), 2),
             "noise": f"{min(plain) / max(plain):.2f}",
             "turns": len(whole),
-            "neurons": found.top_k,
-            "met": found.calibration["target_met"],
+            "neurons": neurons.top_k,
+            "met": neurons.calibration.target_met,
         }
 
 
@@ -126,17 +126,17 @@ def budget(args: argparse.Namespace) -> Iterator[Row]:
     model = build(args, torch.float32, with_outliers=True)
     images = (random_images(1, model)[0] for _ in range(200))
     start = time.perf_counter()
-    found = testreg.calibrate(model, images, budget=args.budget, progress=False)
-    seconds, facts = time.perf_counter() - start, found.calibration
+    neurons = testreg.calibrate(model, images, budget=args.budget, progress=False)
+    seconds, facts = time.perf_counter() - start, neurons.calibration
     yield {
         "budget_s": args.budget,
         "wall_s": round(seconds),
-        "ranked": facts["images"],
-        "held_out": facts["held_out"],
-        "sets": len(facts["curve"]),
-        "neurons": found.top_k,
-        "met": facts["target_met"],
-        "cut": " and ".join(facts.get("out_of_time", ())) or "nothing",
+        "ranked": facts.images,
+        "held_out": facts.held_out,
+        "sets": len(facts.curve),
+        "neurons": neurons.top_k,
+        "met": facts.target_met,
+        "cut": " and ".join(facts.out_of_time) or "nothing",
     }
 
 

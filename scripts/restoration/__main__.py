@@ -40,7 +40,7 @@ from testreg.evaluation.features import cache_folder
 from testreg.io.images import ImageStream
 from testreg.io.loading import LoadedModel, load_model
 from testreg.io.preprocessing import OwnTransform
-from testreg.measure.ranking import Score
+from testreg.measure.score import Score
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import testreg
 from testreg.families import find_tower
 from testreg.files import replacing
-from testreg.measure.ranking import Score
+from testreg.measure.score import Score
 
 NUM_PLANTING = 64  # images that set the thresholds of what is planted
 NUM_RANKING = 128  # images that a score ranks on, told the true number

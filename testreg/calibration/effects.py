@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from testreg.calibration.block_cache import BlockCache
-from testreg.calibration.options import Head
 from testreg.families import Tower
 from testreg.families.kernels import attention_kernel
 from testreg.io.images import batched
@@ -33,58 +31,17 @@ from testreg.measure.observation import neighbour_cosine
 from testreg.measure.outliers import MIN_FRACTION, Detection, check_finite, exactly, ignored_patches
 from testreg.measure.sampling import SampledAttention
 from testreg.neurons import Neuron, unscored
+from testreg.records.calibration import Effect, Verification
 from testreg.register import patched
+
+Head = Callable[[nn.Module, Tensor], Tensor]
+"""A model and images (B, 3, h, w), on its device and in its dtype -> scores (B, classes)."""
 
 KEPT = 2**28  # bytes of tokens between blocks that are kept while sets are compared
 NORMAL_PATCHES = 64  # of an image, whose change is measured
 HOTTER = 1.01  # times as hot an image's hottest patch is, or more
 MUCH_HOTTER = 1.1  # the same, of the mean over images: maps got hotter
 MAX_SINK = 1.5  # times as much attention as other patches: more is an attention sink
-
-
-@dataclass(frozen=True)
-class Effect:
-    """What moving some neurons does, on held-out images.
-
-    The *former outliers* are the patches that are outliers of the plain model, after any block from the onset on.
-    """
-
-    neurons: int
-    remaining: float
-    """Outliers left after `worst_block`, as a fraction of those before. Such an outlier exceeds the limit of its image
-    both as the plain and as the patched model sees it."""
-    worst_block: int
-    """The block, from the onset on, after which most outliers are left."""
-    excess: float
-    """Excess norm that the plain model's outliers keep, as a fraction of what they had, after the block from the onset
-    on where that is most. The excess of a patch is how far its norm is above the normal one of its image (median + 5
-    robust sigma), over the latter. Unlike a count, it tells whether neurons were left out that matter."""
-    change_pooled: float
-    """1 - cosine between the last block's CLS tokens without and with registers, or between the means of the normal
-    patches where there is no CLS. What all images have in common is subtracted first: it would hide any change."""
-    change_patches: float
-    """1 - cosine between the normal patches without and with registers, likewise."""
-    agreement: float | None
-    """Fraction of the images that the user's head gives the same class as before; None without a head."""
-    num_registers: int = 1
-    """How many registers the neurons were moved to; each holds all of them."""
-    sink: float | None = None
-    """Attention of all tokens to a former outlier, over that to another patch, in the block behind the onset where this
-    is largest: 1 is any patch. Norms can be normal while attention still sinks into these patches. None where attention
-    cannot be seen."""
-    hottest: float | None = None
-    """Attention of CLS (of all patches, where there is none) to the hottest patch of an image, as a share of that to
-    all patches, in the last block; mean over the images."""
-    hotter: float | None = None
-    """Share of the images whose hottest patch is hotter than without registers."""
-    unlike: float | None = None
-    """How unlike their four neighbours the former outliers are (1 - cosine), as a share of what it was; mean over the
-    blocks from the onset on."""
-
-    @property
-    def change(self) -> float:
-        """The larger of the two changes."""
-        return max(self.change_pooled, self.change_patches)
 
 
 def worst_of(effects: Sequence[Effect]) -> Effect:
@@ -106,21 +63,17 @@ def _largest(effects: Sequence[Effect], name: str) -> float | None:
     return max((value for value in values if value is not None), default=None)
 
 
-def what_is_wrong_with_maps(check: Mapping[str, Any]) -> list[str]:
-    """What keeps the attention maps of a patched model from being clean, in words: a sink that stays, hotter patches.
-
-    Args:
-        check: an entry of "verified_at" in the facts of a calibration; of older lists, it says nothing of attention.
-    """
-    found, before = [], check.get("before") or {}
-    sink, hottest = check.get("sink"), check.get("hottest")
+def what_is_wrong_with_maps(check: Verification) -> list[str]:
+    """What keeps the attention maps of a patched model from being clean, in words: a sink that stays, or patches
+    that got hotter."""
+    faults = []
+    sink, hottest = check.effect.sink, check.effect.hottest
     if sink is not None and sink > MAX_SINK:
-        found.append(f"former outliers still draw {sink:.1f} times as much attention as other patches")
-    if hottest is not None and hottest > MUCH_HOTTER * before.get("hottest", 1):
-        found.append(
-            f"maps got hotter: the hottest patch draws {hottest:.1%} of the attention, {before['hottest']:.1%} before"
-        )
-    return found
+        faults.append(f"former outliers still draw {sink:.1f} times as much attention as other patches")
+    before = None if check.before is None else check.before.hottest
+    if hottest is not None and before is not None and hottest > MUCH_HOTTER * before:
+        faults.append(f"maps got hotter: the hottest patch draws {hottest:.1%} of the attention, {before:.1%} before")
+    return faults
 
 
 @dataclass(frozen=True)
@@ -281,6 +234,7 @@ class EffectMeter:
     @property
     def untouched(self) -> Effect:
         """The same figures of the plain model."""
+        sink, hottest = self._attention_figures(self.before)
         return Effect(
             neurons=0,
             remaining=1.0,
@@ -290,8 +244,9 @@ class EffectMeter:
             change_patches=0.0,
             agreement=None if self.head is None else 1.0,
             num_registers=0,
-            **self._attention_figures(self.before),
-            hotter=None if self._sink(self.before) is None else 0.0,
+            sink=sink,
+            hottest=hottest,
+            hotter=None if sink is None else 0.0,
             unlike=None if not self.before["former"] else 1.0,
         )
 
@@ -319,7 +274,7 @@ class EffectMeter:
         remaining = (after["outliers"] / before["outliers"].clamp(min=least))[self.onset :]
         excess = (after["excess"] / before["excess"].clamp(min=least))[self.onset :]
         cosine = after["cosine"] / before["count"]
-        attention = self._attention_figures(after)
+        sink, hottest = self._attention_figures(after)
         return Effect(
             neurons=len(neurons),
             remaining=float(remaining.max()),
@@ -329,14 +284,16 @@ class EffectMeter:
             change_patches=1 - float(cosine[1]),
             agreement=float(after["agreed"] / before["count"][0]) if "agreed" in after else None,
             num_registers=num_registers,
-            **attention,
-            hotter=None if attention["sink"] is None else float(after["hotter"] / before["count"][0]),
+            sink=sink,
+            hottest=hottest,
+            hotter=None if sink is None else float(after["hotter"] / before["count"][0]),
             unlike=self._unlike(after),
         )
 
-    def _attention_figures(self, sums: Sums) -> dict[str, float | None]:
+    def _attention_figures(self, sums: Sums) -> tuple[float | None, float | None]:
+        """The `sink` and the `hottest` of an `Effect`."""
         sink = self._sink(sums)
-        return {"sink": sink, "hottest": None if sink is None else float(sums["hottest"] / self.before["count"][0])}
+        return sink, None if sink is None else float(sums["hottest"] / self.before["count"][0])
 
     def _sink(self, sums: Sums) -> float | None:
         """See `Effect.sink`. Blocks attend to the outliers that the ones before them have made."""
@@ -368,8 +325,8 @@ class EffectMeter:
     def _baseline(self, packed: tuple[PackedImage, ...], seed: int) -> Baseline:
         """What the plain model makes of a batch."""
         images = _unpacked(packed)
-        found = self._run(images)
-        norms = found.norms
+        figures = self._run(images)
+        norms = figures.norms
         limit = self.detection.rule.limit(norms)
         outlier = norms > limit  # (L, B, N)
         counted = ~ignored_patches(self.detection.ignored, self.tower.grid(images)).to(norms.device)
@@ -385,11 +342,11 @@ class EffectMeter:
             outlier=outlier,
             former=former,
             excess=self._excess(norms, outlier),
-            at_patches=_at_patches(found, former, ~former & counted),
-            hottest=found.hottest,
+            at_patches=_at_patches(figures, former, ~former & counted),
+            hottest=figures.hottest,
             sampled=sampled,
-            features=self._features(found.tokens, sampled),
-            classes=found.classes,
+            features=self._features(figures.tokens, sampled),
+            classes=figures.classes,
         )
 
     def _features(self, tokens: Tensor, sampled: Tensor) -> Tensor:
@@ -405,26 +362,26 @@ class EffectMeter:
 
     def _compare(self, plain: Baseline, sums: Sums) -> None:
         """Add to the sums how the patched model differs from the plain one on a batch."""
-        found = self._run(_unpacked(plain.images))
-        found = replace(found, patches=self.block_cache.finish(found.patches))
-        norms = found.norms
+        figures = self._run(_unpacked(plain.images))
+        figures = replace(figures, patches=self.block_cache.finish(figures.patches))
+        norms = figures.norms
         # By both limits: norms may grow evenly, so that none stands out, or even out, so that small ones do.
         outlier = norms > torch.maximum(plain.limit, self.detection.rule.limit(norms))
         before, after = (
             torch.cat([features[:, :1] - self.centre[0].to(features), features[:, 1:] - self.centre[1].to(features)], 1)
-            for features in (plain.features, self._features(found.tokens, plain.sampled))
+            for features in (plain.features, self._features(figures.tokens, plain.sampled))
         )
         cosine = F.cosine_similarity(before, after, dim=-1)  # (B, 1 + K)
         added = {
             "outliers": (outlier & plain.counted).sum((1, 2)),
             "excess": self._excess(norms, plain.outlier).sum(1),
-            "at_patches": _at_patches(found, plain.former, plain.others).sum(1),
-            "hottest": found.hottest.sum(),
-            "hotter": (found.hottest > HOTTER * plain.hottest).sum(),
+            "at_patches": _at_patches(figures, plain.former, plain.others).sum(1),
+            "hottest": figures.hottest.sum(),
+            "hotter": (figures.hottest > HOTTER * plain.hottest).sum(),
             "cosine": torch.stack([cosine[:, 0].sum(), cosine[:, 1:].sum()]),
         }
-        if plain.classes is not None and found.classes is not None:
-            added["agreed"] = (plain.classes == found.classes).sum()
+        if plain.classes is not None and figures.classes is not None:
+            added["agreed"] = (plain.classes == figures.classes).sum()
         add(sums, added)
 
 
@@ -489,10 +446,10 @@ class _Reader:
             self.hottest = row.amax(-1) / row.sum(-1).clamp(min=1e-12)
 
 
-def _at_patches(found: Figures, former: Tensor, others: Tensor) -> Tensor:
+def _at_patches(figures: Figures, former: Tensor, others: Tensor) -> Tensor:
     """Sums (L, B, 3): attention at the former outliers (B, N), attention at the others, and how unlike their neighbours
     the former outliers are."""
-    _, cosine, drawn = found.patches
+    _, cosine, drawn = figures.patches
     return torch.stack([(drawn * former).sum(-1), (drawn * others).sum(-1), ((1 - cosine) * former).sum(-1)], -1)
 
 

@@ -1,55 +1,87 @@
-"""The options of a calibration, which check themselves."""
+"""The options of a calibration: their defaults, what they mean in a line, and what values they may have.
+
+`testreg.calibrate`, `testreg calibrate` and the table in docs/calibration.md say the same. The command line shows it
+before torch is imported: what needs torch is imported when it is used.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
-import torch
-from torch import Tensor, nn
+from testreg.measure.score import Score
 
-from testreg.io.preprocessing import Transform
-from testreg.measure.outliers import OutlierRule
-from testreg.measure.ranking import Score
+if TYPE_CHECKING:
+    import torch
 
-Head = Callable[[nn.Module, Tensor], Tensor]
+    from testreg.calibration.effects import Head
+    from testreg.io.preprocessing import Transform
+    from testreg.measure.outliers import OutlierRule
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The keyword arguments of `testreg.calibrate`, which says what they are and gives their defaults.
+    """The keyword arguments of `testreg.calibrate`, which says more of them.
 
     Raises:
         ValueError: a value is out of its range, or two of them contradict each other.
     """
 
-    transform: Transform | Sequence[Transform] | None
-    block: int | None
-    threshold: float | None
-    rule: OutlierRule | None
-    max_block: int | None
-    score: Score
-    sparsity_filter: bool
-    top_k: int | None
-    target: float
-    max_change: float | None
-    budget: float | None
-    head: Head | None
-    held_out: int
-    stability: float | None
-    resume: str | os.PathLike[str] | None
-    batch_size: int
-    num_images: int | None
-    workers: int
-    amp: torch.dtype | None
-    seed: int
-    progress: bool
+    transform: Transform | Sequence[Transform] | None = field(
+        default=None, metadata={"means": "how an image becomes a tensor (default: as the model's library prepares it)"}
+    )
+    block: int | None = field(
+        default=None, metadata={"means": "block to look for outliers at (default: where they stand out)"}
+    )
+    threshold: float | None = field(
+        default=None, metadata={"means": "norm of an outlier (default: median + 5 robust sigma)"}
+    )
+    rule: OutlierRule | None = field(
+        default=None,
+        metadata={"means": "what an outlier is; mixture: of the upper of two components of an image's log norms"},
+    )
+    max_block: int | None = field(
+        default=None, metadata={"means": "last block to take neurons from (default: the last one with outliers)"}
+    )
+    score: Score = field(
+        default="attribution", metadata={"means": "what neurons are ranked by; activation: the paper's"}
+    )
+    sparsity_filter: bool = field(default=False, metadata={"means": "as in the released code; with activation alone"})
+    top_k: int | None = field(
+        default=None, metadata={"means": "how many neurons to recommend (default: chosen by measuring)"}
+    )
+    target: float = field(default=0.05, metadata={"means": "outliers that may be left, as a fraction of those before"})
+    max_change: float | None = field(
+        default=None, metadata={"means": "how much features may change, 1 - cosine (default: any)"}
+    )
+    budget: float | None = field(
+        default=None, metadata={"means": "take about so many seconds (default: as long as it takes)"}
+    )
+    head: Head | None = field(
+        default=None, metadata={"means": "model and images -> scores of classes, whose agreement is measured"}
+    )
+    held_out: int = field(default=48, metadata={"means": "images to choose and verify on"})
+    stability: float | None = field(
+        default=0.95, metadata={"means": "ranking ends when halves of the images agree on so many of the neurons"}
+    )
+    resume: str | os.PathLike[str] | None = field(
+        default=None, metadata={"means": "keep the state there (safetensors); go on from it"}
+    )
+    batch_size: int = field(default=16, metadata={"means": "images that are run at once"})
+    num_images: int | None = field(default=None, metadata={"means": "at most so many"})
+    workers: int = field(default=0, metadata={"means": "processes that decode images"})
+    amp: torch.dtype | None = field(default=None, metadata={"means": "run under autocast, in bfloat16 or float16"})
+    seed: int = field(default=0, metadata={"means": "of the order of the images"})
+    progress: bool = field(default=True, metadata={"means": "show how far it is"})
     outlier_rule: OutlierRule = field(init=False)
     """The `rule`, the one with the `threshold`, or the default."""
 
     def __post_init__(self) -> None:
+        from testreg.measure.outliers import OutlierRule
+
         if self.score not in get_args(Score):
             raise ValueError(f"score must be one of {', '.join(get_args(Score))}, got {self.score!r}")
         for name in ("target", "max_change", "budget", "stability"):
@@ -62,7 +94,7 @@ class Options:
                 raise ValueError(f"{name} must be at least 1, got {number}")
         if self.held_out < 0 or (self.held_out == 0 and self.top_k is None):
             raise ValueError(f"with held_out={self.held_out} no set of neurons can be measured: give top_k")
-        if self.sparsity_filter and self.score == "attribution":
+        if self.sparsity_filter and self.score != "activation":
             raise ValueError('the sparsity filter is that of the released code: give score="activation" with it')
         if self.threshold is not None and self.rule is not None:
             raise ValueError("give a threshold or a rule, not both")
@@ -90,3 +122,7 @@ def _block(index: int | None, depth: int, name: str) -> int | None:
     if not -depth <= index < depth:
         raise ValueError(f"{name}={index} is out of range: the model has {depth} blocks")
     return index % depth
+
+
+MEANINGS: dict[str, str] = {each.name: each.metadata["means"] for each in dataclasses.fields(Options) if each.init}
+"""What each option means, in a line."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,80 +13,84 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from testreg.calibration.effects import Effect
-from testreg.calibration.view import FIRST_CHUNK, View
+from testreg.calibration.detect import Detected
 from testreg.families import fingerprint
 from testreg.files import replacing
 from testreg.io.processes import gathered, rank
-from testreg.measure.ranking import Statistics
+from testreg.measure.ranking import SUMS, Statistics
 from testreg.neurons import Neuron
+from testreg.records.calibration import Effect
 
 FORMAT = "testreg-calibration"
-VERSION = 4  # of the sums and effects that are saved
+VERSION = 5  # of the sums and effects that are saved
+
+FIRST_CHUNK = 16  # images between two checks of whether the ranking is stable, and between two saved states
+CHUNK = 64  # the same behind the first images, which processes have yet to read
 
 
 class State:
-    """The views' statistics and the measured effects in a safetensors file, and of which run they are.
+    """How far a calibration is: what it goes on from if it is interrupted, in a safetensors file.
 
     Args:
+        path: the file; None if nothing is to be kept.
+        detected: what each view shows.
         facts: what else must be the same for a saved state to be of this run.
     """
 
-    def __init__(self, path: Path, views: Sequence[View], facts: Mapping[str, Any]) -> None:
-        self.path, self.views = path, views
+    def __init__(self, path: Path | None, detected: Sequence[Detected], facts: Mapping[str, Any]) -> None:
+        self.path = path
         run = {
             **facts,
-            "weights": fingerprint(views[0].tower),
-            "sizes": [view.diagnosis.image_size for view in views],
-            "detection": [[view.detection.block, view.onset, sorted(view.detection.ignored)] for view in views],
+            "weights": fingerprint(detected[0].tower),
+            "sizes": [each.diagnosis.image_size for each in detected],
+            "detection": [[each.detection.block, each.onset, sorted(each.detection.ignored)] for each in detected],
         }
         self.run: dict[str, Any] = json.loads(json.dumps(run))
         """All that must be the same for the sums to be of the same run, as JSON gives it back."""
         self.done = 0
         """All images with lower numbers are in the statistics."""
+        self.statistics = [SUMS[each.view.options.score].zeros(each.tower) for each in detected]
+        """Of each view."""
         self.effects: dict[str, Effect] = {}
         """The effects of sets of neurons, by `key_of`."""
 
     def save(self) -> None:
-        """Write the file, in the first process."""
-        if rank() != 0:
+        """Write the file, in the first process, if there is to be one."""
+        if self.path is None or rank() != 0:
             return
         tensors = {
             f"{i}.{name}": tensor
-            for i, view in enumerate(self.views)
-            for name, tensor in view.statistics.tensors().items()
+            for i, statistics in enumerate(self.statistics)
+            for name, tensor in statistics.tensors().items()
         }
-        effects = {key: asdict(effect) for key, effect in self.effects.items()}
+        effects = {key: effect.to_json() for key, effect in self.effects.items()}
         saved = {"format": FORMAT, "version": VERSION, "done": self.done, "run": self.run, "effects": effects}
         with replacing(self.path) as temporary:
             save_file(tensors, temporary, metadata={"testreg": json.dumps(saved)})
 
     def load(self) -> None:
-        """Fill in what the file has, if it exists.
+        """Fill in what the file has, if there is one.
 
         The first process reads the file for all of them: on other machines it may be missing, or another one.
 
         Raises:
             ValueError: the file is damaged, or of another run.
         """
-        found: tuple[int, list[Statistics], dict[str, Effect]] | ValueError | None = None
-        if rank() == 0 and self.path.exists():
+        saved: tuple[int, list[Statistics], dict[str, Effect]] | ValueError | None = None
+        if self.path is not None and rank() == 0 and self.path.exists():
             try:
-                found = self._read()
+                saved = self._read(self.path)
             except ValueError as error:
-                found = error
-        found = gathered(found)[0]
-        if isinstance(found, ValueError):
-            raise found
-        if found is None:
-            return
-        self.done, statistics, self.effects = found
-        for view, saved in zip(self.views, statistics, strict=True):
-            view.statistics = saved
+                saved = error
+        saved = gathered(saved)[0]
+        if isinstance(saved, ValueError):
+            raise saved
+        if saved is not None:
+            self.done, self.statistics, self.effects = saved
 
-    def _read(self) -> tuple[int, list[Statistics], dict[str, Effect]]:
+    def _read(self, path: Path) -> tuple[int, list[Statistics], dict[str, Effect]]:
         try:
-            with safe_open(self.path, "pt") as file:
+            with safe_open(path, "pt") as file:
                 saved = json.loads((file.metadata() or {}).get("testreg", "null"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except Exception as error:
@@ -110,22 +113,22 @@ class State:
         if type(done) is not int or not 0 < done <= sys.maxsize or done % FIRST_CHUNK:
             raise self._damage(f"it cannot have ended at image {_short(done)}")
         try:
-            effects = {key: Effect(**effect) for key, effect in saved["effects"].items()}
-        except (AttributeError, KeyError, TypeError):
+            effects = {key: Effect.from_json(effect, "an effect") for key, effect in saved["effects"].items()}
+        except (AttributeError, KeyError, TypeError, ValueError):
             raise self._damage("its effects are not valid") from None
-        return done, [self._statistics(tensors, i, done) for i in range(len(self.views))], effects
+        return done, [self._statistics(tensors, i, done) for i in range(len(self.statistics))], effects
 
     def _statistics(self, tensors: dict[str, Tensor], index: int, done: int) -> Statistics:
         """The statistics of one view, checked."""
-        expected = Statistics.zeros(self.views[index].tower).tensors()
-        found = {name: tensors.get(f"{index}.{name}") for name in expected}
+        expected = self.statistics[index].tensors()
+        sums = {name: tensors.get(f"{index}.{name}") for name in expected}
         for name, like in expected.items():
-            value = found[name]
+            value = sums[name]
             if value is None or value.shape != like.shape or value.dtype != like.dtype:
                 raise self._damage(f"{name} is missing, or does not fit the model")
             if not value.isfinite().all():
                 raise self._damage(f"{name} is not finite")
-        statistics = Statistics(**found)  # type: ignore[arg-type]
+        statistics = type(self.statistics[index])(**sums)  # type: ignore[arg-type]
         if not 0 < float(statistics.num_images.sum()) <= done:
             raise self._damage(f"it cannot be of {float(statistics.num_images.sum()):g} images, if it ended at {done}")
         return statistics

@@ -8,9 +8,9 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from testreg.calibration.effects import Effect
 from testreg.measure.ranking import MATTERS
 from testreg.neurons import Neuron
+from testreg.records.calibration import Effect, Round
 
 TOLERANCE = 0.02  # of the outliers' excess norm: sets that differ by less remove them equally well
 SAME_CHANGE = 0.01  # sets whose changes of features differ by less change the same,
@@ -41,18 +41,6 @@ class Candidates:
     """Those that are active at outliers and hardly anywhere else, which may score too little for the ranking, or below
     zero. What moving them changes at other patches is not their own doing, but that of the outliers, which others look
     at."""
-
-
-@dataclass(frozen=True)
-class Round:
-    """What was added to the set in one round, and what was measured to decide it."""
-
-    added: tuple[Neuron, ...]
-    effect: Effect
-    """Of all neurons that were moved by the end of the round."""
-    curve: tuple[Effect, ...]
-    """Effects of the best 1, 2, 4, ... of the round's ranking, and of the sizes between which the choice was made, each
-    with the neurons of the rounds before."""
 
 
 @dataclass(frozen=True)
@@ -240,7 +228,7 @@ class _Search:
         """Add the fewest measured of a ranking that remove the most; returns whether that helped, else nothing is
         added."""
         moved, ranking = self.chosen, candidates.ranking
-        curve = _Curve(self, moved, ranking)
+        curve = _Curve(self, len(self.rounds) + 1, moved, ranking)
         curve.grow()
         best = curve.best()
         if best is None:
@@ -268,8 +256,8 @@ class _Search:
         """The neurons, which have this effect, with all selective candidates if less attention is drawn then, and the
         effect of them all."""
         selective = [neuron for of_round in self.selective for neuron in of_round]
-        whole, found = self._with(selective, neurons, effect)
-        return (neurons, effect) if draws_as_little(effect, found) else (whole, found)
+        whole, effect_of_whole = self._with(selective, neurons, effect)
+        return (neurons, effect) if draws_as_little(effect, effect_of_whole) else (whole, effect_of_whole)
 
     def with_registers(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[Effect, ...]:
         """The effects of moving the neurons, which have this effect with one register, to 1, 2, ... registers, until
@@ -327,10 +315,10 @@ class _Search:
 
     def completed(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[tuple[Neuron, ...], Effect]:
         """The neurons, which have this effect, with selective ones if these change more, and the effect of them all."""
-        whole, found = self._with(self.weighty, neurons, effect)
-        if changes_the_same(found, effect):
+        whole, effect_of_whole = self._with(self.weighty, neurons, effect)
+        if changes_the_same(effect_of_whole, effect):
             return neurons, effect
-        return self.without_idle(whole, found, same_change=True)
+        return self.without_idle(whole, effect_of_whole, same_change=True)
 
     def without_bystanders(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[tuple[Neuron, ...], Effect]:
         """The neurons, which have this effect, less those that do nothing beside the others, and little alone.
@@ -356,8 +344,9 @@ class _Search:
         added = {neuron[:2]: neuron for neuron in others if neuron[:2] not in taken}
         if not added or self.is_over():
             return neurons, effect
-        found = self.measured((*neurons, *added.values()))
-        return ((*neurons, *added.values()), found) if self.is_as_good(found, effect) else (neurons, effect)
+        whole = (*neurons, *added.values())
+        effect_of_whole = self.measured(whole)
+        return (whole, effect_of_whole) if self.is_as_good(effect_of_whole, effect) else (neurons, effect)
 
 
 @dataclass
@@ -400,16 +389,16 @@ class _Drop:
         without = tuple(neuron for neuron in self.kept if neuron not in chunk)
         if not chunk or not without or self.search.is_over():
             return None
-        found = self.search.measured(without)
+        effect = self.search.measured(without)
         must_do_the_same = self.same_change and self.selective.issuperset(chunk)
-        does_the_same = changes_the_same(found, self.best) and is_as_clean(found, self.best)
+        does_the_same = changes_the_same(effect, self.best) and is_as_clean(effect, self.best)
         if (
-            not self.search.is_as_good(found, self.best)
-            or found.change > _as_little(self.best.change)
+            not self.search.is_as_good(effect, self.best)
+            or effect.change > _as_little(self.best.change)
             or (must_do_the_same and not does_the_same)
         ):
             return None
-        return without, found
+        return without, effect
 
 
 @dataclass
@@ -417,6 +406,8 @@ class _Curve:
     """The effects of several numbers of the best neurons of a ranking, on top of those that are moved already."""
 
     search: _Search
+    number: int
+    """Of the round, from 1."""
     moved: tuple[Neuron, ...]
     ranking: Sequence[Neuron]
     effects: list[Effect] = field(default_factory=list)
@@ -474,7 +465,7 @@ class _Curve:
     def round(self, effect: Effect) -> Round:
         """The round that ends with this effect."""
         added = tuple(self.ranking[: effect.neurons - len(self.moved)])
-        return Round(added, effect, tuple(sorted(self.effects, key=lambda effect: effect.neurons)))
+        return Round(self.number, added, tuple(sorted(self.effects, key=lambda effect: effect.neurons)), effect)
 
     def fewest(self, best: Effect) -> Effect:
         """The effect of the fewest neurons measured that are as good as the best; if that is not what the search aims

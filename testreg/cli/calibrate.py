@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from testreg.calibration.options import MEANINGS, Options
 from testreg.cli.exits import Exit
 from testreg.cli.models import chosen_device, load
 from testreg.cli.options import (
@@ -29,10 +30,13 @@ from testreg.cli.options import (
 from testreg.cli.outputs import PAGES, check_file
 from testreg.cli.running import Run
 from testreg.files import check_writable_folder
+from testreg.measure.score import Score
 
 if TYPE_CHECKING:
     from testreg.neurons import RegisterNeurons
+    from testreg.records.calibration import Effect, Verification
 
+NUM_IMAGES = 500  # of a folder, which may hold millions; in Python all that are given
 REPORT_IMAGES = 32
 HIGH_AGREEMENT = 0.99  # of a head with itself, which needs no mention
 
@@ -45,37 +49,25 @@ def calibrate(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="JSON", help="where the neurons are written")],
     report: ReportFile = None,
     figures: Annotated[Path | None, typer.Option(metavar="DIR", help="write its pictures as PNG, for papers")] = None,
-    target: Annotated[float, typer.Option(help="outliers that may be left")] = 0.05,
-    max_change: Annotated[
-        float | None, typer.Option(help="how much features may change, 1 - cosine (default: any)")
-    ] = None,
-    budget: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="take about so long (default: as long as it takes)")
-    ] = None,
-    held_out: Annotated[int, typer.Option(help="images to choose and verify on")] = 48,
-    resume: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="keep the state there (safetensors); go on from it")
-    ] = None,
-    num_images: NumImages = 500,
-    batch_size: BatchSize = 16,
-    workers: Workers = 0,
-    seed: Seed = 0,
-    block: Annotated[
-        int | None, typer.Option(help="block to look for outliers at (default: where they stand out)")
-    ] = None,
-    threshold: Threshold = None,
+    target: Annotated[float, typer.Option(help=MEANINGS["target"])] = Options.target,
+    max_change: Annotated[float | None, typer.Option(help=MEANINGS["max_change"])] = Options.max_change,
+    budget: Annotated[float | None, typer.Option(metavar="SECONDS", help=MEANINGS["budget"])] = Options.budget,
+    held_out: Annotated[int, typer.Option(help=MEANINGS["held_out"])] = Options.held_out,
+    resume: Annotated[Path | None, typer.Option(metavar="FILE", help=MEANINGS["resume"])] = None,
+    num_images: NumImages = NUM_IMAGES,
+    batch_size: BatchSize = Options.batch_size,
+    workers: Workers = Options.workers,
+    seed: Seed = Options.seed,
+    block: Annotated[int | None, typer.Option(help=MEANINGS["block"])] = Options.block,
+    threshold: Threshold = Options.threshold,
     rule: Rule = "robust",
-    max_block: Annotated[
-        int | None, typer.Option(help="last block to take neurons from (default: the last one with outliers)")
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(help="how many neurons to recommend (default: chosen by measuring)")
-    ] = None,
-    score: Annotated[
-        Literal["attribution", "contribution", "activation"], typer.Option(help="activation: the paper's")
-    ] = "attribution",
-    sparsity_filter: Annotated[bool, typer.Option("--sparsity-filter", help="as in the released code")] = False,
-    amp: Annotated[Literal["bfloat16", "float16"] | None, typer.Option(help="run under autocast")] = None,
+    max_block: Annotated[int | None, typer.Option(help=MEANINGS["max_block"])] = Options.max_block,
+    top_k: Annotated[int | None, typer.Option(help=MEANINGS["top_k"])] = Options.top_k,
+    score: Annotated[Score, typer.Option(help=MEANINGS["score"])] = Options.score,
+    sparsity_filter: Annotated[bool, typer.Option("--sparsity-filter", help=MEANINGS["sparsity_filter"])] = (
+        Options.sparsity_filter
+    ),
+    amp: Annotated[Literal["bfloat16", "float16"] | None, typer.Option(help=MEANINGS["amp"])] = None,
     image_size: ImageSizes = None,
     device: Device = None,
     dtype: DType = None,
@@ -124,12 +116,12 @@ def calibrate(
         is_first = rank() == 0
     if is_first:
         neurons.save(output)
-        run.say(found(neurons))
+        run.say(summary(neurons))
         if run.quiet and not neurons.verified:
             run.answer(not_verified())
         run.answer(f"{output}: {len(neurons)} register neurons, and the ranking they are from")
         if report or figures:
-            from testreg.calibration.view import held_out_images
+            from testreg.calibration.split import held_out_images
             from testreg.report.page import write_report
 
             with run.phase("measuring for the report"):
@@ -151,56 +143,55 @@ def calibrate(
     return Exit.DONE if neurons.verified else Exit.NOT_VERIFIED
 
 
-def found(neurons: RegisterNeurons) -> str:
+def summary(neurons: RegisterNeurons) -> str:
     """What calibration found, in a few lines."""
     from testreg.calibration.effects import what_is_wrong_with_maps
 
     facts = neurons.calibration
-    skipped = f", {facts['unreadable_images']} unreadable" if facts["unreadable_images"] else ""
-    overlap = facts["stability"]["overlap"]
-    lines = [
-        facts["verdict"],
-        f"ranked on {facts['images']} images{skipped}; halves of them agree on {overlap:.0%} of the neurons",
-    ]
-    if curve := facts.get("curve"):
+    lines = [str(facts.verdict)]
+    skipped = f", {facts.unreadable_images} unreadable" if facts.unreadable_images else ""
+    if facts.stability is not None:
+        agree = f"halves of them agree on {facts.stability.overlap:.0%} of the neurons"
+        lines.append(f"ranked on {facts.images} images{skipped}; {agree}")
+    if facts.curve:
         columns = ("neurons", "outliers left", "excess norm left", "change, pooled", "change, patches")
         lines.append(f"chosen on held-out images:\n{'  '.join(columns)}")
-        for point in curve:
-            values = (f"{point[key]:.3f}" for key in ("remaining", "excess", "change_pooled", "change_patches"))
-            cells = zip((str(point["neurons"]), *values), columns, strict=True)
+        for point in facts.curve:
+            values = (point.remaining, point.excess, point.change_pooled, point.change_patches)
+            cells = zip((str(point.neurons), *(f"{value:.3f}" for value in values)), columns, strict=True)
             lines.append("  ".join(f"{cell:>{len(column)}}" for cell, column in cells))
-    if registers := facts.get("registers"):
-        lines.append(_registers_in_words(registers, neurons.num_registers))
-    if len(rounds := facts.get("rounds") or ()) > 1:
-        for each in rounds:
-            blocks = ", ".join(str(block) for block in sorted({block for block, _, _ in each["added"]}))
-            lines.append(
-                f"round {each['round']}: {len(each['added'])} neurons of blocks {blocks} added, "
-                f"{each['remaining']:.1%} of the outliers left"
-            )
-    for each in facts.get("verified_at", ()):
-        height, width = each["image_size"]
-        on = "others" if facts.get("verified_on_others", True) else "images that also chose,"
+    if facts.registers:
+        lines.append(_registers_in_words(facts.registers, neurons.num_registers))
+    for each in facts.rounds if len(facts.rounds) > 1 else ():
+        blocks = ", ".join(str(block) for block in sorted({block for block, _, _ in each.added}))
         lines.append(
-            f"measured on {each['images']} {on} at {height} x {width}: {each['remaining']:.1%} of the outliers left "
-            f"at worst (block {each['worst_block']}), features changed by {each['change_pooled']:.3f} (pooled) and "
-            f"{each['change_patches']:.3f} (patches)"
+            f"round {each.round}: {len(each.added)} neurons of blocks {blocks} added, "
+            f"{each.effect.remaining:.1%} of the outliers left"
         )
-        lines += _attention_in_words(each)
-        lines += what_is_wrong_with_maps(each)
-    if not facts.get("target_met", True):
+    for check in facts.verified_at:
+        height, width = check.image_size
+        on = "images that also chose," if facts.verified_on_others is False else "others"
+        effect = check.effect
         lines.append(
-            f"the target of {facts['target']:.1%} was not reached: this set came closest. More images, another "
+            f"measured on {check.images} {on} at {height} x {width}: {effect.remaining:.1%} of the outliers left "
+            f"at worst (block {effect.worst_block}), features changed by {effect.change_pooled:.3f} (pooled) and "
+            f"{effect.change_patches:.3f} (patches)"
+        )
+        lines += _attention_in_words(check)
+        lines += what_is_wrong_with_maps(check)
+    if facts.target_met is False:
+        lines.append(
+            f"the target of {facts.target:.1%} was not reached: this set came closest. More images, another "
             "--max-block or a higher --target may help; testreg diagnose says what kind of outliers they are"
         )
-    if cut := facts.get("out_of_time"):
+    if facts.out_of_time:
         left_out = {
-            "images": f"all images but {facts['images'] + facts['held_out']}",
+            "images": f"all images but {(facts.images or 0) + (facts.held_out or 0)}",
             "ranking": "ranking until halves of the images agree",
             "choosing": "further sets of neurons, so that more neurons or registers may do better",
         }
-        lines.append(f"the --budget was too small for: {'; '.join(left_out[each] for each in cut)}")
-    agreement = facts.get("chosen", {}).get("agreement")
+        lines.append(f"the --budget was too small for: {'; '.join(left_out[each] for each in facts.out_of_time)}")
+    agreement = None if facts.chosen is None else facts.chosen.agreement
     if agreement is not None and agreement < HIGH_AGREEMENT:
         lines.append(f"the head agrees with itself on {agreement:.1%} of the images, with and without registers")
     if not neurons.verified:
@@ -210,7 +201,7 @@ def found(neurons: RegisterNeurons) -> str:
 
 def not_verified() -> str:
     """What a list that is not verified lacks."""
-    from testreg.calibration.view import MIN_VERIFYING, NUM_CHOOSING
+    from testreg.calibration.split import MIN_VERIFYING, NUM_CHOOSING
 
     return (
         f"not verified: that takes a target that is met, and clean maps, on at least {MIN_VERIFYING} held-out "
@@ -218,24 +209,22 @@ def not_verified() -> str:
     )
 
 
-def _registers_in_words(registers: Sequence[Mapping[str, Any]], number: int) -> str:
+def _registers_in_words(registers: Sequence[Effect], number: int) -> str:
     """How many registers were chosen, and what each number of them changes."""
-    changes = ", ".join(
-        f"{max(each['change_pooled'], each['change_patches']):.3f} with {each['num_registers']}" for each in registers
-    )
+    changes = ", ".join(f"{each.change:.3f} with {each.num_registers}" for each in registers)
     which = "1 register" if number == 1 else f"{number} registers, each with all of the neurons"
     return f"{which}: features change by {changes}"
 
 
-def _attention_in_words(check: Mapping[str, Any]) -> list[str]:
+def _attention_in_words(check: Verification) -> list[str]:
     """What became of the attention to the patches that were outliers, where it can be seen."""
-    if check.get("sink") is None or check.get("hottest") is None:
+    now, before = check.effect, check.before
+    if before is None or None in (now.sink, now.hottest, now.hotter, now.unlike, before.sink, before.hottest):
         return []
-    before = check["before"]
     return [
-        f"attention to a former outlier, over that to another patch: {before['sink']:.1f} before, {check['sink']:.1f} "
-        f"now; share of the hottest patch: {before['hottest']:.1%} before, {check['hottest']:.1%} now (hotter in "
-        f"{check['hotter']:.0%} of the images); former outliers are {check['unlike']:.0%} as unlike their neighbours "
+        f"attention to a former outlier, over that to another patch: {before.sink:.1f} before, {now.sink:.1f} "
+        f"now; share of the hottest patch: {before.hottest:.1%} before, {now.hottest:.1%} now (hotter in "
+        f"{now.hotter:.0%} of the images); former outliers are {now.unlike:.0%} as unlike their neighbours "
         "as before"
     ]
 
@@ -248,5 +237,5 @@ def _result(neurons: RegisterNeurons, output: Path, report: Path | None, figures
         "figures": None if figures is None else str(figures),
         "neurons": neurons.by_block(),
         "verified": neurons.verified,
-        "calibration": dict(neurons.calibration),
+        "calibration": neurons.calibration.to_json(),
     }

@@ -26,10 +26,10 @@ def demo(
     run.say("A small ViT, trained on CIFAR-10 around a planted outlier mechanism: see testreg/demo/model/README.md.")
     done = run_demo(progress=not run.quiet)
     planted = sum(map(len, done.planted.values()))
-    verdict = done.found.calibration["verdict"]
+    verdict = done.neurons.calibration.verdict
     run.say(f"diagnosed:  {verdict}")
     run.say(
-        f"calibrated: {done.found.top_k} register neurons, {done.recovered} of the {planted} planted ones among them"
+        f"calibrated: {done.neurons.top_k} register neurons, {done.recovered} of the {planted} planted ones among them"
     )
     run.say(f"patched:    one register\n\n{table(done.before, done.after)}\n")
     save_picture(done.picture, output)
@@ -38,7 +38,7 @@ def demo(
         {
             "picture": str(output),
             "verdict": verdict,
-            "neurons": done.found.by_block(),
+            "neurons": done.neurons.by_block(),
             "planted": done.planted,
             "recovered": done.recovered,
             "before": figures_of(done.before),

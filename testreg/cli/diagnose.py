@@ -78,11 +78,11 @@ def diagnose(
 
         run.answer(several.verdicts(diagnoses))
         run.say(f"\n{several.table(diagnoses)}")
-        run.write([{"name": name, **each.to_dict()} for name, each in diagnoses.items()])
+        run.write([{"name": name, **each.to_json()} for name, each in diagnoses.items()])
     elif is_first:
         run.answer(first.verdict)
         run.say("\n".join(["", first.table(), "", *first.notes]))
-        run.write(first.to_dict())
+        run.write(first.to_json())
         if report is not None:
             from testreg.io.images import ImageStream
             from testreg.report.diagnosis import write_diagnosis_report

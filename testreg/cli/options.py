@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from testreg.calibration.options import MEANINGS
 from testreg.io.names import KINDS, NAMES
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=NAMES, show_default=False)]
@@ -29,15 +30,12 @@ TrustRemoteCode = Annotated[
 ]
 
 Images = Annotated[str, typer.Option("--images", metavar="IMAGES", help=KINDS, show_default=False)]
-NumImages = Annotated[int, typer.Option(help="at most so many")]
-BatchSize = Annotated[int, typer.Option(help="images that are run at once")]
-Workers = Annotated[int, typer.Option(help="processes that decode images")]
-Seed = Annotated[int, typer.Option(help="of the order of the images")]
-Threshold = Annotated[float | None, typer.Option(help="norm of an outlier (default: median + 5 robust sigma)")]
-Rule = Annotated[
-    Literal["robust", "mixture"],
-    typer.Option(help="what an outlier is; mixture: of the upper of two components of an image's log norms"),
-]
+NumImages = Annotated[int, typer.Option(help=MEANINGS["num_images"])]
+BatchSize = Annotated[int, typer.Option(help=MEANINGS["batch_size"])]
+Workers = Annotated[int, typer.Option(help=MEANINGS["workers"])]
+Seed = Annotated[int, typer.Option(help=MEANINGS["seed"])]
+Threshold = Annotated[float | None, typer.Option(help=MEANINGS["threshold"])]
+Rule = Annotated[Literal["robust", "mixture"], typer.Option(help=MEANINGS["rule"])]
 
 Neurons = Annotated[
     str | None,

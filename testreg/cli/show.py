@@ -70,7 +70,8 @@ def show(
     loaded = load(run, model, loading)
     used = patch(loaded, patching)
     tower = find_tower(loaded.model)
-    drawn = (-1 if pca else used.calibration.get("detection_block", -1)) if block is None else block
+    detected = used.calibration.detection_block
+    drawn = block if block is not None else -1 if pca or detected is None else detected
     if not -tower.depth <= drawn < tower.depth:
         raise ValueError(f"--block {drawn} is out of range: {loaded.name} has {tower.depth} blocks")
     batch = torch.stack([loaded.transform(photo) for photo in photos])

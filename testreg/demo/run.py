@@ -32,7 +32,7 @@ class Demo:
 
     planted: dict[int, list[int]]
     """What makes the outliers, as it was planted before the network was trained around it."""
-    found: RegisterNeurons
+    neurons: RegisterNeurons
     before: Maps
     after: Maps
     picture: Figure
@@ -40,19 +40,21 @@ class Demo:
     @property
     def recovered(self) -> int:
         """How many of the planted neurons were found."""
-        found = self.found.by_block()
-        return sum(unit in found.get(block, ()) for block, units in self.planted.items() for unit in units)
+        chosen = self.neurons.by_block()
+        return sum(unit in chosen.get(block, ()) for block, units in self.planted.items() for unit in units)
 
 
 def run_demo(*, progress: bool = True) -> Demo:
     """Let calibration find the demo model's register neurons without being told, patch them, and compare."""
     model = demo_model(IMAGE_SIZE)
-    found = calibrate(model, crops(photographs(2 * CROP_SIZE), CROP_SIZE, STRIDE), progress=progress)
+    neurons = calibrate(model, crops(photographs(2 * CROP_SIZE), CROP_SIZE, STRIDE), progress=progress)
     images = photographs(IMAGE_SIZE)
-    patch(model, found)
-    before, after = maps_before_and_after(model, images, block=found.calibration["detection_block"])
+    patch(model, neurons)
+    block = neurons.calibration.detection_block
+    assert block is not None  # calibration says it
+    before, after = maps_before_and_after(model, images, block=block)
     picture = figure(images, before, after, "testreg's demo model: trained on CIFAR-10 around planted outliers")
-    return Demo(planted_neurons(), found, before, after, picture)
+    return Demo(planted_neurons(), neurons, before, after, picture)
 
 
 def photographs(size: int) -> Tensor:

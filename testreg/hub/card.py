@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from testreg.files import plain
+from testreg.records.calibration import Calibration
 
 CARD = "README.md"
 _MARK = "<!-- Written by testreg, and again whenever it pushes. Delete this line to keep a text of your own. -->"
@@ -19,19 +20,25 @@ def is_ours(card: str) -> bool:
 
 
 def model_card(
-    repository: str, neurons: Mapping[str, Any], blocks: Mapping[int, Sequence[int]], *, is_checkpoint: bool
+    repository: str,
+    *,
+    blocks: Mapping[int, Sequence[int]],
+    verified: bool,
+    model: Mapping[str, Any],
+    calibration: Calibration,
+    provenance: Mapping[str, Any],
+    is_checkpoint: bool,
 ) -> str:
     """The card, in Markdown with its YAML header.
 
     Args:
-        neurons: the neuron JSON.
         blocks: the neurons in use, `{block: [units]}`.
+        verified, model, calibration, provenance: those of their list, see `testreg.RegisterNeurons`.
         is_checkpoint: whether a patched checkpoint is in the repository, and not the neurons alone.
     """
     import jinja2
     from huggingface_hub import ModelCardData
 
-    model, calibration = neurons["model"], neurons["calibration"]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(plain=plain, percent=lambda value: f"{value:.1%}")
     template = environment.from_string((Path(__file__).parent / "card.md.jinja").read_text(encoding="utf-8"))
@@ -41,10 +48,10 @@ def model_card(
         name=model.get("name", "a model that is not named"),
         blocks=blocks,
         count=sum(map(len, blocks.values())),
-        verified=neurons["verified"],
-        checks=calibration.get("verified_at", ()),
-        facts={key: calibration[key] for key in _FACTS if isinstance(calibration.get(key), str | int)},
-        provenance={key: value for key, value in neurons["provenance"].items() if isinstance(value, str)},
+        verified=verified,
+        checks=calibration.verified_at,
+        facts={key: value for key in _FACTS if (value := getattr(calibration, key)) is not None},
+        provenance={key: value for key, value in provenance.items() if isinstance(value, str)},
     )
     data = ModelCardData(
         library_name="testreg", tags=["testreg", "test-time-registers"], base_model=_base_of(model.get("names", ()))

@@ -19,7 +19,6 @@ from torch import nn
 
 from testreg.families import checkpoint_names, find_tower
 from testreg.files import check_format, shown
-from testreg.hub.card import model_card
 from testreg.hub.repository import SCHEME, check_can_push, fetch_checkpoint, is_repository, push
 from testreg.io import formats
 from testreg.io.install import PENDING, RECORD, installing, is_interrupted, recover
@@ -203,7 +202,7 @@ def save(
         left = "where the save was interrupted" if is_interrupted(target) else "which is left as it was"
         raise OSError(f"could not write the checkpoint to {folder}, {left}: {error}") from error
     if push_to_hub is not None:
-        card = model_card(push_to_hub, state.neurons.to_dict(), state.neurons.by_block(), is_checkpoint=True)
+        card = state.neurons.model_card(push_to_hub, is_checkpoint=True)
         written = {name: target / name for name in (*files, RECORD)}
         push(push_to_hub, written, card, message="Checkpoint with test-time registers", private=None)
 

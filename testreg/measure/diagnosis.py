@@ -284,17 +284,17 @@ class Diagnosis:
     """What `diagnose` found. Its length is the number of blocks.
 
     Example:
-        >>> found = testreg.diagnose(model, images, progress=False)
-        >>> isinstance(found, testreg.Diagnosis), len(found)
+        >>> diagnosis = testreg.diagnose(model, images, progress=False)
+        >>> isinstance(diagnosis, testreg.Diagnosis), len(diagnosis)
         (True, 4)
-        >>> found
+        >>> diagnosis
         Diagnosis: outliers from block 2 (MLP), ... % of patches, movable
           of timm:vit_base_patch16_clip_224...: 4 blocks, 45 images at 64 x 64
           Outliers appear after block 2, ...
-        >>> figure = found.plot()
-        >>> print(found.notes[0])
+        >>> figure = diagnosis.plot()
+        >>> print(diagnosis.notes[0])
         Outliers appear after block 2, and are strongest after block 3, the last.
-        >>> found.save("diagnosis.json")
+        >>> diagnosis.save("diagnosis.json")
     """
 
     model: Mapping[str, Any]
@@ -379,8 +379,8 @@ class Diagnosis:
     @property
     def verdict(self) -> str:
         """What the outliers are, and whether registers move them, in one line."""
-        found = self.outliers
-        if found is None:
+        outliers = self.outliers
+        if outliers is None:
             roles = [f"{role.name}, {role.ratio:.0f} x the median norm" for role in self.prefix_roles]
             return "no outliers: nothing to fix" + (f" (their role is taken by {'; '.join(roles)})" if roles else "")
         fate = {
@@ -389,30 +389,30 @@ class Diagnosis:
             "fixed": ": a register does not fix them",
             "immovable": ", not made by MLPs: a register does not move them",
         }
-        return found.summary + fate[self.kind]
+        return outliers.summary + fate[self.kind]
 
     @property
     def notes(self) -> list[str]:
         """What the verdict leaves out, in sentences."""
-        found, notes = self.outliers, []
-        if found is not None:
-            notes.append(found.course(self.blocks))
-            if found.sink is not None:
-                notes.append(found.sink.summary)
-            if found.mlp_share is not None and found.kind != "fixed":
-                notes.append(f"MLPs add {found.mlp_share:.0%} of their excess norm.")
-            if channels := self.blocks[found.block].after_mlp.massive_channels:
+        outliers, notes = self.outliers, []
+        if outliers is not None:
+            notes.append(outliers.course(self.blocks))
+            if outliers.sink is not None:
+                notes.append(outliers.sink.summary)
+            if outliers.mlp_share is not None and outliers.kind != "fixed":
+                notes.append(f"MLPs add {outliers.mlp_share:.0%} of their excess norm.")
+            if channels := self.blocks[outliers.block].after_mlp.massive_channels:
                 named_channels = ", ".join(f"{channel} ({share:.0%})" for channel, share in channels)
                 notes.append(f"Of their squared norm, most is in few channels: {named_channels}.")
-            if found.fixed_share is None:
+            if outliers.fixed_share is None:
                 notes.append(f"Fixed positions are not looked for in fewer than {MIN_IMAGES} images of one size.")
-            for each in found.fixed_positions[:NUM_POSITIONS]:
+            for each in outliers.fixed_positions[:NUM_POSITIONS]:
                 notes.append(
                     f"Row {each.row}, column {each.column} is an outlier in {each.images:.0%} of the images, "
                     f"with {each.embedding_ratio:.2f} x the median norm in front of the first block."
                 )
-            if found.border_share is not None and found.border_share >= BORDER:
-                notes.append(f"{found.border_share:.0%} of them lie in the outermost rows and columns.")
+            if outliers.border_share is not None and outliers.border_share >= BORDER:
+                notes.append(f"{outliers.border_share:.0%} of them lie in the outermost rows and columns.")
         if self.embedding_positions:
             highest = max(each.ratio for each in self.embedding_positions)
             positions = named([(each.row, each.column) for each in self.embedding_positions])
@@ -476,16 +476,14 @@ class Diagnosis:
         width = max(len(term) for term, _ in legend) + 2
         return "\n".join([*lines, "", *(f"  {term:<{width}}{meaning}" for term, meaning in legend)])
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """All figures, and the verdict, as JSON holds them."""
         return {"format": FORMAT, "version": VERSION, "verdict": self.verdict, "kind": self.kind, **asdict(self)}
-
-    to_json = to_dict  # as the neurons have it
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON; an existing file is replaced whole or not at all."""
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def named(positions: Sequence[tuple[int, int]]) -> str:

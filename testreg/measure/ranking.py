@@ -10,10 +10,11 @@ What is kept are sums over images: those of parts of the images, of several proc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -22,9 +23,8 @@ from testreg.families import Block, Mlp, Tower
 from testreg.measure.attribution import attribution_of
 from testreg.measure.hooks import recorded_norms, recorded_tokens, recording_inputs
 from testreg.measure.outliers import Detection, check_finite, exactly
+from testreg.measure.score import Score
 from testreg.neurons import Neuron
-
-Score = Literal["attribution", "contribution", "activation"]
 
 NORMAL_TOKENS = 8  # sampled from each image, for comparison
 SPARSE = 0.5  # activations below it count as silent for the released code's sparsity filter
@@ -33,52 +33,117 @@ MATTERS = 0.1  # of the best score: below it, a neuron's place in the ranking is
 
 
 @dataclass
-class Statistics:
-    """Sums over images, apart for two halves of them. S = 2 halves, L blocks, H neurons, C width.
+class Statistics(ABC):
+    """Sums over images, apart for two halves of them; those that a score needs are added by a subclass. S = 2 halves, L
+    blocks, H neurons, C width.
 
     What is measured at outliers is the mean over the outliers of an image, summed over the images that have any: images
     count alike, however many outliers they have (Algorithm 1).
     """
 
-    share: Tensor  # (S, L, H), share of the outliers' excess norm that is attributed to a neuron
-    energy_at_outliers: Tensor  # (S, L, H), squared activation at outliers
-    energy: Tensor  # (S, L, H), squared activation at all patches
-    magnitude: Tensor  # (S, L, H), |activation| at outliers
-    activation: Tensor  # (S, L, H), activation at outliers, with its sign
-    normal_activation: Tensor  # (S, L, H), activation summed over sampled normal tokens
-    direction: Tensor  # (S, C), mean outlier minus mean normal token, after the detection block
-    num_normal: Tensor  # (S,), sampled normal tokens
     num_with_outliers: Tensor  # (S,), images with an outlier
     num_outliers: Tensor  # (S,)
     num_images: Tensor  # (S,)
     num_patches: Tensor  # (S,)
+    of_neurons: ClassVar[tuple[str, ...]]
+    """Which of the sums are (S, L, H)."""
 
     @classmethod
-    def zeros(cls, tower: Tower) -> Statistics:
-        neurons = (2, tower.depth, tower.mlp_width)
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(
-            ("share", "energy_at_outliers", "energy", "magnitude", "activation", "normal_activation"), neurons
-        )
+    def zeros(cls, tower: Tower) -> Self:
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(cls.of_neurons, (2, tower.depth, tower.mlp_width))
         shapes["direction"] = (2, tower.width)
         return cls(**{each.name: torch.zeros(shapes.get(each.name, (2,))) for each in fields(cls)})
 
     def tensors(self) -> dict[str, Tensor]:
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
-    def __add__(self, other: Statistics) -> Statistics:
+    def __add__(self, other: Self) -> Self:
         mine, theirs = self.tensors(), other.tensors()
-        return Statistics(**{name: mine[name] + theirs[name] for name in mine})
+        return type(self)(**{name: mine[name] + theirs[name] for name in mine})
 
-    def _over_halves(self, reduce: Callable[[Tensor], Tensor]) -> Statistics:
-        return Statistics(**{name: reduce(value) for name, value in self.tensors().items()})
-
-    def total(self) -> Statistics:
+    def total(self) -> Self:
         """The sums over all images, without the axis of halves."""
-        return self._over_halves(lambda value: value.sum(0))
+        return type(self)(**{name: value.sum(0) for name, value in self.tensors().items()})
 
-    def half(self, index: int) -> Statistics:
+    def half(self, index: int) -> Self:
         """The sums over one half of the images, without the axis of halves."""
-        return self._over_halves(lambda value: value[index])
+        return type(self)(**{name: value[index] for name, value in self.tensors().items()})
+
+    @abstractmethod
+    def scores(self, tower: Tower) -> Tensor:
+        """The scores (L, H), from sums without the axis of halves."""
+
+    @property
+    def selectivity(self) -> Tensor:
+        """Shares (L, H) of the neurons' squared activations that are at outliers, in images that have any, from sums
+        without the axis of halves; zero where that is not measured."""
+        return torch.zeros_like(getattr(self, self.of_neurons[0]))
+
+
+@dataclass
+class AttributionSums(Statistics):
+    """For "attribution": what the outliers would lose of their excess norm, to first order, if the neuron behaved at
+    them as it does at normal patches, as a share of it, times the share of the neuron's squared activation that is at
+    outliers (see `testreg.measure.attribution`).
+
+    It finds neurons that trigger others as well as those that write, and neither those that are busy everywhere nor
+    those that fire at outliers because of them.
+    """
+
+    share: Tensor  # (S, L, H), share of the outliers' excess norm that is attributed to a neuron
+    energy_at_outliers: Tensor  # (S, L, H), squared activation at outliers
+    energy: Tensor  # (S, L, H), squared activation at all patches
+    of_neurons = ("share", "energy_at_outliers", "energy")
+
+    def scores(self, tower: Tower) -> Tensor:
+        return self.selectivity * self.share / self.num_with_outliers.clamp(min=1)
+
+    @property
+    def selectivity(self) -> Tensor:
+        return self.energy_at_outliers / self.energy.clamp(min=1e-12)
+
+
+@dataclass
+class ActivationSums(Statistics):
+    """For "activation": mean |activation| at outliers (Algorithm 1)."""
+
+    magnitude: Tensor  # (S, L, H), |activation| at outliers
+    of_neurons = ("magnitude",)
+
+    def scores(self, tower: Tower) -> Tensor:
+        return self.magnitude / self.num_with_outliers.clamp(min=1)
+
+
+@dataclass
+class ContributionSums(Statistics):
+    """For "contribution": what the neuron adds at outliers, beyond what it adds at normal tokens, along the direction
+    in which outliers differ from normal tokens, as a fraction of that difference.
+
+    The shares of all that writes to the residual stream sum to one. Neurons that write elsewhere, or are loud
+    everywhere, have none.
+    """
+
+    activation: Tensor  # (S, L, H), activation at outliers, with its sign
+    normal_activation: Tensor  # (S, L, H), activation summed over sampled normal tokens
+    direction: Tensor  # (S, C), mean outlier minus mean normal token, after the detection block
+    num_normal: Tensor  # (S,), sampled normal tokens
+    of_neurons = ("activation", "normal_activation")
+
+    def scores(self, tower: Tower) -> Tensor:
+        with_outliers, num_normal = self.num_with_outliers.clamp(min=1), self.num_normal.clamp(min=1)
+        direction = self.direction / with_outliers
+        with exactly(direction.device):
+            along = torch.stack([direction @ _columns(block) for block in tower.blocks])  # (L, H)
+        along /= direction.square().sum().clamp(min=1e-12)
+        return (self.activation / with_outliers - self.normal_activation / num_normal) * along
+
+
+SUMS: dict[Score, type[Statistics]] = {
+    "attribution": AttributionSums,
+    "activation": ActivationSums,
+    "contribution": ContributionSums,
+}
+"""What each score is computed from."""
 
 
 @torch.no_grad()
@@ -93,7 +158,7 @@ def statistics_of(
     seed: int = 0,
     norms: Tensor | None = None,
 ) -> Statistics:
-    """The statistics that `score` needs of one batch (B, 3, h, w), on the CPU. The images' numbers decide on halves and
+    """What `score` needs (`SUMS`) of one batch (B, 3, h, w), on the CPU. The images' numbers decide on halves and
     normal tokens.
 
     Args:
@@ -131,17 +196,20 @@ def statistics_of(
     mean_outlier = detected / per_image.clamp(min=1).unsqueeze(-1)
     difference = mean_outlier - mean_normal * (per_image > 0).unsqueeze(-1)  # (B, T)
 
-    statistics = Statistics.zeros(tower)
+    statistics = SUMS[score].zeros(tower)
     for i, block in enumerate(tower.blocks):
         hidden = _hidden_at(block, [each[image, token] for each in inputs[i]]).float()  # (n, H), as the model has them
-        magnitude = hidden.abs() * torch.cat(sparse[i], -1)[image] if sparsity_filter else hidden.abs()
         with exactly(norms.device):
-            statistics.magnitude[:, i] = at_outliers @ magnitude
-            statistics.activation[:, i] = at_outliers @ hidden
-            statistics.normal_activation[:, i] = at_normal @ hidden
-    with exactly(norms.device):
-        statistics.direction[:] = half @ torch.einsum("bt,btc->bc", difference, tokens.float())
-        statistics.num_normal[:] = half @ normal.sum(-1).float()
+            if isinstance(statistics, ActivationSums):
+                magnitude = hidden.abs() * torch.cat(sparse[i], -1)[image] if sparsity_filter else hidden.abs()
+                statistics.magnitude[:, i] = at_outliers @ magnitude
+            elif isinstance(statistics, ContributionSums):
+                statistics.activation[:, i] = at_outliers @ hidden
+                statistics.normal_activation[:, i] = at_normal @ hidden
+    if isinstance(statistics, ContributionSums):
+        with exactly(norms.device):
+            statistics.direction[:] = half @ torch.einsum("bt,btc->bc", difference, tokens.float())
+            statistics.num_normal[:] = half @ normal.sum(-1).float()
     _count(statistics, half, detected[:, patches], per_image > 0)
     return statistics
 
@@ -149,12 +217,12 @@ def statistics_of(
 def _attribution_statistics(
     tower: Tower, images: Tensor, half: Tensor, detection: Detection, norms: Tensor | None
 ) -> Statistics:
-    found = attribution_of(tower, images, detection, norms=norms)
-    statistics = Statistics.zeros(tower)
+    attribution = attribution_of(tower, images, detection, norms=norms)
+    statistics = AttributionSums.zeros(tower)
     with exactly(tower.device):
-        for name in ("share", "energy_at_outliers", "energy"):
-            getattr(statistics, name)[:] = torch.einsum("sb,blh->slh", half.cpu(), getattr(found, name))
-    _count(statistics, half, found.outlier[detection.block], found.outlier.any(0).any(-1))
+        for name in statistics.of_neurons:
+            getattr(statistics, name)[:] = torch.einsum("sb,blh->slh", half.cpu(), getattr(attribution, name))
+    _count(statistics, half, attribution.outlier[detection.block], attribution.outlier.any(0).any(-1))
     return statistics
 
 
@@ -227,36 +295,6 @@ def _mlp_hidden_at(mlp: Mlp, selected: Tensor) -> Tensor:
 # From sums to a ranking -----------------------------------------------------------------------------------------------
 
 
-def scores(statistics: Statistics, tower: Tower, score: Score) -> Tensor:
-    """Scores (L, H) from statistics without the axis of halves.
-
-    - "attribution": what the outliers would lose of their excess norm, to first order, if the neuron behaved at them as
-      it does at normal patches, as a share of it, times the share of the neuron's squared activation that is at
-      outliers (see `testreg.measure.attribution`). It finds neurons that trigger others as well as those that write,
-      and neither those that are busy everywhere nor those that fire at outliers because of them.
-    - "contribution": what the neuron adds at outliers, beyond what it adds at normal tokens, along the direction in
-      which outliers differ from normal tokens, as a fraction of that difference. The shares of all that writes to the
-      residual stream sum to one. Neurons that write elsewhere, or are loud everywhere, have none.
-    - "activation": mean |activation| at outliers (Algorithm 1).
-    """
-    with_outliers, num_normal = statistics.num_with_outliers.clamp(min=1), statistics.num_normal.clamp(min=1)
-    if score == "attribution":
-        return selectivity(statistics) * statistics.share / with_outliers
-    if score == "activation":
-        return statistics.magnitude / with_outliers
-    direction = statistics.direction / with_outliers
-    with exactly(direction.device):
-        along = torch.stack([direction @ _columns(block) for block in tower.blocks])  # (L, H)
-    along /= direction.square().sum().clamp(min=1e-12)
-    return (statistics.activation / with_outliers - statistics.normal_activation / num_normal) * along
-
-
-def selectivity(statistics: Statistics) -> Tensor:
-    """Shares (L, H) of the neurons' squared activations that are at outliers, in images that have any; of statistics
-    for "attribution", without the axis of halves."""
-    return statistics.energy_at_outliers / statistics.energy.clamp(min=1e-12)
-
-
 def _columns(block: Block) -> Tensor:
     """What one unit of each neuron's activation adds to the residual stream, (C, H), LayerScale included."""
     columns = []
@@ -303,5 +341,5 @@ def overlap(first: Tensor, second: Tensor, last: int, count: int | None = None) 
         largest = mean[: last + 1].max()
         count = int((mean[: last + 1] >= MATTERS * largest).sum()) if largest > 0 else 1
     together = {neuron[:2] for neuron in best(mean, last, count)}
-    found = [together & {neuron[:2] for neuron in best(each, last, 2 * count)} for each in (first, second)]
-    return sum(map(len, found)) / (2 * count), count
+    common = [together & {neuron[:2] for neuron in best(each, last, 2 * count)} for each in (first, second)]
+    return sum(map(len, common)) / (2 * count), count

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from testreg.families import Tower, activation, checkpoint_names, compare_weights, mismatch_of
-from testreg.neurons import RegisterNeurons, UnverifiedNeuronsWarning, plain
+from testreg.files import plain
+from testreg.neurons import RegisterNeurons, UnverifiedNeuronsWarning
 
 FAR = 2  # times as many patches, or as few, as verified
 
@@ -68,7 +69,7 @@ def warn_of_activation(model: nn.Module, tower: Tower, neurons: RegisterNeurons 
 def warn_of_unverified(neurons: RegisterNeurons) -> None:
     """Warn if someone says that these are register neurons, and nothing shows it."""
     if neurons.has_to_be_trusted:
-        if neurons.calibration.get("verified_at"):
+        if neurons.calibration.verified_at:
             why = (
                 "they were measured, but the target was not met, or not on 16 images that had no part in the choice. "
                 "testreg.calibrate takes 64 images or more for that"
@@ -103,9 +104,9 @@ class VerifiedUse:
     """The image sizes and dtypes with which register neurons were verified."""
 
     def __init__(self, neurons: RegisterNeurons) -> None:
-        verified = [each for each in neurons.calibration.get("verified_at", ()) if {"grid", "dtype"} <= each.keys()]
-        self.num_patches = [math.prod(each["grid"]) for each in verified]
-        self.dtypes = {each["dtype"] for each in verified}
+        verified = neurons.calibration.verified_at
+        self.num_patches = [math.prod(each.grid) for each in verified]
+        self.dtypes = {each.dtype for each in verified}
         self.warns = bool(verified)
 
     def check(self, num_patches: int, tokens: Tensor) -> None:

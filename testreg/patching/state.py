@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from testreg.neurons import MAX_REGISTERS, RegisterNeurons, shown
+from testreg.files import shown
+from testreg.neurons import MAX_REGISTERS, RegisterNeurons
 from testreg.patching.forward import AS_IT_WAS, Mode, is_recomputing, running
 from testreg.patching.moves import MaxOver, Zero
 from testreg.patching.notices import VerifiedUse

@@ -6,14 +6,15 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING
 
 import torch
 
+from testreg.records.calibration import Calibration, Effect
 from testreg.report.charts import FOURTH, INK, THIRD, Chart, label_plainly, label_whole_numbers
 from testreg.report.map_figures import AFTER, BEFORE
 from testreg.report.measure import Norms, Report
-from testreg.report.values import Table, numbers_in, table_of
+from testreg.report.values import Table, table_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,17 +38,16 @@ def charts_of(report: Report) -> dict[str, list[Chart]]:
             for block in report.norms_before.ratios
         ],
     }
-    if report.curve:
+    facts = report.facts
+    if facts.curve:
         charts["curve"] = [
-            Chart(
-                "What is left of the outliers", _curve_in_words(report, REMOVAL), partial(_plot_removal, report=report)
-            ),
-            Chart("What it changes", _curve_in_words(report, CHANGE), partial(_plot_change, report=report)),
+            Chart("What is left of the outliers", _curve_in_words(facts, REMOVAL), partial(_plot_removal, facts=facts)),
+            Chart("What it changes", _curve_in_words(facts, CHANGE), partial(_plot_change, facts=facts)),
         ]
-    if curves := curves_of_rounds(report):
+    if curves := curves_of_rounds(facts):
         charts["rounds"] = [
-            Chart(title, _rounds_in_words(curves, key), partial(_plot_rounds, curves=curves, key=key))
-            for key, title in ROUNDS.items()
+            Chart(title, _rounds_in_words(curves, name), partial(_plot_rounds, curves=curves, name=name))
+            for name, title in ROUNDS.items()
         ]
     return charts
 
@@ -170,50 +170,54 @@ CHANGE = {"change_pooled": "pooled feature", "change_patches": "patch features"}
 CURVES = ((THIRD, "o"), (FOURTH, "s"))  # colour and marker of the first and the second curve of a chart
 
 
-def _plot_removal(axis: Axes, report: Report) -> None:
+def _plot_removal(axis: Axes, facts: Calibration) -> None:
     axis.set(ylabel="left (fraction of before)")
-    _plot_curves(axis, report, REMOVAL, "target")
+    _plot_curves(axis, facts, REMOVAL, facts.target, "target")
 
 
-def _plot_change(axis: Axes, report: Report) -> None:
+def _plot_change(axis: Axes, facts: Calibration) -> None:
     axis.set(ylabel="change (1 - cosine similarity)")
-    _plot_curves(axis, report, CHANGE, "max_change")
+    _plot_curves(axis, facts, CHANGE, facts.max_change, "max change")
 
 
-def _plot_curves(axis: Axes, report: Report, labels: Mapping[str, str], limit: str) -> None:
-    """Figures over the number of neurons, the chosen number ringed, and the line that was not to be crossed."""
-    for (key, label), (colour, marker) in zip(labels.items(), CURVES, strict=True):
-        if points := _points(report, key):
-            axis.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4, label=label)
-        if {"neurons", key} <= report.choice.keys():
-            _ring(axis, [report.choice["neurons"]], [report.choice[key]])
-    if limit in report.limits:
-        axis.axhline(report.limits[limit], color=INK, linestyle=":", linewidth=1.2, label=limit.replace("_", " "))
-    if "neurons" in report.choice:
+def _plot_curves(axis: Axes, facts: Calibration, labels: Mapping[str, str], limit: float | None, what: str) -> None:
+    """Figures over the number of neurons, the chosen number ringed, and the line that was not to be crossed.
+
+    Args:
+        labels: the figures of an `Effect`, and what they are called.
+        limit: where the line is, if there is one; `what` it is called.
+    """
+    for (name, label), (colour, marker) in zip(labels.items(), CURVES, strict=True):
+        axis.plot(*zip(*_points(facts, name), strict=True), color=colour, marker=marker, markersize=4, label=label)
+        if facts.chosen is not None:
+            _ring(axis, [facts.chosen.neurons], [getattr(facts.chosen, name)])
+    if limit is not None:
+        axis.axhline(limit, color=INK, linestyle=":", linewidth=1.2, label=what)
+    if facts.chosen is not None:
         _ring(axis, [], [], "chosen")
     axis.set_xlabel("register neurons")
-    if min(point["neurons"] for point in report.curve) > 0:
+    if min(point.neurons for point in facts.curve) > 0:
         axis.set_xscale("log")
         label_plainly(axis.xaxis)
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)  # below, where it covers no point
 
 
-def _points(report: Report, key: str) -> list[tuple[float, float]]:
+def _points(facts: Calibration, name: str) -> list[tuple[int, float]]:
     """One figure over the number of neurons."""
-    return sorted((point["neurons"], point[key]) for point in report.curve if key in point)
+    return sorted((point.neurons, getattr(point, name)) for point in facts.curve)
 
 
 def _ring(axis: Axes, x: Sequence[float], y: Sequence[float], label: str | None = None) -> None:
     axis.scatter(x, y, s=100, marker="o", facecolors="none", edgecolors=INK, linewidths=1.5, zorder=3, label=label)
 
 
-def _curve_in_words(report: Report, labels: Mapping[str, str]) -> str:
+def _curve_in_words(facts: Calibration, labels: Mapping[str, str]) -> str:
     said = []
-    for key, label in labels.items():
-        if points := _points(report, key):
-            (fewest, first), (most, last) = points[0], points[-1]
-            said.append(f"{label} {first:.2g} at {fewest:g} and {last:.2g} at {most:g}")
-    chosen = f" Chosen: {report.choice['neurons']:g}." if "neurons" in report.choice else ""
+    for name, label in labels.items():
+        points = _points(facts, name)
+        (fewest, first), (most, last) = points[0], points[-1]
+        said.append(f"{label} {first:.2g} at {fewest} and {last:.2g} at {most}")
+    chosen = f" Chosen: {facts.chosen.neurons}." if facts.chosen is not None else ""
     return f"Over the number of register neurons: {'; '.join(said)}.{chosen}"
 
 
@@ -227,38 +231,33 @@ ROUNDS = {
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
-def curves_of_rounds(report: Report) -> dict[str, list[dict[str, float]]]:
-    """The points that each round measured, by the round's name; rounds that say nothing of them are left out."""
-    curves = {}
-    for i, each in enumerate(report.rounds, 1):
-        listed = each.get("curve")
-        points = [numbers_in(point) for point in listed if isinstance(point, Mapping)] if _is_list(listed) else []
-        if points := [point for point in points if {"neurons", *ROUNDS} <= point.keys()]:
-            curves[f"round {i}"] = sorted(points, key=lambda point: point["neurons"])
-    return curves
+def curves_of_rounds(facts: Calibration) -> dict[str, list[Effect]]:
+    """The effects that each round measured, by the round's name."""
+    return {
+        f"round {each.round}": sorted(each.curve, key=lambda effect: effect.neurons)
+        for each in facts.rounds
+        if each.curve
+    }
 
 
-def _is_list(value: object) -> TypeGuard[list[Any]]:
-    return isinstance(value, list | tuple)
-
-
-def _plot_rounds(axis: Axes, *, curves: Mapping[str, Sequence[Mapping[str, float]]], key: str) -> None:
+def _plot_rounds(axis: Axes, *, curves: Mapping[str, Sequence[Effect]], name: str) -> None:
     colours = itertools.cycle((BEFORE, AFTER, THIRD, FOURTH))
-    for (name, points), colour, marker in zip(curves.items(), colours, itertools.cycle(MARKERS), strict=False):
-        neurons, values = [point["neurons"] for point in points], [point[key] for point in points]
-        axis.plot(neurons, values, color=colour, marker=marker, markersize=4, label=name)
-    axis.set(xlabel="neurons of the round", ylabel="1 - cosine similarity" if key == "change" else "fraction of before")
+    for (label, points), colour, marker in zip(curves.items(), colours, itertools.cycle(MARKERS), strict=False):
+        neurons, values = [point.neurons for point in points], [getattr(point, name) for point in points]
+        axis.plot(neurons, values, color=colour, marker=marker, markersize=4, label=label)
+    what = "1 - cosine similarity" if name == "change" else "fraction of before"
+    axis.set(xlabel="neurons of the round", ylabel=what)
     axis.set_ylim(bottom=0)
-    if min(points[0]["neurons"] for points in curves.values()) > 0:
+    if min(points[0].neurons for points in curves.values()) > 0:
         axis.set_xscale("log")
         label_plainly(axis.xaxis)
     axis.legend()
 
 
-def _rounds_in_words(curves: Mapping[str, Sequence[Mapping[str, float]]], key: str) -> str:
+def _rounds_in_words(curves: Mapping[str, Sequence[Effect]], name: str) -> str:
     said = [
-        f"{name}, {points[0][key]:.2g} at {points[0]['neurons']:g} and {points[-1][key]:.2g} at "
-        f"{points[-1]['neurons']:g} neurons"
-        for name, points in curves.items()
+        f"{label}, {getattr(points[0], name):.2g} at {points[0].neurons} and {getattr(points[-1], name):.2g} at "
+        f"{points[-1].neurons} neurons"
+        for label, points in curves.items()
     ]
     return f"{'; '.join(said).capitalize()}."

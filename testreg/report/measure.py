@@ -17,9 +17,10 @@ from testreg.measure.diagnosis import Diagnosis
 from testreg.measure.observation import observe
 from testreg.measure.outliers import MIN_FRACTION, OutlierRule, ignored_patches, token_norms
 from testreg.neurons import RegisterNeurons, describe_model
+from testreg.records.calibration import Calibration
 from testreg.register import disabled, patched, registers
 from testreg.report.map_figures import Maps, maps_before_and_after
-from testreg.report.values import numbers_in, percent
+from testreg.report.values import percent
 
 NUM_PHOTOGRAPHS = 5
 AGREEMENT = 0.99  # of a head with itself: less than that counts as a change for the worse
@@ -45,8 +46,7 @@ class Norms:
 class Report:
     """A model without and with its registers.
 
-    Whatever the neurons' `calibration` says is read from it with care: a list may come from elsewhere, and any entry
-    may be missing.
+    The list may come from elsewhere: of how it was made, much may be unknown.
     """
 
     neurons: RegisterNeurons
@@ -70,7 +70,7 @@ class Report:
         return self.neurons.truncate()
 
     @property
-    def facts(self) -> Mapping[str, Any]:
+    def facts(self) -> Calibration:
         """What the list says about how it was made."""
         return self.neurons.calibration
 
@@ -81,49 +81,26 @@ class Report:
         return before, after
 
     @property
-    def curve(self) -> list[dict[str, float]]:
-        """Points of the trade-off between what is left of the outliers and what else changes."""
-        points = [numbers_in(point) for point in self.facts.get("curve") or ()]
-        return [point for point in points if "neurons" in point]
-
-    @property
-    def rounds(self) -> list[Mapping[str, Any]]:
-        """The rounds of the calibration, if it had any: what each added to the neurons, and what was left then."""
-        rounds = self.facts.get("rounds")
-        return [each for each in rounds if isinstance(each, Mapping)] if isinstance(rounds, list | tuple) else []
-
-    @property
-    def choice(self) -> dict[str, float]:
-        """The point of the curve that was chosen; empty if unknown."""
-        return numbers_in(self.facts.get("chosen") or {})
-
-    @property
-    def checks(self) -> list[dict[str, float]]:
-        """What was measured on images that had no part in the choice, at each image size."""
-        return [numbers_in(check) for check in self.facts.get("verified_at") or ()]
-
-    @property
-    def limits(self) -> dict[str, float]:
-        """What the choice had to meet, as far as known: target, max_change."""
-        return numbers_in({key: self.facts.get(key) for key in ("target", "max_change")})
-
-    @property
     def change(self) -> float | None:
         """The largest change of the pooled feature at any image size; None if unknown."""
-        return max((check["change_pooled"] for check in self.checks if "change_pooled" in check), default=None)
+        return max((check.effect.change_pooled for check in self.facts.verified_at), default=None)
 
     @property
     def worst_sink(self) -> tuple[float, float] | None:
         """Attention to former outliers over that to other patches, before and after, at the image size where most of it
         stays; None if unknown."""
-        known = [each for each in self.facts.get("verified_at") or () if each.get("sink") is not None]
-        worst = max(known, key=lambda each: each["sink"], default=None)
-        return None if worst is None else (worst["before"]["sink"], worst["sink"])
+        known = [
+            (check.before.sink, check.effect.sink)
+            for check in self.facts.verified_at
+            if check.before is not None and check.before.sink is not None and check.effect.sink is not None
+        ]
+        return max(known, key=lambda sink: sink[1], default=None)
 
     @property
     def agreement(self) -> float | None:
         """The lowest share of images to which the user's head gives the same class as before; None if unknown."""
-        return min((check["agreement"] for check in self.checks if "agreement" in check), default=None)
+        agreements = (check.effect.agreement for check in self.facts.verified_at)
+        return min((agreement for agreement in agreements if agreement is not None), default=None)
 
     @property
     def disagrees(self) -> bool:
@@ -151,20 +128,21 @@ class Report:
     @property
     def worse(self) -> list[str]:
         """What got worse, each in a few words that can follow "but"."""
-        found = []
+        faults = []
         grown = [
             after.after_mlp.outlier_fraction - before.after_mlp.outlier_fraction
             for before, after in zip(self.before.blocks, self.after.blocks, strict=True)
         ]
         if max(grown) >= MIN_FRACTION:
-            found.append(f"there are more outliers after block {grown.index(max(grown))}")
-        for check in self.facts.get("verified_at") or ():
-            found += what_is_wrong_with_maps(check)
-        if self.change is not None and self.change > self.limits.get("max_change", math.inf):
-            found.append(f"the pooled feature changes by {self.change:.2g}")
+            faults.append(f"there are more outliers after block {grown.index(max(grown))}")
+        for check in self.facts.verified_at:
+            faults += what_is_wrong_with_maps(check)
+        limit = math.inf if self.facts.max_change is None else self.facts.max_change
+        if self.change is not None and self.change > limit:
+            faults.append(f"the pooled feature changes by {self.change:.2g}")
         if self.agreement is not None and self.disagrees:
-            found.append(f"the head changes its mind on {percent(100 * (1 - self.agreement))} of the images")
-        return found
+            faults.append(f"the head changes its mind on {percent(100 * (1 - self.agreement))} of the images")
+        return faults
 
 
 def measure_report(
@@ -219,22 +197,13 @@ def images_with_most(outliers: Tensor, count: int) -> Tensor:
 def _block_with_most_outliers(before: Diagnosis, neurons: RegisterNeurons) -> int:
     """The block at which the diagnosis finds most outliers, else that at which calibration did, else the last."""
     last = len(before.blocks) - 1
-    return before.outliers.block if before.outliers else int(neurons.calibration.get("detection_block", last))
+    detected = neurons.calibration.detection_block
+    return before.outliers.block if before.outliers else last if detected is None else detected
 
 
 def _ignored(neurons: RegisterNeurons, grid: tuple[int, int]) -> list[tuple[int, int]]:
     """The fixed positions that calibration left out on this grid, as far as the list names any."""
-    ignored: list[tuple[int, int]] = []
-    entries = neurons.calibration.get("ignored")
-    for entry in entries if isinstance(entries, list) else ():
-        match entry:
-            case {"grid": [rows, columns], "positions": [*positions]} if (rows, columns) == grid:
-                ignored += [tuple(each) for each in positions if _is_pair(each)]
-    return ignored
-
-
-def _is_pair(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(each, int) and each >= 0 for each in value)
+    return [each for fixed in neurons.calibration.ignored if fixed.grid == grid for each in fixed.positions]
 
 
 def _norms(

@@ -6,24 +6,25 @@ All HTML is in calibration.html and base.html, which escape what they are given;
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from testreg.calibration.view import MIN_VERIFYING
+from testreg.calibration.split import MIN_VERIFYING
 from testreg.files import replacing
 from testreg.measure.diagnosis import named
 from testreg.measure.outliers import OutlierRule
-from testreg.neurons import RegisterNeurons
+from testreg.neurons import Neuron, RegisterNeurons
+from testreg.records.calibration import Effect
 from testreg.report.calibration_charts import charts_of, tables_of
 from testreg.report.charts import draw, svg
 from testreg.report.map_figures import feature_colours, figure, panels
 from testreg.report.measure import Report, measure_report
 from testreg.report.rendering import Card, render, rows_of, write_page
 from testreg.report.usage import python_lines, shell_line
-from testreg.report.values import Table, numbers_in, share, table_of, value_of, words_of
+from testreg.report.values import Table, share, table_of, value_of, words_of
 
 MAX_ADDED = 8  # neurons of a round that are named
 LONG_TABLE = 20  # rows that are shown without being asked for
@@ -140,9 +141,9 @@ def _notices(report: Report) -> list[str]:
             f"Artefacts at the fixed positions {named(report.ignored)} are not counted here, and stay: a register "
             "fixes nothing there. Maps and norms show them all the same."
         )
-    if report.facts.get("target_met") is False:
+    if report.facts.target_met is False:
         notices.append("The calibration did not meet its target: see the trade-off.")
-    elif report.facts.get("target_met") and not report.neurons.verified:
+    elif report.facts.target_met and not report.neurons.verified:
         notices.append(
             f"Not verified: that takes clean maps on {MIN_VERIFYING} held-out images that had no part in the choice."
         )
@@ -180,9 +181,9 @@ def _cards(report: Report) -> list[Card]:
 def _sample(report: Report) -> str:
     """Which images the figures are measured on."""
     count = f"{report.before.images} image{'s' * (report.before.images != 1)}"
-    if report.facts.get("held_out") is None:
+    if report.facts.held_out is None:
         return f"Before and after are measured on the {count} that this report was given."
-    on_others = report.curve and report.facts.get("verified_on_others", True)
+    on_others = report.facts.curve and report.facts.verified_on_others is not False
     also = " How many of the ranked neurons to use was chosen on others still." if on_others else ""
     return f"Before and after are measured on {count} held out: the neurons were ranked without them.{also}"
 
@@ -197,73 +198,60 @@ def _maps(report: Report) -> dict[str, Any]:
 
 def _trade_off(report: Report) -> dict[str, Any]:
     """How many neurons, and why so many; None for what the list does not say."""
-    curve = checks = None
-    if report.curve:
-        points = [("", point) for point in report.facts["curve"]]
-        if report.choice:
-            points.append(("chosen", report.facts["chosen"]))
-        keys = _measured_keys(point for _, point in points)
-        curve = table_of(
-            ["", *(MEASURED[key] for key in keys)], [[note, *_measured(point, keys)] for note, point in points]
-        )
-    if verified := report.facts.get("verified_at"):
-        made_with, keys = ("image_size", "dtype", "images"), _measured_keys(verified)
-        checks = table_of(
-            [*map(words_of, made_with), *(MEASURED[key] for key in keys)],
-            [[*(point.get(key) for key in made_with), *_measured(point, keys)] for point in verified],
-        )
-    registers = None
-    if measured := report.facts.get("registers"):
-        keys = _measured_keys(measured)
-        registers = table_of([MEASURED[key] for key in keys], [_measured(point, keys) for point in measured])
+    facts = report.facts
+    points = [*facts.curve, *([facts.chosen] if facts.chosen is not None else ())] if facts.curve else []
+    notes = [""] * len(facts.curve) + ["chosen"]
+    on_others = facts.verified_on_others is not False
     return {
-        "curve": curve,
-        "registers": registers,
-        "checks": checks,
-        "on_others": report.facts.get("verified_on_others", True),
+        "curve": _table_of_effects(points, [""], [[note] for note in notes[: len(points)]]),
+        "registers": _table_of_effects(facts.registers),
+        "checks": _table_of_effects(
+            [check.effect for check in facts.verified_at],
+            ["image size", "dtype", "images"],
+            [[check.image_size, check.dtype, check.images] for check in facts.verified_at],
+        ),
+        "on_others": on_others,
     }
 
 
-def _measured_keys(points: Iterable[Mapping[str, Any]]) -> list[str]:
-    """What was measured at any of the points: without a head, there is no agreement."""
-    known = {key for point in points for key in numbers_in(point)}
-    return [key for key in MEASURED if key in known]
+def _table_of_effects(
+    effects: Sequence[Effect], heads: Sequence[str] = (), firsts: Sequence[Sequence[object]] | None = None
+) -> Table | None:
+    """A row for each effect, with columns for what was measured: without a head, there is no agreement.
 
-
-def _measured(point: Mapping[str, Any], keys: Sequence[str]) -> list[float | None]:
-    known = numbers_in(point)
-    return [known.get(key) for key in keys]
+    Args:
+        heads, firsts: other columns, which come first: what is over them, and what each row has in them.
+    """
+    if not effects:
+        return None
+    names = [name for name in MEASURED if any(getattr(effect, name) is not None for effect in effects)]
+    rows = zip(firsts or [()] * len(effects), effects, strict=True)
+    return table_of(
+        [*heads, *(MEASURED[name] for name in names)],
+        [[*first, *(getattr(effect, name) for name in names)] for first, effect in rows],
+    )
 
 
 def _rounds(report: Report) -> Table | None:
     """What each round of the calibration added, and what was left then; None if there were no rounds."""
-    keys = ("round", "neurons", "added", "remaining", "excess")
     heads = ("round", "neurons", "added (block, unit)", "outliers left", "excess norm left")
     rows = [
-        [_pairs(value) if key == "added" else value for key, value in _picked(each, keys)] for each in report.rounds
+        (each.round, each.effect.neurons, _pairs(each.added), each.effect.remaining, each.effect.excess)
+        for each in report.facts.rounds
     ]
     return table_of(heads, rows) if rows else None
 
 
-def _picked(entry: Mapping[str, Any], keys: Sequence[str]) -> list[tuple[str, Any]]:
-    return [(key, entry.get(key)) for key in keys]
-
-
-def _pairs(value: object) -> object:
+def _pairs(neurons: Sequence[Neuron]) -> str:
     """Neurons as (block, unit), the first few of many."""
-    if not isinstance(value, list | tuple):
-        return value
-    more = f" and {len(value) - MAX_ADDED} more" if len(value) > MAX_ADDED else ""
-    neurons = (each[:2] if isinstance(each, list | tuple) else each for each in value[:MAX_ADDED])
-    return " ".join(f"({value_of(neuron).replace(' x ', ', ')})" for neuron in neurons) + more
+    more = f" and {len(neurons) - MAX_ADDED} more" if len(neurons) > MAX_ADDED else ""
+    return " ".join(f"({block}, {unit})" for block, unit, _ in neurons[:MAX_ADDED]) + more
 
 
 def _neurons(report: Report) -> dict[str, Any]:
     by_block = ", ".join(f"{len(units)} in block {block}" for block, units in report.chosen.by_block().items())
-    stability = numbers_in(report.facts.get("stability") or {})
-    overlap = None
-    if stability.keys() >= {"overlap", "neurons"}:
-        overlap = f"{share(stability['overlap'])} of the best {stability['neurons']:g}"
+    stability = report.facts.stability
+    overlap = None if stability is None else f"{share(stability.overlap)} of the best {stability.neurons}"
     ranking = [[i, *neuron] for i, neuron in enumerate(report.chosen.ranking, 1)]
     return {
         "by_block": by_block,
@@ -271,15 +259,16 @@ def _neurons(report: Report) -> dict[str, Any]:
         "ranking": table_of(["rank", "block", "unit", "score"], ranking),
         "is_long": len(ranking) > LONG_TABLE,
         "overlap": overlap,
-        "dropped": table_of(["block", "unit", "score"], report.facts.get("dropped") or ()),
+        "dropped": table_of(["block", "unit", "score"], report.facts.dropped),
     }
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:
     """How to get there again."""
-    facts = {words_of(key): value for key, value in report.facts.items() if key not in ELSEWHERE and value is not None}
+    calibration = report.facts.to_json().items()
+    facts = {words_of(key): value for key, value in calibration if key not in ELSEWHERE and value is not None}
     facts["fingerprint of the weights"] = report.model["fingerprint"]
     facts |= {f"provenance: {key}": value for key, value in report.neurons.provenance.items()}
-    if versions := report.facts.get("versions"):
-        facts["versions"] = [f"{package} {version}" for package, version in versions.items()]
+    if report.facts.versions:
+        facts["versions"] = [f"{package} {version}" for package, version in report.facts.versions.items()]
     return [(key, value_of(value)) for key, value in facts.items()]

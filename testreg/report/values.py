@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +15,6 @@ class Table:
 
 def table_of(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
     return Table(heads, [list(map(value_of, row)) for row in rows])
-
-
-def numbers_in(entry: Mapping[str, Any]) -> dict[str, float]:
-    """The entries that are finite numbers."""
-    return {key: value for key, value in entry.items() if isinstance(value, int | float) and math.isfinite(value)}
 
 
 def words_of(key: str) -> str:

@@ -20,17 +20,19 @@ from torch.utils.data import DataLoader, TensorDataset
 import testreg
 from testreg.calibration.budget import Budget
 from testreg.calibration.calibrate import calibrate
+from testreg.calibration.choose import Choice
 from testreg.calibration.effects import EffectMeter
 from testreg.calibration.errors import ImmovableOutliersError, NoOutliersError
-from testreg.calibration.result import Choice
+from testreg.calibration.resume import CHUNK
 from testreg.calibration.selection import Selection
-from testreg.calibration.view import CHUNK, held_out_images
-from testreg.cli.calibrate import found as described
+from testreg.calibration.split import held_out_images
+from testreg.cli.calibrate import summary as described
 from testreg.families import find_tower
 from testreg.measure.diagnosis import Outliers
 from testreg.measure.outliers import Detection, OutlierRule, token_norms
-from testreg.measure.ranking import best, scores, statistics_of
+from testreg.measure.ranking import best, statistics_of
 from testreg.patching.state import patch_of
+from testreg.records.calibration import FixedPositions
 
 DATA = Path(__file__).parents[1] / "data"
 # Most lists here are found on too few images to be verified.
@@ -64,7 +66,7 @@ def test_planted_neurons_are_found_and_patching_removes_their_outliers(name, see
 
     found = calibrate(model, photos, progress=False)
     assert first(found, found.top_k) == as_set(planted.neurons)
-    assert found.calibration["onset_block"] == 2
+    assert found.calibration.onset_block == 2
 
     testreg.patch(model, found)
     after = token_norms(tower, photos)[..., tower.num_prefix :]
@@ -190,8 +192,8 @@ def test_every_kind_of_images_gives_the_same_ranking(planted, photos, tmp_path):
     rankings = {}
     for kind, images in kinds.items():
         found = calibrate(model, images, transform=transform, top_k=4, progress=False)
-        assert found.calibration["images"] + found.calibration["held_out"] == 45, kind
-        assert found.calibration["unreadable_images"] == ("folder" in kind), kind
+        assert found.calibration.images + found.calibration.held_out == 45, kind
+        assert found.calibration.unreadable_images == ("folder" in kind), kind
         rankings[kind] = [(block, unit) for block, unit, _ in found.ranking[:4]]
     assert len({tuple(ranking) for ranking in rankings.values()}) == 1
 
@@ -216,8 +218,8 @@ def test_num_images_is_a_seeded_sample_of_a_folder(planted, photos, tmp_path):
 def test_blocks_may_be_given(planted, photos):
     model, planted_neurons = planted
     found = calibrate(model, photos, block=-1, max_block=1, progress=False)
-    assert found.calibration["detection_block"] == 3
-    assert found.calibration["onset_block"] == 2
+    assert found.calibration.detection_block == 3
+    assert found.calibration.onset_block == 2
     assert {block for block, _, _ in found.ranking} <= {0, 1}
     assert not first(found, len(found.ranking)) & as_set(planted_neurons.neurons)
 
@@ -226,7 +228,7 @@ def test_runs_under_autocast(planted, photos):
     model, planted_neurons = planted
     found = calibrate(model, photos, top_k=4, amp=torch.bfloat16, progress=False)
     assert first(found, 4) == as_set(planted_neurons.neurons)
-    assert found.calibration["dtype"] == "bfloat16"
+    assert found.calibration.dtype == "bfloat16"
 
 
 def test_the_model_is_left_as_it_was(planted, photos):
@@ -339,7 +341,7 @@ class ToTensor:
 
 
 def facts_of(neurons):
-    return {key: value for key, value in neurons.calibration.items() if key != "made_at"}
+    return replace(neurons.calibration, made_at=None)
 
 
 def test_several_image_sizes_are_ranked_together_and_verified_each(planted, photos):
@@ -349,11 +351,12 @@ def test_several_image_sizes_are_ranked_together_and_verified_each(planted, phot
     sizes = (64, 96)
     found = calibrate([model, larger], as_pil(photos), transform=[ToTensor(size) for size in sizes], progress=False)
     assert first(found, found.top_k) == as_set(planted_neurons.neurons)
-    at_64, at_96 = found.calibration["verified_at"]
-    assert (at_64["image_size"], at_64["grid"], at_64["images"]) == ([64, 64], [4, 4], 22)
-    assert (at_96["image_size"], at_96["grid"], at_96["images"]) == ([96, 96], [6, 6], 22)
-    assert at_64["change_pooled"] != at_96["change_pooled"]
-    assert found.calibration["chosen"]["change_pooled"] == max(at_64["change_pooled"], at_96["change_pooled"])
+    at_64, at_96 = found.calibration.verified_at
+    assert (at_64.image_size, at_64.grid, at_64.images) == ((64, 64), (4, 4), 22)
+    assert (at_96.image_size, at_96.grid, at_96.images) == ((96, 96), (6, 6), 22)
+    changes = [each.effect.change_pooled for each in (at_64, at_96)]
+    assert changes[0] != changes[1]
+    assert found.calibration.chosen.change_pooled == max(changes)
 
 
 def test_a_size_without_outliers_has_no_say_but_is_verified(planted, photos):
@@ -365,9 +368,9 @@ def test_a_size_without_outliers_has_no_say_but_is_verified(planted, photos):
 
     found = calibrate([other, model], as_pil(photos), transform=[dark, ToTensor(64)], progress=False)
     assert first(found, found.top_k) == as_set(planted_neurons.neurons)
-    in_the_dark, in_the_light = found.calibration["verified_at"]
-    assert in_the_dark["outlier_fraction"] < 1e-3 < in_the_light["outlier_fraction"]
-    assert found.calibration["verdict"].endswith("movable")
+    in_the_dark, in_the_light = found.calibration.verified_at
+    assert in_the_dark.outlier_fraction < 1e-3 < in_the_light.outlier_fraction
+    assert found.calibration.verdict.endswith("movable")
 
 
 def test_models_of_several_sizes_must_be_one_checkpoint(photos):
@@ -381,7 +384,7 @@ def test_held_out_images_have_no_part_in_the_ranking(planted, photos):
     odd_changed[1::2] = odd_changed[1::2].flip(-1)
     first_run, second_run = (calibrate(model, images, progress=False) for images in (photos, odd_changed))
     assert first_run.ranking == second_run.ranking
-    assert first_run.calibration["chosen"] != second_run.calibration["chosen"]
+    assert first_run.calibration.chosen != second_run.calibration.chosen
     read_again = held_out_images(photos, None, held_out=48, num_images=None, seed=0)
     assert torch.equal(torch.stack(read_again), photos[1::2])
 
@@ -390,10 +393,10 @@ def test_ranking_ends_when_it_is_stable(planted, photos):
     model, _ = planted
     many = photos.repeat(8, 1, 1, 1)  # 360
     early = calibrate(model, many, progress=False)
-    assert early.calibration["stability"]["overlap"] == 1.0
-    assert (early.calibration["images"], early.calibration["held_out"]) == (96, 48)
+    assert early.calibration.stability.overlap == 1.0
+    assert (early.calibration.images, early.calibration.held_out) == (96, 48)
     whole = calibrate(model, many, stability=None, progress=False)
-    assert whole.calibration["images"] == 360 - 48
+    assert whole.calibration.images == 360 - 48
 
 
 def test_a_budget_cuts_short_what_it_does_not_pay_for(planted, photos, monkeypatch):
@@ -401,19 +404,19 @@ def test_a_budget_cuts_short_what_it_does_not_pay_for(planted, photos, monkeypat
     many = photos.flip(0).repeat(8, 1, 1, 1)
     with pytest.warns(UserWarning, match="does not pay for 8 images"):
         at_once = calibrate(model, many, budget=1e-9, progress=False)
-    assert (at_once.calibration["images"], at_once.calibration["held_out"]) == (4, 4)
-    assert len(at_once.calibration["curve"]) == 1
-    assert at_once.calibration["out_of_time"] == ["images", "choosing"]
+    assert (at_once.calibration.images, at_once.calibration.held_out) == (4, 4)
+    assert len(at_once.calibration.curve) == 1
+    assert at_once.calibration.out_of_time == ("images", "choosing")
     assert not at_once.verified
     assert "the --budget was too small for: all images but 8; further sets of neurons" in described(at_once)
     monkeypatch.setattr(Budget, "images", lambda *_: None)
-    assert calibrate(model, many, budget=1e-9, progress=False).calibration["out_of_time"] == ["ranking", "choosing"]
+    assert calibrate(model, many, budget=1e-9, progress=False).calibration.out_of_time == ("ranking", "choosing")
     monkeypatch.setattr(Budget, "images", lambda *_: 40)
     some = calibrate(model, many, budget=1e9, stability=None, progress=False)
-    assert (some.calibration["images"], some.calibration["held_out"]) == (20, 20)
+    assert (some.calibration.images, some.calibration.held_out) == (20, 20)
     monkeypatch.undo()
     enough = calibrate(model, many, budget=1e9, progress=False)
-    assert "out_of_time" not in enough.calibration
+    assert not enough.calibration.out_of_time
     assert enough.ranking == calibrate(model, many, progress=False).ranking
 
 
@@ -444,10 +447,10 @@ def test_an_interrupted_run_goes_on_to_the_same_result(score, planted, photos, t
     assert resumed.by_block() == whole.by_block()
     scores = [{neuron[:2]: neuron[2] for neuron in each.ranking} for each in (resumed, whole)]
     assert scores[0] == pytest.approx(scores[1])
-    assert facts_of(resumed).keys() == facts_of(whole).keys()
-    for key in ("images", "onset_block", "detection_block", "max_block", "num_images", "verdict", "stability"):
-        assert resumed.calibration.get(key) == whole.calibration.get(key), key
-    assert resumed.calibration["chosen"] == pytest.approx(whole.calibration["chosen"])
+    assert resumed.calibration.to_json().keys() == whole.calibration.to_json().keys()
+    for key in ("images", "onset_block", "detection_block", "max_block", "verdict", "stability"):
+        assert getattr(resumed.calibration, key) == getattr(whole.calibration, key), key
+    assert resumed.calibration.chosen.to_json() == pytest.approx(whole.calibration.chosen.to_json())
     again = calibrate(model, Interrupted(many, 150), resume=state, **options)  # nothing is left to read
     assert again.ranking == resumed.ranking
 
@@ -474,7 +477,7 @@ def test_sets_that_were_measured_are_not_measured_again(planted, photos, tmp_pat
     resumed = calibrate(model, photos, resume=state, progress=False)
     assert measured == sets[3:]
     assert resumed.by_block() == whole.by_block()
-    assert resumed.calibration["chosen"] == whole.calibration["chosen"]
+    assert resumed.calibration.chosen == whole.calibration.chosen
 
 
 def test_a_list_under_which_maps_get_hotter_is_not_verified(planted, photos, monkeypatch):
@@ -485,7 +488,7 @@ def test_a_list_under_which_maps_get_hotter_is_not_verified(planted, photos, mon
     hotter = lambda self, *given: replace(effect(self, *given), hottest=2 * self.untouched.hottest)
     monkeypatch.setattr(EffectMeter, "effect", hotter)
     found = calibrate(model, many, progress=False)
-    assert found.calibration["target_met"]
+    assert found.calibration.target_met
     assert not found.verified
     assert "maps got hotter: the hottest patch draws" in described(found)
     assert "not verified: that takes a target that is met, and clean maps" in described(found)
@@ -501,8 +504,8 @@ def test_the_list_says_how_many_registers_hold_it(planted, photos, monkeypatch):
     monkeypatch.setattr(EffectMeter, "effect", best_with_two)
     found = calibrate(model, photos, progress=False)
     assert found.num_registers == 2
-    assert [each["num_registers"] for each in found.calibration["registers"]] == [1, 2, 3]
-    assert found.calibration["verified_at"][0]["num_registers"] == 2
+    assert [each.num_registers for each in found.calibration.registers] == [1, 2, 3]
+    assert found.calibration.verified_at[0].effect.num_registers == 2
     assert "2 registers, each with all of the neurons: features change by 0.100 with 1, " in described(found)
     with testreg.patched(model, replace(found, verified=True)):
         assert patch_of(model).num_registers == 2
@@ -609,12 +612,12 @@ def test_fixed_positions_do_not_hide_the_neurons(photos):
     with_fixed_artefact(model, 2, 3, norm=300)
     found = calibrate(model, photos, progress=False)
     assert first(found, found.top_k) == as_set(planted.neurons)
-    assert found.calibration["verified_at"][0]["remaining"] < 0.05
-    assert found.calibration["onset_block"] == 2
-    assert found.calibration["ignored"] == [{"grid": [4, 4], "positions": [[2, 3]]}]
+    assert found.calibration.verified_at[0].effect.remaining < 0.05
+    assert found.calibration.onset_block == 2
+    assert found.calibration.ignored == (FixedPositions((4, 4), ((2, 3),)),)
     assert re.fullmatch(
         r"outliers from block 2 \(MLP\), .* movable; besides, artefacts at \(2, 3\), where a register fixes nothing",
-        found.calibration["verdict"],
+        found.calibration.verdict,
     )
 
 
@@ -624,9 +627,9 @@ def test_fixed_positions_alone_are_not_calibrated(photos):
     with pytest.raises(ImmovableOutliersError, match=r"fixed-position artefacts from .* at \(2, 3\)"):
         calibrate(model, photos, progress=False)
     insisted = calibrate(model, photos, block=1, top_k=3, progress=False)
-    assert insisted.calibration["target_met"] is False
+    assert insisted.calibration.target_met is False
     assert not insisted.verified
-    assert "a register does not fix them" in insisted.calibration["verdict"]
+    assert "a register does not fix them" in insisted.calibration.verdict
 
 
 def test_neurons_that_move_what_the_diagnosis_did_not_expect_say_so(planted, photos, monkeypatch):
@@ -635,8 +638,8 @@ def test_neurons_that_move_what_the_diagnosis_did_not_expect_say_so(planted, pho
     with pytest.raises(ImmovableOutliersError):
         calibrate(model, photos, progress=False)
     found = calibrate(model, photos, block=2, max_block=2, progress=False)
-    assert found.calibration["target_met"]
-    assert found.calibration["verdict"].endswith("which these neurons move against the diagnosis")
+    assert found.calibration.target_met
+    assert found.calibration.verdict.endswith("which these neurons move against the diagnosis")
 
 
 @pytest.mark.parametrize(
@@ -653,9 +656,9 @@ def test_a_list_is_verified_by_16_images_that_had_no_part_in_the_choice(
 ):
     model, _ = planted
     found = calibrate(model, photos.repeat(2, 1, 1, 1), num_images=num_images, top_k=top_k, progress=False)
-    assert found.calibration["target_met"]
+    assert found.calibration.target_met
     assert found.verified is verified
-    assert found.calibration["verified_on_others"] is on_others
+    assert found.calibration.verified_on_others is on_others
 
 
 def test_images_without_an_outlier_verify_nothing(planted, photos):
@@ -663,15 +666,15 @@ def test_images_without_an_outlier_verify_nothing(planted, photos):
     images = photos.repeat(2, 1, 1, 1)
     images[3::2] = 0.0  # every patch of such an image is alike: of the held-out images, one has outliers, and chooses
     found = calibrate(model, images, progress=False)
-    assert found.calibration["verified_on_others"]
-    assert found.calibration["verified_at"][0]["outlier_fraction"] == 0
+    assert found.calibration.verified_on_others
+    assert found.calibration.verified_at[0].outlier_fraction == 0
     assert not found.verified
 
 
 def test_a_list_that_misses_the_target_is_not_verified(planted, photos):
     model, _ = planted
     found = calibrate(model, photos, top_k=1, progress=False)
-    assert found.calibration["target_met"] is False
+    assert found.calibration.target_met is False
     assert not found.verified
 
 
@@ -690,8 +693,8 @@ def test_neurons_of_quantized_weights_are_scored(planted, photos):
     model, planted_neurons = planted
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
     tower = find_tower(model)
-    found = statistics_of(tower, photos, range(len(photos)), Detection(OutlierRule(), 2), score="contribution").total()
-    ranking = best(scores(found, tower, "contribution"), 2, 4)
+    sums = statistics_of(tower, photos, range(len(photos)), Detection(OutlierRule(), 2), score="contribution").total()
+    ranking = best(sums.scores(tower), 2, 4)
     assert as_set(planted_neurons.neurons) >= {neuron[:2] for neuron in ranking if neuron[0] == 2}
     assert ranking[0][:2] in as_set(planted_neurons.neurons)
 
@@ -704,15 +707,19 @@ def test_sums_are_not_rounded_under_autocast(dtype, planted, photos):
     images = photos.repeat(11, 1, 1, 1)
     with torch.autocast("cpu", dtype):
         norms = token_norms(tower, images)
-        found = statistics_of(tower, images, range(len(images)), detection, score="contribution").total()
-        shares = scores(found, tower, "contribution")
+        found, by_activation = (
+            statistics_of(tower, images, range(len(images)), detection, score=score).total()
+            for score in ("contribution", "activation")
+        )
+        shares = found.scores(tower)
     outlier = detection.outliers(norms, tower.num_prefix, (4, 4))[2]
     assert found.num_outliers == outlier.sum()
     assert found.num_with_outliers == outlier.any(1).sum()
     assert found.num_normal == 8 * len(images)
-    assert torch.equal(shares, scores(found, tower, "contribution"))
+    assert torch.equal(shares, found.scores(tower))
+    sums = found.tensors() | by_activation.tensors()
     for name in ("magnitude", "activation", "normal_activation", "direction"):
-        value = found.tensors()[name]
+        value = sums[name]
         assert (value.to(dtype).float() != value).float().mean() > 0.9, name
 
 
@@ -722,7 +729,7 @@ def test_every_score_leads_to_the_planted_neurons(score, planted, photos):
     model, planted_neurons = planted
     found = calibrate(model, photos, score=score, progress=False)
     assert first(found, found.top_k) == as_set(planted_neurons.neurons)
-    dropped = {(block, unit) for block, unit, _ in found.calibration["dropped"]}
+    dropped = {(block, unit) for block, unit, _ in found.calibration.dropped}
     decoys = planted_neurons.named_decoys
     assert dropped >= ({decoys["loud"], decoys["idle"], decoys["trap"]} if score == "activation" else set())
     assert not dropped & {(block, unit) for block, unit, _ in found.ranking}
@@ -779,7 +786,7 @@ def test_mechanisms_that_are_spread_over_blocks_are_found(mechanism, photos, tmp
     left = after > rule.limit(before).maximum(rule.limit(after))
     assert left.sum((1, 2)).max() < 0.05 * (before > rule.limit(before)).sum((1, 2)).max()
     assert not first(found, found.top_k) & as_set(planted.decoys)
-    added = {tuple(neuron[:2]) for each in found.calibration["rounds"] for neuron in each["added"]}
+    added = {tuple(neuron[:2]) for each in found.calibration.rounds for neuron in each.added}
     assert first(found, found.top_k) & added
     found.save(tmp_path / "neurons.json")
     assert testreg.RegisterNeurons.load(tmp_path / "neurons.json") == found

@@ -8,9 +8,10 @@ from test_calibrate import as_set
 from tiny import fresh, packed, photograph_crops
 
 import testreg
-from testreg.calibration.effects import Effect, EffectMeter, what_is_wrong_with_maps, worst_of
+from testreg.calibration.effects import EffectMeter, what_is_wrong_with_maps, worst_of
 from testreg.families import find_tower
 from testreg.measure.outliers import Detection, OutlierRule, token_norms
+from testreg.records.calibration import Effect, PlainAttention, Verification
 
 RULE = OutlierRule()
 
@@ -211,22 +212,27 @@ def hidden_attention(attention):
     return forward
 
 
+def check(sink, hottest, before):
+    effect = Effect(5, 0.0, 3, 0.0, 0.01, 0.01, None, 1, sink, hottest)
+    return Verification((224, 224), "float32", (14, 14), 20, 0.05, effect, before)
+
+
 @pytest.mark.parametrize(
-    ("check", "words"),
+    ("verification", "words"),
     [
-        ({}, []),
-        ({"sink": None, "hottest": None, "before": {"sink": None, "hottest": None}}, []),
-        ({"sink": 0.6, "hottest": 0.04, "before": {"sink": 24.0, "hottest": 0.13}}, []),
-        ({"sink": 1.4, "hottest": 0.14, "before": {"sink": 24.0, "hottest": 0.13}}, []),
-        ({"sink": 2.0, "hottest": 0.04, "before": {"sink": 24.0, "hottest": 0.13}}, ["still draw 2.0 times"]),
+        (check(None, None, None), []),
+        (check(None, None, PlainAttention(None, None)), []),
+        (check(0.6, 0.04, PlainAttention(24.0, 0.13)), []),
+        (check(1.4, 0.14, PlainAttention(24.0, 0.13)), []),
+        (check(2.0, 0.04, PlainAttention(24.0, 0.13)), ["still draw 2.0 times"]),
         (
-            {"sink": 5.0, "hottest": 0.388, "before": {"sink": 24.0, "hottest": 0.099}},
+            check(5.0, 0.388, PlainAttention(24.0, 0.099)),
             ["still draw 5.0 times", "hotter: the hottest patch draws 38.8% of the attention, 9.9% before"],
         ),
     ],
 )
-def test_what_is_wrong_with_maps(check, words):
-    said = what_is_wrong_with_maps(check)
+def test_what_is_wrong_with_maps(verification, words):
+    said = what_is_wrong_with_maps(verification)
     assert len(said) == len(words)
     assert all(word in each for word, each in zip(words, said, strict=True))
 

@@ -2,8 +2,8 @@ import itertools
 
 import pytest
 
-from testreg.calibration.effects import Effect
 from testreg.calibration.selection import MAX_MEASUREMENTS, Candidates, select
+from testreg.records.calibration import Effect
 
 
 def ranking(count):

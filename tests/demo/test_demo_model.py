@@ -6,7 +6,7 @@ from marks import slow_except
 from torch import Tensor, nn
 
 import testreg
-from testreg.calibration.view import MIN_VERIFYING, NUM_CHOOSING
+from testreg.calibration.split import MIN_VERIFYING, NUM_CHOOSING
 from testreg.demo import run as demo
 from testreg.demo.run import planted_neurons
 from testreg.families import find_tower

@@ -17,17 +17,17 @@ from huggingface_hub import ModelCard, constants
 import testreg
 from testreg import RegisterNeurons
 from testreg.cli import main
-from testreg.hub.card import model_card
 from testreg.hub.repository import is_repository
+from testreg.records.calibration import Calibration, Effect, Verification
 
 NEURONS = RegisterNeurons(
     ((3, 47, 2.5), (3, 55, 1.0), (2, 7, 0.5)),
     top_k=2,
     model={"name": "timm:vit_x", "names": ["timm:vit_x", "hf:org/vit-x"], "depth": 8},
-    calibration={
-        "verdict": "outliers from block 3 (MLP)",
-        "verified_at": [{"image_size": [56, 64], "images": 40, "outlier_fraction": 0.046, "remaining": 0.003}],
-    },
+    calibration=Calibration(
+        verdict="outliers from block 3 (MLP)",
+        verified_at=(Verification((56, 64), "float32", (7, 8), 40, 0.046, Effect(2, 0.003, 5, 0.0125, 0.01, 0.02)),),
+    ),
     provenance={"note": "<script>found</script> by hand"},
     verified=True,
 )
@@ -77,7 +77,7 @@ def test_lists_of_the_hub_warn_as_files_do_if_they_are_not_verified(hub: Hub) ->
 
 
 def test_a_list_of_the_hub_is_checked(hub: Hub) -> None:
-    hub.files["org/bad"] = {"neurons.json": b'{"format": "testreg-neurons", "version": 1, "neurons": [[1, -2, null]]}'}
+    hub.files["org/bad"] = {"neurons.json": b'{"format": "testreg-neurons", "version": 2, "neurons": [[1, -2, null]]}'}
     with pytest.raises(ValueError, match=r"hf:org/bad: .*0-based"):
         RegisterNeurons.load("hf:org/bad")
     hub.files["org/bad"] = {"neurons.json": b"<html>"}
@@ -93,7 +93,7 @@ def test_the_card(hub: Hub) -> None:
     assert card.data.library_name == "testreg"
     assert 'testreg.patch(model, "hf:org/neurons")' in text
     assert "| 3 | 47, 55 |" in text
-    assert "| 56 x 64 | 40 | 4.6% | 0.3% | ? |" in text
+    assert "| 56 x 64 | 40 | 4.6% | 0.3% | 1.2% |" in text
     assert "<script>" not in text
     assert "not verified" not in text
     hub.files["org/neurons"]["README.md"] = b"My own words"
@@ -104,7 +104,7 @@ def test_the_card(hub: Hub) -> None:
 @pytest.mark.parametrize("name", testreg.bundled())
 def test_every_bundled_list_has_a_card(name: str) -> None:
     neurons = testreg.bundled()[name]
-    text = model_card("org/neurons", neurons.to_dict(), neurons.by_block(), is_checkpoint=False)
+    text = neurons.model_card("org/neurons")
     assert ("**not verified**" in text) is not neurons.verified
     assert all(f"| {block} | " in text for block in neurons.by_block())
 
@@ -226,4 +226,4 @@ def test_the_command_line_takes_lists_of_the_hub(hub: Hub, tmp_path: Path, capsy
     assert "org/other: there is no such repository on the Hugging Face Hub" in error
     assert not (tmp_path / "out").exists()
     assert main(["apply", "demo", "--neurons", "hf:org/neurons", "-o", output]) == 0
-    assert json.loads((tmp_path / "out" / "testreg.json").read_text())["neurons"] == NEURONS.truncate().to_dict()
+    assert json.loads((tmp_path / "out" / "testreg.json").read_text())["neurons"] == NEURONS.truncate().to_json()

@@ -590,7 +590,7 @@ def test_a_diagnosis_in_three_lines(planted, photos):
     assert "<b>" not in named._repr_html_()
     assert f"<td>{found.blocks[3].after_mlp.median_norm:.4g}</td>" in found._repr_html_()
     assert len(found) == 4
-    assert found.to_dict()["verdict"] == found.verdict
+    assert found.to_json()["verdict"] == found.verdict
 
 
 def test_a_diagnosis_draws_norms_and_outliers(planted, photos):

@@ -710,8 +710,8 @@ def test_calibration_ranks_every_kind_of_tower(name: str) -> None:
     assert all(first[2] >= second[2] for first, second in pairwise(neurons.ranking))
 
     by_contribution = testreg.calibrate(model, list(pictures), top_k=50, **options)  # ranks on two, measures on two
-    assert by_contribution.calibration["verified_at"][0]["grid"] == list(tower.grid(pictures))
-    assert 0 < by_contribution.calibration["verified_at"][0]["change_patches"] < 1
+    assert by_contribution.calibration.verified_at[0].grid == tower.grid(pictures)
+    assert 0 < by_contribution.calibration.verified_at[0].effect.change_patches < 1
     places = {(block, unit) for block, unit, _ in by_contribution.ranking}
     assert places <= {(block, unit) for block in range(tower.depth) for unit in range(tower.mlp_width)}
     if name == "vit_base_patch16_18x2_224":

@@ -19,7 +19,8 @@ import testreg
 from testreg.demo.run import crops, photographs, planted_neurons
 from testreg.families import find_tower
 from testreg.measure.outliers import OutlierRule, token_norms
-from testreg.neurons import RegisterNeurons
+from testreg.neurons import Calibration, RegisterNeurons
+from testreg.records.calibration import Effect, FixedPositions, Round, Verification
 from testreg.report.calibration_charts import curves_of_rounds, tables_of
 from testreg.report.map_figures import feature_colours, figure, maps_before_and_after
 from testreg.report.measure import measure_report
@@ -43,8 +44,14 @@ def point(neurons, remaining, change):
     }
 
 
+def check(agreement=None, change_pooled=0.0):
+    """What was measured at one image size, where no outliers are left."""
+    effect = Effect(4, 0.0, 2, 0.0, change_pooled, 0.0, agreement)
+    return Verification((64, 64), "float32", (4, 4), 40, 0.05, effect)
+
+
 CURVE = [point(1, 0.8, 0.01), point(2, 0.4, 0.02), point(4, 0.01, 0.03), point(100, 0.0, 0.3)]
-CALIBRATION = {
+ENTRIES = {
     "images": 40,
     "held_out": 5,
     "source": HOSTILE,
@@ -56,12 +63,15 @@ CALIBRATION = {
     "target": 0.05,
     "target_met": False,
     "max_change": 0.1,
-    "curve": [*CURVE, {"neurons": HOSTILE}],
+    "curve": [*CURVE, {**CURVE[3], HOSTILE: HOSTILE}],
     "chosen": CURVE[2],
-    "dropped": [[3, 5, 0.1], [3, 6, HOSTILE]],
-    "verified_at": [{"image_size": [96, 64], "grid": [6, 4], "dtype": HOSTILE, "images": 5, **CURVE[2]}],
+    "dropped": [[3, 5, 0.1], [3, 6, None]],
+    "verified_at": [
+        {"image_size": [96, 64], "grid": [6, 4], "dtype": HOSTILE, "images": 5, "outlier_fraction": 0.05, **CURVE[2]}
+    ],
     "versions": {"torch": "2.99", HOSTILE: HOSTILE},
 }
+CALIBRATION = Calibration.from_json(ENTRIES, "the calibration")
 
 
 @pytest.fixture(scope="module")
@@ -219,32 +229,23 @@ def test_the_page_says_how_to_use_it(planted, photos, seen):
     assert "testreg.patch(model, 'elsewhere/n.json')" in text
 
 
-ROUNDS = [
-    {"round": 1, "block": 2, "neurons": 3, "added": [[2, 17], [2, 5], [1, 9]], "remaining": 0.41, "excess": 0.3},
-    {"round": 2, "block": 3, "neurons": 4, "added": [[3, i] for i in range(20)], "remaining": 0.02, "excess": 0.01},
-]
+ROUNDS = (
+    Round(1, ((2, 17, 0.5), (2, 5, 0.4), (1, 9, None)), (), Effect(3, 0.41, 2, 0.3, 0.01, 0.02)),
+    Round(2, tuple((3, i, None) for i in range(20)), (), Effect(4, 0.02, 2, 0.01, 0.01, 0.02)),
+)
 
 
 def test_rounds_of_calibration(planted, photos):
     model, neurons = planted
-    curve = [{"neurons": n, "remaining": 1 / n, "excess": 0.5 / n, "change": n / 100} for n in (1, 2, 4)]
-    rounds = [{**ROUNDS[0], "curve": curve}, ROUNDS[1]]
-    report = measure_report(model, replace(neurons, calibration={"rounds": rounds}), photos[:2])
-    assert curves_of_rounds(report) == {"round 1": curve}
+    curve = [Effect(n, 1 / n, 2, 0.5 / n, n / 100, n / 200) for n in (1, 2, 4)]
+    rounds = (replace(ROUNDS[0], curve=tuple(reversed(curve))), ROUNDS[1])
+    report = measure_report(model, replace(neurons, calibration=Calibration(rounds=rounds)), photos[:2])
+    assert curves_of_rounds(report.facts) == {"round 1": curve}
     text = Page(page(report)).text
     for said in ("Rounds", "(2, 17) (2, 5) (1, 9)", "0.41", "(3, 7) and 12 more", "Excess norm that each round left"):
         assert said in text
     assert "Round 1, 1 at 1 and 0.25 at 4 neurons." in text
     assert "Rounds" not in Page(page(measure_report(model, neurons, photos[:2]))).text
-
-
-@pytest.mark.parametrize(
-    "rounds",
-    [None, 3, HOSTILE, [], [HOSTILE], [{}], [{"added": HOSTILE, "curve": [HOSTILE, {}]}], [{"added": [1], "curve": 2}]],
-)
-def test_rounds_from_elsewhere_do_no_harm(rounds, planted, photos):
-    model, neurons = planted
-    assert Page(page(measure_report(model, replace(neurons, calibration={"rounds": rounds}), photos[:2])))
 
 
 def test_the_page_says_what_was_found(seen, planted):
@@ -285,14 +286,14 @@ def test_the_headline_is_the_heading_and_says_what_got_worse(planted, photos, wr
     assert found[1].replace("\N{NO-BREAK SPACE}", " ") == (
         f"{headline}, but the head changes its mind on 3 % of the images"
     )
-    facts = {"max_change": 0.1, "verified_at": [{"change_pooled": 0.05}, {"change_pooled": 0.3}]}
+    facts = Calibration(max_change=0.1, verified_at=(check(change_pooled=0.05), check(change_pooled=0.3)))
     report = measure_report(model, replace(neurons, calibration=facts), photos)
     assert report.headline == f"{headline}, but the pooled feature changes by 0.3"
     blocks = list(report.after.blocks)
     blocks[1] = replace(blocks[1], after_mlp=replace(blocks[1].after_mlp, outlier_fraction=0.5))
     worse = replace(report, after=replace(report.after, blocks=blocks))
     assert worse.worse == ["there are more outliers after block 1", "the pooled feature changes by 0.3"]
-    assert replace(report, neurons=replace(neurons, calibration={})).headline == headline
+    assert replace(report, neurons=replace(neurons, calibration=Calibration())).headline == headline
 
 
 def test_figures_are_those_of_the_model(planted, photos):
@@ -336,12 +337,10 @@ def test_fixed_positions_that_calibration_left_out_do_not_count(photos):
     assert "gone" not in counted.headline or "all of" not in counted.headline
 
 
-@pytest.mark.parametrize(
-    "ignored", [None, 1, "x", [1], [{}], [{"grid": 4}], [{"grid": [4, 4], "positions": [7, [1], [1, "2"]]}]]
-)
-def test_facts_from_elsewhere_ignore_nothing(ignored, planted, photos):
+def test_positions_on_another_grid_are_not_ignored(planted, photos):
     model, neurons = planted
-    assert measure_report(model, replace(neurons, calibration={"ignored": ignored}), photos[:2]).ignored == []
+    facts = Calibration(ignored=(FixedPositions((5, 4), ((2, 3),)),))
+    assert measure_report(model, replace(neurons, calibration=facts), photos[:2]).ignored == []
 
 
 @pytest.mark.parametrize(
@@ -349,7 +348,7 @@ def test_facts_from_elsewhere_ignore_nothing(ignored, planted, photos):
 )
 def test_a_head_that_disagrees_is_shown(agreement, shown, planted, photos):
     model, neurons = planted
-    facts = {"verified_at": [{"image_size": [64, 64], "images": 40, "agreement": agreement}]}
+    facts = Calibration(verified_at=(check(agreement=agreement),))
     text = Page(page(measure_report(model, replace(neurons, calibration=facts), photos[:2]))).text
     assert ("of the held-out images another class" in text) is shown
     assert ("head agrees" in text) is (agreement is not None)
@@ -358,7 +357,7 @@ def test_a_head_that_disagrees_is_shown(agreement, shown, planted, photos):
 @pytest.mark.parametrize("verified", [False, True])
 def test_a_list_that_is_not_verified_says_so(verified, planted, photos):
     model, neurons = planted
-    facts = {**CALIBRATION, "target_met": True, "verified_on_others": verified}
+    facts = replace(CALIBRATION, target_met=True, verified_on_others=verified)
     given = replace(neurons, calibration=facts, verified=verified)
     text = Page(page(measure_report(model, given, photos[:2]))).text
     assert ("Not verified: that takes clean maps on 16 held-out images" in text) is not verified

@@ -128,7 +128,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
     planted = plant(model, processor(images=photographs, return_tensors="pt")["pixel_values"]).neurons
     for saved in (model, processor):
         saved.save_pretrained(folder / "model")
-    RegisterNeurons.from_json({**RegisterNeurons.from_blocks(planted).to_dict(), "num_registers": 2}).save(
+    RegisterNeurons.from_json({**RegisterNeurons.from_blocks(planted).to_json(), "num_registers": 2}).save(
         folder / "neurons.json"
     )
     RegisterNeurons.from_blocks({1: [2, 3]}).save(folder / "published.json")

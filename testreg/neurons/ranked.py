@@ -1,47 +1,26 @@
-"""Register neurons and their JSON: ranked, versioned, checked; and the lists that come with the package."""
+"""The ranked list of register neurons."""
 
 from __future__ import annotations
 
-import difflib
-import json
 import math
 import operator
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from testreg.display import html
-from testreg.families import (
-    Tower,
-    activation,
-    checkpoint_names,
-    compare_weights,
-    find_tower,
-    fingerprint,
-    mismatch_of,
-)
-from testreg.files import check_format, plain, read_text, replacing, shown
-from testreg.hub.card import model_card
-from testreg.hub.repository import SCHEME, fetch_file, is_repository, push
+from testreg.files import plain, replacing, shown
+from testreg.neurons.configs import bundled_file
+from testreg.neurons.format import FORMAT, VERSION, check_model, checked, read_json, text_of
+from testreg.records.calibration import Calibration
+from testreg.records.record import is_finite, is_index
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FORMAT = "testreg-neurons"
-VERSION = 2
 FILE = "neurons.json"
 """The neuron JSON of a repository on the Hugging Face Hub."""
-_RENAMED = {  # entries of the calibration, since version 1
-    "detection_layer": "detection_block",
-    "onset_layer": "onset_block",
-    "max_layer": "max_block",
-    "worst_layer": "worst_block",
-}
-_KEYS = {"format", "version", "neurons", "top_k", "num_registers", "model", "calibration", "provenance", "verified"}
 
 MAX_REGISTERS = 256  # as many as an image of 224 pixels has patches
 MAX_NAMED = 8  # blocks, and image sizes, that a summary names
@@ -86,8 +65,8 @@ class RegisterNeurons:
     """How many registers to use, each of which holds all of these neurons."""
     model: Mapping[str, Any] = field(default_factory=dict)
     """The checkpoint: name, names (aliases), depth, mlp_width, activation, fingerprint. All optional."""
-    calibration: Mapping[str, Any] = field(default_factory=dict)
-    """How the list was made: images, image size, outlier rule, blocks, score, versions."""
+    calibration: Calibration = field(default_factory=Calibration)
+    """How the list was made, and what was measured."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Where a list that testreg did not make comes from."""
     verified: bool = False
@@ -105,30 +84,34 @@ class RegisterNeurons:
         seen: set[tuple[int, int]] = set()
         last = math.inf
         for block, unit, score in self.ranking:
-            if not (_is_index(block) and _is_index(unit)):
+            if not (is_index(block) and is_index(unit)):
                 raise ValueError(f"a register neuron is a 0-based (block, unit), got ({shown(block)}, {shown(unit)})")
             if (block, unit) in seen:
                 raise ValueError(f"duplicate register neuron: block {shown(block)}, unit {shown(unit)}")
             seen.add((block, unit))
             if score is not None:
-                if not _is_finite(score):
+                if not is_finite(score):
                     raise ValueError(
                         f"the score of block {shown(block)}, unit {shown(unit)} is {shown(score)}, not a finite number"
                     )
-                if score > last and not self.calibration.get("rounds"):  # each round ranks anew
+                if score > last and not self.calibration.rounds:  # each round ranks anew
                     raise ValueError(
                         f"the ranking is not sorted: block {shown(block)}, unit {shown(unit)} scores {score:g}, "
                         f"the one before it {last:g}"
                     )
                 last = score
-        if self.top_k is not None and (not _is_index(self.top_k) or self.top_k < 1):
+        if self.top_k is not None and (not is_index(self.top_k) or self.top_k < 1):
             raise ValueError(f"top_k must be a whole number of at least 1, got {shown(self.top_k)}")
         if self.top_k is not None and self.top_k > len(self.ranking):
             raise ValueError(f"top_k={shown(self.top_k)}, but the list holds {len(self.ranking)} neurons")
-        if not _is_index(self.num_registers) or not 1 <= self.num_registers <= MAX_REGISTERS:
+        if not is_index(self.num_registers) or not 1 <= self.num_registers <= MAX_REGISTERS:
             raise ValueError(f"num_registers must be 1 to {MAX_REGISTERS}, got {shown(self.num_registers)}")
-        _check_entries("model", self.model, _MODEL)
-        _check_entries("calibration", self.calibration, _CALIBRATION)
+        check_model(self.model)
+        if not isinstance(self.calibration, Calibration):
+            raise TypeError(
+                f"calibration must be a testreg.neurons.Calibration, got {type(self.calibration).__name__}: "
+                "Calibration.from_json makes one of a dictionary"
+            )
 
     @property
     def has_to_be_trusted(self) -> bool:
@@ -136,7 +119,7 @@ class RegisterNeurons:
 
         Neurons that someone names by hand are their own affair.
         """
-        return not self.verified and (self.source is not None or bool(self.calibration))
+        return not self.verified and (self.source is not None or self.calibration.is_known)
 
     @classmethod
     def from_blocks(cls, blocks: Mapping[int, Sequence[int]]) -> RegisterNeurons:
@@ -175,6 +158,8 @@ class RegisterNeurons:
         return "\n  ".join([f"{type(self).__name__}: {first}", *others])
 
     def _repr_html_(self) -> str:
+        from testreg.display import html
+
         first, *others = self._summary()
         rows = [(block, len(units), ", ".join(map(str, units))) for block, units in self.by_block().items()]
         return html([f"Register neurons: {first}", *others], ("block", "neurons", "units, best first"), rows)
@@ -189,7 +174,7 @@ class RegisterNeurons:
         if {"depth", "mlp_width"} <= self.model.keys():
             size = f" ({self.model['depth']} blocks of {self.model['mlp_width']:,} neurons)"
         lines.append(f"for {plain(self.model.get('name', 'a model that is not named'))}{size}")
-        sizes = [each["image_size"] for each in self.calibration.get("verified_at", ()) if "image_size" in each]
+        sizes = [each.image_size for each in self.calibration.verified_at]
         at = f" at {', '.join(f'{height} x {width}' for height, width in sizes[:MAX_NAMED])}" if sizes else ""
         source = "" if self.source is None else f"; read from {plain(self.source)}"
         lines.append((f"verified{at}" if self.verified else "not verified") + source)
@@ -239,21 +224,19 @@ class RegisterNeurons:
                     f"unit {shown(unit)} of block {block} is out of range: the model's MLPs have {mlp_width} neurons"
                 )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Everything, as its JSON holds it."""
         return {
             "format": FORMAT,
             "version": VERSION,
             "model": dict(self.model),
-            "calibration": dict(self.calibration),
+            "calibration": self.calibration.to_json(),
             "provenance": dict(self.provenance),
             "verified": self.verified,
             "top_k": self.top_k,
             "num_registers": self.num_registers,
             "neurons": [list(neuron) for neuron in self.ranking],
         }
-
-    to_json = to_dict  # the counterpart of `from_json`
 
     @classmethod
     def from_json(cls, data: object, *, source: str = "the neuron JSON") -> RegisterNeurons:
@@ -262,22 +245,14 @@ class RegisterNeurons:
         Raises:
             ValueError: not this format, or a field that does not fit.
         """
-        data = check_format(data, FORMAT, VERSION, _KEYS, source=source, expected="a register neuron JSON")
-        rows = data.get("neurons")
-        if not isinstance(rows, list) or any(not isinstance(row, list) or len(row) != 3 for row in rows):
-            raise ValueError(f'{source}: "neurons" must be a list of [block, unit, score or null]')
-        for key in ("model", "calibration", "provenance"):
-            if not isinstance(data.get(key, {}), dict):
-                raise ValueError(f'{source}: "{key}" must be an object')
-        if not isinstance(data.get("verified", False), bool):
-            raise ValueError(f'{source}: "verified" must be true or false')
+        data = checked(data, source)
         try:
             return cls(
-                ranking=tuple((block, unit, score) for block, unit, score in rows),
+                ranking=tuple((block, unit, score) for block, unit, score in data["neurons"]),
                 top_k=data.get("top_k"),
                 num_registers=data.get("num_registers", 1),
                 model=data.get("model", {}),
-                calibration=_with_new_names(data.get("calibration", {})),
+                calibration=Calibration.from_json(data.get("calibration", {}), "the calibration"),
                 provenance=data.get("provenance", {}),
                 verified=data.get("verified", False),
             )
@@ -290,10 +265,7 @@ class RegisterNeurons:
             temporary.write_text(self._text(), encoding="utf-8")
 
     def _text(self) -> str:
-        """The text of the JSON, one neuron a line: long lists stay readable and diffable."""
-        head, _, _ = json.dumps(self.to_dict(), indent=1, allow_nan=False).partition('\n "neurons": [')
-        rows = ",\n".join("  " + json.dumps(list(neuron)) for neuron in self.ranking)
-        return f'{head}\n "neurons": [\n{rows}\n ]\n}}\n'
+        return text_of(self.to_json(), self.ranking)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RegisterNeurons:
@@ -305,12 +277,24 @@ class RegisterNeurons:
             OSError: no such file, or not a regular one; no such repository, or it cannot be reached.
             ValueError: not JSON (a truncated file), or not a valid list; no bundled list of that name.
         """
-        if (name := os.fspath(path)).startswith(SCHEME):
+        from testreg.hub.repository import SCHEME, is_repository
+
+        name, file = os.fspath(path), Path(path)
+        if name.startswith(SCHEME):
             return cls.from_pretrained(name.removeprefix(SCHEME))
-        file = Path(path)
         if file.suffix != ".json" and file.parent == Path() and not file.exists():
-            return _load_bundled(os.fspath(path))
-        return cls._read(path)
+            return cls.from_file(bundled_file(name), source=name)
+        source = plain(name, longest=None)
+        try:
+            return cls.from_file(path, source)
+        except FileNotFoundError:
+            hub = f" (of a repository on the Hub: {SCHEME}{source})" if is_repository(source) else ""
+            raise FileNotFoundError(f"no neuron JSON at {source}{hub}") from None
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], source: str) -> RegisterNeurons:
+        """The list in a file, which is called `source` in errors and as the list's own; raises as `load`."""
+        return replace(cls.from_json(read_json(path, source), source=source), source=source)
 
     @classmethod
     def from_pretrained(cls, name: str, *, revision: str | None = None) -> RegisterNeurons:
@@ -324,7 +308,9 @@ class RegisterNeurons:
             OSError: no such repository or file, or it cannot be reached and is not in the cache.
             ValueError: `name` cannot be one, or not a valid list.
         """
-        return cls._read(fetch_file(name, FILE, revision), source=f"{SCHEME}{name}")
+        from testreg.hub.repository import SCHEME, fetch_file
+
+        return cls.from_file(fetch_file(name, FILE, revision), f"{SCHEME}{name}")
 
     def push_to_hub(self, name: str, *, private: bool | None = None, commit_message: str | None = None) -> str:
         """Put the list into a repository on the Hugging Face Hub, as neurons.json, with a model card.
@@ -342,109 +328,33 @@ class RegisterNeurons:
             OSError: nobody is logged in, or the Hub refuses, or it cannot be reached.
             ValueError: `name` cannot be that of a repository.
         """
-        card = model_card(name, self.to_dict(), self.by_block(), is_checkpoint=False)
-        message = commit_message or f"Register neurons of {plain(self.model.get('name', 'a model'))}"
-        return push(name, {FILE: self._text().encode()}, card, message=message, private=private)
+        from testreg.hub.repository import push
 
-    @classmethod
-    def _read(cls, path: str | os.PathLike[str], source: str | None = None) -> RegisterNeurons:
-        source = source or plain(os.fspath(path), longest=None)
-        try:
-            data = json.loads(
-                read_text(path), parse_constant=_reject_constant, parse_int=_parse_int, parse_float=_parse_float
-            )
-        except FileNotFoundError:
-            hub = f" (of a repository on the Hub: {SCHEME}{source})" if is_repository(source) else ""
-            raise FileNotFoundError(f"no neuron JSON at {source}{hub}") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{source} is not valid JSON (truncated?): {error}") from None
-        except RecursionError:
-            raise ValueError(f"{source}: nested too deeply for a neuron JSON") from None
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from None
-        return replace(cls.from_json(data, source=source), source=source)
+        message = commit_message or f"Register neurons of {plain(self.model.get('name', 'a model'))}"
+        return push(name, {FILE: self._text().encode()}, self.model_card(name), message=message, private=private)
+
+    def model_card(self, repository: str, *, is_checkpoint: bool = False) -> str:
+        """The card of a repository with this list, in Markdown.
+
+        Args:
+            is_checkpoint: whether a patched checkpoint is in the repository, and not the list alone.
+        """
+        from testreg.hub.card import model_card
+
+        return model_card(
+            repository,
+            blocks=self.by_block(),
+            verified=self.verified,
+            model=self.model,
+            calibration=self.calibration,
+            provenance=self.provenance,
+            is_checkpoint=is_checkpoint,
+        )
 
 
 def unscored(neurons: Iterable[Neuron]) -> RegisterNeurons:
     """A list of all these neurons, in any order."""
     return RegisterNeurons(tuple((block, unit, None) for block, unit, _ in neurons))
-
-
-def _with_new_names(value: Any) -> Any:
-    """JSON of the calibration with the entries of version 1 under the names that they have now."""
-    if isinstance(value, Mapping):
-        return {_RENAMED.get(key, key): _with_new_names(each) for key, each in value.items()}
-    return [_with_new_names(each) for each in value] if isinstance(value, list) else value
-
-
-def _is_index(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_finite(value: object) -> bool:
-    try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # a whole number beyond all floats
-        return False
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2 and all(_is_index(each) and each > 0 for each in value)
-
-
-def _is_names(value: object) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
-
-
-def _is_object(value: object) -> bool:
-    return isinstance(value, Mapping)
-
-
-def _is_objects(value: object) -> bool:
-    return isinstance(value, list | tuple) and all(map(_is_object, value))
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-_Check = tuple[Callable[[object], bool], str]
-_WHOLE: _Check = (_is_index, "a whole number")
-_TEXT: _Check = (_is_text, "text")
-_NAMES: _Check = (_is_names, "a list of text")
-_SIZE: _Check = (_is_size, "two whole numbers above 0")
-_OBJECT: _Check = (_is_object, "an object")
-_OBJECTS: _Check = (_is_objects, "a list of objects")
-
-# What testreg reads of what a list says of itself; everything else is only shown.
-_MODEL = {
-    "name": _TEXT,
-    "names": _NAMES,
-    "default_for": _NAMES,
-    "depth": _WHOLE,
-    "mlp_width": _WHOLE,
-    "activation": _TEXT,
-    "fingerprint": _TEXT,
-}
-_CALIBRATION = {
-    "detection_block": _WHOLE,
-    "verified_at": _OBJECTS,
-    "curve": _OBJECTS,
-    "chosen": _OBJECT,
-    "stability": _OBJECT,
-    "versions": _OBJECT,
-}
-_VERIFIED_AT = {"grid": _SIZE, "image_size": _SIZE, "dtype": _TEXT}
-
-
-def _check_entries(where: str, entries: Mapping[str, Any], checks: Mapping[str, _Check]) -> None:
-    """Raise ValueError if an entry that testreg reads is not what it should be."""
-    for key, (is_valid, expected) in checks.items():
-        if key in entries and not is_valid(entries[key]):
-            raise ValueError(f'"{key}" of the {where} must be {expected}, got {shown(entries[key])}')
-    if where == "calibration":
-        for each in entries.get("verified_at", ()):
-            _check_entries('calibration\'s "verified_at"', each, _VERIFIED_AT)
 
 
 def _as_index(value: Any) -> Any:
@@ -453,156 +363,3 @@ def _as_index(value: Any) -> Any:
         return value if isinstance(value, bool) else operator.index(value)
     except TypeError:
         return value
-
-
-def _reject_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a finite number")
-
-
-def _parse_int(digits: str) -> int:
-    if len(digits) > 18:
-        raise ValueError(f"{plain(digits, 20)} is too large a number")
-    return int(digits)
-
-
-def _parse_float(digits: str) -> float:
-    if not math.isfinite(value := float(digits)):
-        raise ValueError(f"{plain(digits, 20)} is not a finite number")
-    return value
-
-
-def describe_model(model: nn.Module, tower: Tower) -> dict[str, Any]:
-    """The `model` entry of a list found on `model`."""
-    names = checkpoint_names(model)
-    computed = activation(tower)
-    return {
-        "name": names[0] if names else type(model).__name__,
-        "names": names,
-        "depth": tower.depth,
-        "mlp_width": tower.mlp_width,
-        **({} if computed is None else {"activation": computed}),
-        "fingerprint": fingerprint(tower),
-    }
-
-
-def config_folder() -> Path:
-    """Where the bundled lists are: in the installed package, or `configs/` of a checkout."""
-    packaged = Path(__file__).parent / "configs"
-    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "configs"
-
-
-class BundledLists(dict[str, RegisterNeurons]):
-    """The lists that come with the package, by name; printed, they say which models they are for."""
-
-    def __repr__(self) -> str:
-        lines = []
-        for name, neurons in self.items():
-            checked = "verified" if neurons.verified else "not verified"
-            lines.append(f"{name}  ({len(neurons)} neurons, {checked})")
-            lines += [f"    {model}" for model in _models_of(neurons)]
-        return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        rows = [
-            (name, len(each), "yes" if each.verified else "no", ", ".join(_models_of(each)))
-            for name, each in self.items()
-        ]
-        return html([f"{len(self)} bundled lists of register neurons"], ("name", "neurons", "verified", "models"), rows)
-
-
-def _models_of(neurons: RegisterNeurons) -> list[str]:
-    """The names of the list's checkpoint, and for which of them `patch` takes it unasked."""
-    default_for = set(neurons.model.get("default_for", ()))
-    return [f"{name}{'  (default)' if name in default_for else ''}" for name in neurons.model.get("names", ())]
-
-
-def bundled() -> BundledLists:
-    """The lists that come with the package, by name, with the models that they are for.
-
-    Example:
-        >>> lists = testreg.bundled()
-        >>> print(lists)
-        demo  (... neurons, verified)
-            demo  (default)
-        ...
-        >>> lists["dinov2-vitl14-official-hub"].model["name"]
-        'hub:facebookresearch/dinov2/dinov2_vitl14'
-    """
-    return BundledLists({path.stem: _load_bundled(path.stem) for path in sorted(config_folder().glob("*.json"))})
-
-
-def _load_bundled(name: str) -> RegisterNeurons:
-    path = config_folder() / f"{name}.json"
-    if not path.is_file():
-        known = ", ".join(sorted(path.stem for path in config_folder().glob("*.json")))
-        close = difflib.get_close_matches(name, known.split(", "), 1)
-        hint = f": did you mean {close[0]}?" if close else ""
-        raise ValueError(f"no bundled list {shown(name)} (and no such file){hint or f'; bundled: {known}'}")
-    return replace(RegisterNeurons._read(path), source=name)
-
-
-AnyNeurons = RegisterNeurons | str | os.PathLike[str] | Mapping[int, Sequence[int]] | None
-"""Whatever `resolve` makes a list of."""
-
-
-def resolve(neurons: AnyNeurons, model: nn.Module) -> RegisterNeurons:
-    """The list that the `neurons` argument of `patch` means.
-
-    Raises:
-        FileNotFoundError, TypeError, ValueError: nothing, or nothing valid, is meant by it.
-    """
-    if isinstance(neurons, RegisterNeurons):
-        return neurons
-    if isinstance(neurons, Mapping):
-        return RegisterNeurons.from_blocks(neurons)
-    if neurons is None:
-        return _of_checkpoint(model)
-    if not isinstance(neurons, str | os.PathLike):
-        raise TypeError(
-            "neurons must be a RegisterNeurons, a path, a bundled name, hf:ORG/NAME, {block: [units]} or None, "
-            f"got {type(neurons).__name__}"
-        )
-    return RegisterNeurons.load(neurons)
-
-
-def _of_checkpoint(model: nn.Module) -> RegisterNeurons:
-    """The default of the bundled lists, by the names of the checkpoint or else by its weights."""
-    lists, names = bundled(), checkpoint_names(model)
-    defaults = [each for each in lists.values() if each.model.get("default_for")]
-    for name in names:
-        for candidate in defaults:
-            if name in candidate.model["default_for"]:
-                return candidate
-    tower, here = find_tower(model), type(model).__name__
-    published = [key for key, each in lists.items() if not set(names).isdisjoint(each.model.get("names", ()))]
-    if (wrong := mismatch_of(model, tower)) is not None:
-        raise ValueError(
-            f"no default register neurons for this {here}: it computes {wrong.own}, but {wrong.checkpoint} was trained "
-            f"with {wrong.trained_with}. Load {wrong.right} instead"
-            + (f", or name one of the lists of this checkpoint: {', '.join(published)}" if published else "")
-        )
-    alike = [
-        (compare_weights(each.model["fingerprint"], tower), each) for each in defaults if "fingerprint" in each.model
-    ]
-    for likeness in ("same", "similar"):
-        for found, candidate in alike:
-            if found == likeness:
-                return candidate
-    calibrate = "(testreg.calibrate, or `testreg calibrate MODEL --images DIR -o neurons.json`)"
-    if published:
-        raise ValueError(
-            f"no default register neurons for this {here} ({', '.join(names)}): nothing shows that this checkpoint "
-            f"needs any. Look with testreg.diagnose, and calibrate it {calibrate}, or name one of the unverified lists "
-            f"that were published for it: {', '.join(published)}"
-        )
-    says = f"it says it is {', '.join(names)}" if names else "it does not say which checkpoint it is"
-    shape = {"depth": tower.depth, "mlp_width": tower.mlp_width}
-    if fitting := [key for key, each in lists.items() if shape.items() <= each.model.items()]:
-        raise ValueError(
-            f"no bundled register neurons for this {here}: {says}. If it holds the weights of one of these lists, name "
-            f"it: {', '.join(fitting)}. Otherwise calibrate it {calibrate}"
-        )
-    raise ValueError(
-        f"no bundled register neurons for this {here}: {says}. Calibrate it {calibrate}, or name a list from "
-        "`testreg list`"
-    )

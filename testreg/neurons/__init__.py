@@ -1,0 +1,22 @@
+"""Register neurons: the ranked list (`ranked`), its JSON (`format`), and the lists that come along (`bundle`)."""
+
+from testreg.neurons.bundle import AnyNeurons, BundledLists, bundled, resolve
+from testreg.neurons.checkpoint import describe_model
+from testreg.neurons.configs import config_folder
+from testreg.neurons.ranked import MAX_REGISTERS, Neuron, RegisterNeurons, UnverifiedNeuronsWarning, unscored
+from testreg.records.calibration import Calibration
+
+__all__ = [
+    "MAX_REGISTERS",
+    "AnyNeurons",
+    "BundledLists",
+    "Calibration",
+    "Neuron",
+    "RegisterNeurons",
+    "UnverifiedNeuronsWarning",
+    "bundled",
+    "config_folder",
+    "describe_model",
+    "resolve",
+    "unscored",
+]

@@ -1,0 +1,214 @@
+"""Records: frozen dataclasses that are read from parsed JSON, where every entry is checked once, and written as read.
+
+The types of a record's fields say what its entries must be: one of the kinds below, another record, or a tuple of
+either. An entry that has a default may be missing. Entries that no field is named after are kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Self, get_args, get_origin, get_type_hints
+
+from testreg.files import shown
+
+INLINE = "inline"
+"""Marks a record whose entries stand among those of the record that holds it: `Annotated[Effect, INLINE]`."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the value of an entry must be.
+
+    Args:
+        words: the same, in words.
+        is_valid: tells whether a value is of this kind.
+        many: what a list of these is of, in words; None for `words`.
+        read: value, name of the entry -> what the record holds.
+    """
+
+    words: str
+    is_valid: Callable[[object], bool]
+    many: str | None = None
+    read: Callable[[Any, str], Any] = lambda value, name: value
+
+    def checked(self, value: object, key: str, owner: str) -> Any:
+        """What the record holds for a value; raises ValueError if it is of another kind."""
+        if not self.is_valid(value):
+            raise ValueError(f'"{key}" of {owner} must be {self.words}, got {shown(value)}')
+        return self.read(value, f'{owner}\'s "{key}"')
+
+    def listed(self) -> Kind:
+        """The kind of a list of these."""
+        return Kind(
+            f"a list of {self.many or self.words}",
+            lambda value: isinstance(value, list | tuple) and all(map(self.is_valid, value)),
+            read=lambda value, name: tuple(self.read(each, name) for each in value),
+        )
+
+
+def is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def is_finite(value: object) -> bool:
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
+
+
+def _are_indices(value: object, least: int) -> bool:
+    if not isinstance(value, list | tuple):
+        return False
+    return len(value) == 2 and all(is_index(each) and each >= least for each in value)
+
+
+def _is_neuron(value: object) -> bool:
+    if not isinstance(value, list | tuple) or len(value) != 3:
+        return False
+    block, unit, score = value
+    return is_index(block) and is_index(unit) and (score is None or is_finite(score))
+
+
+def _pair(value: Any, name: str) -> tuple[Any, ...]:
+    return tuple(value)
+
+
+INDEX = Kind("a whole number", is_index)
+TEXT = Kind("text", lambda value: isinstance(value, str))
+Index = Annotated[int, INDEX]
+Integer = Annotated[int, Kind("a whole number", lambda value: type(value) is int)]
+Number = Annotated[float, Kind("a finite number", is_finite)]
+Text = Annotated[str, TEXT]
+Flag = Annotated[bool, Kind("true or false", lambda value: isinstance(value, bool))]
+Object = Annotated[Mapping[str, Any], Kind("an object", lambda value: isinstance(value, Mapping), "objects")]
+Size = Annotated[
+    tuple[int, int], Kind("two whole numbers above 0", functools.partial(_are_indices, least=1), read=_pair)
+]
+Position = Annotated[
+    tuple[int, int], Kind("two whole numbers", functools.partial(_are_indices, least=0), "[row, column]", _pair)
+]
+ListedNeuron = Annotated[
+    tuple[int, int, float | None],
+    Kind("[block, unit, score or null]", _is_neuron, read=_pair),
+]
+
+
+@dataclass(frozen=True)
+class Record:
+    """An object of JSON, of which the fields of a subclass are the entries that testreg reads."""
+
+    others: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    """Entries that testreg does not read."""
+    order: tuple[str, ...] = field(default=(), kw_only=True, repr=False, compare=False)
+    """The keys that are written whatever they hold, in this order: those of the object that it was read from."""
+    is_sparse: ClassVar[bool] = False
+    """Whether entries that have their defaults are left out of the JSON, unless they were read."""
+
+    @classmethod
+    def from_json(cls, data: Any, name: str) -> Self:
+        """From an object of parsed JSON.
+
+        Args:
+            name: what the object is called in errors.
+
+        Raises:
+            ValueError: an entry is missing, or is not what it must be.
+        """
+        values: dict[str, Any] = {}
+        missing: list[str] = []
+        for entry in _entries(cls):
+            if entry.inline is not None:
+                mine = {key: data[key] for key in data if key in _keys(entry.inline)}
+                values[entry.name] = entry.inline.from_json(mine, name)
+            elif entry.name in data:
+                value = data[entry.name]
+                is_null = value is None and entry.is_optional
+                values[entry.name] = None if is_null else entry.kind.checked(value, entry.name, name)
+            elif entry.is_required:
+                missing.append(entry.name)
+        if missing:
+            raise ValueError(f'"{missing[0]}" of {name} is missing: calibrate again, or take the whole entry out')
+        others = {key: value for key, value in data.items() if key not in _keys(cls)}
+        return cls(**values, others=others, order=tuple(data))
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of JSON."""
+        values: dict[str, Any] = {}
+        for entry in _entries(type(self)):
+            value = getattr(self, entry.name)
+            if entry.inline is not None:
+                values |= value.to_json()
+            elif entry.name in self.order or value != entry.default or not (self.order or self.is_sparse):
+                values[entry.name] = _json_of(value)
+        values |= self.others
+        return {key: values[key] for key in self.order if key in values} | values
+
+
+def _json_of(value: object) -> object:
+    if isinstance(value, Record):
+        return value.to_json()
+    return [_json_of(each) for each in value] if isinstance(value, tuple) else value
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A field of a record, as its type and its default tell it."""
+
+    name: str
+    kind: Kind
+    inline: type[Record] | None
+    is_optional: bool
+    """Whether it may be null."""
+    is_required: bool
+    default: Any
+
+
+_ENTRIES: dict[type[Record], list[_Entry]] = {}
+
+
+def _entries(record: type[Record]) -> list[_Entry]:
+    """The entries of a class of records, made out once."""
+    if record not in _ENTRIES:
+        hints = get_type_hints(record, include_extras=True)
+        fields = (each for each in dataclasses.fields(record) if each.name not in ("others", "order"))
+        _ENTRIES[record] = [_entry(each, hints[each.name]) for each in fields]
+    return _ENTRIES[record]
+
+
+def _entry(field: dataclasses.Field[Any], hint: Any) -> _Entry:
+    is_optional = type(None) in get_args(hint)
+    if is_optional:
+        (hint,) = (part for part in get_args(hint) if part is not type(None))
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return _Entry(
+        name=field.name,
+        kind=_kind(hint),
+        inline=get_args(hint)[0] if INLINE in get_args(hint) else None,
+        is_optional=is_optional,
+        is_required=default is dataclasses.MISSING,
+        default=default,
+    )
+
+
+def _keys(record: type[Record]) -> set[str]:
+    """The keys of what the entries of a class of records are read from."""
+    keys: set[str] = set()
+    for entry in _entries(record):
+        keys |= {entry.name} if entry.inline is None else _keys(entry.inline)
+    return keys
+
+
+def _kind(hint: Any) -> Kind:
+    """The kind of an entry, by the type of its field."""
+    if get_origin(hint) is tuple:
+        return _kind(get_args(hint)[0]).listed()
+    for each in get_args(hint):
+        if isinstance(each, Kind):
+            return each
+    record: type[Record] = get_args(hint)[0] if INLINE in get_args(hint) else hint
+    return Kind("an object", lambda value: isinstance(value, Mapping), "objects", record.from_json)
