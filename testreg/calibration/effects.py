@@ -27,7 +27,7 @@ from testreg.families.kernels import attention_kernel
 from testreg.io.images import batched
 from testreg.io.packing import PackedImage
 from testreg.io.processes import Sums, add, gathered, rank, summed
-from testreg.measure.attention import UNSEEN, SampleRecorder
+from testreg.measure.attention import UNSEEN, sample_recorder
 from testreg.measure.hooks import recording_inputs, recording_outputs
 from testreg.measure.observation import neighbour_cosine, sample
 from testreg.measure.outliers import MIN_FRACTION, Detection, check_finite, exactly, ignored_patches
@@ -211,7 +211,7 @@ class EffectMeter:
         seed: int = 0,
     ) -> None:
         self.model, self.tower, self.detection, self.onset, self.head = model, tower, detection, onset, head
-        self.grid = next(grid for grid in gathered(tower.grid(images[0].image[None]) if images else None) if grid)
+        self.grid = next(grid for grid in gathered(tower.sequence_grid(images[0].image[None]) if images else None) if grid)
         batches = [tuple(images[start : start + batch_size]) for start in range(0, len(images), batch_size)]
         self._compare_with([self._baseline(batch, seed) for batch in batches])
 
@@ -437,7 +437,7 @@ class _Reader:
         self.hottest: Tensor | None = None
         self.drawn: list[Tensor] = []  # (B, N), of each attention of the running block
         self.block: int | None = None
-        self.attention = SampleRecorder(self._queries, self._see)
+        self.attention = sample_recorder(tower, images, self._queries, self._see)
 
     @property
     def blocks_run(self) -> int:
@@ -470,7 +470,7 @@ class _Reader:
     def _after(self, index: int, tokens: Tensor) -> None:
         self.attention.end()
         self.block = None
-        self.tokens = self.tower.batch_first(tokens.detach())
+        self.tokens = self.tower.arranged(tokens.detach(), self.images)
         norms = self.tokens.float().norm(dim=-1)  # (B, T)
         here = self.tokens[:, self.region].float()
         cosine = neighbour_cosine(here, norms[:, self.region], self.tower.grid(self.images))
@@ -487,7 +487,7 @@ class _Reader:
     def _see(self, weights: Tensor, value: Tensor | None) -> None:
         """Attention (B, heads, n, T) of the sampled queries in the running block."""
         if self.block is None or len(weights) != len(self.images) or weights.shape[-1] < self.region.stop:
-            return  # of no block, of packed images, or of other tokens
+            return  # of no block, of the frames of clips, or of other tokens
         queries, share = self._sample(weights.shape[-1])
         given = weights[..., self.region].mean(1)  # (B, n, N)
         with exactly(weights.device):

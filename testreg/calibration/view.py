@@ -8,14 +8,14 @@ import operator
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from testreg.calibration.effects import EffectMeter
 from testreg.calibration.options import Options
-from testreg.families import Tower, compare_weights, find_tower, fingerprint
+from testreg.families import Grid, Tower, compare_weights, find_tower, fingerprint
 from testreg.io.images import Images, ImageStream, batched
 from testreg.io.packing import PackedImage
 from testreg.io.preprocessing import OwnTransform, Transform
@@ -24,9 +24,8 @@ from testreg.io.progress import progress_bar
 from testreg.measure.attribution import counted_outliers
 from testreg.measure.conclusion import conclude
 from testreg.measure.diagnosis import Diagnosis
-from testreg.measure.hooks import recorded_norms
 from testreg.measure.observation import observe
-from testreg.measure.outliers import MIN_FRACTION, Detection, token_norms
+from testreg.measure.outliers import MIN_FRACTION, Detection, Position, token_norms
 from testreg.measure.ranking import Score, Statistics, overlap, scores, statistics_of
 from testreg.neurons import Neuron, unscored
 from testreg.patching.notices import warn_of_activation
@@ -58,7 +57,7 @@ class View:
         self.statistics = Statistics.zeros(self.tower)
         self.norms: dict[int, Tensor] = {}
         """Norms (L, T) of the tokens of the first images, by their numbers."""
-        self.ignored: frozenset[tuple[int, int]] = frozenset()
+        self.ignored: frozenset[Position] = frozenset()
         """Fixed positions of outliers, for which no neurons are sought."""
         self.diagnosis: Diagnosis
         """What the view shows, without outliers at the `ignored` positions."""
@@ -69,7 +68,7 @@ class View:
         """The next image of this process that was not read yet; None behind the last."""
 
     @property
-    def grid(self) -> tuple[int, int]:
+    def grid(self) -> Grid:
         return self.tower.grid(self.first[0][1].image)
 
     @property
@@ -174,13 +173,18 @@ class View:
     def diagnose(self) -> Diagnosis:
         """The diagnosis of the first images of all processes, without outliers at the `ignored` positions."""
         batches = batched((packed.image for _, packed in self.first), self.options.batch_size)
-        rule = self.options.outlier_rule
-        with (
-            progress_bar("diagnosing", len(self.first), self.options.progress) as bar,
-            recorded_norms(self.tower) as norms,
-        ):
-            seen = observe(self.tower, batches, rule, ignored=self.ignored, attention=False, on_images=bar.update)
-        self.norms = dict(zip((number for number, _ in self.first), _by_image(norms, self.tower.depth), strict=True))
+        rule, norms = self.options.outlier_rule, list[Tensor]()  # (L, T) of each image
+        with progress_bar("diagnosing", len(self.first), self.options.progress) as bar:
+            seen = observe(
+                self.tower,
+                batches,
+                rule,
+                ignored=self.ignored,
+                attention=False,
+                on_images=bar.update,
+                on_norms=norms.extend,
+            )
+        self.norms = dict(zip((number for number, _ in self.first), norms, strict=True))
         return conclude(self.model, gathered(seen), rule, block=self.options.block)
 
     def add_statistics(self, numbered: Iterator[tuple[int, Tensor]], on_images: Callable[[int], object]) -> None:
@@ -261,11 +265,13 @@ def views_of(model: nn.Module | Sequence[nn.Module], images: Images, options: Op
     for one, tower in zip(models, towers, strict=True):
         warn_of_activation(one, tower)
     options = options.with_blocks_of(towers[0].depth)
+    options = replace(options, batch_size=towers[0].batch_size(options.batch_size))
     views = []
     for each, tower, own in zip(models, towers, transforms, strict=True):
         stream = ImageStream(
             images,
             own or OwnTransform(each),
+            tower=tower,
             num_images=options.num_images,
             workers=options.workers,
             seed=options.seed,
@@ -283,12 +289,6 @@ def evaluating(views: Sequence[View]) -> Iterator[None]:
         if (amp := views[0].options.amp) is not None:
             stack.enter_context(torch.autocast(views[0].tower.device.type, amp))
         yield
-
-
-def _by_image(norms: Sequence[Tensor], depth: int) -> Iterator[Tensor]:
-    """Norms (L, T) of each image, from those (B, T) after each block of one batch after the other."""
-    for first in range(0, len(norms), depth):
-        yield from torch.stack(tuple(norms[first : first + depth]), 1)
 
 
 def is_held_out(number: int, held_out: int) -> bool:

@@ -168,6 +168,49 @@ class SampleRecorder(TorchFunctionMode):
         return out, weights.mean(1) if asked else None
 
 
+def sample_recorder(
+    tower: Tower,
+    images: Tensor,
+    queries: Callable[[int], Tensor],
+    see: Callable[[Tensor, Tensor | None], object],
+) -> SampleRecorder:
+    """A recorder of the tower's attention within each image of a batch, whose tokens are as `Tower.arranged` lays them
+    out, also where the images are packed in one sequence."""
+    if tower.family.takes != "packed images":
+        return SampleRecorder(queries, see)
+    order, number = tower.order(images), tower.patches(images).stop
+    seen: list[tuple[Tensor, Tensor | None]] = []  # of the images before, where attention is computed one by one
+
+    def places(num_tokens: int) -> Tensor:
+        """Where the tokens of an image are in its sequence."""
+        rest = torch.arange(0 if order is None else number, num_tokens, device=tower.device)
+        return rest if order is None else torch.cat([order, rest])
+
+    def images_in(num_tokens: int) -> int:
+        return len(images) if num_tokens >= len(images) * number else 1
+
+    def rows(num_tokens: int) -> Tensor:
+        count = images_in(num_tokens)
+        length = num_tokens // count
+        starts = length * torch.arange(count, device=tower.device)
+        return (starts.unsqueeze(1) + places(length)[queries(length)]).flatten()
+
+    def see_images(weights: Tensor, value: Tensor | None) -> None:
+        count = images_in(weights.shape[-1])
+        apart = weights[0].unflatten(1, (count, -1)).unflatten(3, (count, -1))  # (heads, images, n, images, T)
+        own = apart.diagonal(dim1=1, dim2=3).permute(3, 0, 1, 2)  # (images, heads, n, T)
+        place = places(own.shape[-1])
+        if value is not None:
+            value = value[0].unflatten(1, (count, -1)).transpose(0, 1)[:, :, place]
+        seen.append((own[..., place], value))
+        if sum(len(each) for each, _ in seen) == len(images):
+            all_weights, values = zip(*seen, strict=True)
+            seen.clear()
+            see(torch.cat(all_weights), None if value is None else torch.cat(values))
+
+    return SampleRecorder(rows, see_images)
+
+
 def fused_weights(
     query: Tensor,
     key: Tensor,

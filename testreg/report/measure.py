@@ -184,7 +184,7 @@ def measure_report(
         raise ValueError(f"expected image tensors (B, 3, h, w), one at least, got {tuple(images.shape)}")
     rule = rule or OutlierRule()
     tower, batches = find_tower(model), images.split(batch_size)
-    ignored = _ignored(neurons, tower.grid(images))
+    ignored = _ignored(neurons, tower.rows_and_columns(images))
     # What the neurons do is about to be measured, so `patch` need not warn that they are not verified.
     with patched(model, replace(neurons, verified=True)), tower.evaluating():
         with disabled(model):
