@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from torch import nn
 
@@ -389,7 +389,13 @@ def _is_finite(value: object) -> bool:
 
 
 def _is_size(value: object) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2 and all(_is_index(each) and each > 0 for each in value)
+    return _is_grid(value) and len(value) == 2
+
+
+def _is_grid(value: object) -> TypeGuard[Sequence[int]]:
+    if not (isinstance(value, list | tuple) and len(value) in (2, 3)):
+        return False
+    return all(_is_index(each) and each > 0 for each in value)
 
 
 def _is_names(value: object) -> bool:
@@ -413,6 +419,7 @@ _WHOLE: _Check = (_is_index, "a whole number")
 _TEXT: _Check = (_is_text, "text")
 _NAMES: _Check = (_is_names, "a list of text")
 _SIZE: _Check = (_is_size, "two whole numbers above 0")
+_GRID: _Check = (_is_grid, "two whole numbers above 0, or three of clips")
 _OBJECT: _Check = (_is_object, "an object")
 _OBJECTS: _Check = (_is_objects, "a list of objects")
 
@@ -434,7 +441,7 @@ _CALIBRATION = {
     "stability": _OBJECT,
     "versions": _OBJECT,
 }
-_VERIFIED_AT = {"grid": _SIZE, "image_size": _SIZE, "dtype": _TEXT}
+_VERIFIED_AT = {"grid": _GRID, "image_size": _SIZE, "dtype": _TEXT}
 
 
 def _check_entries(where: str, entries: Mapping[str, Any], checks: Mapping[str, _Check]) -> None:

@@ -24,7 +24,7 @@ from testreg.calibration.block_cache import BlockCache
 from testreg.calibration.options import Head
 from testreg.families import Tower
 from testreg.families.kernels import attention_kernel
-from testreg.io.images import batched
+from testreg.io.images import batched, in_lists
 from testreg.io.packing import PackedImage
 from testreg.io.processes import Sums, add, gathered, rank, summed
 from testreg.measure.attention import UNSEEN, sample_recorder
@@ -211,9 +211,11 @@ class EffectMeter:
         seed: int = 0,
     ) -> None:
         self.model, self.tower, self.detection, self.onset, self.head = model, tower, detection, onset, head
-        self.grid = next(grid for grid in gathered(tower.sequence_grid(images[0].image[None]) if images else None) if grid)
-        batches = [tuple(images[start : start + batch_size]) for start in range(0, len(images), batch_size)]
-        self._compare_with([self._baseline(batch, seed) for batch in batches])
+        self.grid = next(
+            grid for grid in gathered(tower.sequence_grid(images[0].image[None]) if images else None) if grid
+        )
+        lists = in_lists(images, batch_size, lambda image: image.rows.shape, by_shape=tower.family.keeps_shape)
+        self._compare_with([self._baseline(tuple(batch), seed) for batch in lists])
 
     def _compare_with(self, baselines: Sequence[Baseline]) -> None:
         self.baselines = baselines

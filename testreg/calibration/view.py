@@ -8,7 +8,7 @@ import operator
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from testreg.calibration.effects import EffectMeter
 from testreg.calibration.options import Options
 from testreg.families import Grid, Tower, compare_weights, find_tower, fingerprint
-from testreg.io.images import Images, ImageStream, batched
+from testreg.io.images import Images, ImageStream, batched, in_lists
 from testreg.io.packing import PackedImage
 from testreg.io.preprocessing import OwnTransform, Transform
 from testreg.io.processes import gathered, rank, world_size
@@ -172,7 +172,8 @@ class View:
 
     def diagnose(self) -> Diagnosis:
         """The diagnosis of the first images of all processes, without outliers at the `ignored` positions."""
-        batches = batched((packed.image for _, packed in self.first), self.options.batch_size)
+        by_shape = self.tower.family.keeps_shape
+        batches = batched((packed.image for _, packed in self.first), self.options.batch_size, by_shape=by_shape)
         rule, norms = self.options.outlier_rule, list[Tensor]()  # (L, T) of each image
         with progress_bar("diagnosing", len(self.first), self.options.progress) as bar:
             seen = observe(
@@ -224,7 +225,8 @@ class View:
             known_norms: norms (L, T) of the tokens of some images, by their numbers.
         """
         statistics = Statistics.zeros(self.tower)
-        while batch := list(itertools.islice(numbered, self.options.batch_size)):
+        by_shape = self.tower.family.keeps_shape
+        for batch in in_lists(numbered, self.options.batch_size, lambda item: item[1].shape, by_shape=by_shape):
             (images,) = batched((image for _, image in batch), self.options.batch_size)
             numbers = [number for number, _ in batch]
             are_known = all(number in known_norms for number in numbers)
@@ -265,7 +267,6 @@ def views_of(model: nn.Module | Sequence[nn.Module], images: Images, options: Op
     for one, tower in zip(models, towers, strict=True):
         warn_of_activation(one, tower)
     options = options.with_blocks_of(towers[0].depth)
-    options = replace(options, batch_size=towers[0].batch_size(options.batch_size))
     views = []
     for each, tower, own in zip(models, towers, transforms, strict=True):
         stream = ImageStream(

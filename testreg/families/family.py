@@ -74,7 +74,7 @@ class Family:
     fc2: Paths
     """The MLP's second linear, in a block; or the norm in front of it. Its *input* channels are the neurons."""
     patch_embed: Paths = ()
-    """The convolution that makes patches into tokens, in the tower: its stride is the patch size."""
+    """The convolution that makes patches into tokens, in the tower: its stride is the patch size. Or a linear."""
     prefix: int | Callable[[Any], int] = 1
     """Number of tokens in front of the patches (CLS, distillation and trained register tokens)."""
     trained_registers: Callable[[Any], int] = lambda tower: 0
@@ -127,6 +127,6 @@ class Family:
     """Of the tower, and rows and columns of patches: where in an image's sequence the patches are, row by row, (N,).
     None: they come row by row."""
     keeps_shape: bool = False
-    """Whether its processor keeps the shape of images: these are run one at a time, since no two have to fit."""
+    """Whether its processor keeps the shape of images, so that one batch may not fit all."""
     frames_apart: bool = False
     """Whether each frame of a clip is a sequence of its own: blocks see (B * frames, T, C)."""

@@ -80,7 +80,9 @@ def separate_packed_patches(config: Any, inputs: Mapping[str, Any]) -> list[Tens
     grid_of_each = [(rows, columns) for times, rows, columns in grids for _ in range(times)]
     lengths = [rows * columns for rows, columns in grid_of_each]
     for patches, (rows, columns) in zip(pixels.reshape(-1, pixels.shape[-1]).split(lengths), grid_of_each, strict=True):
-        squares = patches.reshape(rows // merge, columns // merge, merge, merge, -1, config.temporal_patch_size, size**2)
+        squares = patches.reshape(
+            rows // merge, columns // merge, merge, merge, -1, config.temporal_patch_size, size**2
+        )
         squares = squares.unflatten(-1, (size, size))  # (h, w, merge, merge, 3, frames, p, p)
         image = squares.permute(5, 4, 0, 2, 6, 1, 3, 7).reshape(-1, squares.shape[4], rows * size, columns * size)
         images.append(image[0] if name == "image_grid_thw" else image)

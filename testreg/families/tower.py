@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from testreg.families.family import Family
 
-
 Grid = tuple[int, ...]
 """Rows and columns of an image's patches; of a clip's, how many there are in time, rows and columns."""
 
@@ -164,10 +163,6 @@ class Tower:
     def num_frames(self) -> int | None:
         """The frames of a clip; None of a tower that takes images."""
         return self.module.config.num_frames if self.family.takes == "clips" else None  # type: ignore
-
-    def batch_size(self, most: int) -> int:
-        """How many images are run at once, at most so many."""
-        return 1 if self.family.keeps_shape else most
 
     def separate(self, inputs: Mapping[str, Any]) -> list[Tensor]:
         """What a processor of transformers returns, as the images (3, h, w) or clips that it is of, one by one."""

@@ -249,7 +249,7 @@ _LIKE_CLIP = (
         SIGLIP,
         name="transformers SigLIP 2",
         towers=("Siglip2VisionModel", "Siglip2VisionTransformer"),
-        patch_embed=(),
+        patch_embed=("embeddings.patch_embedding", "vision_model.embeddings.patch_embedding"),  # a linear
         patch_size=_square,
         separate=separate_padded_patches,
         keeps_shape=True,

@@ -108,4 +108,3 @@ def evenly(length: int, count: int, clip: Any = "a clip") -> list[int]:
         name = clip if isinstance(clip, str | os.PathLike) else f"a {type(clip).__name__}"
         raise OSError(f"{name} has {length} frames, which is no clip")
     return [(2 * part + 1) * length // (2 * count) for part in range(count)]
-

@@ -7,9 +7,9 @@ import math
 import os
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, TypeVar, Union
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from testreg.io.sources import image_of, images_in, is_indexed, named_source, si
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+T = TypeVar("T")
 Images = Union[str, os.PathLike[str], "Image", Iterable[Any]]
 
 
@@ -101,7 +102,8 @@ class ImageStream:
         self.length = min(lengths) if lengths else None
 
     def numbered(self, start: int = 0, rank: int = 0, world_size: int = 1) -> Iterator[tuple[int, Tensor]]:
-        """Number and tensor (3, h, w), or clip (frames, 3, h, w), of the images from number `start` on that belong to `rank`.
+        """Number and tensor (3, h, w), or clip (frames, 3, h, w), of the images from number `start` on that belong to
+        `rank`.
 
         An image belongs to rank (number // 2) % world_size; those of other ranks are not decoded. Unreadable images are
         counted and left out, but keep their number, so that numbers depend neither on `world_size` nor on `start`.
@@ -209,14 +211,23 @@ def _tensor(image: Any, transform: Transform | None, num_frames: int | None) -> 
     return transform(picture)
 
 
-def batched(images: Iterable[Tensor], batch_size: int) -> Iterator[Tensor]:
-    """Tensors (3, h, w) as batches (B, 3, h, w), the last one maybe smaller.
+def in_lists(
+    items: Iterable[T], batch_size: int, shape_of: Callable[[T], Sequence[int]], *, by_shape: bool
+) -> Iterator[list[T]]:
+    """Items in lists of at most so many; if `by_shape`, a list ends where the next item has another shape."""
+    for _, alike in itertools.groupby(items, lambda item: tuple(shape_of(item)) if by_shape else ()):
+        while batch := list(itertools.islice(alike, batch_size)):
+            yield batch
+
+
+def batched(images: Iterable[Tensor], batch_size: int, *, by_shape: bool = False) -> Iterator[Tensor]:
+    """Tensors (3, h, w) as batches (B, 3, h, w), some maybe smaller; if `by_shape`, a batch ends where the next image
+    has another shape.
 
     Raises:
         ValueError: the images of a batch differ in shape.
     """
-    images = iter(images)
-    while batch := list(itertools.islice(images, batch_size)):
+    for batch in in_lists(images, batch_size, lambda image: image.shape, by_shape=by_shape):
         if len({image.shape for image in batch}) > 1:
             shapes = ", ".join(sorted({str(tuple(image.shape)) for image in batch}))
             raise ValueError(f"images of different shapes ({shapes}) cannot be batched: use batch_size=1")

@@ -13,7 +13,8 @@ SMALL = 2**20  # bytes up to which an image is kept as it is: packing one takes 
 
 @dataclass(frozen=True, eq=False)
 class PackedImage:
-    """An image (C, h, w), or a clip (frames, C, h, w), that takes a quarter of its memory, if it is large and was made of pixels of 8 bits.
+    """An image (C, h, w), or a clip (frames, C, h, w), that takes a quarter of its memory, if it is large and was made
+    of pixels of 8 bits.
 
     However these were normalised, each channel then has at most 256 different values: kept are a table of them, and for
     each pixel its row there. An image with more values, such as one that was resized after it was normalised, is kept

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +96,7 @@ class OneImage:
     """
 
     processor: Any
-    separate: Callable[[Mapping[str, Any]], list[Tensor]] = functools.partial(separate_images, None)
+    separate: Callable[[Mapping[str, Any]], list[Tensor]] = field(default=functools.partial(separate_images, None))
 
     def __call__(self, image: Image) -> Tensor:
         whole = {"do_image_splitting": False} if hasattr(self.processor, "do_image_splitting") else {}

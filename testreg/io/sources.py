@@ -20,7 +20,13 @@ from testreg.io.names import KINDS
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 PIXELS = ("pixel_values", "pixel_values_videos")  # of what transformers' processors return
-COLUMNS = (*PIXELS, "image", "img", "jpg", *sorted(extension[1:] for extension in EXTENSIONS))  # of rows, the best first
+COLUMNS = (
+    *PIXELS,
+    "image",
+    "img",
+    "jpg",
+    *sorted(extension[1:] for extension in EXTENSIONS),
+)  # of rows, the best first
 
 # Sources by name ------------------------------------------------------------------------------------------------------
 

@@ -107,7 +107,9 @@ def _attribute(
     with recorded_graph(tower) as (tokens, hidden):
         tower.run(images.clone())  # tensors that were made in inference mode cannot be differentiated
         patches = tower.patches(images)
-        norms = torch.stack([tower.arranged(each, images).float().norm(dim=-1)[:, patches] for each in tokens])  # (L, B, N)
+        norms = torch.stack(
+            [tower.arranged(each, images).float().norm(dim=-1)[:, patches] for each in tokens]
+        )  # (L, B, N)
     if cut := [index for index, each in enumerate(tokens) if not each.requires_grad]:
         raise _not_differentiable(f"block {cut[0]} passes no gradient on")
     flat = [activation for of_block in hidden for activation in of_block]

@@ -48,7 +48,8 @@ def diagnose(
             measured as it computes, without its registers: there should be no outliers left.
         images: a folder, a Dataset, or any iterable of PIL images or tensors, or of what the model's own processor
             returns (see `testreg.io.images.ImageStream`). Of a model for videos, clips.
-        transform: PIL image -> tensor (3, h, w), or frames -> clip (frames, 3, h, w); None takes the preprocessing that the model's own library names.
+        transform: PIL image -> tensor (3, h, w), or frames -> clip (frames, 3, h, w); None takes the preprocessing that
+            the model's own library names.
         rule: which patches are outliers.
         block: the block after which the outliers are judged; None for the one where they stand out most.
         ignored: positions (row, column), of clips (time, row, column), that do not count as outliers, such as the fixed
@@ -67,7 +68,8 @@ def diagnose(
     stream = ImageStream(
         images, transform or OwnTransform(model), tower=tower, num_images=num_images, workers=workers, seed=seed
     )
-    batches = batched((image for _, image in stream.numbered(0, rank(), world_size())), tower.batch_size(batch_size))
+    images_here = (image for _, image in stream.numbered(0, rank(), world_size()))
+    batches = batched(images_here, batch_size, by_shape=tower.family.keeps_shape)
     with progress_bar("diagnosing", stream.length, progress) as bar:
         seen = observe(tower, batches, rule, ignored=ignored, on_images=bar.update)
     seen.unreadable_images = stream.num_skipped

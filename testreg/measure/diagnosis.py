@@ -359,8 +359,9 @@ class Diagnosis:
         height, width = self.image_size
         patched = ", patched" if self.patched else ""
         images = "images" if self.num_frames is None else f"clips of {self.num_frames} frames"
+        measured = f"{self.images} {images} at {height} x {width}"
         return [
-            f"of {plain(self.model['name'])}{patched}: {len(self)} blocks, {self.images} {images} at {height} x {width}",
+            f"of {plain(self.model['name'])}{patched}: {len(self)} blocks, {measured}",
             self.notes[0] if self.notes else f"outliers: {self.rule}",
         ]
 

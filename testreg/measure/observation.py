@@ -357,8 +357,8 @@ def _value_sums(weights: Tensor, value: Tensor, outlier: Tensor, share: Tensor) 
 
 
 def neighbour_cosine(patches: Tensor, norms: Tensor, grid: Grid) -> Tensor:
-    """Mean cosine similarity (B, N) of each of the patches (B, N, C) to those above, below, left and right of it, and of
-    a clip's patches to those before and after it.
+    """Mean cosine similarity (B, N) of each of the patches (B, N, C) to those above, below, left and right of it; of a
+    clip's patches, to those before and after it too.
 
     `norms` (B, N) are those of the patches.
     """

@@ -126,9 +126,7 @@ class Detection:
         blocks = torch.arange(depth)
         return blocks == self.block if self.onset is None else blocks >= self.onset
 
-    def outliers(
-        self, norms: Tensor, num_prefix: int, grid: Grid, *, include_prefix: bool = False
-    ) -> Tensor:
+    def outliers(self, norms: Tensor, num_prefix: int, grid: Grid, *, include_prefix: bool = False) -> Tensor:
         """Norms (..., T) of prefix tokens and a grid of patches -> which are outliers (..., T)."""
         outlier = norms > self.rule.limit(norms[..., num_prefix:])
         outlier[..., :num_prefix] &= include_prefix
