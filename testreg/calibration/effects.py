@@ -211,9 +211,8 @@ class EffectMeter:
         seed: int = 0,
     ) -> None:
         self.model, self.tower, self.detection, self.onset, self.head = model, tower, detection, onset, head
-        self.grid = next(
-            grid for grid in gathered(tower.sequence_grid(images[0].image[None]) if images else None) if grid
-        )
+        grids = gathered(tower.sequence_grid(images[0].image[None]) if images else None)
+        self.grid = next(grid for grid in grids if grid)
         lists = in_lists(images, batch_size, lambda image: image.rows.shape, by_shape=tower.family.keeps_shape)
         self._compare_with([self._baseline(tuple(batch), seed) for batch in lists])
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from testreg.cli.exits import Exit
-from testreg.cli.models import chosen_device, load
+from testreg.cli.models import check_drawn, chosen_device, load
 from testreg.cli.options import (
     BatchSize,
     Device,
@@ -100,6 +100,8 @@ def calibrate(
         loaded = [
             load(run, model, own, image_size=size, dtype=dtype, trust_remote_code=trust_remote_code) for size in sizes
         ]
+        if report is not None or figures is not None:
+            check_drawn(loaded[0])
         neurons = calibration.calibrate(
             [each.model for each in loaded],
             images,

@@ -6,7 +6,7 @@ import itertools
 from typing import TYPE_CHECKING
 
 from testreg.cli.exits import Exit
-from testreg.cli.models import chosen_device, load
+from testreg.cli.models import check_drawn, chosen_device, load
 from testreg.cli.options import (
     BatchSize,
     Device,
@@ -66,6 +66,8 @@ def diagnose(
     with process_group(chosen_device(device)) as own:
         for model in dict.fromkeys(models):
             loaded = load(run, model, own, image_size=image_size, dtype=dtype, trust_remote_code=trust_remote_code)
+            if report is not None:
+                check_drawn(loaded)
             found[model] = measure.diagnose(
                 loaded.model,
                 images,

@@ -42,6 +42,16 @@ def load(
     return loaded
 
 
+def check_drawn(loaded: LoadedModel) -> None:
+    """Raise ValueError unless a report can draw maps of the model."""
+    from testreg.families import find_tower
+
+    try:
+        find_tower(loaded.model).check_runs()
+    except ValueError as error:
+        raise ValueError(f"leave --report and --figures out: {error}") from error
+
+
 def patch_with(loaded: LoadedModel, neurons: str | None, **options: Any) -> RegisterNeurons:
     """Patch the model with these options of `testreg.patch`, unless it is a patched checkpoint already; returns its
     register neurons."""

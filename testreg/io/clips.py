@@ -12,19 +12,14 @@ from torch import Tensor
 
 from testreg.files import regular_file
 from testreg.io.decoding import FORMATS, decoded
+from testreg.io.names import CLIP_KINDS
 from testreg.io.sources import image_paths, is_named_as_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 ANIMATIONS = frozenset({".gif", ".webp"})
-KINDS = "a folder in which each sub-folder holds the frames of one clip, or each .gif or .webp is one"
 MAKING_THEM = "ffmpeg -i video.mp4 clips/video/%05d.jpg"
-
-
-def check_clips(clips: str) -> None:
-    """Raise at once what reading `clips`, a source by name, would raise."""
-    clip_paths(clips)
 
 
 def clip_paths(clips: str) -> list[Path]:
@@ -35,7 +30,7 @@ def clip_paths(clips: str) -> list[Path]:
     """
     folder = Path(clips)
     if clips.startswith("hf-dataset:") or clips.endswith(".tar"):
-        raise ValueError(f"clips are not read from {clips}: give {KINDS}")
+        raise ValueError(f"clips are not read from {clips}: give {CLIP_KINDS}")
     if folder.suffix.lower() == ".txt" and not folder.is_dir():
         lines = [line.strip() for line in folder.read_text(encoding="utf-8").splitlines()]
         found = [folder.parent / line for line in lines if line and not line.startswith("#")]
@@ -48,7 +43,7 @@ def clip_paths(clips: str) -> list[Path]:
     clips_of_frames = {path.parent for path in frames} - {folder}
     if not animations and not clips_of_frames:
         raise ValueError(
-            f"{clips} holds {len(frames)} single images, and the model takes clips: give {KINDS} (with ffmpeg, "
+            f"{clips} holds {len(frames)} single images, and the model takes clips: give {CLIP_KINDS} (with ffmpeg, "
             f"{MAKING_THEM})"
         )
     return sorted([*animations, *clips_of_frames])
@@ -84,7 +79,7 @@ def read_clip(clip: Any, num_frames: int) -> list[Image]:
     elif isinstance(clip, list | tuple) or (isinstance(clip, Tensor | np.ndarray) and clip.ndim == 4):
         frames = clip  # type: ignore[assignment]
     else:
-        raise ValueError(f"the model takes clips, and not {type(clip).__name__}: give {KINDS}")
+        raise ValueError(f"the model takes clips, and not {type(clip).__name__}: give {CLIP_KINDS}")
     return [decoded(frames[number]) for number in evenly(len(frames), num_frames, clip)]
 
 

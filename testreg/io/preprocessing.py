@@ -124,13 +124,17 @@ class OneClip:
 
 
 def image_processor(source: str, image_size: int | None = None, trust_remote_code: bool = False) -> Any:
-    """The image processor of a checkpoint of transformers, its sizes scaled so that it makes the size asked for."""
-    from transformers import AutoImageProcessor
+    """The image processor of a checkpoint of transformers, its sizes scaled so that it makes the size asked for. That
+    of videos, if a folder has no other."""
+    import transformers
 
     folder = Path(source)
+    processors: Any = transformers.AutoImageProcessor
     if folder.is_dir() and not any(
         (folder / f"{kind}_config.json").is_file() for kind in ("preprocessor", "processor")
     ):
+        processors = transformers.AutoVideoProcessor
+    if folder.is_dir() and not any(folder.glob("*processor_config.json")):
         raise ValueError(
             f"{folder} has no preprocessor_config.json, which says how images are prepared: pass transform=, or write "
             "it there: testreg.save(model, FOLDER, processor=...), or transformers' processor.save_pretrained(FOLDER), "
@@ -138,9 +142,11 @@ def image_processor(source: str, image_size: int | None = None, trust_remote_cod
         )
     trust = {"trust_remote_code": trust_remote_code}
     with explained(source, CHECK_FOLDER if folder.is_dir() else CHECK_HUB), asking_only_if(trust_remote_code):
-        processor = AutoImageProcessor.from_pretrained(source, **trust)
+        processor = processors.from_pretrained(source, **trust)
         if image_size is None:
             return processor
+        if hasattr(processor, "temporal_patch_size"):
+            raise ValueError(f"{type(processor).__name__} keeps the shape of images: leave the image size out")
         settings = processor.to_dict()
         sizes = {
             key: {edge: n for edge, n in dict(settings.get(key) or {}).items() if n} for key in ("size", "crop_size")
@@ -151,7 +157,7 @@ def image_processor(source: str, image_size: int | None = None, trust_remote_cod
             for key, edges in sizes.items()
             if edges
         }
-        return AutoImageProcessor.from_pretrained(source, **trust, **scaled)
+        return processors.from_pretrained(source, **trust, **scaled)
 
 
 def own_processor(model: nn.Module) -> Any:

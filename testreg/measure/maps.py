@@ -84,9 +84,8 @@ def attention(
     if rollout and to == "registers":
         raise ValueError("rollout follows attention to the patches: leave to='registers' out")
     batch = image_batch(model, images, transform)
-    asked = (
-        query if query is None or isinstance(query, str) else _mask(query, tower.rows_and_columns(batch), len(batch))
-    )
+    grid = tower.rows_and_columns(batch)
+    asked = query if query is None or isinstance(query, str) else _mask(query, grid, len(batch))
     maps = []
     with tower.evaluating():
         if query is None and not tower.num_prefix and is_last and not rollout and to == "patches":
