@@ -77,9 +77,9 @@ def compute(variant: Variant, images: Tensor) -> Mapping[str, Tensor]:
     with (
         attention_kernel(tower.module, "sdpa", instead_of=UNSEEN),
         Recorder(lambda num_tokens: patches) as attention,
-        recorded_norms(tower) as norms,
-        recorded_tokens(tower, -2) as before,
-        recorded_tokens(tower, -1) as last,
+        recorded_norms(tower, images) as norms,
+        recorded_tokens(tower, images, -2) as before,
+        recorded_tokens(tower, images, -1) as last,
     ):
         embedding = embed_images(variant, images)
     if len(attention.rows) != tower.depth:

@@ -35,7 +35,8 @@ from torch import Tensor, nn
 
 from planting.mechanisms import Feature, Mechanism, Planted, Population, Role, Writers, plant_population, populations
 from planting.site import ACTIVATION, Neuron, Parts, Site, by_block, detector, silenced, threshold, without
-from testreg.families import find_part
+from testreg.families import Tower, find_part
+from testreg.measure.hooks import recording_outputs
 
 NORM_RATIO = 20.0  # of the outliers of `direct`, and of a fixed position
 # Attention logit of an outlier, above that of normal tokens. With `direct` outliers get all attention of a head; else a
@@ -85,7 +86,7 @@ def plant(
     """
     site = Site.of(model, images)
     tower = site.tower
-    if not isinstance(tower.embedding, nn.Conv2d):
+    if tower.embedding is None:
         raise ValueError(f"planting needs a convolution that embeds the patches, which {tower.family.name} has not")
     generator = torch.Generator().manual_seed(seed)
     if mechanism == "direct":
@@ -96,7 +97,7 @@ def plant(
         home, first_outliers = plan[0].triggers.block, plan[0].amplifiers[0].block
     for scale in (mlp.scale for each in tower.blocks for mlp in each.mlps if mlp.scale is not None):
         scale.fill_(1.0)
-    _separate_brightness(tower.embedding, images, generator)
+    _separate_brightness(tower, images, generator)
     directions = _directions(6 if mechanism == "direct" else 9, site.width, generator)  # (C,) each
     outlier, position = directions[0], directions[5]
     written = [(outlier, outlier)] * 2  # by triggers and by amplifiers, of each population
@@ -105,7 +106,7 @@ def plant(
     for marker, outlier_of_it in written:
         if marker is not outlier_of_it:  # no texture has what triggers write
             weight = tower.embedding.weight
-            weight -= torch.einsum("c,d,dxyz->cxyz", marker, marker, weight)
+            weight -= torch.einsum("c,d,d...->c...", marker, marker, weight)
     if fixed_position is not None:
         _raise_position(site, fixed_position, (norm_ratio or NORM_RATIO) * position)
 
@@ -191,24 +192,38 @@ def _shuffled(count: int, generator: torch.Generator) -> Iterator[int]:
     return iter(torch.randperm(count, generator=generator).tolist())
 
 
-def _separate_brightness(embedding: nn.Conv2d, images: Tensor, generator: torch.Generator) -> None:
+def _separate_brightness(tower: Tower, images: Tensor, generator: torch.Generator) -> None:
     """Channel 0 of the patch embedding sees the mean of the pixels, the others filters of zero mean."""
-    weight = embedding.weight  # (C, 3, p, p)
+    embedding = tower.embedding
+    assert embedding is not None
+    weight = embedding.weight  # (C, 3, p, p), (C, 3, frames, p, p), or of a linear (C, p * p * 3)
     filters = torch.randn(weight.shape, generator=generator)
-    filters -= filters.mean((2, 3), keepdim=True)
-    filters /= filters.flatten(1).norm(dim=1)[:, None, None, None]
+    filters -= filters.mean(tuple(range(2, weight.ndim)) or 1, keepdim=True)
+    filters /= filters.flatten(1).norm(dim=1).view(-1, *[1] * (weight.ndim - 1))
     filters[0] = 1.0 / filters[0].numel()
     weight.copy_(filters)
     # Texture must be far above what random blocks and positions add to it, and must make no outlier by itself. The
     # norm in front of the blocks sees to the latter, where there is one; else all tokens get a share of the norm, and
     # only the richest texture has as much.
-    tokens = nn.functional.conv2d(images.to(weight), weight, stride=tuple(embedding.stride)).flatten(2)  # (B, C, N)
+    tokens = _embedded(tower, images)  # (n, C, N)
     scale = 1.0 / tokens[:, 1:].std(1).flatten().quantile(0.5 if embedding.bias is None else 0.99)
     weight[1:] *= scale
     weight[0] *= 2.0 / tokens[:, 0].abs().median()
     if embedding.bias is not None:
         embedding.bias.zero_()
         embedding.bias[1] = len(weight) ** 0.5
+
+
+def _embedded(tower: Tower, images: Tensor) -> Tensor:
+    """What the patch embedding makes of images or clips, without its bias: (n, C, N), of n that it is called with."""
+    embedding, found = tower.embedding, list[Tensor]()
+    with recording_outputs([embedding], lambda index, output: found.append(output)):
+        tower.run(images)
+    (output,) = found
+    if isinstance(embedding, nn.Linear):
+        output = output.transpose(1, 2)
+    tokens = output.flatten(2)
+    return tokens if embedding.bias is None else tokens - embedding.bias.unsqueeze(-1)
 
 
 def _directions(count: int, width: int, generator: torch.Generator) -> list[Tensor]:
@@ -253,7 +268,8 @@ def _attend(block: nn.Module, parts: Parts, direction: Tensor, logit: float) -> 
     strength = logit / math.sqrt(head_size * width)
     (query, key), (query_bias, _) = weights, biases
     query[:half] = 0.0
-    query_bias[:half] = 1.0
+    if query_bias is not None:  # VideoMAE of transformers 4 keeps it elsewhere
+        query_bias[:half] = 1.0
     key[:half] = strength * direction.to(key)
 
 
@@ -289,7 +305,7 @@ def plant_on_register(
     generator = torch.Generator().manual_seed(seed)
     for scale in (mlp.scale for each in tower.blocks for mlp in each.mlps if mlp.scale is not None):
         scale.fill_(1.0)
-    _separate_brightness(tower.embedding, images, generator)  # so that no patch is an outlier by itself
+    _separate_brightness(tower, images, generator)  # so that no patch is an outlier by itself
     outlier, *own = _directions(1 + count, site.width, generator)
     (tokens,) = (each for each in tower.module.parameters() if each.shape == (1, count, site.width))
     tokens[0] = site.look().norms[0].median() * torch.stack(own)  # a random model has them all alike

@@ -46,6 +46,12 @@ PARTS = {
     "timm VisionTransformer": _TIMM,
     "timm Eva": _TIMM,
     "transformers ViT": _VIT,
+    "transformers ViViT": _VIT,
+    "transformers VideoMAE": _VIT,
+    "transformers X-CLIP": _CLIP,
+    "transformers SigLIP 2": _CLIP,
+    "transformers Idefics3": _CLIP,
+    "transformers Qwen2-VL": _TIMM,
     "transformers DeiT": _VIT,
     "transformers Dinov2": _VIT,
     "transformers Dinov2WithRegisters": _VIT,
@@ -94,8 +100,8 @@ class Site:
         parts = PARTS[tower.family.name]
         linears = [find_part(block.module, parts.fc1) for block in tower.blocks]
         mlps = [block.mlps[0] for block in tower.blocks]
-        for block, fc1, mlp in zip(tower.blocks, linears, mlps, strict=True):
-            if fc1 is None or fc1.out_features != tower.mlp_width or mlp.module is None:
+        for block, fc1 in zip(tower.blocks, linears, strict=True):
+            if fc1 is None or fc1.out_features != tower.mlp_width:
                 raise ValueError(f"planting needs a plain MLP, which {type(block.module).__name__} has not")
         return cls(tower, parts, mlps, linears, images)
 
@@ -128,16 +134,15 @@ class Site:
         along: list[list[Tensor]] = [[] for _ in self.mlps]
 
         def record_input(index: int, tokens: Tensor) -> None:
-            inputs[index].append(tower.batch_first(tokens).float())
+            inputs[index].append(tower.arranged(tokens, batch).float())
 
         def record_output(index: int, tokens: Tensor) -> None:
-            patches = tower.batch_first(tokens)[:, tower.num_prefix :].float()
+            patches = tower.arranged(tokens, batch)[:, tower.num_prefix :].float()
             norms[index].append(patches.norm(dim=-1))
             along[index].append(patches @ basis)
 
-        modules = [mlp.module for mlp in self.mlps if mlp.module is not None]
         with (
-            recording_inputs(modules, record_input),
+            recording_inputs(self.fc1, record_input),
             recording_outputs([block.module for block in tower.blocks], record_output),
         ):
             for batch in self.images.split(BATCH):

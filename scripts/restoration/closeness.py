@@ -34,7 +34,7 @@ def observe(model: nn.Module, images: Tensor) -> Seen:
     tower = find_tower(model)
     norms, tokens = [], []
     for batch in images.split(BATCH):
-        with recorded_norms(tower) as of_blocks, recorded_tokens(tower, -1) as last:
+        with recorded_norms(tower, batch) as of_blocks, recorded_tokens(tower, batch, -1) as last:
             tower.run(batch)
         patches = tower.patches(batch)
         norms.append(torch.stack(of_blocks)[..., patches])

@@ -60,8 +60,8 @@ def maps_of(model: nn.Module, photographs: Tensor) -> Maps:
     tower = find_tower(model)
     grid, patches, last = tower.grid(photographs), tower.patches(photographs), tower.depth - 1
     with (
-        recorded_norms(tower) as norms,
-        recorded_tokens(tower, -1) as tokens,
+        recorded_norms(tower, photographs) as norms,
+        recorded_tokens(tower, photographs, -1) as tokens,
         recorded_projections(tower, [last]) as parts,
     ):
         tower.run(photographs)

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from testreg.calibration.effects import EffectMeter
@@ -21,12 +20,10 @@ from testreg.io.progress import progress_bar
 from testreg.measure.attribution import counted_outliers
 from testreg.measure.conclusion import conclude
 from testreg.measure.diagnosis import Diagnosis
-from testreg.measure.hooks import recorded_norms
 from testreg.measure.observation import observe
-from testreg.measure.outliers import MIN_FRACTION, Detection
+from testreg.measure.outliers import MIN_FRACTION, Detection, Position
 
-Positions = frozenset[tuple[int, int]]
-"""Rows and columns of patches."""
+Positions = frozenset[Position]
 
 
 class Meters(NamedTuple):
@@ -143,22 +140,21 @@ def _diagnose(split: Split, ignored: Positions) -> tuple[Diagnosis, Mapping[int,
     """The diagnosis of the first images of all processes, without outliers at the `ignored` positions, and the norms
     (L, T) of the tokens of those of this process, by their numbers."""
     view, options = split.view, split.view.options
-    batches = batched((packed.image for _, packed in split.first), options.batch_size)
-    with (
-        progress_bar("diagnosing", len(split.first), options.progress) as bar,
-        recorded_norms(view.tower) as norms,
-    ):
+    by_shape = view.tower.family.keeps_shape
+    batches = batched((packed.image for _, packed in split.first), options.batch_size, by_shape=by_shape)
+    norms: list[Tensor] = []  # (L, T) of each image
+    with progress_bar("diagnosing", len(split.first), options.progress) as bar:
         seen = observe(
-            view.tower, batches, options.outlier_rule, ignored=ignored, attention=False, on_images=bar.update
+            view.tower,
+            batches,
+            options.outlier_rule,
+            ignored=ignored,
+            attention=False,
+            on_images=bar.update,
+            on_norms=norms.extend,
         )
-    of_images = dict(zip((number for number, _ in split.first), _by_image(norms, view.tower.depth), strict=True))
+    of_images = dict(zip((number for number, _ in split.first), norms, strict=True))
     return conclude(view.model, gathered(seen), options.outlier_rule, block=options.block), of_images
-
-
-def _by_image(norms: Sequence[Tensor], depth: int) -> Iterator[Tensor]:
-    """Norms (L, T) of each image, from those (B, T) after each block of one batch after the other."""
-    for first in range(0, len(norms), depth):
-        yield from torch.stack(tuple(norms[first : first + depth]), 1)
 
 
 def _detected(look: _Look, leader: _Look, options: Options) -> Detected:

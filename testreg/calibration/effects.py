@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from testreg.calibration.block_cache import BlockCache
 from testreg.families import Tower
 from testreg.families.kernels import attention_kernel
-from testreg.io.images import batched
+from testreg.io.images import batched, in_lists
 from testreg.io.packing import PackedImage
 from testreg.io.processes import Sums, add, gathered, rank, summed
 from testreg.measure.attention import UNSEEN
@@ -165,9 +165,10 @@ class EffectMeter:
         seed: int = 0,
     ) -> None:
         self.model, self.tower, self.detection, self.onset, self.head = model, tower, detection, onset, head
-        self.grid = next(grid for grid in gathered(tower.grid(images[0].image[None]) if images else None) if grid)
-        batches = [tuple(images[start : start + batch_size]) for start in range(0, len(images), batch_size)]
-        self._compare_with([self._baseline(batch, seed) for batch in batches])
+        grids = gathered(tower.sequence_grid(images[0].image[None]) if images else None)
+        self.grid = next(grid for grid in grids if grid)
+        lists = in_lists(images, batch_size, lambda image: image.rows.shape, by_shape=tower.family.keeps_shape)
+        self._compare_with([self._baseline(tuple(batch), seed) for batch in lists])
 
     def _compare_with(self, baselines: Sequence[Baseline]) -> None:
         self.baselines = baselines
@@ -427,7 +428,7 @@ class _Reader:
 
     def _after(self, index: int, tokens: Tensor) -> None:
         self.attention.end()
-        self.tokens = self.tower.batch_first(tokens.detach())
+        self.tokens = self.tower.arranged(tokens.detach(), self.images)
         norms = self.tokens.float().norm(dim=-1)  # (B, T)
         here = self.tokens[:, self.region].float()
         cosine = neighbour_cosine(here, norms[:, self.region], self.tower.grid(self.images))

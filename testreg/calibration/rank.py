@@ -16,7 +16,7 @@ from testreg.calibration.budget import Budget
 from testreg.calibration.detect import Detected, leading
 from testreg.calibration.options import Options
 from testreg.calibration.resume import CHUNK, FIRST_CHUNK, State
-from testreg.io.images import batched
+from testreg.io.images import batched, in_lists
 from testreg.io.processes import gathered
 from testreg.io.progress import progress_bar
 from testreg.measure.ranking import SUMS, Statistics, overlap, statistics_of
@@ -127,7 +127,8 @@ def _statistics_of(
     """
     options, known = detected.view.options, (detected.norms if norms_are_known else {})
     statistics = SUMS[options.score].zeros(detected.tower)
-    while batch := list(itertools.islice(numbered, options.batch_size)):
+    by_shape = detected.tower.family.keeps_shape
+    for batch in in_lists(numbered, options.batch_size, lambda item: item[1].shape, by_shape=by_shape):
         (images,) = batched((image for _, image in batch), options.batch_size)
         numbers = [number for number, _ in batch]
         norms = [known[number] for number in numbers if number in known]

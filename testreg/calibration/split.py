@@ -16,6 +16,7 @@ from torch import Tensor
 
 from testreg.calibration.budget import Budget
 from testreg.calibration.view import View
+from testreg.families import Grid
 from testreg.io.images import Images, ImageStream
 from testreg.io.packing import PackedImage
 from testreg.io.preprocessing import Transform
@@ -62,7 +63,7 @@ class Split:
     rest: Unread
 
     @property
-    def grid(self) -> tuple[int, int]:
+    def grid(self) -> Grid:
         return self.view.tower.grid(self.first[0][1].image)
 
     @property

@@ -60,6 +60,7 @@ def views_of(model: nn.Module | Sequence[nn.Module], images: Images, options: Op
         stream = ImageStream(
             images,
             own or OwnTransform(each),
+            tower=tower,
             num_images=options.num_images,
             workers=options.workers,
             seed=options.seed,

@@ -10,7 +10,7 @@ import typer
 
 from testreg.calibration.options import MEANINGS, Options
 from testreg.cli.exits import Exit
-from testreg.cli.models import chosen_device, load
+from testreg.cli.models import check_drawn, chosen_device, load
 from testreg.cli.options import (
     BatchSize,
     Device,
@@ -91,6 +91,8 @@ def calibrate(
     sizes: list[int | None] = [*image_size] if image_size else [None]
     with process_group(chosen_device(device)) as own:
         loaded = [load(run, model, Loading(size, device, dtype, trust_remote_code), own) for size in sizes]
+        if report is not None or figures is not None:
+            check_drawn(loaded[0])
         neurons = calibration.calibrate(
             [each.model for each in loaded],
             images,

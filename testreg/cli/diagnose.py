@@ -6,7 +6,7 @@ import itertools
 from typing import TYPE_CHECKING
 
 from testreg.cli.exits import Exit
-from testreg.cli.models import chosen_device, load
+from testreg.cli.models import check_drawn, chosen_device, load
 from testreg.cli.options import (
     BatchSize,
     Images,
@@ -60,6 +60,8 @@ def diagnose(
     with process_group(chosen_device(loading.device)) as own:
         for model in dict.fromkeys(models):
             loaded = load(run, model, loading, own)
+            if report is not None:
+                check_drawn(loaded)
             diagnoses[model] = measure.diagnose(
                 loaded.model,
                 images,

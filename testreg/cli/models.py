@@ -41,6 +41,16 @@ def load(run: Run, name: str, loading: Loading, device: torch.device | None = No
     return loaded
 
 
+def check_drawn(loaded: LoadedModel) -> None:
+    """Raise ValueError unless a report can draw maps of the model."""
+    from testreg.families import find_tower
+
+    try:
+        find_tower(loaded.model).check_runs()
+    except ValueError as error:
+        raise ValueError(f"leave --report and --figures out: {error}") from error
+
+
 def patch(loaded: LoadedModel, patching: Patching) -> RegisterNeurons:
     """Patch the model, unless it is a patched checkpoint already; returns its register neurons."""
     from testreg import register

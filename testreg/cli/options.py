@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from testreg.calibration.options import MEANINGS
-from testreg.io.names import KINDS, NAMES
+from testreg.io.names import CLIP_KINDS, KINDS, NAMES
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=NAMES, show_default=False)]
 Models = Annotated[list[str], typer.Argument(metavar="MODEL...", help=f"one or several: {NAMES}", show_default=False)]
@@ -29,7 +29,10 @@ TrustRemoteCode = Annotated[
     ),
 ]
 
-Images = Annotated[str, typer.Option("--images", metavar="IMAGES", help=KINDS, show_default=False)]
+Images = Annotated[
+    str,
+    typer.Option("--images", metavar="IMAGES", help=f"{KINDS}; for a model of videos {CLIP_KINDS}", show_default=False),
+]
 NumImages = Annotated[int, typer.Option(help=MEANINGS["num_images"])]
 BatchSize = Annotated[int, typer.Option(help=MEANINGS["batch_size"])]
 Workers = Annotated[int, typer.Option(help=MEANINGS["workers"])]

@@ -75,7 +75,7 @@ def show(
     if not -tower.depth <= drawn < tower.depth:
         raise ValueError(f"--block {drawn} is out of range: {loaded.name} has {tower.depth} blocks")
     batch = torch.stack([loaded.transform(photo) for photo in photos])
-    steering = nullcontext() if box is None else steered(loaded.model, _target(box, tower.grid(batch)))
+    steering = nullcontext() if box is None else steered(loaded.model, _target(box, tower.rows_and_columns(batch)))
     onto = "" if steer is None else f", steered onto {steer}"
     with run.phase(f"measuring {len(photos)} images"), steering:
         if pca:

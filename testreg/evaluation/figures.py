@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN = 8  # images in a picture
-INSET = 0.01  # of an image's side: so far inside of its edges is a box drawn, or one of the whole image is not seen
+INSET = 0.01  # of an image's side: a box comes no nearer to its edges, or one of the whole image is not seen
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ def rows_of(panels: Callable[[int], Sequence[Panel]], count: int, title: str) ->
 
 def _draw(axis: Axes, panel: Panel) -> None:
     from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import withStroke
 
     low, high = panel.limits or (None, None)
     values: dict[str, Any] = {"cmap": panel.colours, "vmin": low, "vmax": high, "interpolation": "nearest"}
@@ -54,8 +55,24 @@ def _draw(axis: Axes, panel: Panel) -> None:
     if panel.over is not None:
         height, width = np.shape(panel.pixels)[:2]
         axis.imshow(panel.over, alpha=0.5, extent=(-0.5, width - 0.5, height - 0.5, -0.5), **values)
-    inset = INSET * max(np.shape(panel.pixels)[:2])
-    for left, top, right, bottom in [] if panel.boxes is None else panel.boxes.tolist():
-        place, width, height = (left - 0.5 + inset, top - 0.5 + inset), right - left, bottom - top
-        axis.add_patch(Rectangle(place, width - 2 * inset, height - 2 * inset, fill=False, edgecolor="#d55e00", lw=1.5))
+    outlined = [withStroke(linewidth=3, foreground="white")]  # or a box of one patch is lost in the image
+    for left, top, right, bottom in [] if panel.boxes is None else _inside(panel.boxes, panel.pixels).tolist():
+        axis.add_patch(
+            Rectangle(
+                (left - 0.5, top - 0.5),
+                right - left,
+                bottom - top,
+                fill=False,
+                edgecolor="#d55e00",
+                lw=1.5,
+                path_effects=outlined,
+            )
+        )
     axis.set_title(panel.title, fontsize=8, parse_math=False)
+
+
+def _inside(boxes: Tensor, pixels: Any) -> Tensor:
+    """Boxes (n, 4) of an image of these pixels (h, w, ...), cut where they come too near to its edges."""
+    height, width = np.shape(pixels)[:2]
+    inset = INSET * max(height, width)
+    return boxes.clamp(min=inset).minimum(boxes.new_tensor([width, height, width, height]) - inset)

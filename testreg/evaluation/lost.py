@@ -181,10 +181,10 @@ def _proposed(
     prepare = Native(normalise, patch) if size is None else Square(normalise, size)
 
     def compute(variant: Variant, images: Tensor) -> dict[str, Tensor]:
-        tower, grid = variant.tower, variant.tower.grid(images)
+        tower, grid = variant.tower, variant.tower.rows_and_columns(images)
         where = tower.patches(images)
         blocks = sorted({choice.block for choice in choices})
-        with recorded_projections(tower, blocks) as parts, recorded_tokens(tower, -1) as last:
+        with recorded_projections(tower, blocks) as parts, recorded_tokens(tower, images, -1) as last:
             tower.run(images)
         boxes = [
             [_box(parts[choice.block][choice.feature][i, where], choice, grid) for choice in choices]

@@ -109,7 +109,7 @@ def _tokens_after(block: int) -> Any:
         """Of images: norms (B, N), patches (B, N, C), their pixels (B, N, 3 p p), CLS and register (B, C)."""
         tower = variant.tower
         with ExitStack() as stack:
-            last = stack.enter_context(recorded_tokens(tower, block))
+            last = stack.enter_context(recorded_tokens(tower, images, block))
             states = stack.enter_context(registers(variant.model)) if variant.patch is not None else []
             tower.run(images)
         where, tokens = tower.patches(images), behind_norm(tower, last[0]).float()

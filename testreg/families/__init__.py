@@ -10,13 +10,14 @@ from testreg.families.family import Family
 from testreg.families.find import find_part, find_tower
 from testreg.families.fingerprint import checkpoint_names, compare_fingerprints, compare_weights, fingerprint
 from testreg.families.table import FAMILIES, add_family
-from testreg.families.tower import Block, Mlp, Tower
+from testreg.families.tower import Block, Grid, Mlp, Tower
 
 __all__ = [
     "FAMILIES",
     "MASKS",
     "Block",
     "Family",
+    "Grid",
     "Mismatch",
     "Mlp",
     "Tower",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 from torch import Tensor
+
+from testreg.families.inputs import separate_images
 
 Paths = str | tuple[str, ...]
 """Dotted attribute names; of several candidates the first that exists is used."""
@@ -72,7 +74,7 @@ class Family:
     fc2: Paths
     """The MLP's second linear, in a block; or the norm in front of it. Its *input* channels are the neurons."""
     patch_embed: Paths = ()
-    """The convolution that makes patches into tokens, in the tower: its stride is the patch size."""
+    """The convolution that makes patches into tokens, in the tower: its stride is the patch size. Or a linear."""
     prefix: int | Callable[[Any], int] = 1
     """Number of tokens in front of the patches (CLS, distillation and trained register tokens)."""
     trained_registers: Callable[[Any], int] = lambda tower: 0
@@ -113,5 +115,18 @@ class Family:
     grid: Callable[[Any, int, int], tuple[int, int]] | None = None
     """Rows and columns of patches of an image of a height and width, where the tower pads images to whole patches."""
     run: Callable[[Any, Tensor], Any] | None = run_plainly
-    """Runs the tower on images (B, 3, h, w), of any size if it can; None where it takes something else (videos,
-    packed patches): it can be patched then, but not calibrated."""
+    """Runs the tower on images (B, 3, h, w), of any size if it can, or on clips (B, frames, 3, h, w); None where nobody
+    has written how: it can be patched then, but not calibrated."""
+    takes: Literal["images", "clips", "packed images"] = "images"
+    """What the tower takes. Packed images are a batch for `run` too, but one sequence for the blocks. Clips and packed
+    images are diagnosed and calibrated on, but not drawn."""
+    separate: Callable[[Any, Mapping[str, Any]], list[Tensor]] = separate_images
+    """From the tower's configuration and what its processor returns, the images (3, h, w) or clips (frames, 3, h, w)
+    that `run` takes, one by one."""
+    order: Callable[[Any, int, int], Tensor] | None = None
+    """Of the tower, and rows and columns of patches: where in an image's sequence the patches are, row by row, (N,).
+    None: they come row by row."""
+    keeps_shape: bool = False
+    """Whether its processor keeps the shape of images, so that one batch may not fit all."""
+    frames_apart: bool = False
+    """Whether each frame of a clip is a sequence of its own: blocks see (B * frames, T, C)."""

@@ -59,7 +59,7 @@ def _grid(model: nn.Module, inputs: Mapping[str, Any], count: int) -> tuple[int,
     if pixels is None:
         raise ValueError("the inputs have neither pixel_values nor image_grid_thw: pass what the processor returns")
     tower = find_tower(model)
-    grid = tower.grid(pixels)
+    grid = tower.rows_and_columns(pixels)
     size = grid[0] * grid[1]
     one_each = len(pixels) == len(inputs["input_ids"])
     if one_each and pixels.ndim == 5 and config.model_type in _BASE_FIRST and count >= size:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from testreg.families.family import Family
+
+Grid = tuple[int, ...]
+"""Rows and columns of an image's patches; of a clip's, how many there are in time, rows and columns."""
 
 
 def convolved(embedding: nn.Conv2d, height: int, width: int) -> tuple[int, int]:
@@ -87,7 +91,7 @@ class Tower:
     blocks: tuple[Block, ...]
     num_prefix: int
     """P, the tokens in front of the patches."""
-    embedding: nn.Conv2d | nn.Linear | None
+    embedding: nn.Conv2d | nn.Conv3d | nn.Linear | None
     """The convolution that makes patches into tokens, if there is one."""
     entry_norm: nn.Module | None
     sequence_first: bool
@@ -123,23 +127,46 @@ class Tower:
         return self.blocks[0].width
 
     def run(self, images: Tensor) -> Any:
-        """What the tower gives for images (B, 3, h, w), which are brought to its device and dtype.
+        """What the tower gives for images (B, 3, h, w), or clips (B, frames, 3, h, w), which are brought to its device
+        and dtype.
 
         Raises:
-            ValueError: it does not take a batch of images, or makes other tokens of them than its grid of patches.
+            ValueError: it does not take a batch of these, or makes other tokens of them than its grid of patches.
         """
-        self.check_runs()
+        if self.family.run is None:
+            self.check_runs()
         assert self.family.run is not None
+        if self.family.takes == "clips" and images.ndim != 5:
+            raise self.takes_no_images()
         with self._checking_tokens(images):
             return self.family.run(self.module, images.to(self.device, self.dtype))
 
     def check_runs(self) -> None:
-        """Raise ValueError unless the tower takes a batch of images."""
-        if self.family.run is None:
-            raise ValueError(
-                f"{type(self.module).__name__} ({self.family.name}) takes no batch of images (B, 3, h, w), so testreg "
-                "cannot run it by itself: neither calibrate nor draw it. It can be patched with given neurons"
-            )
+        """Raise ValueError unless the tower takes a batch of images, and its maps can be drawn."""
+        if self.family.run is None or self.family.takes != "images":
+            raise self.takes_no_images()
+
+    def takes_no_images(self) -> ValueError:
+        """The error to raise where it is given images, or is to be drawn."""
+        does = {
+            "images": "so testreg cannot run it by itself: neither calibrate nor draw it. It can be patched with given "
+            "neurons",
+            "clips": f"but clips (B, {self.num_frames}, 3, h, w): testreg diagnoses, calibrates and patches it, and "
+            "draws no maps of it",
+            "packed images": "but packs them in one sequence: testreg diagnoses, calibrates and patches it, and draws "
+            "no maps of it",
+        }
+        name = f"{type(self.module).__name__} ({self.family.name})"
+        return ValueError(f"{name} takes no batch of images (B, 3, h, w), {does[self.family.takes]}")
+
+    @property
+    def num_frames(self) -> int | None:
+        """The frames of a clip; None of a tower that takes images."""
+        return self.module.config.num_frames if self.family.takes == "clips" else None  # type: ignore
+
+    def separate(self, inputs: Mapping[str, Any]) -> list[Tensor]:
+        """What a processor of transformers returns, as the images (3, h, w) or clips that it is of, one by one."""
+        return self.family.separate(getattr(self.module, "config", None), inputs)
 
     def run_with_head(self, images: Tensor) -> Any:
         """The same, and the head that follows the blocks, which `run` may leave out."""
@@ -156,15 +183,15 @@ class Tower:
             tokens = args[0] if args else next(iter(kwargs.values()))
             if not isinstance(tokens, Tensor):
                 return
-            rows, columns = self.grid(images)
-            seen, expected = tokens.numel() // tokens.shape[-1], len(images) * (self.num_prefix + rows * columns)
+            grid, number = self.sequence_grid(images), self._num_sequences(images)
+            seen, expected = tokens.numel() // tokens.shape[-1], number * (self.num_prefix + math.prod(grid))
             if seen != expected:
                 height, width = images.shape[-2:]
                 raise ValueError(
-                    f"{type(self.module).__name__} makes {seen} tokens of {len(images)} images of {height} x {width} "
+                    f"{type(self.module).__name__} makes {seen} tokens of {number} images of {height} x {width} "
                     f"pixels, and its patch embedding says {expected}: {self.num_prefix} prefix tokens and a grid of "
-                    f"{rows} x {columns} for each. Its embedding was changed in a way that testreg does not know, so "
-                    "that tokens cannot be laid out as a map"
+                    f"{' x '.join(map(str, grid))} for each. Its embedding was changed in a way that testreg does not "
+                    "know, so that tokens cannot be laid out as a map"
                 )
 
         handle = self.blocks[0].module.register_forward_pre_hook(check, with_kwargs=True)
@@ -209,18 +236,62 @@ class Tower:
         """What the blocks see, or a part of it, as (B, T, ...): a view."""
         return tokens.transpose(0, 1) if self.sequence_first else tokens
 
+    def arranged(self, tokens: Tensor, images: Tensor) -> Tensor:
+        """The tokens (..., C) of a batch of images or clips, as blocks or a part of them see them, as (B, T, C).
+
+        Behind the prefix are the patches as they lie in the grid, and behind these registers and whatever else. Of a
+        clip whose frames are sequences of their own, the prefix is the mean over the frames.
+        """
+        tokens = self.batch_first(tokens)
+        if self.family.frames_apart:
+            number = math.prod(self.sequence_grid(images))
+            frames = tokens.unflatten(0, (len(images), -1))  # (B, frames, T, C)
+            prefix, patches, _ = frames.split([self.num_prefix, number, frames.shape[2] - self.num_prefix - number], 2)
+            return torch.cat([prefix.mean(1), patches.flatten(1, 2)], 1)
+        if self.family.takes == "packed images":
+            tokens = tokens.reshape(len(images), -1, tokens.shape[-1])
+        if (order := self.order(images)) is not None:
+            tokens = torch.cat([tokens[:, order], tokens[:, len(order) :]], 1)
+        return tokens
+
+    def order(self, images: Tensor) -> Tensor | None:
+        """Where in the sequence of an image the patches are, row by row (N,); None if they come so."""
+        if self.family.order is None:
+            return None
+        rows, columns = self.grid(images)
+        return self.family.order(self.module, rows, columns).to(self.device)
+
+    def _num_sequences(self, images: Tensor) -> int:
+        return len(images) * images.shape[1] if self.family.frames_apart else len(images)
+
     @property
     def patch_size(self) -> tuple[int, int]:
         """Height and width of a patch in pixels."""
         if self.family.patch_size is not None:
             return self.family.patch_size(self.module)
-        if not isinstance(self.embedding, nn.Conv2d):
+        if not isinstance(self.embedding, nn.Conv2d | nn.Conv3d):
             raise ValueError(f"the row of {self.family.name} says neither patch_embed, a convolution, nor patch_size")
-        rows, columns = self.embedding.stride
+        *_, rows, columns = self.embedding.stride
         return rows, columns
 
-    def grid(self, images: Tensor) -> tuple[int, int]:
-        """Rows and columns of patches of images (..., h, w)."""
+    def grid(self, images: Tensor) -> Grid:
+        """Rows and columns of patches of images (..., h, w); of clips (..., frames, 3, h, w), how many there are in
+        time, rows and columns."""
+        in_space = self.rows_and_columns(images)
+        return in_space if self.family.takes != "clips" else (images.shape[-4] // self.frames_per_patch, *in_space)
+
+    def sequence_grid(self, images: Tensor) -> Grid:
+        """The same of one sequence that the blocks see: of an image, of a clip, or of a frame if these are apart."""
+        grid = self.grid(images)
+        return grid[1:] if self.family.frames_apart else grid
+
+    @property
+    def frames_per_patch(self) -> int:
+        """How many frames of a clip a patch is of."""
+        return self.embedding.stride[0] if isinstance(self.embedding, nn.Conv3d) else 1
+
+    def rows_and_columns(self, images: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches of images (..., h, w), or of the frames of clips."""
         height, width = images.shape[-2:]
         if self.family.grid is not None:
             return self.family.grid(self.module, height, width)
@@ -231,5 +302,4 @@ class Tower:
 
     def patches(self, images: Tensor) -> slice:
         """The tokens that are patches, without prefix and registers."""
-        rows, columns = self.grid(images)
-        return slice(self.num_prefix, self.num_prefix + rows * columns)
+        return slice(self.num_prefix, self.num_prefix + math.prod(self.grid(images)))

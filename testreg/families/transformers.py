@@ -13,6 +13,7 @@ from torch import Tensor
 
 from testreg.families.extend import extend_bias, extend_cu_seqlens, extend_rope, packed, unchanged
 from testreg.families.family import STAGES, WINDOWS, Family, run_plainly
+from testreg.families.inputs import separate_clips, separate_padded_patches
 
 
 def _at_any_size(tower: Any, images: Tensor) -> Any:
@@ -40,6 +41,11 @@ def _patchified(tower: Any, images: Tensor) -> Any:
     return tower(patches, torch.ones(patches.shape[:2], dtype=torch.long, device=images.device), grid)
 
 
+def _frames_in_a_row(tower: Any, clips: Tensor) -> Any:
+    """X-CLIP takes the frames (B * frames, 3, h, w) of all clips in a row."""
+    return tower(clips.flatten(0, 1), interpolate_pos_encoding=True)
+
+
 def _square(tower: Any) -> tuple[int, int]:
     size = tower.config.patch_size
     return (size, size) if isinstance(size, int) else tuple(size)
@@ -55,6 +61,7 @@ VIT = Family(
     attention=("attention.attention", "attention"),
     run=_at_any_size,
 )
+_VIDEO = replace(VIT, takes="clips", separate=separate_clips, run=run_plainly)
 _DINOV2 = replace(
     VIT,
     name="transformers Dinov2",
@@ -170,8 +177,8 @@ _LIKE_VIT = (
         patch_embed="embeddings.proj",
         run=run_plainly,
     ),
-    replace(VIT, name="transformers ViViT", towers="VivitModel", run=None),
-    replace(VIT, name="transformers VideoMAE", towers="VideoMAEModel", prefix=0, run=None),
+    replace(_VIDEO, name="transformers ViViT", towers="VivitModel", run=_at_any_size),
+    replace(_VIDEO, name="transformers VideoMAE", towers="VideoMAEModel", prefix=0),
     replace(
         VIT,
         name="transformers VideoPrism",
@@ -223,8 +230,11 @@ _LIKE_CLIP = (
         CLIP,
         name="transformers X-CLIP",
         towers=("XCLIPVisionModel", "XCLIPVisionTransformer"),
-        appended=1,
-        run=None,
+        appended=1,  # the message between frames, which blocks make of CLS anew, and take away again
+        takes="clips",
+        separate=separate_clips,
+        frames_apart=True,
+        run=_frames_in_a_row,
     ),
     replace(
         CLIP,
@@ -239,8 +249,10 @@ _LIKE_CLIP = (
         SIGLIP,
         name="transformers SigLIP 2",
         towers=("Siglip2VisionModel", "Siglip2VisionTransformer"),
-        patch_embed=(),
+        patch_embed=("embeddings.patch_embedding", "vision_model.embeddings.patch_embedding"),  # a linear
         patch_size=_square,
+        separate=separate_padded_patches,
+        keeps_shape=True,
         run=_patchified,
     ),
     replace(

@@ -19,6 +19,7 @@ from testreg.families.extend import (
     unchanged,
 )
 from testreg.families.family import STAGES, WINDOWS, L, Layout, run_plainly
+from testreg.families.inputs import merged_order, pack_patches, separate_packed_patches, separate_sizes
 from testreg.families.transformers import BLIP, CLIP, SIGLIP, VIT
 
 
@@ -68,6 +69,11 @@ def _masked_apart(tower: Any, plain: L, arguments: Mapping[str, Any]) -> L:
     return plain.replace(lengths=starts.unique_consecutive(return_counts=True)[1].tolist())
 
 
+def _packed_patches(tower: Any, images: Tensor) -> Any:
+    """Qwen2-VL and its kin take the pixels of all patches in one sequence, and the grid of each image."""
+    return tower(*pack_patches(tower.config, images))
+
+
 _PACKED = replace(
     SIGLIP,
     name="transformers PaddleOCR-VL",
@@ -78,13 +84,23 @@ _PACKED = replace(
     block_arguments=PACKED,
     run=None,
 )
-_QWEN = replace(
+_ERNIE = replace(
     _PACKED,
-    name="transformers Qwen2-VL",
-    towers=("Qwen2VisionTransformerPretrainedModel", "Ernie4_5_VLMoeVisionTransformerPretrainedModel"),
+    name="transformers Ernie 4.5 VL",
+    towers="Ernie4_5_VLMoeVisionTransformerPretrainedModel",
     blocks="blocks",
     patch_embed="patch_embed.proj",
     attention="attn",
+)
+_QWEN = replace(
+    _ERNIE,
+    name="transformers Qwen2-VL",
+    towers="Qwen2VisionTransformerPretrainedModel",
+    takes="packed images",
+    keeps_shape=True,
+    separate=separate_packed_patches,
+    order=merged_order,
+    run=_packed_patches,
 )
 
 FAMILIES = (
@@ -200,7 +216,10 @@ FAMILIES = (
             **dict.fromkeys(("max_length_q", "max_length_k"), extend_max_length),
             "position_ids": unchanged,  # of transformers 4, for flash attention alone
         },
-        run=None,  # it packs a batch too
+        takes="packed images",
+        keeps_shape=True,
+        separate=separate_sizes,
+        run=run_plainly,
     ),
     _PACKED,
     replace(
@@ -235,8 +254,9 @@ FAMILIES = (
         patch_embed=(),
         entry_norm="pre_layernorm",
     ),
+    _ERNIE,
     replace(
-        _QWEN,
+        _ERNIE,
         name="transformers Kimi-K2.5",
         towers="Kimi_K25VisionModel",
         blocks="layers",

@@ -7,15 +7,17 @@ import math
 import os
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, TypeVar, Union
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from testreg.families import Tower
+from testreg.io.clips import clip_paths, read_clip
 from testreg.io.decoding import decoded
 from testreg.io.preprocessing import Transform
 from testreg.io.sources import image_of, images_in, is_indexed, named_source, single_images, undecoded
@@ -23,6 +25,7 @@ from testreg.io.sources import image_of, images_in, is_indexed, named_source, si
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+T = TypeVar("T")
 Images = Union[str, os.PathLike[str], "Image", Iterable[Any]]
 
 
@@ -34,12 +37,20 @@ class ImageStream:
             shards (`photos/{000..015}.tar`, here or a URL), or a Hugging Face dataset: `hf-dataset:NAME[:SPLIT]`, which
             is streamed, or `hf-dataset:FOLDER[:SPLIT]` that `save_to_disk` wrote. As an object, an image, or a Dataset
             or any iterable of images, of (image, label) pairs or of rows (dicts) with an image, or a DataLoader or
-            iterable of batches of them, or what an image processor of transformers returns. An image is a PIL image,
+            iterable of batches of them, or what a processor of transformers returns, or any of these of that. An image
+            is a PIL image,
             a path, a uint8 array (h, w, 3) or uint8 tensor (3, h, w), which are transformed, or a float tensor or
             array (3, h, w), which is the model's input as it stands. A list may also name folders. Numbers count what
             comes: processes that share an object must see the same images in the same order (WebDataset:
             nodesplitter=None, shardshuffle=False).
-        transform: PIL image -> float tensor (3, h, w); needed unless `images` yields float tensors.
+            Of a `tower` that takes clips: a folder in which each sub-folder holds the frames of one clip, or each .gif
+            or .webp is one, of which as many frames are taken as the model is for, evenly spaced; or an iterable or
+            DataLoader of clips, or tensors (N, frames, 3, h, w). A clip is such a sub-folder or animation, a list of
+            PIL images or paths, uint8 pixels (frames, 3, h, w), as an array (frames, h, w, 3), or a float tensor
+            (frames, 3, h, w), which is the model's input.
+        transform: PIL image -> float tensor (3, h, w), or frames -> (frames, 3, h, w); needed unless `images` yields
+            float tensors.
+        tower: the one that the images are for, which says what is made of a processor's output. None: images.
         num_images: at most so many, unreadable ones included: of folders, lists and saved datasets given by name a
             seeded sample, since they are sorted by class; of everything else, streamed datasets and shards among it,
             the first.
@@ -61,6 +72,7 @@ class ImageStream:
         images: Images,
         transform: Transform | None = None,
         *,
+        tower: Tower | None = None,
         num_images: int | None = None,
         workers: int = 0,
         seed: int = 0,
@@ -68,6 +80,7 @@ class ImageStream:
         if num_images is not None and num_images < 1:
             raise ValueError(f"num_images must be at least 1, got {num_images}")
         self.limit, self.transform, self.workers, self.seed = num_images, transform, workers, seed
+        self.tower, self.num_frames = tower, None if tower is None else tower.num_frames
         self.num_read = self.num_skipped = 0
         self.first_unreadable = ""
         self._has_warned = False
@@ -75,20 +88,22 @@ class ImageStream:
             self.source = os.fspath(images)
             if transform is None:
                 raise ValueError(f"{self.source} needs a transform from PIL image to tensor")
-            self.items = undecoded(named_source(self.source))
+            clips = None if self.num_frames is None else clip_paths(self.source)
+            self.items = undecoded(named_source(self.source) if clips is None else clips)
             if is_indexed(self.items):
                 order = list(range(len(self.items)))
                 random.Random(seed).shuffle(order)
                 self.items = Subset(self.items, order)
         else:
             self.source = type(images).__name__
-            self.items = undecoded(images_in(images))
-        self.indexed = is_indexed(self.items)
+            self.items = undecoded(images_in(images, tower))
+        self.indexed = is_indexed(self.items, tower)
         lengths = [n for n in (len(self.items) if self.indexed else None, num_images) if n is not None]
         self.length = min(lengths) if lengths else None
 
     def numbered(self, start: int = 0, rank: int = 0, world_size: int = 1) -> Iterator[tuple[int, Tensor]]:
-        """Number and tensor (3, h, w) of the images from number `start` on that belong to `rank`.
+        """Number and tensor (3, h, w), or clip (frames, 3, h, w), of the images from number `start` on that belong to
+        `rank`.
 
         An image belongs to rank (number // 2) % world_size; those of other ranks are not decoded. Unreadable images are
         counted and left out, but keep their number, so that numbers depend neither on `world_size` nor on `start`.
@@ -109,11 +124,14 @@ class ImageStream:
         return ValueError(f"no image could be read from {self.source}{skipped}")
 
     def _check(self, number: int, image: object) -> None:
-        which = f"image {number} of {self.source}"
-        if not isinstance(image, Tensor) or image.ndim != 3 or not image.is_floating_point():
+        which = f"{'image' if self.num_frames is None else 'clip'} {number} of {self.source}"
+        if not isinstance(image, Tensor) or not self._has_shape(image) or not image.is_floating_point():
+            if self.tower is not None and self.num_frames is not None and isinstance(image, Tensor) and image.ndim == 3:
+                raise self.tower.takes_no_images()
             what = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
-            raise ValueError(f"{which} is {what} after its transform: a model takes float tensors (3, h, w)")
-        if image.shape[0] > 4 and image.shape[2] == 3:
+            shape = "(3, h, w)" if self.num_frames is None else f"({self.num_frames}, 3, h, w)"
+            raise ValueError(f"{which} is {what} after its transform: a model takes float tensors {shape}")
+        if image.shape[-3] > 4 and image.shape[-1] == 3:
             raise ValueError(f"{which} is {tuple(image.shape)}: move the channels to the front, (3, h, w)")
         low, high = (float(value) for value in image.aminmax())
         if not (math.isfinite(low) and math.isfinite(high)):
@@ -126,6 +144,12 @@ class ImageStream:
                 stacklevel=3,
             )
 
+    def _has_shape(self, image: Tensor) -> bool:
+        if self.num_frames is not None:
+            return image.ndim == 4 and len(image) == self.num_frames
+        # What a packed video shows at one time is several frames.
+        return image.ndim == 3 or (image.ndim == 4 and self.tower is not None and self.tower.family.takes != "images")
+
     def _loaded(self, start: int, is_ours: Callable[[int], bool]) -> Iterator[tuple[int, Tensor | _Unreadable]]:
         if self.indexed:
             assert self.length is not None
@@ -134,7 +158,7 @@ class ImageStream:
             yield from zip(
                 numbers,
                 DataLoader(
-                    _Decoded(self.items, self.transform),
+                    _Decoded(self.items, self.transform, self.num_frames),
                     batch_size=None,
                     sampler=numbers,
                     num_workers=self.workers,
@@ -143,9 +167,10 @@ class ImageStream:
                 strict=True,
             )
         else:
-            for number, image in itertools.islice(enumerate(single_images(self.items)), start, self.limit):
+            images = single_images(self.items, self.tower)
+            for number, image in itertools.islice(enumerate(images), start, self.limit):
                 if is_ours(number):
-                    yield number, _tensor(image, self.transform)
+                    yield number, _tensor(image, self.transform, self.num_frames)
 
 
 @dataclass(frozen=True)
@@ -156,43 +181,53 @@ class _Unreadable:
 
 
 class _Decoded(Dataset["Tensor | _Unreadable"]):
-    """The items of a source as tensors (3, h, w)."""
+    """The items of a source as tensors (3, h, w), or as clips (frames, 3, h, w)."""
 
-    def __init__(self, items: Any, transform: Transform | None) -> None:
-        self.items, self.transform = items, transform
+    def __init__(self, items: Any, transform: Transform | None, num_frames: int | None) -> None:
+        self.items, self.transform, self.num_frames = items, transform, num_frames
 
     def __getitem__(self, index: int) -> Tensor | _Unreadable:
-        return _tensor(image_of(self.items[index]), self.transform)
+        image = image_of(self.items[index], clips=self.num_frames is not None)
+        return _tensor(image, self.transform, self.num_frames)
 
 
-def _tensor(image: Any, transform: Transform | None) -> Tensor | _Unreadable:
-    """An image as the model's input (3, h, w)."""
+def _tensor(image: Any, transform: Transform | None, num_frames: int | None) -> Tensor | _Unreadable:
+    """An image as the model's input (3, h, w), or a clip of so many frames (frames, 3, h, w)."""
     if image is None:
         return _Unreadable("there is no image")
     if isinstance(image, np.ndarray) and image.dtype.kind == "f":
         image = torch.from_numpy(image)
     if isinstance(image, Tensor) and image.is_floating_point():
-        if image.ndim != 3:
+        if image.ndim not in (3, 4):
             raise ValueError(f"expected image tensors (3, h, w) or (B, 3, h, w), got {tuple(image.shape)}")
         return image
     if transform is None:
         what = f"{image.dtype} tensors" if isinstance(image, Tensor) else f"{type(image).__name__} images"
         raise ValueError(f"{what} need a transform to float tensors (3, h, w): pass transform=")
     try:
-        picture = decoded(image)
+        picture = decoded(image) if num_frames is None else read_clip(image, num_frames)
     except OSError as error:
         return _Unreadable(str(error) or type(error).__name__)
     return transform(picture)
 
 
-def batched(images: Iterable[Tensor], batch_size: int) -> Iterator[Tensor]:
-    """Tensors (3, h, w) as batches (B, 3, h, w), the last one maybe smaller.
+def in_lists(
+    items: Iterable[T], batch_size: int, shape_of: Callable[[T], Sequence[int]], *, by_shape: bool
+) -> Iterator[list[T]]:
+    """Items in lists of at most so many; if `by_shape`, a list ends where the next item has another shape."""
+    for _, alike in itertools.groupby(items, lambda item: tuple(shape_of(item)) if by_shape else ()):
+        while batch := list(itertools.islice(alike, batch_size)):
+            yield batch
+
+
+def batched(images: Iterable[Tensor], batch_size: int, *, by_shape: bool = False) -> Iterator[Tensor]:
+    """Tensors (3, h, w) as batches (B, 3, h, w), some maybe smaller; if `by_shape`, a batch ends where the next image
+    has another shape.
 
     Raises:
         ValueError: the images of a batch differ in shape.
     """
-    images = iter(images)
-    while batch := list(itertools.islice(images, batch_size)):
+    for batch in in_lists(images, batch_size, lambda image: image.shape, by_shape=by_shape):
         if len({image.shape for image in batch}) > 1:
             shapes = ", ".join(sorted({str(tuple(image.shape)) for image in batch}))
             raise ValueError(f"images of different shapes ({shapes}) cannot be batched: use batch_size=1")

@@ -16,10 +16,10 @@ from testreg.io.formats import transformers_class
 from testreg.io.install import RECORD, is_interrupted
 from testreg.io.names import NAMES
 from testreg.io.preprocessing import (
-    OneImage,
     Transform,
     image_processor,
     imagenet_transform,
+    processed_by,
     timm_transform,
     torchvision_transform,
     transform_for,
@@ -37,7 +37,8 @@ class LoadedModel:
     model: nn.Module
     """In eval mode; patched if it came from a patched checkpoint."""
     transform: Transform
-    """From an RGB image to the model's input, (3, h, w), float32. It can be pickled, for DataLoader workers."""
+    """From an RGB image to the model's input, (3, h, w), float32; of a model for videos, from frames to a clip
+    (frames, 3, h, w). It can be pickled, for DataLoader workers."""
     name: str
     processor: Any = None
     """transformers' image processor, for `testreg.save(..., processor=...)`."""
@@ -172,7 +173,7 @@ def _load_transformers(name: str, rest: str, asked: _Asked) -> LoadedModel:
             model = model_class.from_config(config, **trust)
         else:
             model = model_class(config)
-    return LoadedModel(model, OneImage(processor), name, processor)
+    return LoadedModel(model, processed_by(processor, model), name, processor)
 
 
 def _load_open_clip(name: str, rest: str, asked: _Asked) -> LoadedModel:
@@ -287,7 +288,7 @@ def _load_patched(name: str, asked: _Asked) -> LoadedModel:
     model = checkpoints.load(name)
     if getattr(model, "config", None) is not None:
         processor = image_processor(name, asked.image_size, asked.trust_remote_code)
-        return LoadedModel(model, OneImage(processor), name, processor)
+        return LoadedModel(model, processed_by(processor, model), name, processor)
     if asked.image_size is not None:
         raise ValueError(
             f"the patched checkpoint {name} has a fixed image size: patch the original at that size instead"

@@ -5,3 +5,4 @@ NAMES = (
     "demo: the small model that comes with testreg"
 )
 KINDS = "a folder, a list of paths (.txt), an image, WebDataset shards (.tar) or hf-dataset:NAME[:SPLIT]"  # by name
+CLIP_KINDS = "a folder of clips: sub-folders with the frames of one clip each, .gif or .webp files"

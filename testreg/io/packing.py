@@ -13,7 +13,8 @@ SMALL = 2**20  # bytes up to which an image is kept as it is: packing one takes 
 
 @dataclass(frozen=True, eq=False)
 class PackedImage:
-    """An image (C, h, w) that takes a quarter of its memory, if it is large and was made of pixels of 8 bits.
+    """An image (C, h, w), or a clip (frames, C, h, w), that takes a quarter of its memory, if it is large and was made
+    of pixels of 8 bits.
 
     However these were normalised, each channel then has at most 256 different values: kept are a table of them, and for
     each pixel its row there. An image with more values, such as one that was resized after it was normalised, is kept
@@ -21,23 +22,26 @@ class PackedImage:
     """
 
     rows: Tensor
-    """(C, h, w) uint8, or the image itself."""
+    """uint8 of the image's shape, or the image itself."""
     values: tuple[Tensor, ...] = ()
-    """The values of each channel; empty if the image was not packed."""
+    """The values of each channel (of each frame); empty if the image was not packed."""
 
     @classmethod
     def of(cls, image: Tensor) -> PackedImage:
-        """Pack an image (C, h, w)."""
+        """Pack an image (C, h, w) or a clip (frames, C, h, w)."""
         if image.nbytes <= SMALL:
             return cls(image)
-        found = [channel.unique(return_inverse=True) for channel in image]
+        found = [channel.unique(return_inverse=True) for channel in image.reshape(-1, *image.shape[-2:])]
         if any(len(values) > LEVELS for values, _ in found):
             return cls(image)
-        return cls(torch.stack([rows.byte() for _, rows in found]), tuple(values for values, _ in found))
+        rows = torch.stack([rows.byte() for _, rows in found]).view(image.shape)
+        return cls(rows, tuple(values for values, _ in found))
 
     @property
     def image(self) -> Tensor:
-        """The image (C, h, w), value for value."""
+        """The image (C, h, w) or the clip (frames, C, h, w), value for value."""
         if not self.values:
             return self.rows
-        return torch.stack([values[rows.int()] for values, rows in zip(self.values, self.rows, strict=True)])
+        channels = self.rows.flatten(0, -3)
+        unpacked = [values[rows.int()] for values, rows in zip(self.values, channels, strict=True)]
+        return torch.stack(unpacked).view(self.rows.shape)

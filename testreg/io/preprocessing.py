@@ -1,28 +1,34 @@
-"""The preprocessing of a model, as its own library defines it: RGB image -> the model's input (3, h, w)."""
+"""The preprocessing of a model, as its own library defines it: RGB image -> the model's input (3, h, w).
+
+Of a model that takes clips: the frames of one -> (frames, 3, h, w).
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from testreg.families import find_tower
+from testreg.families.inputs import separate_images
 from testreg.io.trust import CHECK_FOLDER, CHECK_HUB, asking_only_if, explained
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Transform = Callable[["Image"], Tensor]
+Transform = Callable[[Any], Tensor]
+"""An RGB image -> the model's input (3, h, w), or a list of them, the frames of a clip -> (frames, 3, h, w)."""
 
 _RESIZE = 256 / 224  # ImageNet evaluation: short side to 256, then the middle 224
 
 
 def transform_for(model: nn.Module) -> Transform:
-    """The preprocessing of a model that timm, transformers or open_clip made, or `load_model`: RGB image -> (3, h, w).
+    """The preprocessing of a model that timm, transformers or open_clip made, or `load_model`: RGB image -> (3, h, w),
+    or frames -> (frames, 3, h, w).
 
     Raises:
         ValueError, OSError: the model does not say, or what it says cannot be found.
@@ -34,7 +40,7 @@ def transform_for(model: nn.Module) -> Transform:
     if getattr(model, "pretrained_cfg", None):
         return timm_transform(model)
     if folder_or_name := getattr(own_config, "_name_or_path", ""):
-        return OneImage(image_processor(folder_or_name))
+        return processed_by(image_processor(folder_or_name), model)
     if source == "torchvision":
         return torchvision_transform(name, model.image_size)  # type: ignore[arg-type]
     if source == "hub":
@@ -55,7 +61,7 @@ class OwnTransform:
     def transform(self) -> Transform:
         return transform_for(self.model)
 
-    def __call__(self, image: Image) -> Tensor:
+    def __call__(self, image: Any) -> Tensor:
         return self.transform(image)
 
 
@@ -71,35 +77,64 @@ def timm_transform(model: nn.Module, image_size: int | None = None) -> Transform
 _WHOLE_FIRST = ("LlavaNextImageProcessor", "LlavaOnevisionImageProcessor")  # and its tiles behind it
 
 
+def processed_by(processor: Any, model: nn.Module) -> Transform:
+    """The transform that applies a processor of transformers to one image, or to one clip, for the tower of a model."""
+    try:
+        tower = find_tower(model)
+    except ValueError:  # which whoever runs it will say
+        return OneImage(processor)
+    separate = functools.partial(tower.family.separate, getattr(tower.module, "config", None))
+    return OneImage(processor, separate) if tower.num_frames is None else OneClip(processor, separate)
+
+
 @dataclass(frozen=True)
 class OneImage:
     """A transform that applies an image processor of transformers to one image.
 
-    Of a processor that cuts images into tiles, it takes the whole image, if that comes first.
+    Of a processor that cuts images into tiles, it takes the whole image: if that comes first, or if the processor can
+    be told not to cut.
     """
 
     processor: Any
+    separate: Callable[[Mapping[str, Any]], list[Tensor]] = field(default=functools.partial(separate_images, None))
 
     def __call__(self, image: Image) -> Tensor:
-        pixels = self.processor(images=image, return_tensors="pt")["pixel_values"]
-        if type(self.processor).__name__.startswith(_WHOLE_FIRST) and pixels.ndim == 5:
-            pixels = pixels[:, 0]
-        if pixels.ndim != 4 or len(pixels) != 1:
+        whole = {"do_image_splitting": False} if hasattr(self.processor, "do_image_splitting") else {}
+        images = self.separate(self.processor(images=image, return_tensors="pt", **whole))
+        if type(self.processor).__name__.startswith(_WHOLE_FIRST):
+            del images[1:]
+        if len(images) != 1:
             raise ValueError(
-                f"{type(self.processor).__name__} makes {tuple(pixels.shape)} of an image, not (1, 3, h, w), since "
-                "it cuts images into tiles: pass a transform= of your own"
+                f"{type(self.processor).__name__} makes {len(images)} images of one, since it cuts them into tiles: "
+                "pass a transform= of your own, or what the processor returns, in which each tile counts as an image"
             )
-        return pixels[0]
+        return images[0]
+
+
+@dataclass(frozen=True)
+class OneClip:
+    """A transform that applies an image or video processor of transformers to the frames of one clip."""
+
+    processor: Any
+    separate: Callable[[Mapping[str, Any]], list[Tensor]]
+
+    def __call__(self, frames: Sequence[Image]) -> Tensor:
+        (clip,) = self.separate(self.processor(list(frames), return_tensors="pt"))
+        return clip
 
 
 def image_processor(source: str, image_size: int | None = None, trust_remote_code: bool = False) -> Any:
-    """The image processor of a checkpoint of transformers, its sizes scaled so that it makes the size asked for."""
-    from transformers import AutoImageProcessor
+    """The image processor of a checkpoint of transformers, its sizes scaled so that it makes the size asked for. That
+    of videos, if a folder has no other."""
+    import transformers
 
     folder = Path(source)
+    processors: Any = transformers.AutoImageProcessor
     if folder.is_dir() and not any(
         (folder / f"{kind}_config.json").is_file() for kind in ("preprocessor", "processor")
     ):
+        processors = transformers.AutoVideoProcessor
+    if folder.is_dir() and not any(folder.glob("*processor_config.json")):
         raise ValueError(
             f"{folder} has no preprocessor_config.json, which says how images are prepared: pass transform=, or write "
             "it there: testreg.save(model, FOLDER, processor=...), or transformers' processor.save_pretrained(FOLDER), "
@@ -107,9 +142,11 @@ def image_processor(source: str, image_size: int | None = None, trust_remote_cod
         )
     trust = {"trust_remote_code": trust_remote_code}
     with explained(source, CHECK_FOLDER if folder.is_dir() else CHECK_HUB), asking_only_if(trust_remote_code):
-        processor = AutoImageProcessor.from_pretrained(source, **trust)
+        processor = processors.from_pretrained(source, **trust)
         if image_size is None:
             return processor
+        if hasattr(processor, "temporal_patch_size"):
+            raise ValueError(f"{type(processor).__name__} keeps the shape of images: leave the image size out")
         settings = processor.to_dict()
         sizes = {
             key: {edge: n for edge, n in dict(settings.get(key) or {}).items() if n} for key in ("size", "crop_size")
@@ -120,7 +157,7 @@ def image_processor(source: str, image_size: int | None = None, trust_remote_cod
             for key, edges in sizes.items()
             if edges
         }
-        return AutoImageProcessor.from_pretrained(source, **trust, **scaled)
+        return processors.from_pretrained(source, **trust, **scaled)
 
 
 def own_processor(model: nn.Module) -> Any:

@@ -13,13 +13,20 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from testreg.families import Tower
 from testreg.files import regular_file
 from testreg.io.decoding import is_pil
 from testreg.io.names import KINDS
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
-PIXELS = "pixel_values"  # of what transformers' image processors return
-COLUMNS = (PIXELS, "image", "img", "jpg", *sorted(extension[1:] for extension in EXTENSIONS))  # of rows, the best first
+PIXELS = ("pixel_values", "pixel_values_videos")  # of what transformers' processors return
+COLUMNS = (
+    *PIXELS,
+    "image",
+    "img",
+    "jpg",
+    *sorted(extension[1:] for extension in EXTENSIONS),
+)  # of rows, the best first
 
 # Sources by name ------------------------------------------------------------------------------------------------------
 
@@ -61,7 +68,7 @@ def image_paths(images: str | os.PathLike[str]) -> list[Path]:
     """
     if Path(images).suffix.lower() == ".txt" and not Path(images).is_dir():
         return _listed_paths(Path(images))
-    if _is_named_as_image(images) and not Path(images).is_dir():
+    if is_named_as_image(images) and not Path(images).is_dir():
         return [regular_file(images)]
     if Path(images).is_file():
         raise ValueError(
@@ -69,13 +76,14 @@ def image_paths(images: str | os.PathLike[str]) -> list[Path]:
         )
     if not Path(images).is_dir():
         raise FileNotFoundError(f"no folder of images at {images}: give {KINDS}")
-    paths = sorted(filter(_is_named_as_image, Path(images).rglob("*")))
+    paths = sorted(filter(is_named_as_image, Path(images).rglob("*")))
     if not paths:
         raise ValueError(f"no images ({', '.join(sorted(EXTENSIONS))}) in {images}")
     return paths
 
 
-def _is_named_as_image(path: str | os.PathLike[str]) -> bool:
+def is_named_as_image(path: str | os.PathLike[str]) -> bool:
+    """Whether a file's name ends as that of an image does."""
     return Path(path).suffix.lower() in EXTENSIONS
 
 
@@ -144,20 +152,35 @@ def _library(name: str, images: str) -> Any:
 # Images of a source ---------------------------------------------------------------------------------------------------
 
 
-def images_in(images: Any) -> Any:
-    """The items of a source that is an object; a single image becomes a list, folders in a list what they hold."""
-    if isinstance(images, Mapping) and PIXELS in images:
-        images = images[PIXELS]
+def is_processed(item: Any) -> bool:
+    """Whether it is what a processor of transformers returns, or a row of a dataset of that."""
+    return isinstance(item, Mapping) and not {*PIXELS}.isdisjoint(item)
+
+
+def images_in(images: Any, tower: Tower | None = None) -> Any:
+    """The items of a source that is an object; a single image becomes a list, folders in a list what they hold.
+
+    Here and below, `tower` is the one that the images are for, which may take clips, and says what is made of what its
+    processor returns; None: the pixels are taken as they are.
+    """
+    if is_processed(images):
+        images = tower.separate(images) if tower is not None else image_of(images)
     if is_pil(images) or (isinstance(images, Tensor | np.ndarray) and images.ndim < 4):
         return [images]
+    if _takes_clips(tower):
+        return images
     if isinstance(images, list | tuple) and any(map(_is_folder, images)):
         return [path for each in images for path in (image_paths(each) if _is_folder(each) else [each])]
     return images
 
 
+def _is_frame(item: object) -> bool:
+    return is_pil(item) or (isinstance(item, str | os.PathLike) and is_named_as_image(item))
+
+
 def _is_folder(item: object) -> bool:
     """Whether it is a folder; one that is named as an image counts as an unreadable image, as it does in a folder."""
-    return isinstance(item, str | os.PathLike) and not _is_named_as_image(item) and Path(item).is_dir()
+    return isinstance(item, str | os.PathLike) and not is_named_as_image(item) and Path(item).is_dir()
 
 
 def undecoded(items: Any) -> Any:
@@ -182,31 +205,47 @@ def undecoded(items: Any) -> Any:
     return items if column in COLUMNS else items.rename_column(column, COLUMNS[0])
 
 
-def is_indexed(items: Any) -> bool:
-    """Whether `items[i]` is image i: a list or map-style dataset, unless it holds batches."""
+def is_indexed(items: Any, tower: Tower | None = None) -> bool:
+    """Whether `items[i]` is image i: a list or map-style dataset, unless it holds batches, or what a processor makes of
+    several images, or packs."""
     if isinstance(items, DataLoader | IterableDataset) or not (
         isinstance(items, Sized) and hasattr(items, "__getitem__")
     ):
         return False
-    return not len(items) or not _is_batch(image_of(items[0]))
+    if not len(items):
+        return True
+    image = image_of(items[0], _takes_clips(tower))
+    if tower is not None and is_processed(items[0]):
+        return getattr(image, "shape", None) == tower.separate(items[0])[0].shape
+    return not _is_batch(image, tower)
 
 
-def _is_batch(image: Any) -> bool:
-    return isinstance(image, Tensor | np.ndarray) and image.ndim == 4
+def _takes_clips(tower: Tower | None) -> bool:
+    return tower is not None and tower.num_frames is not None
 
 
-def single_images(items: Iterable[Any]) -> Iterator[Any]:
+def _is_batch(image: Any, tower: Tower | None) -> bool:
+    return isinstance(image, Tensor | np.ndarray) and image.ndim == (5 if _takes_clips(tower) else 4)
+
+
+def single_images(items: Iterable[Any], tower: Tower | None = None) -> Iterator[Any]:
     """The images in the items of a source, each for itself where items are batches."""
     for item in items:
-        image = image_of(item)
-        if _is_batch(image):
+        if tower is not None and is_processed(item):
+            yield from tower.separate(item)
+            continue
+        image = image_of(item, _takes_clips(tower))
+        if _is_batch(image, tower):
             yield from image
         else:
             yield image
 
 
-def image_of(item: Any) -> Any:
-    """The image, decoded or not, in one item of a source: an image, an (image, label) pair or a row."""
+def image_of(item: Any, clips: bool = False) -> Any:
+    """The image, decoded or not, in one item of a source: an image, an (image, label) pair or a row. Or the clip, which
+    a list of frames may be."""
+    if clips and isinstance(item, tuple | list) and len(item) > 1 and all(map(_is_frame, item)):
+        return item
     if isinstance(item, tuple | list):
         item = item[0]
     if not isinstance(item, Mapping):

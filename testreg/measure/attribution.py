@@ -107,7 +107,9 @@ def _attribute(
     with recorded_graph(tower) as (tokens, hidden):
         tower.run(images.clone())  # tensors that were made in inference mode cannot be differentiated
         patches = tower.patches(images)
-        norms = torch.stack([tower.batch_first(each).float().norm(dim=-1)[:, patches] for each in tokens])  # (L, B, N)
+        norms = torch.stack(
+            [tower.arranged(each, images).float().norm(dim=-1)[:, patches] for each in tokens]
+        )  # (L, B, N)
     if cut := [index for index, each in enumerate(tokens) if not each.requires_grad]:
         raise _not_differentiable(f"block {cut[0]} passes no gradient on")
     flat = [activation for of_block in hidden for activation in of_block]
@@ -121,7 +123,8 @@ def _attribute(
             shares, energies = [], []
             for mlp, activation in zip(block.mlps, activations, strict=True):
                 values, slopes = (
-                    tower.batch_first(each.detach())[:, patches, mlp.first :] for each in (activation, next(gradients))
+                    tower.arranged(each.detach(), images)[:, patches, mlp.first :]
+                    for each in (activation, next(gradients))
                 )  # (B, N, H)
                 values = values.float()
                 mean = normal.unsqueeze(1) @ values  # (B, 1, H)

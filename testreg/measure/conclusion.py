@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from testreg.families import find_tower
+from testreg.families import Grid, find_tower
 from testreg.io.processes import Sums
 from testreg.measure.diagnosis import (
     HALF,
@@ -68,6 +69,7 @@ def conclude(
         trained_registers=tower.num_trained_registers,
         embedding_positions=_embedding_positions(sums),
         attention_queries=NUM_QUERIES if any(sums.attention) else None,
+        num_frames=sums.num_frames,
     )
 
 
@@ -257,37 +259,47 @@ def _fixed_positions(sums: Observations, d: int) -> tuple[float | None, float | 
         return None, None, []
     is_fixed = events >= HALF * images
     border = _border(grid)
-    standing = {(each.row, each.column) for each in _embedding_positions(sums)}
+    standing = {each.position for each in _embedding_positions(sums)}
     positions = []
     for n in is_fixed.nonzero().flatten().tolist():
-        row, column = divmod(n, grid[1])
+        time, row, column = _place(n, grid)
         frequency, ratio = float(events[n]) / images, float(counts["embedding"][n]) / images
         in_border = border is not None and bool(border[n])
-        positions.append(FixedPosition(row, column, frequency, ratio, in_border, (row, column) in standing))
+        each = FixedPosition(row, column, frequency, ratio, in_border, time=time)
+        positions.append(replace(each, is_embedding=each.position in standing))
     border_share = None if border is None else float(events[border].sum() / events.sum())
     return float(events[is_fixed].sum() / events.sum()), border_share, positions
 
 
-def _most_frequent(sums: Observations) -> tuple[tuple[int, int], Sums]:
+def _place(number: int, grid: Grid) -> tuple[int | None, int, int]:
+    """The time, row and column of a patch by its number; the time is None in an image."""
+    *times, rows, columns = grid
+    number, column = divmod(number, columns)
+    time, row = divmod(number, rows)
+    return time if times else None, row, column
+
+
+def _most_frequent(sums: Observations) -> tuple[Grid, Sums]:
     """The grid of patches that most images have, and the sums over these images."""
     return max(sums.positions.items(), key=lambda item: float(item[1]["images"]))
 
 
-def _border(grid: tuple[int, int]) -> Tensor | None:
+def _border(grid: Grid) -> Tensor | None:
     """Which patches (N,) are in the outermost rows and columns; None if half of all are."""
     border = torch.ones(grid, dtype=torch.bool)
-    border[1:-1, 1:-1] = False
+    border[..., 1:-1, 1:-1] = False
     return border.flatten() if 2 * border.sum() < border.numel() else None
 
 
 def _embedding_positions(sums: Observations) -> list[EmbeddingPosition]:
     """The positions that stand out in front of the first block in the mean over the images."""
-    (_, columns), counts = _most_frequent(sums)
+    grid, counts = _most_frequent(sums)
     if counts["images"] < MIN_IMAGES:
         return []
     ratios = counts["embedding"] / counts["images"]  # (N,)
     standing = (ratios > OutlierRule().limit(ratios)).nonzero().flatten().tolist()
-    return [EmbeddingPosition(n // columns, n % columns, float(ratios[n])) for n in standing]
+    places = [(n, *_place(n, grid)) for n in standing]
+    return [EmbeddingPosition(row, column, float(ratios[n]), time) for n, time, row, column in places]
 
 
 def _prefix_roles(blocks: Sequence[BlockDiagnosis], trained_registers: int) -> list[PrefixRole]:

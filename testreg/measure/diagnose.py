@@ -14,7 +14,7 @@ from testreg.io.progress import progress_bar
 from testreg.measure.conclusion import conclude
 from testreg.measure.diagnosis import Diagnosis
 from testreg.measure.observation import observe
-from testreg.measure.outliers import OutlierRule
+from testreg.measure.outliers import OutlierRule, Position
 from testreg.patching.notices import warn_of_activation
 
 
@@ -27,7 +27,7 @@ def diagnose(
     num_images: int | None = None,
     rule: OutlierRule | None = None,
     block: int | None = None,
-    ignored: Collection[tuple[int, int]] = (),
+    ignored: Collection[Position] = (),
     workers: int = 0,
     seed: int = 0,
     progress: bool = True,
@@ -46,11 +46,14 @@ def diagnose(
     Args:
         model: a vision tower, or any model that contains one, on the device that it is on. A patched model is
             measured as it computes, without its registers: there should be no outliers left.
-        images: a folder, a Dataset, or any iterable of PIL images or tensors (see `testreg.io.images.ImageStream`).
-        transform: PIL image -> tensor (3, h, w); None takes the preprocessing that the model's own library names.
+        images: a folder, a Dataset, or any iterable of PIL images or tensors, or of what the model's own processor
+            returns (see `testreg.io.images.ImageStream`). Of a model for videos, clips.
+        transform: PIL image -> tensor (3, h, w), or frames -> clip (frames, 3, h, w); None takes the preprocessing that
+            the model's own library names.
         rule: which patches are outliers.
         block: the block after which the outliers are judged; None for the one where they stand out most.
-        ignored: positions (row, column) that do not count as outliers, such as the fixed ones of another diagnosis.
+        ignored: positions (row, column), of clips (time, row, column), that do not count as outliers, such as the fixed
+            ones of another diagnosis.
 
     Raises:
         ValueError: an argument does not fit the model; no image could be read; norms are not finite.
@@ -62,8 +65,11 @@ def diagnose(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     warn_of_activation(model, tower)
-    stream = ImageStream(images, transform or OwnTransform(model), num_images=num_images, workers=workers, seed=seed)
-    batches = batched((image for _, image in stream.numbered(0, rank(), world_size())), batch_size)
+    stream = ImageStream(
+        images, transform or OwnTransform(model), tower=tower, num_images=num_images, workers=workers, seed=seed
+    )
+    images_here = (image for _, image in stream.numbered(0, rank(), world_size()))
+    batches = batched(images_here, batch_size, by_shape=tower.family.keeps_shape)
     with progress_bar("diagnosing", stream.length, progress) as bar:
         seen = observe(tower, batches, rule, ignored=ignored, on_images=bar.update)
     seen.unreadable_images = stream.num_skipped

@@ -165,6 +165,13 @@ class EmbeddingPosition:
     column: int
     ratio: float
     """Its norm there over the median norm of the image, mean over the images."""
+    time: int | None = None
+    """Its place in time, counted in the frames that a clip's patches take, such as pairs; None in images."""
+
+    @property
+    def position(self) -> tuple[int, ...]:
+        """(row, column), or (time, row, column) in a clip."""
+        return _position(self)
 
 
 @dataclass(frozen=True)
@@ -181,6 +188,13 @@ class FixedPosition:
     """Whether it is in the outermost rows and columns; False where these are half of the patches or more."""
     is_embedding: bool = False
     """Whether its position embedding stands out: see `Diagnosis.embedding_positions`."""
+    time: int | None = None
+    """Its place in time, counted in the frames that a clip's patches take, such as pairs; None in images."""
+
+    @property
+    def position(self) -> tuple[int, ...]:
+        """(row, column), or (time, row, column) in a clip."""
+        return _position(self)
 
 
 @dataclass(frozen=True)
@@ -229,9 +243,9 @@ class Outliers:
         return f"fixed-position artefacts{where} from {self.origin} at {named(self.positions)}"
 
     @property
-    def positions(self) -> list[tuple[int, int]]:
-        """Rows and columns of the fixed positions."""
-        return [(each.row, each.column) for each in self.fixed_positions]
+    def positions(self) -> list[tuple[int, ...]]:
+        """The fixed positions: (row, column), or (time, row, column) in clips."""
+        return [each.position for each in self.fixed_positions]
 
     def course(self, blocks: Sequence[BlockDiagnosis]) -> str:
         """Where they appear, are strongest and end, in a sentence; `blocks` are those of the diagnosis."""
@@ -317,6 +331,8 @@ class Diagnosis:
     attention_queries: int | None = None
     """Patches of each image, at most, whose attention was measured, drawn by a seed; all images and all other tokens
     take part. None if attention was not measured."""
+    num_frames: int | None = None
+    """The frames of a clip, where clips were measured in place of images."""
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -342,8 +358,10 @@ class Diagnosis:
         """What was measured, and the first of the notes: a line each."""
         height, width = self.image_size
         patched = ", patched" if self.patched else ""
+        images = "images" if self.num_frames is None else f"clips of {self.num_frames} frames"
+        measured = f"{self.images} {images} at {height} x {width}"
         return [
-            f"of {plain(self.model['name'])}{patched}: {len(self)} blocks, {self.images} images at {height} x {width}",
+            f"of {plain(self.model['name'])}{patched}: {len(self)} blocks, {measured}",
             self.notes[0] if self.notes else f"outliers: {self.rule}",
         ]
 
@@ -407,15 +425,16 @@ class Diagnosis:
             if outliers.fixed_share is None:
                 notes.append(f"Fixed positions are not looked for in fewer than {MIN_IMAGES} images of one size.")
             for each in outliers.fixed_positions[:NUM_POSITIONS]:
+                in_time = "Row" if each.time is None else f"Time {each.time}, row"
                 notes.append(
-                    f"Row {each.row}, column {each.column} is an outlier in {each.images:.0%} of the images, "
+                    f"{in_time} {each.row}, column {each.column} is an outlier in {each.images:.0%} of the images, "
                     f"with {each.embedding_ratio:.2f} x the median norm in front of the first block."
                 )
             if outliers.border_share is not None and outliers.border_share >= BORDER:
                 notes.append(f"{outliers.border_share:.0%} of them lie in the outermost rows and columns.")
         if self.embedding_positions:
             highest = max(each.ratio for each in self.embedding_positions)
-            positions = named([(each.row, each.column) for each in self.embedding_positions])
+            positions = named([each.position for each in self.embedding_positions])
             notes.append(
                 f"Position embeddings stand out in front of the first block, with up to {highest:.1f} x the median "
                 f"norm: {positions}."
@@ -486,8 +505,12 @@ class Diagnosis:
             temporary.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def named(positions: Sequence[tuple[int, int]]) -> str:
-    """Rows and columns in words; of many, the first."""
+def _position(each: EmbeddingPosition | FixedPosition) -> tuple[int, ...]:
+    return (each.row, each.column) if each.time is None else (each.time, each.row, each.column)
+
+
+def named(positions: Sequence[tuple[int, ...]]) -> str:
+    """Rows and columns, and times of clips, in words; of many, the first."""
     more = f" and {len(positions) - NUM_POSITIONS} more" if len(positions) > NUM_POSITIONS else ""
     return ", ".join(map(str, positions[:NUM_POSITIONS])) + more
 

@@ -160,7 +160,7 @@ class _Taker:
         pooled = self._is_pooled(images)
         watched = [block for block in self.blocks if "attention" in self.what and block not in pooled]
         with ExitStack() as stack:
-            seen = [stack.enter_context(recorded_tokens(tower, block)) for block in self.blocks]
+            seen = [stack.enter_context(recorded_tokens(tower, images, block)) for block in self.blocks]
             added = stack.enter_context(registers(self.model)) if self._has_added else None
             drawn: list[list[Tensor]] = []
             if watched:

@@ -65,27 +65,28 @@ def recording_outputs(modules: Iterable[nn.Module], record: Callable[[int, Tenso
 
 
 @contextmanager
-def recorded_norms(tower: Tower) -> Iterator[list[Tensor]]:
-    """Within the context, a forward of the tower appends the norms (B, T), in float32, of each block's output."""
-    with _recorded_blocks(tower, range(tower.depth), lambda tokens: tokens.float().norm(dim=-1)) as norms:
+def recorded_norms(tower: Tower, images: Tensor) -> Iterator[list[Tensor]]:
+    """Within the context, a forward of the tower on a batch appends the norms (B, T), in float32, of each block's
+    output."""
+    with _recorded_blocks(tower, images, range(tower.depth), lambda tokens: tokens.float().norm(dim=-1)) as norms:
         yield norms
 
 
 @contextmanager
-def recorded_tokens(tower: Tower, block: int) -> Iterator[list[Tensor]]:
-    """Within the context, a forward of the tower appends the tokens (B, T, C) that the block gives."""
-    with _recorded_blocks(tower, [block], lambda tokens: tokens) as tokens:
+def recorded_tokens(tower: Tower, images: Tensor, block: int) -> Iterator[list[Tensor]]:
+    """Within the context, a forward of the tower on a batch appends the tokens (B, T, C) that the block gives."""
+    with _recorded_blocks(tower, images, [block], lambda tokens: tokens) as tokens:
         yield tokens
 
 
 @contextmanager
 def _recorded_blocks(
-    tower: Tower, indices: Sequence[int], reduce: Callable[[Tensor], Tensor]
+    tower: Tower, images: Tensor, indices: Sequence[int], reduce: Callable[[Tensor], Tensor]
 ) -> Iterator[list[Tensor]]:
     recorded: list[Tensor] = []
 
     def record(index: int, tokens: Tensor) -> None:
-        recorded.append(tower.batch_first(reduce(tokens.detach())))
+        recorded.append(reduce(tower.arranged(tokens.detach(), images)))
 
     with recording_outputs([tower.blocks[index].module for index in indices], record):
         yield recorded

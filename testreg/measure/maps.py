@@ -84,7 +84,8 @@ def attention(
     if rollout and to == "registers":
         raise ValueError("rollout follows attention to the patches: leave to='registers' out")
     batch = image_batch(model, images, transform)
-    asked = query if query is None or isinstance(query, str) else _mask(query, tower.grid(batch), len(batch))
+    grid = tower.rows_and_columns(batch)
+    asked = query if query is None or isinstance(query, str) else _mask(query, grid, len(batch))
     maps = []
     with tower.evaluating():
         if query is None and not tower.num_prefix and is_last and not rollout and to == "patches":
@@ -153,7 +154,7 @@ def features(
 
 
 def _feature_map(tower: Tower, images: Tensor, block: int, norm: bool) -> Tensor:
-    with recorded_tokens(tower, block) as recorded:
+    with recorded_tokens(tower, images, block) as recorded:
         tower.run(images)
     tokens = recorded[0]
     if len(tokens) != len(images) or tokens.ndim != 3:  # images that are packed in one sequence

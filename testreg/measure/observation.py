@@ -17,14 +17,13 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from testreg.families import Tower
+from testreg.families import Grid, Tower
 from testreg.io.processes import Sums, add
 from testreg.measure.hooks import recording_inputs, recording_outputs
-from testreg.measure.outliers import OutlierRule, check_finite, exactly, ignored_patches
+from testreg.measure.outliers import OutlierRule, Position, check_finite, exactly, ignored_patches
 from testreg.measure.sampling import SampledAttention, from_afar
 
 BIN = math.log(1.01)  # width of a histogram bin: quantiles are exact to half of it, 0.5 %
@@ -42,18 +41,21 @@ class Observations:
     def __init__(self, depth: int) -> None:
         self.image_size: list[int] | None = None
         """Height and width of the last image; None before the first."""
+        self.num_frames: int | None = None
+        """The frames of a clip; None of images."""
         self.unreadable_images = 0
         self.hook_points: list[Sums] = [{} for _ in range(2 * depth + 1)]
         """Empty where the stream cannot be observed."""
         self.attention: list[Sums] = [{} for _ in range(depth)]
         self.excess = torch.zeros(depth, 2 * depth + 1, dtype=torch.float64)
         """[d, p] sums, over the outliers after block d, ratio - 1 at hook point p; NaN where it cannot be observed."""
-        self.positions: defaultdict[tuple[int, int], Sums] = defaultdict(dict)
+        self.positions: defaultdict[Grid, Sums] = defaultdict(dict)
         """Sums for each patch, by the grid of patches, since images may be of several sizes."""
 
     def add(self, other: Observations) -> Observations:
         """Add the sums over other images, in place."""
         self.image_size = other.image_size or self.image_size
+        self.num_frames = other.num_frames or self.num_frames
         self.unreadable_images += other.unreadable_images
         pairs = zip(self.hook_points + self.attention, other.hook_points + other.attention, strict=True)
         for mine, theirs in (*pairs, *((self.positions[grid], more) for grid, more in other.positions.items())):
@@ -67,15 +69,18 @@ def observe(
     batches: Iterable[Tensor],
     rule: OutlierRule,
     *,
-    ignored: Collection[tuple[int, int]] = (),
+    ignored: Collection[Position] = (),
     attention: bool = True,
     on_images: Callable[[int], object] = lambda count: None,
+    on_norms: Callable[[Tensor], object] = lambda norms: None,
 ) -> Observations:
-    """What a tower shows on batches (B, 3, h, w) of images, of which there may be none, in this process alone.
+    """What a tower shows on batches (B, 3, h, w) of images, or (B, frames, 3, h, w) of clips, of which there may be
+    none, in this process alone.
 
     Args:
-        ignored: positions (row, column) that do not count as outliers.
+        ignored: positions that do not count as outliers.
         attention: whether to measure attention: a tenth of a forward's time, or less.
+        on_norms: called with the norms (B, L, T) of the tokens after each block, of each batch.
         on_images: called with the number of images after each batch.
 
     Raises:
@@ -84,7 +89,7 @@ def observe(
     seen = Observations(tower.depth)
     with tower.evaluating():
         for batch in batches:
-            _add_batch(seen, tower, batch, rule, ignored, attention)
+            on_norms(_add_batch(seen, tower, batch, rule, ignored, attention))
             on_images(len(batch))
     return seen
 
@@ -95,11 +100,11 @@ def _add_batch(
     tower: Tower,
     images: Tensor,
     rule: OutlierRule,
-    ignored: Collection[tuple[int, int]],
+    ignored: Collection[Position],
     attention: bool,
-) -> None:
-    """Add one batch (B, 3, h, w) to the sums."""
-    sums.image_size = list(images.shape[-2:])
+) -> Tensor:
+    """Add one batch to the sums; returns the norms (B, L, T) of its tokens after each block."""
+    sums.image_size, sums.num_frames = list(images.shape[-2:]), tower.num_frames
     batch = _BatchObserver(sums, tower, images, rule, ignored)
     with batch.observing(attention):
         tower.run(images)
@@ -110,6 +115,7 @@ def _add_batch(
         sums.excess += torch.einsum("dbn,pbn->dp", outlier, ratios - 1).cpu().double()
     counts = {"events": outlier.sum(1), "embedding": ratios[0].sum(0), "images": torch.tensor(len(images))}
     add(sums.positions[batch.grid], counts)
+    return torch.stack(batch.norms, 1)
 
 
 class _BatchObserver:
@@ -121,18 +127,19 @@ class _BatchObserver:
         tower: Tower,
         images: Tensor,
         rule: OutlierRule,
-        ignored: Collection[tuple[int, int]],
+        ignored: Collection[Position],
     ) -> None:
         self.sums, self.tower, self.images, self.rule, self.ignored = sums, tower, images, rule, ignored
         self.ratios: list[Any] = []  # (B, N) of each hook point passed, or None where it cannot be observed
         self.outlier: list[Any] = []  # masks of the same shape
+        self.norms: list[Tensor] = []  # (B, T) after each block
         self.entered: Tensor | None = None  # the tokens (B, T, C) that it got
         self.residual_sum = _ResidualSum()
         self.attention = SampledAttention(tower, images, self._add_attention)
 
     @functools.cached_property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns; not asked for before a block runs, so that towers which take no images say so first."""
+    def grid(self) -> Grid:
+        """Not asked for before a block runs, so that towers which take no images say so first."""
         return self.tower.grid(self.images)
 
     @functools.cached_property
@@ -153,7 +160,7 @@ class _BatchObserver:
             yield
 
     def _before_block(self, index: int, tokens: Tensor) -> None:
-        self.entered = self.tower.batch_first(tokens)
+        self.entered = self.tower.arranged(tokens, self.images)
         self.attention.begin(index)
         if not self.ratios:
             self._measure(self.entered)
@@ -161,10 +168,11 @@ class _BatchObserver:
 
     def _after_block(self, index: int, tokens: Tensor) -> None:
         self.attention.end()
-        tokens = self.tower.batch_first(tokens)
+        tokens = self.tower.arranged(tokens, self.images)
         assert self.entered is not None
-        before_mlp = self.residual_sum.before_mlp(self.tower, self.entered, tokens)
+        before_mlp = self.residual_sum.before_mlp(self.tower, self.images, self.entered, tokens)
         self.residual_sum.clear()  # so that it does not follow what is computed here
+        self.norms.append(tokens.float().norm(dim=-1))
         self._measure(before_mlp)
         self._measure(tokens)
 
@@ -229,18 +237,18 @@ class _ResidualSum(TorchFunctionMode):
         values = value if isinstance(value, list | tuple) else (value,)
         return any(each is known for each in values for known in self.from_mlp)
 
-    def before_mlp(self, tower: Tower, entered: Tensor, left: Tensor) -> Tensor | None:
+    def before_mlp(self, tower: Tower, images: Tensor, entered: Tensor, left: Tensor) -> Tensor | None:
         """The stream (B, T, C) between attention and MLP of a block that got and gave such tokens."""
         if self.sum is None:
             return None
         num_tokens = left.shape[1]  # test-time registers are behind
-        total, before = (tower.batch_first(each)[:, :num_tokens] for each in self.sum)
+        total, before = (tower.arranged(each, images)[:, :num_tokens] for each in self.sum)
         in_turn = torch.equal(total, left) and not torch.equal(before, entered)
         return before if in_turn else None
 
 
 def _residual_sums(
-    prefix: Tensor, patches: Tensor, norms: Tensor, grid: tuple[int, int], rule: OutlierRule, counted: Tensor
+    prefix: Tensor, patches: Tensor, norms: Tensor, grid: Grid, rule: OutlierRule, counted: Tensor
 ) -> tuple[Sums, Tensor, Tensor]:
     """Figures of the prefix tokens (B, P, C) and the patches (B, N, C) at one hook point, summed over a batch.
 
@@ -309,18 +317,21 @@ def _value_sums(weights: Tensor, value: Tensor, outlier: Tensor, share: Tensor) 
     }
 
 
-def neighbour_cosine(patches: Tensor, norms: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Mean cosine similarity (B, N) of each of the patches (B, N, C) to those above, below, left and right of it.
+def neighbour_cosine(patches: Tensor, norms: Tensor, grid: Grid) -> Tensor:
+    """Mean cosine similarity (B, N) of each of the patches (B, N, C) to those above, below, left and right of it; of a
+    clip's patches, to those before and after it too.
 
     `norms` (B, N) are those of the patches.
     """
     patches, norms = patches.unflatten(1, grid), norms.clamp(min=TINY).unflatten(1, grid)
-    # Products are divided by norms, since to make all patches unit vectors would copy them.
-    across = (patches[:, :, 1:] * patches[:, :, :-1]).sum(-1) / (norms[:, :, 1:] * norms[:, :, :-1])
-    down = (patches[:, 1:] * patches[:, :-1]).sum(-1) / (norms[:, 1:] * norms[:, :-1])
-
-    def at_both_ends(across: Tensor, down: Tensor) -> Tensor:
-        return F.pad(across, (1, 0)) + F.pad(across, (0, 1)) + F.pad(down, (0, 0, 1, 0)) + F.pad(down, (0, 0, 0, 1))
-
-    count = at_both_ends(torch.ones_like(across), torch.ones_like(down))
-    return (at_both_ends(across, down) / count.clamp(min=1)).flatten(1)
+    total, count = torch.zeros_like(norms), torch.zeros_like(norms)
+    for dim, size in enumerate(grid, start=1):
+        (one, other), (norm, other_norm) = (
+            (each.narrow(dim, 0, size - 1), each.narrow(dim, 1, size - 1)) for each in (patches, norms)
+        )
+        # Products are divided by norms, since to make all patches unit vectors would copy them.
+        cosine = (one * other).sum(-1) / (norm * other_norm)
+        for first in (0, 1):  # both are the other's neighbour
+            total.narrow(dim, first, size - 1).add_(cosine)
+            count.narrow(dim, first, size - 1).add_(1)
+    return (total / count.clamp(min=1)).flatten(1)

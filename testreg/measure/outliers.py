@@ -9,8 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from testreg.families import Tower
+from testreg.families import Grid, Tower
 from testreg.measure.hooks import recorded_norms
+
+Position = tuple[int, ...]
+"""Row and column of a patch in the grid; of a clip's patch, its place in time, row and column."""
 
 MIN_FRACTION = 1e-3  # of the patches must be outliers after some block, or there is nothing to fix
 ALIKE = 0.05  # deviation of log norms that a component has at least: norms within 5 % of each other are alike
@@ -113,8 +116,8 @@ class Detection:
 
     rule: OutlierRule
     block: int
-    ignored: frozenset[tuple[int, int]] = frozenset()
-    """Positions (row, column) that do not count: artefacts that are there whatever the image shows."""
+    ignored: frozenset[Position] = frozenset()
+    """Positions that do not count: artefacts that are there whatever the image shows."""
     onset: int | None = None
     """The first block after which outliers count for attribution, and all behind it do; None for `block` alone."""
 
@@ -123,9 +126,7 @@ class Detection:
         blocks = torch.arange(depth)
         return blocks == self.block if self.onset is None else blocks >= self.onset
 
-    def outliers(
-        self, norms: Tensor, num_prefix: int, grid: tuple[int, int], *, include_prefix: bool = False
-    ) -> Tensor:
+    def outliers(self, norms: Tensor, num_prefix: int, grid: Grid, *, include_prefix: bool = False) -> Tensor:
         """Norms (..., T) of prefix tokens and a grid of patches -> which are outliers (..., T)."""
         outlier = norms > self.rule.limit(norms[..., num_prefix:])
         outlier[..., :num_prefix] &= include_prefix
@@ -133,13 +134,12 @@ class Detection:
         return outlier
 
 
-def ignored_patches(ignored: Collection[tuple[int, int]], grid: tuple[int, int]) -> Tensor:
-    """Which of a grid's patches (N,) lie at `ignored` positions (row, column)."""
-    rows, columns = grid
-    mask = torch.zeros(rows, columns, dtype=torch.bool)
-    for row, column in ignored:
-        if row < rows and column < columns:
-            mask[row, column] = True
+def ignored_patches(ignored: Collection[Position], grid: Grid) -> Tensor:
+    """Which of a grid's patches (N,) lie at `ignored` positions."""
+    mask = torch.zeros(grid, dtype=torch.bool)
+    for position in ignored:
+        if len(position) == len(grid) and all(place < size for place, size in zip(position, grid, strict=True)):
+            mask[position] = True
     return mask.flatten()
 
 
@@ -165,7 +165,7 @@ def check_finite(norms: Tensor, images: Tensor) -> None:
 
 @torch.no_grad()
 def token_norms(tower: Tower, images: Tensor) -> Tensor:
-    """Residual norms (L, B, T) after each of the L blocks, in float32, of images (B, 3, h, w)."""
-    with recorded_norms(tower) as norms:
+    """Residual norms (L, B, T) after each of the L blocks, in float32, of images (B, 3, h, w) or clips."""
+    with recorded_norms(tower, images) as norms:
         tower.run(images)
     return torch.stack(norms)

@@ -173,9 +173,9 @@ def statistics_of(
     if score == "attribution":
         return _attribution_statistics(tower, images, half, detection, norms)
     with (
-        recorded_norms(tower) as block_norms,
-        recorded_tokens(tower, detection.block) as block_tokens,
-        _recorded_mlp_inputs(tower, sparsity_filter) as (inputs, sparse),
+        recorded_norms(tower, images) as block_norms,
+        recorded_tokens(tower, images, detection.block) as block_tokens,
+        _recorded_mlp_inputs(tower, images, sparsity_filter) as (inputs, sparse),
     ):
         tower.run(images)
     norms = torch.stack(block_norms)
@@ -250,7 +250,7 @@ def _sample_normal(outlier: Tensor, numbers: Sequence[int], seed: int) -> Tensor
 
 @contextmanager
 def _recorded_mlp_inputs(
-    tower: Tower, sparsity_filter: bool
+    tower: Tower, images: Tensor, sparsity_filter: bool
 ) -> Iterator[tuple[list[list[Tensor]], list[list[Tensor]]]]:
     """Within the context, a forward records the inputs (B, T, C) of the MLPs of each block.
 
@@ -263,11 +263,11 @@ def _recorded_mlp_inputs(
 
     def record(number: int, tokens: Tensor) -> None:
         index, _ = mlps[number]
-        inputs[index].append(tower.batch_first(tokens))
+        inputs[index].append(tower.arranged(tokens, images))
 
     def record_sparse(number: int, hidden: Tensor) -> None:
         index, mlp = mlps[number]
-        hidden = tower.batch_first(hidden)[..., mlp.first :]
+        hidden = tower.arranged(hidden, images)[..., mlp.first :]
         sparse[index].append((hidden.abs() < SPARSE).float().mean(1) >= 0.5)
 
     with (

@@ -19,7 +19,7 @@ def normed_tokens(tower: Tower, images: Tensor, depth: int = 1) -> list[Tensor]:
     """The tokens (B, T, C) after each of the last `depth` blocks, behind the final norm, without registers."""
     kept: list[Tensor] = []
     blocks = [block.module for block in tower.blocks[-depth:]]
-    with recording_outputs(blocks, lambda index, tokens: kept.append(tower.batch_first(tokens))):
+    with recording_outputs(blocks, lambda index, tokens: kept.append(tower.arranged(tokens, images))):
         tower.run(images)
     return [behind_norm(tower, tokens) for tokens in kept]
 

@@ -118,7 +118,7 @@ def fold(model: M) -> M:
     Example:
         >>> from torchvision.models import VisionTransformer
         >>> vit = VisionTransformer(64, 16, num_layers=4, num_heads=4, hidden_dim=48, mlp_dim=192).eval()
-        >>> options = {"neurons": planted, "zero": "all"}
+        >>> options = {"neurons": {2: [5, 77]}, "zero": "all"}
         >>> static = testreg.make_static(vit, images, form="bias", progress=False, **options)
         >>> folded = testreg.fold(testreg.patch(vit, static=static, **options))
         >>> folded.encoder.layers[2].self_attention.bias_k.shape

@@ -67,7 +67,7 @@ def steered(model: M, target: Tensor) -> Iterator[M]:
     Example:
         >>> target = torch.zeros(1, 4, 4, dtype=torch.bool)
         >>> target[0, 0, :2] = True  # two patches at the top left
-        >>> with testreg.patched(model, planted), testreg.steered(model, target):
+        >>> with testreg.patched(model, neurons), testreg.steered(model, target):
         ...     outputs = model(images)
     """
     check_target(target)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar
 from testreg.records.record import (
     INLINE,
     Flag,
+    GridSize,
     Index,
     Integer,
     ListedNeuron,
@@ -98,8 +99,8 @@ class Verification(Record):
     """Height and width in pixels."""
     dtype: Text
     """In which the model computed, e.g. "bfloat16"."""
-    grid: Size
-    """Rows and columns of patches."""
+    grid: GridSize
+    """Rows and columns of patches; of clips, how many there are in time, rows and columns."""
     images: Index
     outlier_fraction: Number
     """Share of the plain model's patches that are outliers after the detection block."""
@@ -122,9 +123,9 @@ class Stability(Record):
 class FixedPositions(Record):
     """Patches that do not count as outliers: they are outliers in all images, and neurons do not make them so."""
 
-    grid: Size
+    grid: GridSize
     positions: tuple[Position, ...]
-    """Row and column of each."""
+    """Row and column of each; of clips, time, row and column."""
 
 
 @dataclass(frozen=True)

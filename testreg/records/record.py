@@ -61,10 +61,10 @@ def is_finite(value: object) -> bool:
         return False
 
 
-def _are_indices(value: object, least: int) -> bool:
+def _are_indices(value: object, least: int, lengths: tuple[int, ...]) -> bool:
     if not isinstance(value, list | tuple):
         return False
-    return len(value) == 2 and all(is_index(each) and each >= least for each in value)
+    return len(value) in lengths and all(is_index(each) and each >= least for each in value)
 
 
 def _is_neuron(value: object) -> bool:
@@ -87,10 +87,25 @@ Text = Annotated[str, TEXT]
 Flag = Annotated[bool, Kind("true or false", lambda value: isinstance(value, bool))]
 Object = Annotated[Mapping[str, Any], Kind("an object", lambda value: isinstance(value, Mapping), "objects")]
 Size = Annotated[
-    tuple[int, int], Kind("two whole numbers above 0", functools.partial(_are_indices, least=1), read=_pair)
+    tuple[int, int],
+    Kind("two whole numbers above 0", functools.partial(_are_indices, least=1, lengths=(2,)), read=_pair),
+]
+GridSize = Annotated[
+    tuple[int, ...],
+    Kind(
+        "two whole numbers above 0, or three of clips",
+        functools.partial(_are_indices, least=1, lengths=(2, 3)),
+        read=_pair,
+    ),
 ]
 Position = Annotated[
-    tuple[int, int], Kind("two whole numbers", functools.partial(_are_indices, least=0), "[row, column]", _pair)
+    tuple[int, ...],
+    Kind(
+        "two whole numbers, or three of clips",
+        functools.partial(_are_indices, least=0, lengths=(2, 3)),
+        "[row, column], or [time, row, column] of clips",
+        _pair,
+    ),
 ]
 ListedNeuron = Annotated[
     tuple[int, int, float | None],

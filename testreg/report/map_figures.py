@@ -65,7 +65,7 @@ def measure_maps(
 
     A `limit` from an earlier call is used again, so that what is left of the outliers is counted by the same measure.
     """
-    with recorded_tokens(tower, -1) as last:
+    with recorded_tokens(tower, images, -1) as last:
         norms = token_norms(tower, images)  # (L, B, T)
     grid, patches = tower.grid(images), tower.patches(images)
     norms = norms[block, :, patches]  # (B, N)

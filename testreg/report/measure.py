@@ -15,7 +15,7 @@ from testreg.families import Tower, find_tower
 from testreg.measure.conclusion import conclude
 from testreg.measure.diagnosis import Diagnosis
 from testreg.measure.observation import observe
-from testreg.measure.outliers import MIN_FRACTION, OutlierRule, ignored_patches, token_norms
+from testreg.measure.outliers import MIN_FRACTION, OutlierRule, Position, ignored_patches, token_norms
 from testreg.neurons import RegisterNeurons, describe_model
 from testreg.records.calibration import Calibration
 from testreg.register import disabled, patched, registers
@@ -53,7 +53,7 @@ class Report:
     model: Mapping[str, Any]
     block: int
     """The block after which outliers stand out most."""
-    ignored: list[tuple[int, int]]
+    ignored: list[Position]
     """Rows and columns of patches that do not count as outliers: calibration left these fixed positions out."""
     before: Diagnosis
     after: Diagnosis
@@ -162,7 +162,7 @@ def measure_report(
         raise ValueError(f"expected image tensors (B, 3, h, w), one at least, got {tuple(images.shape)}")
     rule = rule or OutlierRule()
     tower, batches = find_tower(model), images.split(batch_size)
-    ignored = _ignored(neurons, tower.grid(images))
+    ignored = _ignored(neurons, tower.rows_and_columns(images))
     # What the neurons do is about to be measured, so `patch` need not warn that they are not verified.
     with patched(model, replace(neurons, verified=True)), tower.evaluating():
         with disabled(model):
@@ -201,7 +201,7 @@ def _block_with_most_outliers(before: Diagnosis, neurons: RegisterNeurons) -> in
     return before.outliers.block if before.outliers else last if detected is None else detected
 
 
-def _ignored(neurons: RegisterNeurons, grid: tuple[int, int]) -> list[tuple[int, int]]:
+def _ignored(neurons: RegisterNeurons, grid: tuple[int, int]) -> list[Position]:
     """The fixed positions that calibration left out on this grid, as far as the list names any."""
     return [each for fixed in neurons.calibration.ignored if fixed.grid == grid for each in fixed.positions]
 
@@ -212,7 +212,7 @@ def _norms(
     batches: Sequence[Tensor],
     block: int,
     rule: OutlierRule,
-    ignored: Sequence[tuple[int, int]],
+    ignored: Sequence[Position],
 ) -> Norms:
     """Norms over batches of images (b, 3, h, w); the ratios are those after `block` and after the last block."""
     grid, patches = tower.grid(batches[0]), tower.patches(batches[0])

@@ -13,6 +13,7 @@ from scenes import RANDOM, SIZES, coco, tiny_model, voc, write_coco, write_image
 
 from testreg.evaluation import lost
 from testreg.evaluation.boxes import Objects, boxed_images
+from testreg.evaluation.figures import _inside
 from testreg.evaluation.lost import _hits, _in_pixels, _inner, _is_whole, _right
 from testreg.evaluation.samples import Sample
 
@@ -126,6 +127,12 @@ def test_pictures(tmp_path: Path) -> None:
     (path,) = result.save_figures(tmp_path / "figures")
     assert path.name == "lost-boxes.png"
     assert path.stat().st_size > 1000
+
+
+def test_boxes_are_drawn_where_they_are_and_inside_of_the_image() -> None:
+    """Of an image of 200 x 100 pixels, nothing is nearer to its edges than 2."""
+    boxes = torch.tensor([[0.0, 0, 200, 100], [16, 32, 32, 48], [192, 0, 200, 16]])
+    assert _inside(boxes, np.zeros((100, 200, 3))).tolist() == [[2, 2, 198, 98], [16, 32, 32, 48], [192, 2, 198, 16]]
 
 
 def test_a_model_of_one_size_says_so(tmp_path: Path) -> None:
