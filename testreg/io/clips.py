@@ -43,8 +43,7 @@ def clip_paths(clips: str) -> list[Path]:
     clips_of_frames = {path.parent for path in frames} - {folder}
     if not animations and not clips_of_frames:
         raise ValueError(
-            f"{clips} holds {len(frames)} single images, and the model takes clips: give {CLIP_KINDS} (with ffmpeg, "
-            f"{MAKING_THEM})"
+            f"{clips} holds {len(frames)} single images, and the model takes clips: give {CLIP_KINDS} ({MAKING_THEM})"
         )
     return sorted([*animations, *clips_of_frames])
 

@@ -105,7 +105,7 @@ class OneImage:
             del images[1:]
         if len(images) != 1:
             raise ValueError(
-                f"{type(self.processor).__name__} makes {len(images)} images of one, since it cuts them into tiles: "
+                f"{type(self.processor).__name__} makes {len(images)} images of one, since it cuts images into tiles: "
                 "pass a transform= of your own, or what the processor returns, in which each tile counts as an image"
             )
         return images[0]

@@ -164,7 +164,9 @@ def images_in(images: Any, tower: Tower | None = None) -> Any:
     processor returns; None: the pixels are taken as they are.
     """
     if is_processed(images):
-        images = tower.separate(images) if tower is not None else image_of(images)
+        apart = image_of(images) if tower is None else tower.separate(images)
+        # The frames that a packed video shows at one time would be taken for a batch.
+        images = [images] if tower is not None and _is_batch(apart[0], tower) else apart
     if is_pil(images) or (isinstance(images, Tensor | np.ndarray) and images.ndim < 4):
         return [images]
     if _takes_clips(tower):

@@ -234,6 +234,23 @@ def test_images_of_several_shapes_are_calibrated_on() -> None:
     assert testreg.diagnose(model, made, progress=False).images == 12
 
 
+def test_what_a_packed_video_shows_at_one_time_is_an_image() -> None:
+    """Two pairs of frames and three, of 4 x 4 patches; each pair is embedded as in the whole video."""
+    torch.manual_seed(0)
+    model: Any = qwen(2).eval()
+    tower = find_tower(model)
+    pixels, grid = torch.randn(5 * 16, 3 * 2 * 16 * 16), torch.tensor([[2, 4, 4], [3, 4, 4]])
+    inputs = {"pixel_values_videos": pixels, "video_grid_thw": grid}
+    apart = tower.separate(inputs)
+    assert [tuple(image.shape) for image in apart] == [(2, 3, 64, 64)] * 5
+    seen: list[Tensor] = []
+    with torch.no_grad(), model.blocks[1].register_forward_hook(lambda module, args, output: seen.append(output)):
+        model(pixels, grid)
+        tower.run(torch.stack(apart))
+    torch.testing.assert_close(seen[1], seen[0], rtol=1e-4, atol=1e-4)
+    assert testreg.diagnose(model, inputs, progress=False).images == 5
+
+
 def test_plain_towers_are_not_changed() -> None:
     tower = find_tower(build("hf_vit"))
     tokens, images = torch.randn(2, 17, 48), torch.zeros(2, 3, 64, 64)

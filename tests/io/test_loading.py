@@ -531,5 +531,10 @@ def test_of_tiles_the_whole_image_is_taken(tmp_path: Path) -> None:
     other = transformers.Idefics3ImageProcessor(
         size={"longest_edge": 2 * IMAGE}, max_image_size={"longest_edge": IMAGE}
     )
+    assert OneImage(other)(PHOTO).shape == (3, IMAGE, IMAGE)  # which can be told not to cut
+
+    def cuts(images: Any, return_tensors: str) -> dict[str, Any]:
+        return {"pixel_values": torch.ones(1, 2, 3, IMAGE, IMAGE)}
+
     with pytest.raises(ValueError, match="it cuts images into tiles: pass a transform="):
-        OneImage(other)(PHOTO)
+        OneImage(cuts)(PHOTO)

@@ -70,6 +70,7 @@ SLICE = {
     "transformers HunYuan-VL": "HunYuanVLForConditionalGeneration",
     "transformers MiniMax-M3-VL": "MiniMaxM3SparseForConditionalGeneration",
     "transformers Inkling 2": "Inkling2ForConditionalGeneration",
+    "transformers Ernie 4.5 VL": "Ernie4_5_VLMoeForConditionalGeneration",
     "transformers Kimi-K2.5": "Kimi_K25ForConditionalGeneration",
     "transformers Qwen2-VL": "Qwen2VLForConditionalGeneration",
     "transformers Qwen3-VL": "Qwen3VLForConditionalGeneration",
