@@ -32,7 +32,7 @@ from torchvision.transforms.v2 import functional as tv
 
 import testreg
 from testreg.cli import calibrate, main, show
-from testreg.cli.running import Run
+from testreg.cli.invocation import Run
 from testreg.cli.show import _box, _target
 from testreg.io.rows import Writer
 from testreg.measure.score import Score

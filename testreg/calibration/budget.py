@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Literal
 
-from testreg.io.processes import gathered
+from testreg.io.processes import all_gather
 
 FORWARDS = 4  # of an image, that a calibration takes in all: 2 to 4, and more where the search is long
 FEWEST = 8  # images, however little time there is
@@ -32,7 +32,7 @@ class Budget:
         if self.seconds is None:
             return False
         left = self.seconds - (time.monotonic() - self.started) - forwards_to_come * self.forward_seconds
-        if not any(gathered(left < 0)):
+        if not any(all_gather(left < 0)):
             return False
         self._remember(doing)
         return True
@@ -48,7 +48,7 @@ class Budget:
         forward()  # warms up
         start = time.perf_counter()
         forward()
-        shares = gathered(time.perf_counter() - start)
+        shares = all_gather(time.perf_counter() - start)
         self.forward_seconds = max(shares) / len(shares)
         number = 2 * int(self.seconds / (2 * FORWARDS * self.forward_seconds))
         if number < FEWEST <= first:

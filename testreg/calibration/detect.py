@@ -15,7 +15,7 @@ from testreg.calibration.split import NUM_CHOOSING, Split
 from testreg.calibration.view import View
 from testreg.families import Tower
 from testreg.io.images import batched
-from testreg.io.processes import gathered
+from testreg.io.processes import all_gather
 from testreg.io.progress import progress_bar
 from testreg.measure.attribution import counted_outliers
 from testreg.measure.conclusion import conclude
@@ -129,10 +129,10 @@ def _look(split: Split, options: Options) -> _Look:
     while (outliers := diagnosis.outliers) is not None and outliers.fixed_positions:
         ignored |= set(outliers.positions)
         diagnosis, norms = _diagnose(split, ignored)
-    if outliers is None and options.insists:
+    if outliers is None and options.user_chose_block:
         diagnosis, ignored = with_fixed, frozenset()
         outliers = diagnosis.outliers
-    has_movable = outliers is not None and (outliers.kind == "movable" or options.insists)
+    has_movable = outliers is not None and (outliers.kind == "movable" or options.user_chose_block)
     return _Look(split, with_fixed, diagnosis, ignored, norms, has_movable)
 
 
@@ -154,7 +154,7 @@ def _diagnose(split: Split, ignored: Positions) -> tuple[Diagnosis, Mapping[int,
             on_norms=norms.extend,
         )
     of_images = dict(zip((number for number, _ in split.first), norms, strict=True))
-    return conclude(view.model, gathered(seen), options.outlier_rule, block=options.block), of_images
+    return conclude(view.model, all_gather(seen), options.outlier_rule, block=options.block), of_images
 
 
 def _detected(look: _Look, leader: _Look, options: Options) -> Detected:

@@ -24,11 +24,11 @@ from testreg.families import Tower
 from testreg.families.kernels import attention_kernel
 from testreg.io.images import batched, in_lists
 from testreg.io.packing import PackedImage
-from testreg.io.processes import Sums, add, gathered, rank, summed
+from testreg.io.processes import Sums, add, all_gather, all_reduce_sum, rank
 from testreg.measure.attention import UNSEEN
 from testreg.measure.hooks import recording_inputs, recording_outputs
 from testreg.measure.observation import neighbour_cosine
-from testreg.measure.outliers import MIN_FRACTION, Detection, check_finite, exactly, ignored_patches
+from testreg.measure.outliers import MIN_FRACTION, Detection, autocast_off, check_finite, ignored_patches
 from testreg.measure.sampling import SampledAttention
 from testreg.neurons import Neuron, unscored
 from testreg.records.calibration import Effect, Verification
@@ -165,7 +165,7 @@ class EffectMeter:
         seed: int = 0,
     ) -> None:
         self.model, self.tower, self.detection, self.onset, self.head = model, tower, detection, onset, head
-        grids = gathered(tower.sequence_grid(images[0].image[None]) if images else None)
+        grids = all_gather(tower.sequence_grid(images[0].image[None]) if images else None)
         self.grid = next(grid for grid in grids if grid)
         lists = in_lists(images, batch_size, lambda image: image.rows.shape, by_shape=tower.family.keeps_shape)
         self._compare_with([self._baseline(tuple(batch), seed) for batch in lists])
@@ -190,7 +190,7 @@ class EffectMeter:
                     "count": torch.tensor([len(pooled), len(patches)]),
                 },
             )
-        self.before = summed(sums)
+        self.before = all_reduce_sum(sums)
         self.centre = self.before["features"] / self.before["count"].unsqueeze(-1)  # (2, C), of pooled and patches
 
     def split(self, number: int) -> tuple[EffectMeter, EffectMeter]:
@@ -203,7 +203,7 @@ class EffectMeter:
         mine = torch.cat(shares).tolist() if shares else []
         ranked = sorted(
             (-share, image, process)
-            for process, of_process in enumerate(gathered(mine))
+            for process, of_process in enumerate(all_gather(mine))
             for image, share in enumerate(of_process)
         )
         every = len(ranked) / number
@@ -270,7 +270,7 @@ class EffectMeter:
             for batch, baseline in enumerate(self.baselines):
                 self.block_cache.begin(batch)
                 self._compare(baseline, sums)
-        after, before = summed(sums), self.before
+        after, before = all_reduce_sum(sums), self.before
         least = MIN_FRACTION * float(before["patches"])  # what is as good as none, divided by, means nothing
         remaining = (after["outliers"] / before["outliers"].clamp(min=least))[self.onset :]
         excess = (after["excess"] / before["excess"].clamp(min=least))[self.onset :]
@@ -439,7 +439,7 @@ class _Reader:
     def _see(self, block: int, weights: Tensor, queries: Tensor, share: Tensor, values: Tensor | None) -> None:
         """What some tokens of a block give to all, (B, heads, n, T)."""
         given = weights[..., self.region].mean(1)  # (B, n, N)
-        with exactly(weights.device):
+        with autocast_off(weights.device):
             self.drawn.append(torch.einsum("bqn,q->bn", given, share.to(given)))
         if block == self.tower.depth - 1:
             is_patch = (queries >= self.region.start) & (queries < self.region.stop)

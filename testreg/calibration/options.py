@@ -101,7 +101,7 @@ class Options:
         object.__setattr__(self, "outlier_rule", self.rule or OutlierRule(threshold=self.threshold))
 
     @property
-    def insists(self) -> bool:
+    def user_chose_block(self) -> bool:
         """Whether the user says where to look, so that outliers are calibrated which a register may not move."""
         return self.block is not None or self.max_block is not None
 

@@ -17,7 +17,7 @@ from testreg.calibration.detect import Detected, leading
 from testreg.calibration.options import Options
 from testreg.calibration.resume import CHUNK, FIRST_CHUNK, State
 from testreg.io.images import batched, in_lists
-from testreg.io.processes import gathered
+from testreg.io.processes import all_gather
 from testreg.io.progress import progress_bar
 from testreg.measure.ranking import SUMS, Statistics, overlap, statistics_of
 from testreg.neurons import Neuron, unscored
@@ -74,7 +74,7 @@ def rank(detected: Sequence[Detected], options: Options, budget: Budget, state: 
         return Ranked(detected, tuple(state.statistics))
 
     def is_read() -> bool:
-        return all(gathered(all(each.is_empty for each in unread)))
+        return all(all_gather(all(each.is_empty for each in unread)))
 
     def is_stable() -> bool:
         if options.stability is None:
@@ -143,7 +143,7 @@ def _statistics_of(
             seed=options.seed,
         )
         on_images(len(batch))
-    return functools.reduce(operator.add, gathered(statistics))
+    return functools.reduce(operator.add, all_gather(statistics))
 
 
 def _ignore(count: int) -> None:

@@ -15,8 +15,8 @@ from testreg.calibration.options import Options
 from testreg.calibration.rank import Ranked
 from testreg.calibration.selection import Selection
 from testreg.calibration.verify import Checks
-from testreg.io.processes import gathered
-from testreg.measure.diagnosis import named
+from testreg.io.processes import all_gather
+from testreg.measure.diagnosis import positions_in_words
 from testreg.neurons import RegisterNeurons, describe_model
 from testreg.records.calibration import Calibration, FixedPositions, Stability
 
@@ -34,8 +34,8 @@ def result(
     ignored = ((each.split.grid, sorted(each.detection.ignored)) for each in ranked.detected)
     entries = {
         "images": int(total.num_images),
-        "held_out": sum(gathered(len(leader.split.held_out))),
-        "unreadable_images": sum(gathered(leader.view.stream.num_skipped)),
+        "held_out": sum(all_gather(len(leader.split.held_out))),
+        "unreadable_images": sum(all_gather(leader.view.stream.num_skipped)),
         "verdict": _verdict(leader, target_met=checks is not None and checks.target_met),
         "ignored": tuple(FixedPositions(grid, tuple(positions)) for grid, positions in ignored if positions),
         "detection_block": leader.detection.block,
@@ -105,7 +105,7 @@ def _verdict(leader: Detected, *, target_met: bool) -> str:
         verdict = leader.diagnosis.verdict
     if not ignored:
         return verdict
-    return f"{verdict}; besides, artefacts at {named(sorted(ignored))}, where a register fixes nothing"
+    return f"{verdict}; besides, artefacts at {positions_in_words(sorted(ignored))}, where a register fixes nothing"
 
 
 def _versions() -> dict[str, str]:

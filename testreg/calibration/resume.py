@@ -16,7 +16,7 @@ from torch import Tensor
 from testreg.calibration.detect import Detected
 from testreg.families import fingerprint
 from testreg.files import replacing
-from testreg.io.processes import gathered, rank
+from testreg.io.processes import all_gather, rank
 from testreg.measure.ranking import SUMS, Statistics
 from testreg.neurons import Neuron
 from testreg.records.calibration import Effect
@@ -82,7 +82,7 @@ class State:
                 saved = self._read(self.path)
             except ValueError as error:
                 saved = error
-        saved = gathered(saved)[0]
+        saved = all_gather(saved)[0]
         if isinstance(saved, ValueError):
             raise saved
         if saved is not None:

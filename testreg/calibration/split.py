@@ -20,7 +20,7 @@ from testreg.families import Grid
 from testreg.io.images import Images, ImageStream
 from testreg.io.packing import PackedImage
 from testreg.io.preprocessing import Transform
-from testreg.io.processes import gathered, rank, world_size
+from testreg.io.processes import all_gather, rank, world_size
 from testreg.measure.outliers import token_norms
 
 NUM_DIAGNOSED = 96  # of the first images, or as many as are not held out
@@ -69,12 +69,12 @@ class Split:
     @property
     def num_first(self) -> int:
         """How many images are in the two parts, in all processes."""
-        return sum(gathered(len(self.first) + len(self.held_out)))
+        return sum(all_gather(len(self.first) + len(self.held_out)))
 
     @property
     def can_verify(self) -> bool:
         """Whether there are enough held-out images to choose on some and to verify on others."""
-        return sum(gathered(len(self.held_out))) >= NUM_CHOOSING + MIN_VERIFYING
+        return sum(all_gather(len(self.held_out))) >= NUM_CHOOSING + MIN_VERIFYING
 
     def shortened(self, number: int) -> Split:
         """The same with no more than so many of the first images, and none behind these."""
@@ -107,11 +107,11 @@ def _split(view: View) -> Split:
     parts: dict[bool, list[tuple[int, PackedImage]]] = {True: [], False: []}
     for number, image in rest.take(end):
         parts[is_held_out(number, held_out)].append((number, PackedImage.of(image)))
-    if 0 in gathered(len(parts[False])):
+    if 0 in all_gather(len(parts[False])):
         if world_size() > 1:
             raise ValueError(f"{view.stream.source} has fewer images than there are processes ({world_size()})")
         raise view.stream.nothing_read()
-    if held_out and not any(gathered(len(parts[True]))):
+    if held_out and not any(all_gather(len(parts[True]))):
         raise ValueError(
             f"{view.stream.source} has a single image, and none to hold out: give more, or held_out=0 and top_k"
         )

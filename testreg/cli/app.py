@@ -16,8 +16,8 @@ from testreg.cli.diagnose import diagnose
 from testreg.cli.evaluate import tasks
 from testreg.cli.exits import Exit, exit_codes
 from testreg.cli.extract import extract
+from testreg.cli.invocation import add_command
 from testreg.cli.listing import listing
-from testreg.cli.running import add_command
 from testreg.cli.show import show
 
 app = typer.Typer(
@@ -47,7 +47,7 @@ app.add_typer(tasks, name="evaluate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code of the command, one of `Exit`.
+    """Invocation the command line; returns the exit code of the command, one of `Exit`.
 
     Raises:
         SystemExit: it was asked for help or for the version, or used wrongly.

@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
+from testreg.cli.invocation import Invocation
 from testreg.cli.models import load, patch
 from testreg.cli.options import Loading, Model, Patching
-from testreg.cli.running import Run
 from testreg.files import check_writable_folder
 
 
 def apply(
-    run: Run,
+    invocation: Invocation,
     model: Model,
     *,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="folder to write")],
@@ -27,9 +27,11 @@ def apply(
     check_replaceable(output)
     check_writable_folder(output)
     check_writable_folder(output.resolve().parent)  # where it is made
-    loaded = load(run, model, loading)
+    loaded = load(invocation, model, loading)
     used = patch(loaded, patching)
-    with run.waiting(f"writing {output}"):
+    with invocation.waiting(f"writing {output}"):
         save(loaded.model, output, processor=loaded.processor)
-    run.answer(f"{output}: patched checkpoint of {loaded.name}")
-    run.write({"output": str(output), "model": loaded.name, "neurons": used.by_block(), "verified": used.verified})
+    invocation.answer(f"{output}: patched checkpoint of {loaded.name}")
+    invocation.write(
+        {"output": str(output), "model": loaded.name, "neurons": used.by_block(), "verified": used.verified}
+    )

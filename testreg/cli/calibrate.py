@@ -10,6 +10,7 @@ import typer
 
 from testreg.calibration.options import MEANINGS, Options
 from testreg.cli.exits import Exit
+from testreg.cli.invocation import Invocation
 from testreg.cli.models import check_drawn, chosen_device, load
 from testreg.cli.options import (
     BatchSize,
@@ -28,7 +29,6 @@ from testreg.cli.options import (
     Workers,
 )
 from testreg.cli.outputs import PAGES, check_file
-from testreg.cli.running import Run
 from testreg.files import check_writable_folder
 from testreg.measure.score import Score
 
@@ -42,7 +42,7 @@ HIGH_AGREEMENT = 0.99  # of a head with itself, which needs no mention
 
 
 def calibrate(
-    run: Run,
+    invocation: Invocation,
     model: Model,
     *,
     images: Images,
@@ -90,7 +90,7 @@ def calibrate(
     check_images(images)  # before a model is loaded for nothing
     sizes: list[int | None] = [*image_size] if image_size else [None]
     with process_group(chosen_device(device)) as own:
-        loaded = [load(run, model, Loading(size, device, dtype, trust_remote_code), own) for size in sizes]
+        loaded = [load(invocation, model, Loading(size, device, dtype, trust_remote_code), own) for size in sizes]
         if report is not None or figures is not None:
             check_drawn(loaded[0])
         neurons = calibration.calibrate(
@@ -113,20 +113,20 @@ def calibrate(
             workers=workers,
             amp=getattr(torch, amp) if amp else None,
             seed=seed,
-            progress=not run.quiet,
+            progress=not invocation.quiet,
         )
         is_first = rank() == 0
     if is_first:
         neurons.save(output)
-        run.say(summary(neurons))
-        if run.quiet and not neurons.verified:
-            run.answer(not_verified())
-        run.answer(f"{output}: {len(neurons)} register neurons, and the ranking they are from")
+        invocation.say(summary(neurons))
+        if invocation.quiet and not neurons.verified:
+            invocation.answer(not_verified())
+        invocation.answer(f"{output}: {len(neurons)} register neurons, and the ranking they are from")
         if report or figures:
             from testreg.calibration.split import held_out_images
             from testreg.report.page import write_report
 
-            with run.phase("measuring for the report"):
+            with invocation.phase("measuring for the report"):
                 transform = loaded[0].transform
                 shown = held_out_images(images, transform, held_out=held_out, num_images=num_images, seed=seed)
                 write_report(
@@ -134,14 +134,14 @@ def calibrate(
                     loaded[0].model,
                     neurons,
                     shown[-REPORT_IMAGES:],  # the last were not chosen on
-                    command=run.command,
+                    command=invocation.command,
                     file=str(output),
                     figures=figures,
                     rule=outlier_rule,
                     batch_size=batch_size,
                 )
-            run.answer("\n".join(str(path) for path in (report, figures) if path))
-        run.write(_result(neurons, output, report, figures))
+            invocation.answer("\n".join(str(path) for path in (report, figures) if path))
+        invocation.write(_result(neurons, output, report, figures))
     return Exit.DONE if neurons.verified else Exit.NOT_VERIFIED
 
 

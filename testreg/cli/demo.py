@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
+from testreg.cli.invocation import Invocation
 from testreg.cli.outputs import PICTURES, check_file, save_picture
-from testreg.cli.running import Run
 
 
 def demo(
-    run: Run,
+    invocation: Invocation,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="PNG", help="picture to write")] = Path(
         "testreg-demo.png"
     ),
@@ -23,18 +23,20 @@ def demo(
     from testreg.demo.run import run_demo
     from testreg.report.map_figures import figures_of, table
 
-    run.say("A small ViT, trained on CIFAR-10 around a planted outlier mechanism: see testreg/demo/model/README.md.")
-    done = run_demo(progress=not run.quiet)
+    invocation.say(
+        "A small ViT, trained on CIFAR-10 around a planted outlier mechanism: see testreg/demo/model/README.md."
+    )
+    done = run_demo(progress=not invocation.quiet)
     planted = sum(map(len, done.planted.values()))
     verdict = done.neurons.calibration.verdict
-    run.say(f"diagnosed:  {verdict}")
-    run.say(
+    invocation.say(f"diagnosed:  {verdict}")
+    invocation.say(
         f"calibrated: {done.neurons.top_k} register neurons, {done.recovered} of the {planted} planted ones among them"
     )
-    run.say(f"patched:    one register\n\n{table(done.before, done.after)}\n")
+    invocation.say(f"patched:    one register\n\n{table(done.before, done.after)}\n")
     save_picture(done.picture, output)
-    run.answer(f"picture:    {output}")
-    run.write(
+    invocation.answer(f"picture:    {output}")
+    invocation.write(
         {
             "picture": str(output),
             "verdict": verdict,

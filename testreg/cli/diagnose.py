@@ -6,6 +6,7 @@ import itertools
 from typing import TYPE_CHECKING
 
 from testreg.cli.exits import Exit
+from testreg.cli.invocation import Invocation
 from testreg.cli.models import check_drawn, chosen_device, load
 from testreg.cli.options import (
     BatchSize,
@@ -20,7 +21,6 @@ from testreg.cli.options import (
     Workers,
 )
 from testreg.cli.outputs import PAGES, check_file
-from testreg.cli.running import Run
 
 if TYPE_CHECKING:
     from testreg.measure.diagnosis import Diagnosis
@@ -29,7 +29,7 @@ REPORT_IMAGES = 32
 
 
 def diagnose(
-    run: Run,
+    invocation: Invocation,
     models: Models,
     *,
     images: Images,
@@ -59,7 +59,7 @@ def diagnose(
     diagnoses: dict[str, Diagnosis] = {}
     with process_group(chosen_device(loading.device)) as own:
         for model in dict.fromkeys(models):
-            loaded = load(run, model, loading, own)
+            loaded = load(invocation, model, loading, own)
             if report is not None:
                 check_drawn(loaded)
             diagnoses[model] = measure.diagnose(
@@ -71,29 +71,31 @@ def diagnose(
                 rule=outlier_rule,
                 workers=workers,
                 seed=seed,
-                progress=not run.quiet,
+                progress=not invocation.quiet,
             )
         is_first = rank() == 0
     first = next(iter(diagnoses.values()))
     if is_first and len(diagnoses) > 1:
         from testreg.measure import several
 
-        run.answer(several.verdicts(diagnoses))
-        run.say(f"\n{several.table(diagnoses)}")
-        run.write([{"name": name, **each.to_json()} for name, each in diagnoses.items()])
+        invocation.answer(several.verdicts(diagnoses))
+        invocation.say(f"\n{several.table(diagnoses)}")
+        invocation.write([{"name": name, **each.to_json()} for name, each in diagnoses.items()])
     elif is_first:
-        run.answer(first.verdict)
-        run.say("\n".join(["", first.table(), "", *first.notes]))
-        run.write(first.to_json())
+        invocation.answer(first.verdict)
+        invocation.say("\n".join(["", first.table(), "", *first.notes]))
+        invocation.write(first.to_json())
         if report is not None:
             from testreg.io.images import ImageStream
             from testreg.report.diagnosis import write_diagnosis_report
 
-            with run.phase("measuring for the report"):
+            with invocation.phase("measuring for the report"):
                 stream = ImageStream(images, loaded.transform, num_images=num_images, seed=seed)
                 shown = [image for _, image in itertools.islice(stream.numbered(), REPORT_IMAGES)]
-                write_diagnosis_report(report, first, loaded.model, shown, command=run.command, rule=outlier_rule)
-            run.answer(str(report))
+                write_diagnosis_report(
+                    report, first, loaded.model, shown, command=invocation.command, rule=outlier_rule
+                )
+            invocation.answer(str(report))
     if len(diagnoses) > 1:
         return Exit.DONE
     return {"movable": Exit.DONE, "none": Exit.NOTHING_TO_FIX}.get(first.kind, Exit.NOT_FIXABLE)

@@ -10,9 +10,9 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from testreg.cli.invocation import Invocation, add_command
 from testreg.cli.models import chosen_device
 from testreg.cli.options import Model
-from testreg.cli.running import Run, add_command
 from testreg.evaluation.names import TASKS
 from testreg.files import check_writable_folder
 
@@ -31,23 +31,23 @@ def _command(task: str) -> Any:
     """The command of a task."""
     from testreg.evaluation.commands import function_of, signature_of
 
-    def evaluate(run: Run, model: str, **options: Any) -> None:
+    def evaluate(invocation: Invocation, model: str, **options: Any) -> None:
         from testreg.io.processes import process_group, rank
 
         figures, device = options.pop("figures"), options.pop("device")
         if figures is not None:
             check_writable_folder(figures)
         with process_group(chosen_device(device)) as own:
-            result = function_of(task)(model, **options, device=str(own), progress=not run.quiet)
+            result = function_of(task)(model, **options, device=str(own), progress=not invocation.quiet)
             is_first = rank() == 0
         if is_first:
-            run.answer(str(result).rstrip())
+            invocation.answer(str(result).rstrip())
             if figures is not None:
-                run.answer("\n".join(map(str, result.save_figures(figures))))
-            run.write(result.to_json())
+                invocation.answer("\n".join(map(str, result.save_figures(figures))))
+            invocation.write(result.to_json())
 
     leading = [
-        Parameter("run", Parameter.KEYWORD_ONLY, annotation=Run),
+        Parameter("invocation", Parameter.KEYWORD_ONLY, annotation=Invocation),
         Parameter("model", Parameter.KEYWORD_ONLY, annotation=Model),
     ]
     evaluate.__signature__ = inspect.Signature([*leading, *signature_of(task).parameters.values()])  # type: ignore[attr-defined]

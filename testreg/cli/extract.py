@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from testreg.cli.invocation import Invocation
 from testreg.cli.models import chosen_device, load, patch
 from testreg.cli.options import BatchSize, Images, Loading, Model, Patching, Workers
 from testreg.cli.outputs import check_file
-from testreg.cli.running import Run
 
 
 class What(StrEnum):
@@ -24,7 +24,7 @@ class What(StrEnum):
 
 
 def extract(
-    run: Run,
+    invocation: Invocation,
     model: Model,
     *,
     images: Images,
@@ -63,7 +63,7 @@ def extract(
     check_output(output)
     check_images(images)  # before a model is loaded for nothing
     with process_group(chosen_device(loading.device)) as own:
-        loaded = load(run, model, loading, own)
+        loaded = load(invocation, model, loading, own)
         if not plain:
             patch(loaded, patching)
         elif is_patched(loaded.model):
@@ -79,13 +79,15 @@ def extract(
             transform=loaded.transform,
             batch_size=batch_size,
             workers=workers,
-            progress=not run.quiet,
+            progress=not invocation.quiet,
         )
         is_first = rank() == 0
     if is_first:
         count = next(iter(done.arrays.values()))[0]
         if done.unreadable:
-            run.answer(f"{len(done.unreadable)} of {count} images could not be read: {', '.join(done.unreadable[:3])}")
-        run.say("\n".join(f"{name:<14} {' x '.join(map(str, shape))}" for name, shape in done.arrays.items()))
-        run.answer(f"{output}: {count} images")
-        run.write({"output": str(output), "arrays": done.arrays, "unreadable": done.unreadable})
+            invocation.answer(
+                f"{len(done.unreadable)} of {count} images could not be read: {', '.join(done.unreadable[:3])}"
+            )
+        invocation.say("\n".join(f"{name:<14} {' x '.join(map(str, shape))}" for name, shape in done.arrays.items()))
+        invocation.answer(f"{output}: {count} images")
+        invocation.write({"output": str(output), "arrays": done.arrays, "unreadable": done.unreadable})

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from testreg.cli.running import Run
+from testreg.cli.invocation import Invocation
 
 
-def listing(run: Run) -> None:
+def listing(invocation: Invocation) -> None:
     """The bundled register neurons, and their models."""
     from testreg.neurons import bundled
 
     lists = bundled()
-    if run.quiet:
-        run.answer("\n".join(lists))
+    if invocation.quiet:
+        invocation.answer("\n".join(lists))
     else:
-        run.answer(str(lists))
-    run.write(
+        invocation.answer(str(lists))
+    invocation.write(
         [
             {
                 "name": name,

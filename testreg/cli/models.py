@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from testreg.cli.invocation import Invocation
 from testreg.cli.options import Loading, Patching
-from testreg.cli.running import Run
 
 if TYPE_CHECKING:
     import torch
@@ -23,13 +23,13 @@ def chosen_device(name: str | None) -> torch.device:
     return torch.device(name or best)
 
 
-def load(run: Run, name: str, loading: Loading, device: torch.device | None = None) -> LoadedModel:
+def load(invocation: Invocation, name: str, loading: Loading, device: torch.device | None = None) -> LoadedModel:
     """The model of that name, on this device, or on the one that its user asked for."""
     import torch
 
     from testreg.io.loading import load_model
 
-    with run.waiting(f"loading {name}"):
+    with invocation.waiting(f"loading {name}"):
         loaded = load_model(
             name,
             image_size=loading.image_size,

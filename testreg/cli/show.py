@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from testreg.cli.invocation import Invocation
 from testreg.cli.models import load, patch
 from testreg.cli.options import Loading, Model, Patching
 from testreg.cli.outputs import PICTURES, check_file, save_picture
-from testreg.cli.running import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +25,7 @@ MAX_SHOWN = 64  # images in one picture, each of which is a row of it
 
 
 def show(
-    run: Run,
+    invocation: Invocation,
     model: Model,
     images: Annotated[
         list[Path], typer.Argument(metavar="IMAGE...", help="images, folders or lists of them", show_default=False)
@@ -67,7 +67,7 @@ def show(
     from testreg.report.map_figures import figure, figures_of, maps_before_and_after, table
 
     photos = _photos(images)
-    loaded = load(run, model, loading)
+    loaded = load(invocation, model, loading)
     used = patch(loaded, patching)
     tower = find_tower(loaded.model)
     detected = used.calibration.detection_block
@@ -77,17 +77,17 @@ def show(
     batch = torch.stack([loaded.transform(photo) for photo in photos])
     steering = nullcontext() if box is None else steered(loaded.model, _target(box, tower.rows_and_columns(batch)))
     onto = "" if steer is None else f", steered onto {steer}"
-    with run.phase(f"measuring {len(photos)} images"), steering:
+    with invocation.phase(f"measuring {len(photos)} images"), steering:
         if pca:
             made, facts = _principal(loaded, batch, drawn, onto, foreground), {}
         else:
             before, after = maps_before_and_after(loaded.model, batch, drawn)
-            run.say(table(before, after))
+            invocation.say(table(before, after))
             made = figure(batch, before, after, f"{loaded.name}, norms after block {drawn}{onto}")
             facts = {"before": figures_of(before), "after": figures_of(after)}
     save_picture(made, output)
-    run.answer(f"picture:    {output}")
-    run.write(
+    invocation.answer(f"picture:    {output}")
+    invocation.write(
         {
             "picture": str(output),
             "model": loaded.name,

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from testreg.evaluation.preparing import Preparation
 from testreg.evaluation.samples import Sample
 from testreg.files import replacing
-from testreg.io.processes import gathered, rank, world_size
+from testreg.io.processes import all_gather, rank, world_size
 
 CHUNK = 16  # images in a file
 
@@ -108,7 +108,7 @@ def extract(
             on_images(len(batch))
         with replacing(chunk_file(folder, first)) as temporary:
             save_file(tensors, temporary)
-    gathered(None)  # all have written
+    all_gather(None)  # all have written
     return Features(folder, len(samples))
 
 

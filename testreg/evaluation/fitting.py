@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from testreg.evaluation.evaluation import Evaluation, Variant
 from testreg.evaluation.features import Features
 from testreg.evaluation.samples import Sample
-from testreg.io.processes import gathered, rank, world_size
+from testreg.io.processes import all_gather, rank, world_size
 from testreg.io.progress import progress_bar
 
 Augment = Callable[[Sample[Any]], tuple[Tensor, Tensor]]
@@ -51,7 +51,7 @@ def augmented_batches(
                 own = [
                     compute(variant, part) for part in images[share].split(evaluation.settings.batch_size) if len(part)
                 ]
-            parts = gathered([{name: values.cpu() for name, values in each.items()} for each in own])
+            parts = all_gather([{name: values.cpu() for name, values in each.items()} for each in own])
             batch = [each for part in parts for each in part]
             yield {name: torch.cat([each[name] for each in batch]).to(device) for name in batch[0]}, targets.to(device)
             bar.update()

@@ -33,7 +33,7 @@ def _is_initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def gathered(value: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """The `value` of each process, by rank; all of them must call this. Tensors are best on the CPU.
 
     Raises:
@@ -58,13 +58,13 @@ def add(sums: Sums, more: Mapping[str, Tensor]) -> None:
         sums[name] = sums[name] + value if name in sums else value
 
 
-def summed(sums: Sums) -> Sums:
+def all_reduce_sum(sums: Sums) -> Sums:
     """The sums over all processes. Those that had no image may lack keys.
 
     The sums are gathered and then added in the order of ranks, so that all processes have the same result, bit for bit.
     """
     total: Sums = {}
-    for each in gathered(sums):
+    for each in all_gather(sums):
         add(total, each)
     return total
 

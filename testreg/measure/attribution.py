@@ -20,7 +20,7 @@ from torch import Tensor
 
 from testreg.families import Tower
 from testreg.measure.hooks import recording_outputs, replacing_inputs
-from testreg.measure.outliers import Detection, check_finite, exactly, token_norms
+from testreg.measure.outliers import Detection, autocast_off, check_finite, token_norms
 
 MEMORY = 2**30  # bytes that the activations of one backward pass may take, roughly
 TENSORS = 24  # of a token's width, that a block keeps for the backward pass, roughly
@@ -118,7 +118,7 @@ def _attribute(
     image, patch = at.nonzero(as_tuple=True)
     normal = (~at).float() / (~at).sum(-1, keepdim=True).clamp(min=1)  # weights of the mean over normal patches
     weights = torch.stack([at.float(), at.any(-1, keepdim=True).expand_as(at).float()], 1)  # (B, 2, N)
-    with exactly(at.device):
+    with autocast_off(at.device):
         for i, (block, activations) in enumerate(zip(tower.blocks, hidden, strict=True)):
             shares, energies = [], []
             for mlp, activation in zip(block.mlps, activations, strict=True):

@@ -9,7 +9,7 @@ from torch import nn
 from testreg.families import find_tower
 from testreg.io.images import Images, ImageStream, batched
 from testreg.io.preprocessing import OwnTransform, Transform
-from testreg.io.processes import gathered, rank, world_size
+from testreg.io.processes import all_gather, rank, world_size
 from testreg.io.progress import progress_bar
 from testreg.measure.conclusion import conclude
 from testreg.measure.diagnosis import Diagnosis
@@ -73,7 +73,7 @@ def diagnose(
     with progress_bar("diagnosing", stream.length, progress) as bar:
         seen = observe(tower, batches, rule, ignored=ignored, on_images=bar.update)
     seen.unreadable_images = stream.num_skipped
-    all_seen = gathered(seen)
+    all_seen = all_gather(seen)
     if all(each.image_size is None for each in all_seen):
         skipped = sum(each.unreadable_images for each in all_seen)
         unreadable = f": all {skipped} were unreadable" if skipped else ""

@@ -240,7 +240,7 @@ class Outliers:
         if self.kind != "fixed":
             return f"outliers from {self.origin}, {100 * self.fraction:.1f} % of patches"
         where = " in the border" if all(each.in_border for each in self.fixed_positions) else ""
-        return f"fixed-position artefacts{where} from {self.origin} at {named(self.positions)}"
+        return f"fixed-position artefacts{where} from {self.origin} at {positions_in_words(self.positions)}"
 
     @property
     def positions(self) -> list[tuple[int, ...]]:
@@ -434,7 +434,7 @@ class Diagnosis:
                 notes.append(f"{outliers.border_share:.0%} of them lie in the outermost rows and columns.")
         if self.embedding_positions:
             highest = max(each.ratio for each in self.embedding_positions)
-            positions = named([each.position for each in self.embedding_positions])
+            positions = positions_in_words([each.position for each in self.embedding_positions])
             notes.append(
                 f"Position embeddings stand out in front of the first block, with up to {highest:.1f} x the median "
                 f"norm: {positions}."
@@ -509,7 +509,7 @@ def _position(each: EmbeddingPosition | FixedPosition) -> tuple[int, ...]:
     return (each.row, each.column) if each.time is None else (each.time, each.row, each.column)
 
 
-def named(positions: Sequence[tuple[int, ...]]) -> str:
+def positions_in_words(positions: Sequence[tuple[int, ...]]) -> str:
     """Rows and columns, and times of clips, in words; of many, the first."""
     more = f" and {len(positions) - NUM_POSITIONS} more" if len(positions) > NUM_POSITIONS else ""
     return ", ".join(map(str, positions[:NUM_POSITIONS])) + more

@@ -17,7 +17,7 @@ from testreg.families import Tower, find_tower
 from testreg.families.kernels import attention_kernel
 from testreg.io.images import Images, ImageStream
 from testreg.io.preprocessing import OwnTransform, Transform
-from testreg.io.processes import gathered, rank, world_size
+from testreg.io.processes import all_gather, rank, world_size
 from testreg.io.progress import progress_bar
 from testreg.io.rows import FORMATS, Rows, Writer, begin, finish, parquet_library
 from testreg.io.sources import images_in, is_indexed, named_source, undecoded
@@ -111,9 +111,9 @@ def extract(
     items, names = _items(images)
     dtype = "float16" if half else "float32"
     with tower.evaluating():
-        rows = gathered(_first(taker, items, names, transform, dtype) if rank() == 0 else None)[0]
+        rows = all_gather(_first(taker, items, names, transform, dtype) if rank() == 0 else None)[0]
         assert rows is not None
-        todo = gathered(begin(rows, path) if rank() == 0 else None)[0]
+        todo = all_gather(begin(rows, path) if rank() == 0 else None)[0]
         assert todo is not None
         stream = ImageStream(cast(Any, Subset(items, todo)), transform, workers=workers)
         numbered = ((todo[number], image) for number, image in stream.numbered(0, rank(), world_size()))
@@ -127,10 +127,10 @@ def extract(
                     bar.update(len(numbers))
         finally:
             writer.close()
-    missing = sorted(set(todo).difference(*gathered(written)))
+    missing = sorted(set(todo).difference(*all_gather(written)))
     if rank() == 0:
         finish(rows, path)
-    gathered(None)  # nobody returns before the file is there
+    all_gather(None)  # nobody returns before the file is there
     shapes = {name: (len(rows), *shape) for name, shape in rows.shapes.items()}
     return Extracted(path, shapes, [names[number] for number in missing])
 

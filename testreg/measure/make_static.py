@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from testreg.families import find_tower
 from testreg.io.images import Images, ImageStream, batched
 from testreg.io.preprocessing import OwnTransform, Transform
-from testreg.io.processes import add, rank, summed, world_size
+from testreg.io.processes import add, all_reduce_sum, rank, world_size
 from testreg.io.progress import progress_bar
 from testreg.neurons import AnyNeurons, describe_model
 from testreg.patching.block import first_register
@@ -84,7 +84,7 @@ def make_static(
             add(sums, {"states": torch.stack(after_block).double().sum(1), "images": torch.tensor(len(batch))})
             size = size or list(batch.shape[-2:])
             bar.update(len(batch))
-    total = summed(sums)
+    total = all_reduce_sum(sums)
     if not total:
         raise stream.nothing_read()
     number = int(total["images"])

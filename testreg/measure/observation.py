@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from testreg.families import Grid, Tower
 from testreg.io.processes import Sums, add
 from testreg.measure.hooks import recording_inputs, recording_outputs
-from testreg.measure.outliers import OutlierRule, Position, check_finite, exactly, ignored_patches
+from testreg.measure.outliers import OutlierRule, Position, autocast_off, check_finite, ignored_patches
 from testreg.measure.sampling import SampledAttention, from_afar
 
 BIN = math.log(1.01)  # width of a histogram bin: quantiles are exact to half of it, 0.5 %
@@ -111,7 +111,7 @@ def _add_batch(
     unknown = torch.full_like(batch.ratios[0], math.nan)
     ratios = torch.stack([unknown if ratio is None else ratio for ratio in batch.ratios])  # (2L+1, B, N)
     outlier = torch.stack(batch.outlier[2::2]).float()  # (L, B, N)
-    with exactly(outlier.device):
+    with autocast_off(outlier.device):
         sums.excess += torch.einsum("dbn,pbn->dp", outlier, ratios - 1).cpu().double()
     counts = {"events": outlier.sum(1), "embedding": ratios[0].sum(0), "images": torch.tensor(len(images))}
     add(sums.positions[batch.grid], counts)
@@ -181,7 +181,7 @@ class _BatchObserver:
     ) -> None:
         """Add what tokens of a block give to all, (B, heads, n, T), where values are (B, heads, T, D)."""
         far = from_afar(queries, self.grid, self.tower.num_prefix)
-        with exactly(weights.device):
+        with autocast_off(weights.device):
             more = _attention_sums(weights, share, far, self.patches, self.outlier[-1])
             if values is not None and self.outlier[-1].any():
                 shown = weights[..., self.patches], values[:, :, self.patches].to(weights.dtype)

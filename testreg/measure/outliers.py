@@ -143,7 +143,7 @@ def ignored_patches(ignored: Collection[Position], grid: Grid) -> Tensor:
     return mask.flatten()
 
 
-def exactly(device: torch.device) -> torch.autocast:
+def autocast_off(device: torch.device) -> torch.autocast:
     """Within this context, autocast is off, under which the model may run: for the sums that statistics are.
 
     Under it, matrix products of float32 tensors (`@`, einsum) are taken in half precision, where sums saturate or

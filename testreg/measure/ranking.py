@@ -22,7 +22,7 @@ from torch import Tensor
 from testreg.families import Block, Mlp, Tower
 from testreg.measure.attribution import attribution_of
 from testreg.measure.hooks import recorded_norms, recorded_tokens, recording_inputs
-from testreg.measure.outliers import Detection, check_finite, exactly
+from testreg.measure.outliers import Detection, autocast_off, check_finite
 from testreg.measure.score import Score
 from testreg.neurons import Neuron
 
@@ -132,7 +132,7 @@ class ContributionSums(Statistics):
     def scores(self, tower: Tower) -> Tensor:
         with_outliers, num_normal = self.num_with_outliers.clamp(min=1), self.num_normal.clamp(min=1)
         direction = self.direction / with_outliers
-        with exactly(direction.device):
+        with autocast_off(direction.device):
             along = torch.stack([direction @ _columns(block) for block in tower.blocks])  # (L, H)
         along /= direction.square().sum().clamp(min=1e-12)
         return (self.activation / with_outliers - self.normal_activation / num_normal) * along
@@ -199,7 +199,7 @@ def statistics_of(
     statistics = SUMS[score].zeros(tower)
     for i, block in enumerate(tower.blocks):
         hidden = _hidden_at(block, [each[image, token] for each in inputs[i]]).float()  # (n, H), as the model has them
-        with exactly(norms.device):
+        with autocast_off(norms.device):
             if isinstance(statistics, ActivationSums):
                 magnitude = hidden.abs() * torch.cat(sparse[i], -1)[image] if sparsity_filter else hidden.abs()
                 statistics.magnitude[:, i] = at_outliers @ magnitude
@@ -207,7 +207,7 @@ def statistics_of(
                 statistics.activation[:, i] = at_outliers @ hidden
                 statistics.normal_activation[:, i] = at_normal @ hidden
     if isinstance(statistics, ContributionSums):
-        with exactly(norms.device):
+        with autocast_off(norms.device):
             statistics.direction[:] = half @ torch.einsum("bt,btc->bc", difference, tokens.float())
             statistics.num_normal[:] = half @ normal.sum(-1).float()
     _count(statistics, half, detected[:, patches], per_image > 0)
@@ -219,7 +219,7 @@ def _attribution_statistics(
 ) -> Statistics:
     attribution = attribution_of(tower, images, detection, norms=norms)
     statistics = AttributionSums.zeros(tower)
-    with exactly(tower.device):
+    with autocast_off(tower.device):
         for name in statistics.of_neurons:
             getattr(statistics, name)[:] = torch.einsum("sb,blh->slh", half.cpu(), getattr(attribution, name))
     _count(statistics, half, attribution.outlier[detection.block], attribution.outlier.any(0).any(-1))
@@ -228,7 +228,7 @@ def _attribution_statistics(
 
 def _count(statistics: Statistics, half: Tensor, outlier: Tensor, with_outliers: Tensor) -> None:
     """Fill in the numbers of images and patches, from which patches (B, N) are outliers and which images (B,) count."""
-    with exactly(outlier.device):
+    with autocast_off(outlier.device):
         statistics.num_with_outliers[:] = half @ with_outliers.float()
         statistics.num_outliers[:] = half @ outlier.sum(-1).float()
         statistics.num_images[:] = half.sum(-1)

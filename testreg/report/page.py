@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from testreg.calibration.split import MIN_VERIFYING
 from testreg.files import replacing
-from testreg.measure.diagnosis import named
+from testreg.measure.diagnosis import positions_in_words
 from testreg.measure.outliers import OutlierRule
 from testreg.neurons import Neuron, RegisterNeurons
 from testreg.records.calibration import Effect
@@ -138,8 +138,8 @@ def _notices(report: Report) -> list[str]:
         notices.append("A planted model: it was trained around outliers that were put there to be found.")
     if report.ignored:
         notices.append(
-            f"Artefacts at the fixed positions {named(report.ignored)} are not counted here, and stay: a register "
-            "fixes nothing there. Maps and norms show them all the same."
+            f"Artefacts at the fixed positions {positions_in_words(report.ignored)} are not counted here, and stay: a "
+            "register fixes nothing there. Maps and norms show them all the same."
         )
     if report.facts.target_met is False:
         notices.append("The calibration did not meet its target: see the trade-off.")

@@ -13,7 +13,7 @@ from tiny import fresh
 import testreg
 from testreg.io import processes
 from testreg.io.images import ImageStream
-from testreg.io.processes import gathered, process_group, rank, summed, world_size
+from testreg.io.processes import all_gather, all_reduce_sum, process_group, rank, world_size
 
 
 def test_sums_over_processes(tmp_path):
@@ -29,7 +29,7 @@ def test_sums_over_processes(tmp_path):
                 sums["count"] = torch.tensor([5])
             for _, image in ImageStream(torch.ones(2, 3, 4, 4)).numbered(0, rank(), world_size()):
                 sums["images"] = sums.get("images", 0) + image
-            found = {"size": world_size(), "mine": sorted(sums), "sums": summed(sums)}
+            found = {"size": world_size(), "mine": sorted(sums), "sums": all_reduce_sum(sums)}
             torch.save(found, tmp_path / f"{rank()}.pt")
         assert (rank(), world_size()) == (0, 1)
 
@@ -54,8 +54,8 @@ def test_a_single_process_needs_no_group(environment, monkeypatch):
         assert device == torch.device("cpu")
         assert not torch.distributed.is_initialized()
         assert (rank(), world_size()) == (0, 1)
-        assert torch.equal(summed(sums)["a"], torch.ones(2))
-        assert gathered("a") == ["a"]
+        assert torch.equal(all_reduce_sum(sums)["a"], torch.ones(2))
+        assert all_gather("a") == ["a"]
 
 
 @pytest.fixture
@@ -117,10 +117,10 @@ def test_processes_share_images_and_agree(photos, tmp_path):
 def test_a_process_that_is_killed_ends_the_other(tmp_path):
     def work(own_rank):
         with process_group("cpu"):
-            assert gathered(own_rank) == [0, 1]
+            assert all_gather(own_rank) == [0, 1]
             if own_rank == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
-            gathered(1)
+            all_gather(1)
 
     first, second = in_processes(2, work, tmp_path)
     assert "RuntimeError: another of the 2 processes has ended, or does not answer" in first.err

@@ -42,7 +42,11 @@ def test_the_share_is_what_a_small_step_towards_normal_patches_takes_away(name, 
                 values[image, outliers] += step * (normal - values[image, outliers])
             return tower.batch_first(changed)
 
-        with torch.no_grad(), recorded_norms(tower, images) as kept, replacing_inputs([tower.blocks[2].mlps[0].fc2], moved):
+        with (
+            torch.no_grad(),
+            recorded_norms(tower, images) as kept,
+            replacing_inputs([tower.blocks[2].mlps[0].fc2], moved),
+        ):
             tower.run(images)
         return torch.stack(kept)[2:, :, patches].double()
 

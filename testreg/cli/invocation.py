@@ -36,7 +36,7 @@ _Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an 
 
 
 @dataclass(frozen=True)
-class Run:
+class Invocation:
     """One run of a command: what its user wants to see, and in which form."""
 
     argv: Sequence[str]
@@ -98,7 +98,7 @@ def add_command(
     name: str | None = None,
     done: str = Exit.DONE.meaning,
 ) -> None:
-    """Make `function` a command: its first parameter is the `Run`, the others are arguments and options of its own.
+    """Make `function` a command: its first parameter is the `Invocation`, the others are its own.
 
     The fields of a parameter that is a dataclass (`options.Loading`) are options each.
 
@@ -120,11 +120,11 @@ def add_command(
 
     @functools.wraps(function)
     def command(*, context: typer.Context, **values: Any) -> None:
-        run = Run(context.obj, **{key: values.pop(key) for key in common})
+        invocation = Invocation(context.obj, **{key: values.pop(key) for key in common})
         for each in own:
             if each.name in grouped:
                 values[each.name] = each.annotation(**{part.name: values.pop(part.name) for part in grouped[each.name]})
-        raise SystemExit(_ended(function, run, values))
+        raise SystemExit(_ended(function, invocation, values))
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {each.name: each.annotation for each in parameters}
@@ -136,17 +136,19 @@ def _fields(group: Any) -> list[Parameter]:
     return list(inspect.signature(group, eval_str=True).parameters.values())
 
 
-def _ended(function: Callable[..., Exit | None], run: Run, values: Mapping[str, Any]) -> Exit:
+def _ended(function: Callable[..., Exit | None], invocation: Invocation, values: Mapping[str, Any]) -> Exit:
     """Run a command; returns how it ended."""
-    outputs = [Path(path) for key, path in {**values, "json": run.json}.items() if key in OUTPUTS and _is_file(path)]
+    outputs = [
+        Path(path) for key, path in {**values, "json": invocation.json}.items() if key in OUTPUTS and _is_file(path)
+    ]
     begun = [Path(f"{values['output']}{UNFINISHED}")] if _is_file(values.get("output")) else []  # of `extract`
     outputs += begun
     before = _written(outputs)
     try:
-        with muted(verbose=run.verbose):
-            if _is_file(run.json):
-                check_writable(run.json)
-            return function(run, **values) or Exit.DONE
+        with muted(verbose=invocation.verbose):
+            if _is_file(invocation.json):
+                check_writable(invocation.json)
+            return function(invocation, **values) or Exit.DONE
     except (NoOutliersError, ImmovableOutliersError) as not_fixable:  # raised in every process
         if is_first_process():
             print(not_fixable, file=sys.stderr)
@@ -160,7 +162,7 @@ def _ended(function: Callable[..., Exit | None], run: Run, values: Mapping[str, 
             print(_interrupted(outputs, before, resume), file=sys.stderr)
         return Exit.INTERRUPTED
     except Exception as error:
-        if run.debug:
+        if invocation.debug:
             raise
         print(f"testreg: error: {str(error) or type(error).__name__}", file=sys.stderr)
         return Exit.ERROR
