@@ -47,7 +47,7 @@ app.add_typer(tasks, name="evaluate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Invocation the command line; returns the exit code of the command, one of `Exit`.
+    """Run the command line; returns the exit code of the command, one of `Exit`.
 
     Raises:
         SystemExit: it was asked for help or for the version, or used wrongly.
