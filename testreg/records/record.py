@@ -125,7 +125,7 @@ class Record:
     """Whether entries that have their defaults are left out of the JSON, unless they were read."""
 
     @classmethod
-    def from_json(cls, data: Any, name: str) -> Self:
+    def from_json(cls, data: Any, name: str = "the record") -> Self:
         """From an object of parsed JSON.
 
         Args:
@@ -134,6 +134,8 @@ class Record:
         Raises:
             ValueError: an entry is missing, or is not what it must be.
         """
+        if not isinstance(data, Mapping):
+            raise ValueError(f"{name} must be an object, got {shown(data)}")
         values: dict[str, Any] = {}
         missing: list[str] = []
         for entry in _entries(cls):

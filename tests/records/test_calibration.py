@@ -40,6 +40,11 @@ def read(**entries: object) -> Calibration:
     return Calibration.from_json(entries, "the calibration")
 
 
+def test_what_is_no_object() -> None:
+    with pytest.raises(ValueError, match=r"the calibration must be an object, got \[\]"):
+        Calibration.from_json([], "the calibration")
+
+
 def test_entries_become_attributes() -> None:
     calibration = read(
         images=64,
