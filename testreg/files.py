@@ -165,13 +165,13 @@ def check_format(
     """
     if not isinstance(data, dict) or data.get("format") != name:
         raise ValueError(f'{source} is not {expected} ("format": "{name}" is missing)')
-    found: Any = data.get("version")
-    if type(found) is not int or found < 1:
-        raise ValueError(f"{source}: version must be a whole number, got {shown(found)}")
-    if found > version:
+    number: Any = data.get("version")
+    if type(number) is not int or number < 1:
+        raise ValueError(f"{source}: version must be a whole number, got {shown(number)}")
+    if number > version:
         ignored = plain(", ".join(sorted(data.keys() - known))) or "none"
         warnings.warn(
-            f"{source} has version {shown(found)}, newer than this testreg reads ({version}); "
+            f"{source} has version {shown(number)}, newer than this testreg reads ({version}); "
             f"keys that are ignored: {ignored}. Upgrade testreg to use them",
             stacklevel=4,  # of who called the function that reads the file
         )

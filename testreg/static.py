@@ -75,14 +75,14 @@ class StaticRegisters:
         form = "as tokens" if self.form == "token" else "as a key and a value in each attention"
         neurons, name = sum(map(len, self.neurons.values())), plain(self.model.get("name", "an unknown checkpoint"))
         size = " x ".join(map(str, self.images.get("image_size") or ()))
-        found = [
+        lines = [
             f"{type(self).__name__}: {count} register{'s' * (count != 1)} for {depth} blocks of width {width}, {form}",
             f"of {name}: {neurons} neurons",
         ]
         if number := self.images.get("number"):
             at = f" at {size}" if size else ""
-            found.append(f"means over {number} images of {plain(self.images.get('source', 'unknown'))}{at}")
-        return "\n  ".join(found)
+            lines.append(f"means over {number} images of {plain(self.images.get('source', 'unknown'))}{at}")
+        return "\n  ".join(lines)
 
     @property
     def digest(self) -> str:

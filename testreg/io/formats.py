@@ -102,8 +102,10 @@ def transformers_class(name: str) -> Any:
     """The model class of transformers with that name, or None: nothing outside the package is ever looked up."""
     import transformers
 
-    found = getattr(transformers, name, None)
-    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
+    model_class = getattr(transformers, name, None)
+    return (
+        model_class if isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel) else None
+    )
 
 
 @without_asking()
@@ -183,9 +185,9 @@ def _open_clip_config(model: Any, arch: str | Mapping[str, Any] | None) -> dict[
         if not difference and config not in fitting:
             fitting.append(config)
     if len(fitting) != 1:
-        found = f"{len(fitting)} of open_clip's configs fit" if fitting else "no config of open_clip fits"
+        fit = f"{len(fitting)} of open_clip's configs fit" if fitting else "no config of open_clip fits"
         detail = f" ({differences[0]})" if len(differences) == 1 and not fitting else ""
-        raise ValueError(f"{found} this {type(model).__name__}{detail}: pass arch=, the name of its config or its dict")
+        raise ValueError(f"{fit} this {type(model).__name__}{detail}: pass arch=, the name of its config or its dict")
     return fitting[0]
 
 
@@ -290,15 +292,15 @@ def _check_twin(twin: nn.Module, model: nn.Module, fix: str) -> None:
         raise ValueError(f"{type(model).__name__} could not be rebuilt from the written config ({difference}): {fix}")
 
 
-def _difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+def _difference(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
     """Where two state_dicts disagree in keys, shapes or kinds of numbers, in a few words; "" if nowhere."""
-    both = expected.keys() & found.keys()
+    both = expected.keys() & given.keys()
     kinds = {
-        "missing": expected.keys() - found.keys(),
-        "unexpected": found.keys() - expected.keys(),
-        "of another shape": {key for key in both if expected[key].shape != found[key].shape},
+        "missing": expected.keys() - given.keys(),
+        "unexpected": given.keys() - expected.keys(),
+        "of another shape": {key for key in both if expected[key].shape != given[key].shape},
         "floating point or not": {
-            key for key in both if expected[key].is_floating_point() != found[key].is_floating_point()
+            key for key in both if expected[key].is_floating_point() != given[key].is_floating_point()
         },
     }
     return "; ".join(f"{kind}: {one_line(', '.join(sorted(keys)[:3]))}" for kind, keys in kinds.items() if keys)

@@ -85,8 +85,9 @@ def load_model(
 
     Example:
         >>> loaded = testreg.load_model("demo", image_size=64)
-        >>> found = testreg.diagnose(loaded.model, "photos", transform=loaded.transform, num_images=8, progress=False)
-        >>> found.images
+        >>> options = {"transform": loaded.transform, "num_images": 8, "progress": False}
+        >>> diagnosis = testreg.diagnose(loaded.model, "photos", **options)
+        >>> diagnosis.images
         8
     """
     if image_size is not None and image_size < 1:

@@ -31,11 +31,11 @@ class PackedImage:
         """Pack an image (C, h, w) or a clip (frames, C, h, w)."""
         if image.nbytes <= SMALL:
             return cls(image)
-        found = [channel.unique(return_inverse=True) for channel in image.reshape(-1, *image.shape[-2:])]
-        if any(len(values) > LEVELS for values, _ in found):
+        channels = [channel.unique(return_inverse=True) for channel in image.reshape(-1, *image.shape[-2:])]
+        if any(len(values) > LEVELS for values, _ in channels):
             return cls(image)
-        rows = torch.stack([rows.byte() for _, rows in found]).view(image.shape)
-        return cls(rows, tuple(values for values, _ in found))
+        rows = torch.stack([rows.byte() for _, rows in channels]).view(image.shape)
+        return cls(rows, tuple(values for values, _ in channels))
 
     @property
     def image(self) -> Tensor:

@@ -102,8 +102,8 @@ def begin(rows: Rows, output: Path) -> list[int]:
             made.write(header)
             made.truncate(rows.size)
         return list(range(len(rows)))
-    with file.open("rb") as found:
-        if found.read(len(header)) != header or file.stat().st_size != rows.size:
+    with file.open("rb") as opened:
+        if opened.read(len(header)) != header or file.stat().st_size != rows.size:
             raise ValueError(
                 f"{file} was begun with other images, another model or other options: delete it to begin anew, or "
                 "name another output"

@@ -130,10 +130,10 @@ def _hf_dataset(images: str) -> Any:
     name, split = _dataset_name(images)
     datasets = _library("datasets", images)
     if any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):  # of save_to_disk
-        found = datasets.load_from_disk(name)
+        dataset = datasets.load_from_disk(name)
     else:
-        found = datasets.load_dataset(name, streaming=True)
-    splits = found if isinstance(found, Mapping) else {str(found.split or "train"): found}
+        dataset = datasets.load_dataset(name, streaming=True)
+    splits = dataset if isinstance(dataset, Mapping) else {str(dataset.split or "train"): dataset}
     if not split and len(splits) == 1:
         (split,) = splits
     if split not in splits:

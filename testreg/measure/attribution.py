@@ -83,13 +83,13 @@ def attribution_of(tower: Tower, images: Tensor, detection: Detection, *, norms:
     check_finite(norms, images)
     outlier = counted_outliers(tower, images, norms, detection)
     share, energy_at_outliers, energy = torch.zeros(3, len(images), tower.depth, tower.mlp_width)
-    found = Attribution(share, energy_at_outliers, energy, outlier)
+    attribution = Attribution(share, energy_at_outliers, energy, outlier)
     size = outlier.shape[-1] * tower.depth * tower.width
     per_batch = max(1, MEMORY // (4 * TENSORS * size))
     having = outlier.any(0).any(-1).cpu().nonzero().flatten()
     for part in having.split(per_batch) if len(having) else ():
-        _attribute(tower, images[part], outlier[:, part], detection, found, part)
-    return found
+        _attribute(tower, images[part], outlier[:, part], detection, attribution, part)
+    return attribution
 
 
 def counted_outliers(tower: Tower, images: Tensor, norms: Tensor, detection: Detection) -> Tensor:
@@ -101,7 +101,7 @@ def counted_outliers(tower: Tower, images: Tensor, norms: Tensor, detection: Det
 
 
 def _attribute(
-    tower: Tower, images: Tensor, outlier: Tensor, detection: Detection, found: Attribution, rows: Tensor
+    tower: Tower, images: Tensor, outlier: Tensor, detection: Detection, attribution: Attribution, rows: Tensor
 ) -> None:
     """Fill these rows (B,) of an attribution, of images (B, 3, h, w) that have outliers (L, B, N)."""
     with recorded_graph(tower) as (tokens, hidden):
@@ -131,8 +131,10 @@ def _attribute(
                 lost = slopes[image, patch].float() * (values[image, patch] - mean[image, 0])  # (n, H)
                 shares.append(lost.new_zeros(len(images), lost.shape[-1]).index_add_(0, image, lost))
                 energies.append(weights @ values.square())
-            found.share[rows, i] = torch.cat(shares, -1).cpu()
-            found.energy_at_outliers[rows, i], found.energy[rows, i] = torch.cat(energies, -1).cpu().unbind(1)
+            attribution.share[rows, i] = torch.cat(shares, -1).cpu()
+            attribution.energy_at_outliers[rows, i], attribution.energy[rows, i] = (
+                torch.cat(energies, -1).cpu().unbind(1)
+            )
 
 
 def _weight(norms: Tensor, outlier: Tensor, detection: Detection) -> Tensor:
@@ -150,10 +152,10 @@ def _weight(norms: Tensor, outlier: Tensor, detection: Detection) -> Tensor:
 def _gradients(norms: Tensor, weight: Tensor, activations: Sequence[Tensor]) -> Sequence[Tensor]:
     """The gradients of a weighted sum of norms with respect to activations; zeros where it does not depend on them."""
     try:
-        found = torch.autograd.grad(norms, activations, weight, allow_unused=True)
+        gradients = torch.autograd.grad(norms, activations, weight, allow_unused=True)
     except (RuntimeError, NotImplementedError) as error:
         raise _not_differentiable(str(error).splitlines()[0][:200]) from error
-    return [torch.zeros_like(each) if grad is None else grad for each, grad in zip(activations, found, strict=True)]
+    return [torch.zeros_like(each) if grad is None else grad for each, grad in zip(activations, gradients, strict=True)]
 
 
 def _not_differentiable(reason: str) -> ValueError:

@@ -37,10 +37,10 @@ def diagnose(
     The processes of torch.distributed share the images: all must call this, and all get the same result.
 
     Example:
-        >>> found = testreg.diagnose(model, "photos/", progress=False)
-        >>> found.verdict
+        >>> diagnosis = testreg.diagnose(model, "photos/", progress=False)
+        >>> diagnosis.verdict
         'outliers from block 2 (MLP), ... % of patches, movable'
-        >>> found.kind, found.outliers.block
+        >>> diagnosis.kind, diagnosis.outliers.block
         ('movable', 3)
 
     Args:

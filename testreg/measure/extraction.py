@@ -121,8 +121,8 @@ def extract(
         try:
             with progress_bar("extracting", len(todo), progress) as bar:
                 for numbers, batch in _batches(numbered, batch_size, rows):
-                    found = {name: _array(name, value, dtype) for name, value in taker.take(batch).items()}
-                    writer.write(numbers, found)
+                    arrays = {name: _array(name, value, dtype) for name, value in taker.take(batch).items()}
+                    writer.write(numbers, arrays)
                     written += numbers
                     bar.update(len(numbers))
         finally:
@@ -183,8 +183,8 @@ class _Taker:
             if block in watched:
                 made[f"attention.{block}"] = torch.cat(drawn[watched.index(block)], 1)[..., patches].unflatten(-1, grid)
             elif "attention" in self.what:
-                found = attention_to_patches(tower, images, block, "pool")
-                made[f"attention.{block}"] = found.unflatten(-1, grid)
+                weights = attention_to_patches(tower, images, block, "pool")
+                made[f"attention.{block}"] = weights.unflatten(-1, grid)
         return made
 
     def _normed(self, tokens: Tensor) -> Tensor:

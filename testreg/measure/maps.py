@@ -97,8 +97,8 @@ def attention(
                 maps.append(rolled_out(tower, batch[part], block, of_part))
             else:
                 maps.append(attention_to_patches(tower, batch[part], block, of_part, to=to))
-    found = torch.cat(maps)
-    return found if to == "registers" else found.unflatten(-1, tower.grid(batch))
+    attention = torch.cat(maps)
+    return attention if to == "registers" else attention.unflatten(-1, tower.grid(batch))
 
 
 def _mask(query: tuple[int, int] | Tensor, grid: tuple[int, int], count: int) -> Tensor:

@@ -19,34 +19,34 @@ _HEADS = (
 )
 
 
-def verdicts(found: Mapping[str, Diagnosis]) -> str:
+def verdicts(diagnoses: Mapping[str, Diagnosis]) -> str:
     """The verdict of each model, by name, a line each."""
-    width = max(len(_short(name)) for name in found)
-    return "\n".join(f"{_short(name):<{width}}  {each.verdict}" for name, each in found.items())
+    width = max(len(_short(name)) for name in diagnoses)
+    return "\n".join(f"{_short(name):<{width}}  {each.verdict}" for name, each in diagnoses.items())
 
 
-def table(found: Mapping[str, Diagnosis]) -> str:
+def table(diagnoses: Mapping[str, Diagnosis]) -> str:
     """The figures of each model, by name, a line each.
 
     Outliers and norms are those after the block where outliers are strongest, or where norms differ most if there are
     none; attention and value are those of the block where outliers draw most; the prefix is the largest prefix token of
     any block.
     """
-    rows = [_cells(each) for each in found.values()]
+    rows = [_cells(each) for each in diagnoses.values()]
     columns = zip(_HEADS, zip(*rows, strict=True), strict=True)
     widths = [max(len(cell) for cell in (*head, *column)) for head, column in columns]
-    first = max(len(_short(name)) for name in found)
+    first = max(len(_short(name)) for name in diagnoses)
 
     def line(name: str, cells: tuple[str, ...]) -> str:
         return f"{name:<{first}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
 
     upper, lower = zip(*_HEADS, strict=True)
     lines = [line("", upper), line("model", lower)]
-    return "\n".join([*lines, *(line(_short(name), cells) for name, cells in zip(found, rows, strict=True))])
+    return "\n".join([*lines, *(line(_short(name), cells) for name, cells in zip(diagnoses, rows, strict=True))])
 
 
-def _cells(found: Diagnosis) -> tuple[str, ...]:
-    after, outliers = [block.after_mlp for block in found.blocks], found.outliers
+def _cells(diagnosis: Diagnosis) -> tuple[str, ...]:
+    after, outliers = [block.after_mlp for block in diagnosis.blocks], diagnosis.outliers
     shown = max(after, key=lambda each: each.max_over_median) if outliers is None else after[outliers.block]
     prefix = max((max(each.prefix_ratio, default=0.0) for each in after), default=0.0)
     sink = None if outliers is None else outliers.sink
@@ -54,7 +54,7 @@ def _cells(found: Diagnosis) -> tuple[str, ...]:
     if outliers is not None:
         where = f"{0 if outliers.first_block is None else outliers.first_block} to {outliers.last_block}"
     return (
-        " x ".join(map(str, found.image_size)),
+        " x ".join(map(str, diagnosis.image_size)),
         f"{100 * shown.outlier_fraction:.1f}",
         f"{shown.max_over_median:.1f}",
         where,

@@ -87,9 +87,9 @@ def svg(chart: Chart) -> Svg:
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.title}):
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         draw([chart]).savefig(target, format="svg", transparent=True, metadata=metadata)
-    found = re.search(r'<svg[^>]*viewBox="([^"]*)"[^>]*>(.*)</svg>', target.getvalue(), re.DOTALL)
-    assert found is not None
-    view_box, markup = found.groups()
+    document = re.search(r'<svg[^>]*viewBox="([^"]*)"[^>]*>(.*)</svg>', target.getvalue(), re.DOTALL)
+    assert document is not None
+    view_box, markup = document.groups()
     markup = re.sub(r'<g id="[^"]*"', "<g", markup)  # figure_1, axes_1: every chart has these
     for colour, variable in CSS.items():
         markup = markup.replace(colour, variable)

@@ -139,12 +139,12 @@ def compare(
     """What registers change: norms, attention and features before and after, as maps over the images.
 
     Example:
-        >>> found = testreg.compare(model, ["photos/00.png", "photos/01.png"], neurons)
-        >>> found
+        >>> comparison = testreg.compare(model, ["photos/00.png", "photos/01.png"], neurons)
+        >>> comparison
         Comparison of timm:vit_base_patch16_clip_224... on 2 images, norms after block ...
                                       before     after
         outlier patches ...
-        >>> found.plot().savefig("comparison.png")
+        >>> comparison.plot().savefig("comparison.png")
 
     Args:
         model: a vision tower, or any model that contains one; it is left as it was.

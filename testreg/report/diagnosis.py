@@ -37,7 +37,7 @@ NEXT = {
 
 def write_diagnosis_report(
     path: str | os.PathLike[str],
-    found: Diagnosis,
+    diagnosis: Diagnosis,
     model: nn.Module,
     images: Tensor | Sequence[Tensor],
     *,
@@ -60,13 +60,13 @@ def write_diagnosis_report(
     if not len(images):
         raise ValueError("the page of a diagnosis shows images: give one at least")
     same = [image for image in images if image.shape == images[0].shape]
-    block = found.outliers.block if found.outliers else len(found.blocks) - 1
-    shown, maps = _measured(found, model, torch.stack(same), block, rule or OutlierRule(), batch_size)
-    write_page(path, page(found, shown, maps, block, command))
+    block = diagnosis.outliers.block if diagnosis.outliers else len(diagnosis.blocks) - 1
+    shown, maps = _measured(diagnosis, model, torch.stack(same), block, rule or OutlierRule(), batch_size)
+    write_page(path, page(diagnosis, shown, maps, block, command))
 
 
 def _measured(
-    found: Diagnosis, model: nn.Module, images: Tensor, block: int, rule: OutlierRule, batch_size: int
+    diagnosis: Diagnosis, model: nn.Module, images: Tensor, block: int, rule: OutlierRule, batch_size: int
 ) -> tuple[Tensor, Maps]:
     """The images with most outliers after `block`, and their maps."""
     tower = find_tower(model)
@@ -75,59 +75,59 @@ def _measured(
             [token_norms(tower, batch)[block, :, tower.patches(batch)] for batch in images.split(batch_size)]
         )
         photographs = images[images_with_most((norms > rule.limit(norms)).sum(1).cpu(), NUM_PHOTOGRAPHS)]
-        observable = found.blocks[-1].outlier_attention is not None
+        observable = diagnosis.blocks[-1].outlier_attention is not None
         maps, _ = measure_maps(tower, photographs, block, attention=observable)
     return photographs, maps
 
 
-def page(found: Diagnosis, photographs: Tensor, maps: Maps, block: int, command: str | None = None) -> str:
+def page(diagnosis: Diagnosis, photographs: Tensor, maps: Maps, block: int, command: str | None = None) -> str:
     """The diagnosis as HTML."""
     return render(
         "diagnosis.html",
-        name=str(found.model["name"]),
-        headline=_headline(found),
-        sample=f"Measured on {found.images} image{'s' * (found.images != 1)} at {value_of(found.image_size)}"
-        + (", the model being patched." if found.patched else "."),
-        next="The registers do their work." if found.patched and found.kind == "none" else NEXT[found.kind],
+        name=str(diagnosis.model["name"]),
+        headline=_headline(diagnosis),
+        sample=f"Measured on {diagnosis.images} image{'s' * (diagnosis.images != 1)} "
+        f"at {value_of(diagnosis.image_size)}" + (", the model being patched." if diagnosis.patched else "."),
+        next="The registers do their work." if diagnosis.patched and diagnosis.kind == "none" else NEXT[diagnosis.kind],
         calibrate=shlex.join(
-            ["testreg", "calibrate", str(found.model["name"]), "--images", "IMAGES", "-o", "neurons.json"]
+            ["testreg", "calibrate", str(diagnosis.model["name"]), "--images", "IMAGES", "-o", "neurons.json"]
         )
-        if found.kind == "movable"
+        if diagnosis.kind == "movable"
         else None,
-        cards=_cards(found, block),
+        cards=_cards(diagnosis, block),
         block=block,
         with_attention=maps.attention is not None,
         rows=_rows(photographs, maps),
-        notes=found.notes,
-        rule=found.rule,
-        charts=[svg(chart) for chart in charts_of(found)],
-        stream=_stream_table(found),
-        attention=_attention_table(found),
+        notes=diagnosis.notes,
+        rule=diagnosis.rule,
+        charts=[svg(chart) for chart in charts_of(diagnosis)],
+        stream=_stream_table(diagnosis),
+        attention=_attention_table(diagnosis),
         legend=LEGEND + ATTENTION_LEGEND,
         command=command,
-        facts=_facts(found),
+        facts=_facts(diagnosis),
     )
 
 
-def _headline(found: Diagnosis) -> str:
+def _headline(diagnosis: Diagnosis) -> str:
     """The verdict, of which no line break parts a number from its sign."""
-    return (found.verdict[:1].upper() + found.verdict[1:]).replace(" %", "\N{NO-BREAK SPACE}%")
+    return (diagnosis.verdict[:1].upper() + diagnosis.verdict[1:]).replace(" %", "\N{NO-BREAK SPACE}%")
 
 
-def _cards(found: Diagnosis, block: int) -> list[Card]:
-    after, where = found.blocks[block].after_mlp, f"after block {block}"
+def _cards(diagnosis: Diagnosis, block: int) -> list[Card]:
+    after, where = diagnosis.blocks[block].after_mlp, f"after block {block}"
     cards = [
         Card("Outlier patches", share(after.outlier_fraction), where),
         Card("Largest norm / median norm", f"{after.max_over_median:.1f}", f"{where}, mean over the images"),
     ]
-    drawn = [each.outlier_attention for each in found.blocks if each.outlier_attention is not None]
+    drawn = [each.outlier_attention for each in diagnosis.blocks if each.outlier_attention is not None]
     if drawn:
-        cards.append(Card("Attention to outliers", share(max(drawn)), f"at most, in block {_at_most(found)}"))
+        cards.append(Card("Attention to outliers", share(max(drawn)), f"at most, in block {_at_most(diagnosis)}"))
     return cards
 
 
-def _at_most(found: Diagnosis) -> int:
-    return max(range(len(found.blocks)), key=lambda i: found.blocks[i].outlier_attention or 0.0)
+def _at_most(diagnosis: Diagnosis) -> int:
+    return max(range(len(diagnosis.blocks)), key=lambda i: diagnosis.blocks[i].outlier_attention or 0.0)
 
 
 def _rows(photographs: Tensor, maps: Maps) -> list[Row]:
@@ -137,14 +137,17 @@ def _rows(photographs: Tensor, maps: Maps) -> list[Row]:
     return rows_of([[panel for panel in row if panel.side != "after"] for row in made], with_sides=False)
 
 
-def _facts(found: Diagnosis) -> list[tuple[str, str]]:
+def _facts(diagnosis: Diagnosis) -> list[tuple[str, str]]:
     facts: dict[str, Any] = {
-        "images": found.images,
-        "unreadable images": found.unreadable_images,
-        "image size": found.image_size,
-        "rule": found.rule,
-        "patches whose attention is measured": found.attention_queries,
-        **{key.replace("_", " "): found.model.get(key) for key in ("depth", "mlp_width", "activation", "fingerprint")},
+        "images": diagnosis.images,
+        "unreadable images": diagnosis.unreadable_images,
+        "image size": diagnosis.image_size,
+        "rule": diagnosis.rule,
+        "patches whose attention is measured": diagnosis.attention_queries,
+        **{
+            key.replace("_", " "): diagnosis.model.get(key)
+            for key in ("depth", "mlp_width", "activation", "fingerprint")
+        },
     }
     return [(key, value_of(value)) for key, value in facts.items() if value is not None]
 
@@ -152,25 +155,25 @@ def _facts(found: Diagnosis) -> list[tuple[str, str]]:
 # Charts ---------------------------------------------------------------------------------------------------------------
 
 
-def charts_of(found: Diagnosis) -> list[Chart]:
+def charts_of(diagnosis: Diagnosis) -> list[Chart]:
     return [
-        Chart("Norms after each block", _norms_in_words(found), partial(_plot_norms, found=found)),
-        Chart("Outliers after each block", _outliers_in_words(found), partial(_plot_outliers, found=found)),
+        Chart("Norms after each block", _norms_in_words(diagnosis), partial(_plot_norms, diagnosis=diagnosis)),
+        Chart("Outliers after each block", _outliers_in_words(diagnosis), partial(_plot_outliers, diagnosis=diagnosis)),
     ]
 
 
-def _norms(found: Diagnosis) -> tuple[list[float], list[float]]:
+def _norms(diagnosis: Diagnosis) -> tuple[list[float], list[float]]:
     """The largest and the median norm after each block."""
-    after = [block.after_mlp for block in found.blocks]
+    after = [block.after_mlp for block in diagnosis.blocks]
     return [each.max_over_median * each.median_norm for each in after], [each.median_norm for each in after]
 
 
-def _plot_norms(axis: Axes, *, found: Diagnosis) -> None:
-    largest, median = _norms(found)
+def _plot_norms(axis: Axes, *, diagnosis: Diagnosis) -> None:
+    largest, median = _norms(diagnosis)
     axis.plot(largest, color=BEFORE, marker="o", markersize=4, label="largest patch")
     axis.plot(median, color=BEFORE, linestyle="--", linewidth=1.2, label="median patch")
-    for token in range(len(found.blocks[0].after_mlp.prefix_ratio)):
-        prefix = [block.after_mlp.prefix_ratio[token] * block.after_mlp.median_norm for block in found.blocks]
+    for token in range(len(diagnosis.blocks[0].after_mlp.prefix_ratio)):
+        prefix = [block.after_mlp.prefix_ratio[token] * block.after_mlp.median_norm for block in diagnosis.blocks]
         axis.plot(prefix, color=THIRD, linewidth=1.2, linestyle=":", label="prefix tokens" if token == 0 else None)
     axis.set(yscale="log", xlabel="block", ylabel="token norm (mean over images)")
     label_plainly(axis.yaxis)
@@ -178,17 +181,17 @@ def _plot_norms(axis: Axes, *, found: Diagnosis) -> None:
     axis.legend()
 
 
-def _norms_in_words(found: Diagnosis) -> str:
-    largest, median = _norms(found)
+def _norms_in_words(diagnosis: Diagnosis) -> str:
+    largest, median = _norms(diagnosis)
     block = largest.index(max(largest))
     peak = f"The largest patch norm peaks at {largest[block]:.3g} after block {block}"
     return f"{peak}, where the median is {median[block]:.3g}."
 
 
-def _plot_outliers(axis: Axes, *, found: Diagnosis) -> None:
-    fractions = [100 * block.after_mlp.outlier_fraction for block in found.blocks]
+def _plot_outliers(axis: Axes, *, diagnosis: Diagnosis) -> None:
+    fractions = [100 * block.after_mlp.outlier_fraction for block in diagnosis.blocks]
     axis.plot(fractions, color=BEFORE, marker="o", markersize=4, label="share of the patches")
-    drawn = [block.outlier_attention for block in found.blocks]
+    drawn = [block.outlier_attention for block in diagnosis.blocks]
     if any(each is not None for each in drawn):
         shares = [float("nan") if each is None else 100 * each for each in drawn]
         axis.plot(shares, color=FOURTH, marker="s", markersize=4, linestyle=":", label="attention that they draw")
@@ -198,21 +201,21 @@ def _plot_outliers(axis: Axes, *, found: Diagnosis) -> None:
     axis.legend()
 
 
-def _outliers_in_words(found: Diagnosis) -> str:
-    fractions = [block.after_mlp.outlier_fraction for block in found.blocks]
+def _outliers_in_words(diagnosis: Diagnosis) -> str:
+    fractions = [block.after_mlp.outlier_fraction for block in diagnosis.blocks]
     if not any(fractions):
         return "There are none after any block."
     return f"At most {share(max(fractions))} of the patches, after block {fractions.index(max(fractions))}."
 
 
-def _stream_table(found: Diagnosis) -> Table:
+def _stream_table(diagnosis: Diagnosis) -> Table:
     """What the charts show of the residual stream, and more, in figures: a line for each block."""
     heads = (
         *("block", "median norm", "99 % / median", "max / median", "prefix / median", "kurtosis"),
         *("outliers after attention, %", "outliers after MLP, %", "cosine of normal patches", "of outliers"),
     )
     rows = []
-    for i, block in enumerate(found.blocks):
+    for i, block in enumerate(diagnosis.blocks):
         after, before = block.after_mlp, block.after_attention
         rows.append(
             (
@@ -225,16 +228,16 @@ def _stream_table(found: Diagnosis) -> Table:
     return table_of(heads, rows)
 
 
-def _attention_table(found: Diagnosis) -> Table | None:
+def _attention_table(diagnosis: Diagnosis) -> Table | None:
     """The figures of attention, a line for each block; None if it was not observed."""
-    if all(block.heads is None for block in found.blocks):
+    if all(block.heads is None for block in diagnosis.blocks):
         return None
     heads = (
         *("block", "attention to prefix tokens, %", "to outliers, %", "in the head with most, %", "which"),
         *("column ratio", "value of outliers / median", "rank of what is taken from them"),
     )
     rows: list[tuple[float | None, ...]] = []
-    for i, block in enumerate(found.blocks):
+    for i, block in enumerate(diagnosis.blocks):
         shares = [head.outlier_attention for head in block.heads or ()]
         if not shares or block.outlier_attention is None:
             rows.append((i, *[None] * (len(heads) - 1)))
