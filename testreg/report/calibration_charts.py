@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from testreg.records.calibration import Calibration, Effect
-from testreg.report.charts import FOURTH, INK, THIRD, Chart, label_plainly, label_whole_numbers
+from testreg.report.charts import (
+    FOURTH,
+    INK,
+    NORM,
+    NORMS,
+    THIRD,
+    Chart,
+    Line,
+    label_plainly,
+    per_block,
+)
 from testreg.report.map_figures import AFTER, BEFORE
 from testreg.report.measure import Norms, Report
 from testreg.report.values import Table, table_of
@@ -24,9 +34,11 @@ def charts_of(report: Report) -> dict[str, list[Chart]]:
     """The charts of a report, by the name of the picture in which they stand side by side."""
     charts = {
         "norms": [
-            Chart("Norms after each block", _norms_in_words(report), partial(_plot_norms, report=report)),
+            Chart(NORMS, _norms_in_words(report), per_block(_norm_lines(report), NORM, log=True)),
             Chart(
-                "Outlier patches after each block", _outliers_in_words(report), partial(_plot_outliers, report=report)
+                "Outlier patches after each block",
+                _outliers_in_words(report),
+                per_block(_outlier_lines(report), "outliers (% of patches)"),
             ),
         ],
         "histograms": [
@@ -86,16 +98,14 @@ def _sides(report: Report) -> list[tuple[str, str, Norms]]:
     return [("before", BEFORE, report.norms_before), ("after", AFTER, report.norms_after)]
 
 
-def _plot_norms(axis: Axes, report: Report) -> None:
+def _norm_lines(report: Report) -> list[Line]:
+    lines = []
     for side, colour, norms in _sides(report):
-        axis.plot(norms.largest, color=colour, marker="o", markersize=4, label=f"largest patch, {side}")
-        axis.plot(norms.median, color=colour, linestyle="--", linewidth=1.2, label=f"median patch, {side}")
+        lines.append(Line(norms.largest.tolist(), colour, f"largest patch, {side}"))
+        lines.append(Line(norms.median.tolist(), colour, f"median patch, {side}", "median"))
     if report.norms_after.registers is not None:
-        axis.plot(report.norms_after.registers, color=THIRD, marker="s", markersize=4, linestyle=":", label="register")
-    axis.set(yscale="log", xlabel="block", ylabel="token norm (mean over images)")
-    label_plainly(axis.yaxis)
-    label_whole_numbers(axis.xaxis)
-    axis.legend()
+        lines.append(Line(report.norms_after.registers.tolist(), THIRD, "register", "other"))
+    return lines
 
 
 def _norms_in_words(report: Report) -> str:
@@ -123,13 +133,9 @@ def _outlier_percentages(report: Report) -> dict[str, list[float]]:
     }
 
 
-def _plot_outliers(axis: Axes, report: Report) -> None:
-    for (side, values), colour in zip(_outlier_percentages(report).items(), (BEFORE, AFTER), strict=True):
-        axis.plot(values, color=colour, marker="o", markersize=4, label=side)
-    axis.set(xlabel="block", ylabel="outliers (% of patches)")
-    axis.set_ylim(bottom=0)
-    label_whole_numbers(axis.xaxis)
-    axis.legend()
+def _outlier_lines(report: Report) -> list[Line]:
+    sides = zip(_outlier_percentages(report).items(), (BEFORE, AFTER), strict=True)
+    return [Line(values, colour, side) for (side, values), colour in sides]
 
 
 def _outliers_in_words(report: Report) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from testreg.report.map_figures import AFTER, BEFORE
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
+NORMS, NORM = "Norms after each block", "token norm (mean over images)"  # title and axis of that chart
 THIRD, FOURTH = "#009e73", "#cc79a7"
 INK, PAPER, GRID = "#1f2328", "#ffffff", "#d5dae0"
 CSS = {
@@ -47,6 +48,42 @@ class Svg:
     view_box: str
     markup: str
     """What is inside the <svg> element; matplotlib has escaped all text in it."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One value after each block, for `per_block`."""
+
+    values: Sequence[float]
+    colour: str
+    label: str | None = None
+    """None for a line that has its label from another one."""
+    kind: Literal["largest", "median", "prefix", "other"] = "largest"
+
+
+_STYLES: Mapping[str, Mapping[str, Any]] = {
+    "largest": {"marker": "o", "markersize": 4},
+    "median": {"linestyle": "--", "linewidth": 1.2},
+    "prefix": {"linestyle": ":", "linewidth": 1.2},
+    "other": {"marker": "s", "markersize": 4, "linestyle": ":"},
+}
+
+
+def per_block(lines: Sequence[Line], ylabel: str, *, log: bool = False) -> Callable[[Axes], None]:
+    """Plots what is measured after each block, on a logarithmic axis or on one that begins with 0."""
+
+    def plot(axis: Axes) -> None:
+        for line in lines:
+            axis.plot(line.values, color=line.colour, label=line.label, **_STYLES[line.kind])
+        axis.set(xlabel="block", ylabel=ylabel, yscale="log" if log else "linear")
+        if log:
+            label_plainly(axis.yaxis)
+        else:
+            axis.set_ylim(bottom=0)
+        label_whole_numbers(axis.xaxis)
+        axis.legend()
+
+    return plot
 
 
 def draw(charts: Sequence[Chart]) -> Figure:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,14 +15,14 @@ from torch import Tensor, nn
 from testreg.families import find_tower
 from testreg.measure.diagnosis import ATTENTION_LEGEND, LEGEND, Diagnosis
 from testreg.measure.outliers import OutlierRule, token_norms
-from testreg.report.charts import FOURTH, THIRD, Chart, label_plainly, label_whole_numbers, svg
+from testreg.report.charts import FOURTH, NORM, NORMS, THIRD, Chart, Line, per_block, svg
 from testreg.report.map_figures import BEFORE, Maps, feature_colours, measure_maps, panels
 from testreg.report.measure import NUM_PHOTOGRAPHS, images_with_most
 from testreg.report.rendering import Card, Row, render, rows_of, write_page
 from testreg.report.values import Table, share, table_of, value_of
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    pass
 
 NEXT = {
     "none": "There is nothing to fix: registers would change this model and make nothing better. Artefacts that you "
@@ -157,8 +158,8 @@ def _facts(diagnosis: Diagnosis) -> list[tuple[str, str]]:
 
 def charts_of(diagnosis: Diagnosis) -> list[Chart]:
     return [
-        Chart("Norms after each block", _norms_in_words(diagnosis), partial(_plot_norms, diagnosis=diagnosis)),
-        Chart("Outliers after each block", _outliers_in_words(diagnosis), partial(_plot_outliers, diagnosis=diagnosis)),
+        Chart(NORMS, _norms_in_words(diagnosis), per_block(_norm_lines(diagnosis), NORM, log=True)),
+        Chart("Outliers after each block", _outliers_in_words(diagnosis), per_block(_outlier_lines(diagnosis), "%")),
     ]
 
 
@@ -168,17 +169,15 @@ def _norms(diagnosis: Diagnosis) -> tuple[list[float], list[float]]:
     return [each.max_over_median * each.median_norm for each in after], [each.median_norm for each in after]
 
 
-def _plot_norms(axis: Axes, *, diagnosis: Diagnosis) -> None:
+def _norm_lines(diagnosis: Diagnosis) -> list[Line]:
     largest, median = _norms(diagnosis)
-    axis.plot(largest, color=BEFORE, marker="o", markersize=4, label="largest patch")
-    axis.plot(median, color=BEFORE, linestyle="--", linewidth=1.2, label="median patch")
-    for token in range(len(diagnosis.blocks[0].after_mlp.prefix_ratio)):
-        prefix = [block.after_mlp.prefix_ratio[token] * block.after_mlp.median_norm for block in diagnosis.blocks]
-        axis.plot(prefix, color=THIRD, linewidth=1.2, linestyle=":", label="prefix tokens" if token == 0 else None)
-    axis.set(yscale="log", xlabel="block", ylabel="token norm (mean over images)")
-    label_plainly(axis.yaxis)
-    label_whole_numbers(axis.xaxis)
-    axis.legend()
+    after = [block.after_mlp for block in diagnosis.blocks]
+    prefix = [
+        Line([each.prefix_ratio[token] * each.median_norm for each in after], THIRD, kind="prefix")
+        for token in range(len(after[0].prefix_ratio))
+    ]
+    prefix[:1] = [replace(each, label="prefix tokens") for each in prefix[:1]]
+    return [Line(largest, BEFORE, "largest patch"), Line(median, BEFORE, "median patch", "median"), *prefix]
 
 
 def _norms_in_words(diagnosis: Diagnosis) -> str:
@@ -188,17 +187,15 @@ def _norms_in_words(diagnosis: Diagnosis) -> str:
     return f"{peak}, where the median is {median[block]:.3g}."
 
 
-def _plot_outliers(axis: Axes, *, diagnosis: Diagnosis) -> None:
-    fractions = [100 * block.after_mlp.outlier_fraction for block in diagnosis.blocks]
-    axis.plot(fractions, color=BEFORE, marker="o", markersize=4, label="share of the patches")
+def _outlier_lines(diagnosis: Diagnosis) -> list[Line]:
+    lines = [
+        Line([100 * block.after_mlp.outlier_fraction for block in diagnosis.blocks], BEFORE, "share of the patches")
+    ]
     drawn = [block.outlier_attention for block in diagnosis.blocks]
     if any(each is not None for each in drawn):
-        shares = [float("nan") if each is None else 100 * each for each in drawn]
-        axis.plot(shares, color=FOURTH, marker="s", markersize=4, linestyle=":", label="attention that they draw")
-    axis.set(xlabel="block", ylabel="%")
-    axis.set_ylim(bottom=0)
-    label_whole_numbers(axis.xaxis)
-    axis.legend()
+        shares = [math.nan if each is None else 100 * each for each in drawn]
+        lines.append(Line(shares, FOURTH, "attention that they draw", "other"))
+    return lines
 
 
 def _outliers_in_words(diagnosis: Diagnosis) -> str:
