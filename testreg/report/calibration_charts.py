@@ -56,7 +56,7 @@ def charts_of(report: Report) -> dict[str, list[Chart]]:
             Chart("What is left of the outliers", _curve_in_words(facts, REMOVAL), partial(_plot_removal, facts=facts)),
             Chart("What it changes", _curve_in_words(facts, CHANGE), partial(_plot_change, facts=facts)),
         ]
-    if curves := curves_of_rounds(facts):
+    if len(facts.rounds) > 1 and (curves := curves_of_rounds(facts)):  # a single one is the curve above
         charts["rounds"] = [
             Chart(title, _rounds_in_words(curves, name), partial(_plot_rounds, curves=curves, name=name))
             for name, title in ROUNDS.items()
