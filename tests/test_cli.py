@@ -37,6 +37,7 @@ from testreg.cli.show import _box, _target
 from testreg.io.rows import Writer
 from testreg.measure.score import Score
 from testreg.patching.notices import warn_of_unverified
+from testreg.records.calibration import Effect
 from testreg.report import map_figures
 
 records = pytest.mark.skipif(not TIMM_RECORDS, reason="this timm cannot rebuild a model of unusual size")
@@ -445,7 +446,7 @@ def test_a_list_that_is_not_verified_has_an_exit_code_of_its_own(folder, calibra
 @pytest.mark.parametrize(("agreement", "said"), [(None, False), (0.995, False), (0.9, True)])
 def test_the_agreement_of_a_head_is_shown_if_it_is_low(agreement, said, calibrated):
     neurons = testreg.RegisterNeurons.load(calibrated)
-    chosen = dataclasses.replace(neurons.calibration.chosen, agreement=agreement)
+    chosen = Effect(4, 0.0, 2, 0.0, 0.01, 0.01, agreement)
     calibration = dataclasses.replace(neurons.calibration, chosen=chosen)
     text = calibrate.summary(dataclasses.replace(neurons, calibration=calibration))
     assert ("the head agrees with itself on 90.0% of the images" in text) == said
