@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from testreg.files import shown
 from testreg.neurons import MAX_REGISTERS, RegisterNeurons
-from testreg.patching.forward import AS_IT_WAS, Mode, is_recomputing, running
+from testreg.patching.forward import UNPATCHED, Mode, is_recomputing, running
 from testreg.patching.moves import MaxOver, Zero
 from testreg.patching.notices import VerifiedUse
 from testreg.patching.override import REFUSALS, Part
@@ -114,7 +114,7 @@ class Patch:
     def mode_for_new_forward(self) -> Mode:
         """What forwards compute that start now in this thread."""
         if self.disabled_by > 0:
-            return AS_IT_WAS
+            return UNPATCHED
         mode = self.default_mode
         for patch, steered in running.steered:
             if patch is self:
@@ -131,7 +131,7 @@ class Patch:
         call = running.call
         if call is not None and call.patch is self and call.forward is not None:
             return call.forward.mode
-        return self.mode_for_new_forward if torch.compiler.is_compiling() or is_recomputing() else AS_IT_WAS
+        return self.mode_for_new_forward if torch.compiler.is_compiling() or is_recomputing() else UNPATCHED
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
