@@ -150,7 +150,7 @@ class Running(threading.local):
     hooked: Hooked | None
     """The module whose hooks run, under `testreg.hooks_without_registers`."""
     moves: int
-    """How often neurons were moved in the current block; each second linear does it once."""
+    """How often the neurons in front of a second linear were moved in the current block."""
     layout: Layout | None
     """The layout of the current block, if it is padded or packed."""
     recomputed: Layout | None
