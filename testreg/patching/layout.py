@@ -44,7 +44,7 @@ class Layout:
         return tokens.transpose(0, 1) if self.sequence_first else tokens
 
     def extend(self, rows: Tensor, dim: int, value: float | Tensor) -> Tensor:
-        """Put R entries of `value` behind those of each image, in `rows`, which has an entry for each token along `dim`."""
+        """`rows`, with an entry for each token along `dim`, and R entries of `value` put behind those of each image."""
         shape = list(rows.shape)
         shape[dim] = self.num_registers
         more = value.expand(shape) if isinstance(value, Tensor) else rows.new_full(shape, value)
