@@ -61,15 +61,15 @@ def patch(
         top_k: use only the best `top_k` of the list; None takes as many as the list recommends.
         num_registers: R, the extra tokens, at most 256, each of which holds all of the neurons; None takes as many as
             `static` has, or as the list recommends.
-        split_neurons: share the neurons out among the registers by rank (paper A.5), instead.
+        split_neurons: share the neurons out among the registers by rank (paper A.5), so that each holds some of them.
         max_over: "neuron" moves the largest value of each neuron (paper), "layer" one for the block (released code).
         zero: where the moved neurons are zero: on "patches" (released code), or on "all" tokens, CLS included (paper).
-        static: constants in place of what the registers hold, from `testreg.make_static`, or the path of their file.
+        static: constants that replace the states of the registers, from `testreg.make_static`, or their file's path.
         target: a mask of patches that take the register's place in every forward, as in `testreg.steered`.
 
     Returns:
-        The same object. Its outputs keep their shapes, its state_dict its keys. Hooks inside of a block see T+R tokens,
-            but not within `testreg.hooks_without_registers`; `testreg.attention` and `testreg.features` have none.
+        The same object. Its outputs keep their shapes, its state_dict its keys. Hooks inside a block see T+R tokens,
+            but T within `testreg.hooks_without_registers`. `testreg.attention` and `testreg.features` leave them out.
 
     Raises:
         TypeError, ValueError: the model or an argument does not fit. Nothing has been changed then.
@@ -106,7 +106,7 @@ def patch(
 
 
 def unpatch(model: M) -> M:
-    """Take back what `patch` did; the model is then bit for bit what it was. Returns the same object.
+    """Undo `patch`; the model is then bit for bit what it was. Returns the same object.
 
     Raises RuntimeError if the model is not patched, or someone has replaced a patched `forward` since.
 
@@ -137,7 +137,7 @@ def patched(model: M, neurons: AnyNeurons = None, **options: Any) -> Iterator[M]
 def disabled(model: M) -> Iterator[M]:
     """Within the `with` block a patched model computes as if it were not patched, in all threads.
 
-    Contexts nest and overlap. A forward that runs meanwhile, in another thread, ends as it began.
+    Contexts nest and overlap. A forward that is under way in another thread keeps its registers to its end.
 
     Example:
         >>> with testreg.patched(model, neurons), testreg.disabled(model):
@@ -151,7 +151,7 @@ def disabled(model: M) -> Iterator[M]:
 def registers(model: nn.Module) -> Iterator[list[Tensor]]:
     """Within the `with` block, the list holds the registers (B, R, C) after each block of this thread's last forward.
 
-    They are what the blocks give, before the tower's final norm. Contexts nest, and each has a list of its own.
+    They are read from the output of the blocks, before the final norm. Contexts nest, each with a list of its own.
 
     Example:
         >>> with testreg.patched(model, neurons), testreg.registers(model) as after_block:

@@ -1,4 +1,4 @@
-"""Static registers: constant states in place of what a model computes in them, and their safetensors file."""
+"""Static registers, whose states are constants instead of being computed, and their safetensors file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Form = Literal["token", "bias"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class StaticRegisters:
-    """The state in which registers enter each block, as constants: their mean over images (arXiv 2506.08010, A.2).
+    """Constants for the states in which registers enter each block: means over images (arXiv 2506.08010, A.2).
 
     `testreg.make_static` makes them, and `testreg.patch(model, neurons, static=...)` puts them in place of the
     registers that a model computes. They belong to the weights and to the register neurons that they were made with.
@@ -58,7 +58,7 @@ class StaticRegisters:
     model: Mapping[str, Any] = field(default_factory=dict)
     """The checkpoint, as in `RegisterNeurons.model`."""
     images: Mapping[str, Any] = field(default_factory=dict)
-    """What the mean is over: their number, source and size."""
+    """The images of which the states are means: their number, source and size."""
 
     def __post_init__(self) -> None:
         if self.states.ndim != 3 or not self.states.numel() or not self.states.is_floating_point():
@@ -91,11 +91,11 @@ class StaticRegisters:
 
     @property
     def num_registers(self) -> int:
-        """R"""
+        """The number of registers, R."""
         return self.states.shape[1]
 
     def check_fits(self, tower: Tower, neurons: RegisterNeurons, num_registers: int) -> None:
-        """Raise ValueError unless the states are of registers as a patch of the tower has them."""
+        """Raise ValueError unless the states belong to this tower, these neurons and this number of registers."""
         depth, own, width = self.states.shape
         expected = tower.depth, tower.width
         if (depth, width) != expected:
@@ -117,10 +117,9 @@ class StaticRegisters:
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file, replaced whole or not at all; of a neuron JSON's path, the one beside it.
+        """Write a safetensors file; an existing one is replaced whole or not at all.
 
-        Example:
-            `neurons.json` stands for `neurons.static.safetensors`.
+        The path of a neuron JSON, such as `neurons.json`, stands for the file beside it, `neurons.static.safetensors`.
         """
         described = {
             "format": FORMAT,
@@ -159,11 +158,14 @@ class StaticRegisters:
 
 
 AnyStatic = StaticRegisters | str | os.PathLike[str] | None
-"""Whatever `resolve_static` makes static registers of."""
+"""Static registers, the path of their file, or None."""
 
 
 def resolve_static(static: AnyStatic) -> StaticRegisters | None:
-    """What the `static` argument of `patch` means. Raises OSError, TypeError or ValueError if nothing valid."""
+    """The static registers that the `static` argument of `patch` stands for.
+
+    Raises OSError, TypeError or ValueError if it is not valid.
+    """
     if static is None or isinstance(static, StaticRegisters):
         return static
     if not isinstance(static, str | os.PathLike):
@@ -172,7 +174,7 @@ def resolve_static(static: AnyStatic) -> StaticRegisters | None:
 
 
 def companion(path: str | os.PathLike[str]) -> Path:
-    """The file of static registers beside a neuron JSON; any other path is that of the file itself."""
+    """The file of static registers that a path stands for: beside a neuron JSON, or else the path itself."""
     file = Path(path)
     return file.with_suffix(SUFFIX) if file.suffix == ".json" else file
 

@@ -1,5 +1,8 @@
-"""What a block of a patched tower gets depends on the neurons that are moved in front of it. So of sets of neurons that
-have these in common, only the first is run through the blocks before."""
+"""A cache of the tokens between the blocks of a patched tower.
+
+The input of a block depends only on the neurons that are moved in earlier blocks. So where several sets of neurons have
+these in common, the earlier blocks are run for the first set alone.
+"""
 
 from __future__ import annotations
 
@@ -17,56 +20,57 @@ from testreg.neurons import Neuron
 from testreg.patching.override import Override
 
 Key = tuple[int, int, frozenset[tuple[int, int]]]
-"""A block, the number of registers, and the neurons that are moved in front of the block."""
+"""What the input of a block depends on: the block, the number of registers, and the neurons moved in earlier blocks."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What the blocks in front of another made of a batch."""
+    """The input of a block for one batch, and the figures of the blocks before it."""
 
     output: Any
-    """That of the last of them, registers included."""
+    """The output of the block before, registers included."""
     figures: Tensor
-    """What was read off the patches after each of them, (K, depth, B, N) for K figures."""
+    """The figures of the patches after each of the earlier blocks, (K, depth, B, N) for K figures."""
 
 
 class BlockCache:
-    """Keeps what blocks of a patched tower get in each batch: a later forward begins at the last block whose input is
-    known.
+    """Keeps the inputs of blocks, so that a forward can begin at the last block whose input is kept.
 
     Args:
-        memory: bytes that may be kept of each batch. The inputs of the latest sets stay, and of one set those of its
-            first blocks, which most of the others share.
+        memory: bytes that may be kept of each batch. The least recently used inputs go first, and of one set of neurons
+            those of its last blocks, which the fewest other sets share.
     """
 
     def __init__(self, tower: Tower, memory: int = 0) -> None:
         self.tower, self.memory = tower, memory
         self.kept: dict[int, OrderedDict[Key, Kept]] = {}
-        """By the number of the batch; the latest last."""
+        """What is kept of each batch, by its number; the most recently used last."""
         self.keys: list[Key] = []
-        """Those of the running set, by block."""
+        """The keys of the current set of neurons, one for each block."""
         self.first_moved = 0
-        """Its first block with moved neurons; what the blocks before get is of no use, once that is known."""
+        """The first block with moved neurons. Inputs of earlier blocks are not kept, since its own is."""
         self.batch = 0
-        """The number of the batch that runs."""
+        """The number of the current batch."""
         self.first_run = 0
-        """The first block that runs."""
+        """The first block that has to be run for it."""
         self.start: Kept | None = None
-        """What the blocks before it have made of the batch."""
+        """What is kept for that block; None if it is block 0."""
         self.made: dict[int, Any] = {}
-        """The inputs of blocks that the running forward has made, by their numbers."""
+        """Inputs that the current forward has computed, by block."""
 
     @contextmanager
     def reused(self, neurons: Sequence[Neuron], num_registers: int) -> Iterator[None]:
-        """Within the context, in which the model is patched with these neurons, blocks are not run whose output is
-        known. Each forward is between `begin` and `finish`."""
+        """Within the context, blocks whose output is kept are not run; the model must be patched with these neurons.
+
+        Call `begin` before each forward and `finish` after it.
+        """
         moved = frozenset((block, unit) for block, unit, _ in neurons)
         depths = range(self.tower.depth)
         self.first_moved = min((block for block, _ in moved), default=0)
         self.keys = [
             (depth, num_registers, frozenset(neuron for neuron in moved if neuron[0] < depth)) for depth in depths
         ]
-        blocks = [KeptBlock(block.module, self, index) for index, block in enumerate(self.tower.blocks[:-1])]
+        blocks = [CachedBlock(block.module, self, index) for index, block in enumerate(self.tower.blocks[:-1])]
         for each in blocks:
             each.install()
         try:
@@ -76,13 +80,16 @@ class BlockCache:
                 each.remove()
 
     def begin(self, batch: int) -> None:
-        """The next forward is of this batch."""
+        """Start the forward of a batch, by its number."""
         kept = self.kept.setdefault(batch, OrderedDict())
         self.first_run = max((key[0] for key in self.keys if key in kept), default=0)
         self.batch, self.start, self.made = batch, kept.get(self.keys[self.first_run]), {}
 
     def finish(self, recorded: Tensor) -> Tensor:
-        """Figures (K, L, B, N) of the batch, also of blocks that did not run, from those that its forward recorded."""
+        """End the forward; returns the figures (K, L, B, N) of all blocks.
+
+        `recorded` are those that the forward gave; of blocks that were not run, the kept ones take their place.
+        """
         figures = recorded if self.start is None else torch.cat([self.start.figures, recorded[:, self.first_run :]], 1)
         kept = self.kept[self.batch]
         kept |= {self.keys[index]: Kept(output, figures[:, :index]) for index, output in self.made.items()}
@@ -94,14 +101,14 @@ class BlockCache:
         return figures
 
     def keep(self, index: int, output: Any) -> None:
-        """Keep what a block of the running forward gives to the next, if that may be of use, and there is room."""
+        """Keep the output of a block, the input of the next, if it can be of use and fits into the memory."""
         if index + 1 >= self.first_moved and _bytes(output) * (len(self.made) + 1) <= self.memory:
             self.made[index + 1] = _copied(output)
 
 
 @dataclass(eq=False)
-class KeptBlock(Override):
-    """A block that is run only if its output is not known."""
+class CachedBlock(Override):
+    """A block that is run only if its output is not kept."""
 
     cache: BlockCache
     index: int
@@ -116,7 +123,7 @@ class KeptBlock(Override):
 
 
 def _copied(output: Any) -> Any:
-    """The output of a block, with tokens of its own: the next block may edit them."""
+    """The output of a block with a copy of its tokens, since the next block may edit them in place."""
     if isinstance(output, tuple):
         return (_copied(output[0]), *output[1:])
     return output.clone()

@@ -29,22 +29,22 @@ from testreg.measure.ranking import SELECTIVE, best
 from testreg.neurons import Neuron
 from testreg.records.calibration import Effect
 
-NEGLIGIBLE = 0.01  # neurons that score less than this share of the best are not measured,
-NEGLIGIBLE_SELECTIVE = 0.001  # and selective ones less than this: small ones, together, may keep a sink alive
-FORWARDS_TO_RANK = 3  # of an image, that ranking by it takes: forward, backward and what is read of both
-MIN_LISTED = 1000  # neurons that the list keeps, so that it can be truncated anew
+NEGLIGIBLE = 0.01  # neurons that score less than this share of the best are not measured
+NEGLIGIBLE_SELECTIVE = 0.001  # the same of selective neurons: many small ones together may keep a sink alive
+FORWARDS_TO_RANK = 3  # what ranking by an image costs: its forward, its backward, and the sums
+MIN_LISTED = 1000  # neurons that the list keeps at least, so that it can be truncated differently
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The neurons that are recommended, and the ranking that they are from."""
+    """The recommended neurons, and the ranking that they come from."""
 
     neurons: tuple[Neuron, ...]
     ranking: tuple[Neuron, ...]
     last: int
     """The last block whose neurons were ranked."""
     selection: Selection | None
-    """How they were chosen; None if the user says how many."""
+    """How they were chosen; None if the user has said how many to take."""
     num_registers: int = 1
 
     @property
@@ -60,7 +60,7 @@ class Choice:
 
 
 def choose(ranked: Ranked, meters: Sequence[Meters], options: Options, budget: Budget, state: State) -> Choice:
-    """As many of the best neurons as the user says, or the fewest with which the target is met, or nearly so."""
+    """Take the best `top_k` neurons if the user gives that number; otherwise search for the set to recommend."""
     first_last, later_last = last_blocks(ranked.leader, options)
     ranking = best(ranked.scores(ranked.totals()), first_last, max(MIN_LISTED, 10 * (options.top_k or 0)))
     if not ranking:
@@ -69,8 +69,8 @@ def choose(ranked: Ranked, meters: Sequence[Meters], options: Options, budget: B
         )
     if options.top_k is not None:
         return Choice(ranking[: options.top_k], ranking, first_last, None)
-    # What is left to do once no more time is to be spent: one more set of neurons, if it was begun, numbers of
-    # registers, and to verify.
+    # Forwards that follow once the budget is spent: of a set that is being measured, of the numbers of registers, and
+    # of the verification.
     to_come = sum(each.num_images for each in set(meters[0])) + (REGISTERS_TRIED - 1) * meters[0].choosing.num_images
     ranked_again = FORWARDS_TO_RANK * NUM_RANKED_AGAIN * world_size()
     with ExitStack() as stack:
@@ -94,7 +94,7 @@ def choose(ranked: Ranked, meters: Sequence[Meters], options: Options, budget: B
             last = later_last if moved else first_last
             is_selective = torch.stack([each.selectivity for each in totals]).amin(0) >= SELECTIVE
             candidates = best(scores, last, MAX_NEURONS, at_least=NEGLIGIBLE, without=moved)
-            # Those that hold outliers back score below zero, and belong to what makes them nevertheless.
+            # Neurons that hold outliers back score below zero, but are part of the mechanism as well.
             weights = scores.abs() * is_selective
             selective = best(weights, last, MAX_NEURONS, at_least=NEGLIGIBLE_SELECTIVE, without=moved)
             return Candidates(candidates, [(block, unit, float(scores[block, unit])) for block, unit, _ in selective])

@@ -1,8 +1,8 @@
-"""Measure the patched model on images that did not rank its neurons: what does moving some of them do?
+"""Measure the effect of moving some neurons, on images that had no part in their ranking.
 
-A ranking says which neurons *may* be the cause of outliers. What decides is the patched model: whether the outliers are
-gone, after every block; whether the patches where they were have become patches like others, which draw no more
-attention and resemble their neighbours; and whether everything else stays as it was.
+A ranking says which neurons *may* cause the outliers. The patched model decides: whether the outliers are gone, after
+every block; whether the patches that were outliers draw no more attention than others and resemble their neighbours;
+and whether everything else stays as it was.
 
 Shapes: L blocks, B images, T tokens, N patches, C width.
 """
@@ -35,13 +35,13 @@ from testreg.records.calibration import Effect, Verification
 from testreg.register import patched
 
 Head = Callable[[nn.Module, Tensor], Tensor]
-"""A model and images (B, 3, h, w), on its device and in its dtype -> scores (B, classes)."""
+"""Computes scores (B, classes) from a model and images (B, 3, h, w), which are on its device and in its dtype."""
 
-KEPT = 2**28  # bytes of tokens between blocks that are kept while sets are compared
-NORMAL_PATCHES = 64  # of an image, whose change is measured
-HOTTER = 1.01  # times as hot an image's hottest patch is, or more
-MUCH_HOTTER = 1.1  # the same, of the mean over images: maps got hotter
-MAX_SINK = 1.5  # times as much attention as other patches: more is an attention sink
+CACHE_BYTES = 2**28  # of tokens between blocks, which are kept while sets are compared
+NORMAL_PATCHES = 64  # are sampled from an image, to measure how they change
+HOTTER = 1.01  # an image counts as hotter if its hottest patch draws at least so many times as much attention
+MUCH_HOTTER = 1.1  # maps count as hotter if that holds of the mean over the images, with this factor
+MAX_SINK = 1.5  # former outliers that draw more than so many times the attention of other patches are a sink
 
 
 def worst_of(effects: Sequence[Effect]) -> Effect:
@@ -88,7 +88,7 @@ class Figures:
     tokens: Tensor
     """(B, P + N, C), float32, after the last block."""
     classes: Tensor | None
-    """(B,), by the user's head."""
+    """(B,), the class that the user's head gives each image."""
 
     @property
     def norms(self) -> Tensor:
@@ -109,15 +109,15 @@ class Baseline:
     hottest: Tensor  # (B,), see `Effect.hottest`
     sampled: Tensor  # (B, K), indices of normal patches
     features: Tensor  # (B, 1 + K, C), of the pooled token and of these, after the last block
-    classes: Tensor | None  # (B,), by the user's head
+    classes: Tensor | None  # (B,), the class that the user's head gives each image
 
     @property
     def others(self) -> Tensor:
-        """(B, N), the patches that are no former outliers."""
+        """(B, N), the counted patches that are not former outliers."""
         return ~self.former & self.counted
 
     def take(self, images: list[int]) -> Baseline:
-        """The same of some of the images."""
+        """The baseline of some of the images, by their indices in the batch."""
         return Baseline(
             images=tuple(self.images[i] for i in images),
             limit=self.limit[:, images],
@@ -136,11 +136,11 @@ class Baseline:
 class EffectMeter:
     """Measures the effect of sets of neurons, on held-out images that the plain model has seen once.
 
-    Outliers are counted after the onset and after every block behind it, new ones too. In front of the onset they are
-    not: early blocks have high norms of their own, of a bright patch say, which mean nothing, and which no neuron of a
-    later block reaches. Nothing is missed, since an outlier that arises earlier and lasts is there after the onset
-    as well. And since the count begins at the same block for all sets of neurons, none looks better for beginning late:
-    all outliers between the onset and its first neuron are left.
+    Outliers, new ones included, are counted after the onset block and after every later block. Earlier blocks do not
+    count: they have high norms of their own, of a bright patch say, which mean nothing, and which no neuron of a later
+    block can remove. Nothing is missed, since an outlier that arises earlier and lasts is still there after the onset.
+    The count begins at the same block for all sets of neurons. So a set gains nothing by having its first neuron in a
+    late block: the outliers between the onset and that block are left, and count.
 
     Args:
         images: few enough to be kept.
@@ -194,9 +194,10 @@ class EffectMeter:
         self.centre = self.before["features"] / self.before["count"].unsqueeze(-1)  # (2, C), of pooled and patches
 
     def split(self, number: int) -> tuple[EffectMeter, EffectMeter]:
-        """Two evaluators, of `number` of the images and of the others, which have a like share of the outliers.
+        """Two meters, of `number` of the images and of the others, with similar shares of the outliers.
 
-        Images take turns by how many outliers they have, those after each block from the onset on weighing alike.
+        The images are sorted by their share of the outliers, averaged over the blocks from the onset on, and the first
+        meter gets `number` of them at even intervals.
         """
         of_all = self.before["outliers"][self.onset :].clamp(min=1)  # (L',)
         shares = [(plain.outlier.sum(-1)[self.onset :].T.cpu() / of_all).sum(-1) for plain in self.baselines]
@@ -234,7 +235,7 @@ class EffectMeter:
 
     @property
     def untouched(self) -> Effect:
-        """The same figures of the plain model."""
+        """The figures of the plain model, as an effect that changes nothing."""
         sink, hottest = self._attention_figures(self.before)
         return Effect(
             neurons=0,
@@ -253,8 +254,8 @@ class EffectMeter:
 
     @contextmanager
     def comparing(self) -> Iterator[None]:
-        """Within the context, what several sets of neurons share is computed once, as far as `KEPT` bytes hold it."""
-        self.block_cache = BlockCache(self.tower, KEPT // max(1, len(self.baselines)))
+        """Within the context, sets of neurons share the blocks whose input is the same for them (`BlockCache`)."""
+        self.block_cache = BlockCache(self.tower, CACHE_BYTES // max(1, len(self.baselines)))
         try:
             yield
         finally:
@@ -271,7 +272,7 @@ class EffectMeter:
                 self.block_cache.begin(batch)
                 self._compare(baseline, sums)
         after, before = all_reduce_sum(sums), self.before
-        least = MIN_FRACTION * float(before["patches"])  # what is as good as none, divided by, means nothing
+        least = MIN_FRACTION * float(before["patches"])  # a fraction of hardly any outliers would mean nothing
         remaining = (after["outliers"] / before["outliers"].clamp(min=least))[self.onset :]
         excess = (after["excess"] / before["excess"].clamp(min=least))[self.onset :]
         cosine = after["cosine"] / before["count"]
@@ -297,7 +298,7 @@ class EffectMeter:
         return sink, None if sink is None else float(sums["hottest"] / self.before["count"][0])
 
     def _sink(self, sums: Sums) -> float | None:
-        """See `Effect.sink`. Blocks attend to the outliers that the ones before them have made."""
+        """See `Effect.sink`. It is read behind the onset, since a block attends to outliers at its input."""
         numbers = self.before["former"], self.before["others"]
         drawn = sums["at_patches"][min(self.onset + 1, self.tower.depth - 1) :]  # (L', 3)
         if not all(numbers) or not drawn[:, 1].all():  # no outliers, or nothing was seen
@@ -309,7 +310,7 @@ class EffectMeter:
         return float((after / before.clamp(min=1e-6)).mean()) if self.before["former"] else None
 
     def _run(self, images: Tensor) -> Figures:
-        """What the model, plain or patched, makes of a batch."""
+        """Run a batch through the model, plain or patched, and read the figures off it."""
         tower = self.tower
         images = images.to(tower.device, tower.dtype)
         reader = _Reader(tower, images)
@@ -324,7 +325,7 @@ class EffectMeter:
         return reader.figures(None if self.head is None else _classes(scores, len(images)))
 
     def _baseline(self, packed: tuple[PackedImage, ...], seed: int) -> Baseline:
-        """What the plain model makes of a batch."""
+        """Run a batch through the plain model, and keep what patched models are compared with."""
         images = _unpacked(packed)
         figures = self._run(images)
         norms = figures.norms
@@ -366,7 +367,8 @@ class EffectMeter:
         figures = self._run(_unpacked(plain.images))
         figures = replace(figures, patches=self.block_cache.finish(figures.patches))
         norms = figures.norms
-        # By both limits: norms may grow evenly, so that none stands out, or even out, so that small ones do.
+        # A patch must exceed the limits of both models: where all norms have grown, each exceeds the plain one's, and
+        # where norms have become even, a small deviation exceeds the patched one's.
         outlier = norms > torch.maximum(plain.limit, self.detection.rule.limit(norms))
         before, after = (
             torch.cat([features[:, :1] - self.centre[0].to(features), features[:, 1:] - self.centre[1].to(features)], 1)
@@ -394,7 +396,7 @@ class _Reader:
         self.patches: list[Tensor] = []  # (3, B, N) of each block that has run, see `Figures`
         self.norms_of_tokens: list[Tensor] = []
         self.hottest: Tensor | None = None
-        self.drawn: list[Tensor] = []  # (B, N), of each attention of the running block
+        self.drawn: list[Tensor] = []  # (B, N), what patches draw in each attention of the running block
         self.attention = SampledAttention(tower, images, self._see)
 
     @property
@@ -437,7 +439,7 @@ class _Reader:
         self.patches.append(torch.stack([norms[:, self.region], cosine, drawn]))
 
     def _see(self, block: int, weights: Tensor, queries: Tensor, share: Tensor, values: Tensor | None) -> None:
-        """What some tokens of a block give to all, (B, heads, n, T)."""
+        """Read off the attention (B, heads, n, T) that a sample of the tokens gives to all tokens in a block."""
         given = weights[..., self.region].mean(1)  # (B, n, N)
         with autocast_off(weights.device):
             self.drawn.append(torch.einsum("bqn,q->bn", given, share.to(given)))

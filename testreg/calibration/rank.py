@@ -1,4 +1,4 @@
-"""Rank the neurons by what they have to do with the outliers, on images that come in chunks until the ranking is
+"""Rank the neurons by how far they cause the outliers, on one chunk of images after the other until the ranking is
 stable."""
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from testreg.measure.ranking import SUMS, Statistics, overlap, statistics_of
 from testreg.neurons import Neuron, unscored
 from testreg.register import patched
 
-NUM_RANKED_AGAIN = 16  # of the first images that have outliers, by a process, once some neurons are moved
-MIN_RANKED = 16  # images with outliers, a quarter of them in either half, or the first images are all ranked
+NUM_RANKED_AGAIN = 16  # images with outliers by which each process ranks anew, once some neurons are moved
+MIN_RANKED = 16  # images with outliers, a quarter of them in each half, before ranking may stop within the first images
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,24 +49,25 @@ class Ranked:
         return [each.total() for each in self.statistics]
 
     def totals_with(self, moved: Sequence[Neuron]) -> list[Statistics]:
-        """The same once some neurons are moved, over some of the first images."""
+        """The sums of each view with some neurons moved, over `NUM_RANKED_AGAIN` of the first images."""
         return [_statistics_with(each, moved) for each in self.detected]
 
     def scores(self, totals: Sequence[Statistics]) -> Tensor:
-        """Scores (L, H) of the neurons by sums of each view: their mean over the views that show outliers."""
+        """Scores (L, H) of the neurons, from the sums of each view: the mean over the views that show outliers."""
         pairs = list(zip(self.detected, totals, strict=True))
         showing = [pair for pair in pairs if pair[1].num_with_outliers > 0] or pairs
         return torch.stack([total.scores(each.tower) for each, total in showing]).mean(0)
 
     def stability(self, last: int, count: int | None = None) -> tuple[float, int]:
-        """Share of the best neurons that the rankings by two halves of the images have in common, and their number."""
+        """How far the rankings by two halves of the images agree, and on how many neurons: see `overlap`."""
         first, second = (self.scores([each.half(index) for each in self.statistics]) for index in (0, 1))
         return overlap(first, second, last, count)
 
 
 def rank(detected: Sequence[Detected], options: Options, budget: Budget, state: State) -> Ranked:
-    """Rank by one chunk of images after the other, from where the state of an interrupted run ends, until halves of the
-    images agree on which neurons are the best, or all images are read."""
+    """Rank by one chunk of images after the other, until two halves of the images agree on the best neurons, or all
+    images are read. What `state` holds of an interrupted run is not computed again.
+    """
     unread = [each.split.to_rank(state.done) for each in detected]
     end_of_first = detected[0].split.end
 
@@ -98,15 +99,15 @@ def last_blocks(leader: Detected, options: Options) -> tuple[int, int]:
     """The block up to which neurons are ranked in the first round, and in all others."""
     if options.max_block is not None:
         return options.max_block, options.max_block
-    if options.score == "attribution":  # it tells causes from what fires at outliers because of them
+    if options.score == "attribution":  # a neuron that fires only because of outliers scores low: late blocks may count
         last = max(leader.detection.block, *leader.blocks_with_outliers)
         return last, last
     return leader.onset, leader.detection.block
 
 
 def _statistics_with(detected: Detected, moved: Sequence[Neuron]) -> Statistics:
-    """The statistics of first images that have outliers, once some neurons are moved, over both halves. Images without
-    outliers have none that were hidden."""
+    """The statistics with some neurons moved, over both halves of some of the first images. Only images with outliers
+    are taken, since others hide no second cause."""
     with patched(detected.view.model, unscored(moved)):
         images = itertools.islice(detected.with_outliers(), NUM_RANKED_AGAIN)
         return _statistics_of(detected, images, _ignore, norms_are_known=False).total()
@@ -119,11 +120,11 @@ def _statistics_of(
     *,
     norms_are_known: bool = True,
 ) -> Statistics:
-    """The statistics of numbered images of this process, and of those of the others.
+    """The statistics of this process's numbered images, summed with those of the other processes.
 
     Args:
         on_images: called with the number of images after each batch.
-        norms_are_known: whether norms that `detected` has are those of the model as it is.
+        norms_are_known: whether `detected.norms` are valid; they are not once neurons are moved.
     """
     options, known = detected.view.options, (detected.norms if norms_are_known else {})
     statistics = SUMS[options.score].zeros(detected.tower)
@@ -147,4 +148,4 @@ def _statistics_of(
 
 
 def _ignore(count: int) -> None:
-    """What is called with a number of images where nobody counts."""
+    """Take a number of images, where no progress is shown."""

@@ -1,5 +1,5 @@
-"""The state of a calibration that may be interrupted and resumed: the statistics of its views, and the effects of the
-sets of neurons that were measured, in a file."""
+"""The state of a calibration that can be interrupted and resumed, and its file: the statistics of its views, and the
+effects of the sets of neurons that were measured."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ FORMAT = "testreg-calibration"
 VERSION = 5  # of the sums and effects that are saved
 
 FIRST_CHUNK = 16  # images between two checks of whether the ranking is stable, and between two saved states
-CHUNK = 64  # the same behind the first images, which processes have yet to read
+CHUNK = 64  # the same for all later images, which are not in memory yet
 
 
 class State:
-    """How far a calibration is: what it goes on from if it is interrupted, in a safetensors file.
+    """What a calibration has measured so far, which it can save to a safetensors file and resume from.
 
     Args:
-        path: the file; None if nothing is to be kept.
-        detected: what each view shows.
-        facts: what else must be the same for a saved state to be of this run.
+        path: the file; None if nothing is to be saved.
+        detected: the outliers of each view.
+        facts: options and inputs. A saved state is of this run only if they are the same, and weights, image sizes and
+            detection as well.
     """
 
     def __init__(self, path: Path | None, detected: Sequence[Detected], facts: Mapping[str, Any]) -> None:
@@ -46,16 +47,16 @@ class State:
             "detection": [[each.detection.block, each.onset, sorted(each.detection.ignored)] for each in detected],
         }
         self.run: dict[str, Any] = json.loads(json.dumps(run))
-        """All that must be the same for the sums to be of the same run, as JSON gives it back."""
+        """All that must be the same in a saved state of this run, as it reads back from JSON."""
         self.done = 0
-        """All images with lower numbers are in the statistics."""
+        """The statistics include all images with lower numbers than this."""
         self.statistics = [SUMS[each.view.options.score].zeros(each.tower) for each in detected]
         """Of each view."""
         self.effects: dict[str, Effect] = {}
         """The effects of sets of neurons, by `key_of`."""
 
     def save(self) -> None:
-        """Write the file, in the first process, if there is to be one."""
+        """Write the file, in the first process alone; without a path, do nothing."""
         if self.path is None or rank() != 0:
             return
         tensors = {
@@ -69,9 +70,9 @@ class State:
             save_file(tensors, temporary, metadata={"testreg": json.dumps(saved)})
 
     def load(self) -> None:
-        """Fill in what the file has, if there is one.
+        """Take over the state in the file, if there is one.
 
-        The first process reads the file for all of them: on other machines it may be missing, or another one.
+        The first process reads it for all of them, since other machines may not have the file, or have another one.
 
         Raises:
             ValueError: the file is damaged, or of another run.
@@ -138,7 +139,7 @@ class State:
 
 
 def key_of(neurons: Sequence[Neuron], num_registers: int) -> str:
-    """What a set of neurons is called in the file."""
+    """The key in the file of a set of neurons, moved to so many registers."""
     return f"{num_registers}: " + " ".join(f"{block}.{unit}" for block, unit in sorted(each[:2] for each in neurons))
 
 

@@ -1,11 +1,12 @@
 """Attribute the outliers to MLP neurons, of all blocks at once, with one backward pass.
 
-A neuron that triggers others writes little itself: by what it writes it scores next to nothing, and yet it is the
-cause of all that follows. Attribution patching (Nanda 2023; Syed et al., arXiv 2310.10348) sees both: the derivative of
-the outliers' excess norm with respect to a neuron's activation, times how far the activation at the outlier is from
-that at normal patches, is to first order what the outliers would lose if the neuron behaved as it does elsewhere.
+A neuron that triggers others writes little itself. By what it writes it would score next to nothing, and yet it causes
+all that follows. Attribution patching (Nanda 2023; Syed et al., arXiv 2310.10348) counts both effects. It takes the
+derivative of the outliers' excess norm with respect to a neuron's activation, times how far the activation at the
+outlier is from that at normal patches. To first order, that is the excess which outliers would lose if the neuron
+behaved at them as it does elsewhere.
 
-What feeds the triggers is a cause as well: the features of a flat background, say, which all of the network uses. To
+The inputs of the triggers are causes as well, such as neurons for a flat background, which the whole network uses. To
 move such a neuron would take it from all patches. So a second figure says how much of its activation is at outliers.
 """
 
@@ -23,13 +24,13 @@ from testreg.measure.hooks import recording_outputs, replacing_inputs
 from testreg.measure.outliers import Detection, autocast_off, check_finite, token_norms
 
 MEMORY = 2**30  # bytes that the activations of one backward pass may take, roughly
-TENSORS = 24  # of a token's width, that a block keeps for the backward pass, roughly
+TENSORS = 24  # tensors as wide as a token that a block keeps for the backward pass, roughly
 
 
 @contextmanager
 def recorded_graph(tower: Tower) -> Iterator[tuple[list[Tensor], list[list[Tensor]]]]:
-    """Within the context, a forward is recorded for differentiation: the tokens (B, T, C) that each block gives, and
-    the hidden activations (B, T, H) of each MLP of each block."""
+    """Within the context, a forward can be differentiated. Two lists are filled: the tokens (B, T, C) after each block,
+    and for each block the hidden activations (B, T, H) of its MLPs."""
     tokens: list[Tensor] = []
     hidden: list[list[Tensor]] = [[] for _ in tower.blocks]
     mlps = [(index, mlp) for index, block in enumerate(tower.blocks) for mlp in block.mlps]
@@ -51,7 +52,7 @@ def recorded_graph(tower: Tower) -> Iterator[tuple[list[Tensor], list[list[Tenso
 
 @dataclass(frozen=True)
 class Attribution:
-    """What each neuron has to do with the outliers of B images, for L blocks of H neurons."""
+    """How far each neuron causes the outliers of B images, for L blocks of H neurons."""
 
     share: Tensor
     """(B, L, H): the share of the image's excess norm that the neuron makes, to first order, directly and through later
@@ -61,20 +62,21 @@ class Attribution:
     energy: Tensor
     """(B, L, H): the same over all patches; zero for images without outliers."""
     outlier: Tensor
-    """(L, B, N): which patches are outliers, after the blocks that the detection counts; none after others."""
+    """(L, B, N): which patches are outliers after each block; none after blocks that the detection does not count."""
 
 
 def attribution_of(tower: Tower, images: Tensor, detection: Detection, *, norms: Tensor | None = None) -> Attribution:
     """Attribute the outliers of images (B, 3, h, w) to neurons.
 
-    The excess of a patch is how far its norm is above the normal one of its image, over the latter
-    (`OutlierRule.normal`). An image's excess after a block is the sum over its outliers there. A neuron's share of it
-    is what its deviation from normal patches makes: the mean over the blocks with outliers that the detection counts.
+    The excess of a patch is how far its norm is above the normal one of its image (`OutlierRule.normal`), divided by
+    the latter. An image's excess after a block is the sum over its outliers there. A neuron's share is the part of it
+    that is due to the neuron's deviation from normal patches, averaged over the blocks with outliers that the detection
+    counts.
 
     Images without outliers cost no more than a forward, and nothing at all if `norms` are given.
 
     Args:
-        norms: those of the tokens (L, B, T), as `token_norms` gives them; None measures them.
+        norms: the norms of the tokens (L, B, T), as `token_norms` gives them; None: they are measured.
 
     Raises:
         ValueError: norms are not finite; the model cannot be differentiated.
@@ -93,8 +95,12 @@ def attribution_of(tower: Tower, images: Tensor, detection: Detection, *, norms:
 
 
 def counted_outliers(tower: Tower, images: Tensor, norms: Tensor, detection: Detection) -> Tensor:
-    """Which patches (L, B, N) of images (B, 3, h, w) are outliers, by norms (L, B, T) of their tokens, after the blocks
-    that the detection counts; none after others."""
+    """Which patches (L, B, N) are outliers after each block; none after blocks that the detection does not count.
+
+    Args:
+        images: (B, 3, h, w).
+        norms: the norms of their tokens, (L, B, T).
+    """
     patches = tower.patches(images)
     outlier = detection.outliers(norms[..., : patches.stop], tower.num_prefix, tower.grid(images))[..., patches]
     return outlier & detection.counts(tower.depth).to(outlier.device)[:, None, None]
@@ -140,8 +146,8 @@ def _attribute(
 def _weight(norms: Tensor, outlier: Tensor, detection: Detection) -> Tensor:
     """Weights (L, B, N) for the norms of outliers; zero for all other patches.
 
-    The weighted sum of an image's norms is, but for a constant, its relative excess: the excess after each block, over
-    the excess that there is now, in the mean over the blocks with outliers.
+    With these, the weighted sum of an image's norms is, up to a constant, its relative excess: the excess after a block
+    divided by its present value, averaged over the blocks with outliers.
     """
     normal = detection.rule.normal(norms)
     excess = torch.where(outlier, norms / normal - 1, 0.0).sum(-1, keepdim=True)  # (L, B, 1)
@@ -150,7 +156,7 @@ def _weight(norms: Tensor, outlier: Tensor, detection: Detection) -> Tensor:
 
 
 def _gradients(norms: Tensor, weight: Tensor, activations: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The gradients of a weighted sum of norms with respect to activations; zeros where it does not depend on them."""
+    """The gradients of a weighted sum of norms with respect to activations; zeros for those that it does not use."""
     try:
         gradients = torch.autograd.grad(norms, activations, weight, allow_unused=True)
     except (RuntimeError, NotImplementedError) as error:

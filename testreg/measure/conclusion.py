@@ -1,4 +1,4 @@
-"""The conclusion of a diagnosis: from sums over images to figures, and to where the outliers come from."""
+"""The conclusion of a diagnosis: sums over images become figures, which say where the outliers come from."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from testreg.neurons import describe_model
 from testreg.register import is_patched
 
 HIGH_NORM = 5.0  # largest norm over the median: below 2.3 in a model without outliers, 64 in DINOv2-B
-MASSIVE = 10.0  # a direction without massive channels (Gaussian, C = 4096) has its largest at 6 times the median
-SINK = 2.0  # attention that a patch draws, in that of one among equals: above it, outliers are a sink
+MASSIVE = 10.0  # times the median channel; the largest channel of a Gaussian direction (C = 4096) is at 6 times
+SINK = 2.0  # outliers are a sink if their share of attention is over so many times their share of the patches
 NUM_CHANNELS = 3  # massive channels reported at each hook point
 
 
@@ -46,7 +46,8 @@ def conclude(
     """The diagnosis from what was observed of `model` on some images, by this process or by several.
 
     Args:
-        parts: at least one of them is of an image. They are added up in the first, in place.
+        parts: the observations of each process, at least one of which has an image. The first is changed in place: the
+            others are added to it.
     """
     tower = find_tower(model)
     sums = functools.reduce(Observations.add, parts)
@@ -103,7 +104,7 @@ def _quantiles(histogram: Tensor) -> list[float]:
 
 
 def _kurtosis(moments: Tensor) -> float | None:
-    """The kurtosis, from the first four moments about any point."""
+    """The kurtosis, from the first four moments about any point; None if there is no variance."""
     first, second, third, fourth = moments.tolist()
     variance = second - first**2
     central = fourth - 4 * first * third + 6 * first**2 * second - 3 * first**4
@@ -111,7 +112,7 @@ def _kurtosis(moments: Tensor) -> float | None:
 
 
 def _massive_channels(mean: Tensor, energy: Tensor) -> list[tuple[int, float]]:
-    """Channels that dominate the outliers, from |sum| and sum of squares (C,) of each channel at them."""
+    """Channels that dominate the outliers, from their |sum| (C,) and sum of squares (C,) over the outliers."""
     values, channels = mean.topk(min(NUM_CHANNELS, len(mean)))
     share = energy / energy.sum()
     massive = channels[values > MASSIVE * mean.median()].tolist()
@@ -132,7 +133,7 @@ def _blocks(residuals: Sequence[Residual | None], attention: Sequence[Sums]) -> 
 
 
 def _attention(sums: Sums) -> dict[str, Any]:
-    """What a block's diagnosis says of its attention, as keyword arguments."""
+    """The fields of a `BlockDiagnosis` that are of attention, by name."""
     to_outliers = sums["to_outliers"] / sums["images"]  # (heads,)
     values = ranks = torch.full_like(to_outliers, math.nan)
     if "values" in sums:
@@ -140,7 +141,7 @@ def _attention(sums: Sums) -> dict[str, Any]:
         ranks = torch.stack([_effective_rank(taken) for taken in sums["taken"]])
 
     def mean(of_heads: Tensor) -> float | None:
-        return _known((of_heads * to_outliers).sum() / to_outliers.sum())
+        return _if_finite((of_heads * to_outliers).sum() / to_outliers.sum())
 
     return {
         "outlier_attention": float(to_outliers.mean()),
@@ -149,7 +150,7 @@ def _attention(sums: Sums) -> dict[str, Any]:
         "value_ratio": mean(values),
         "broadcast_rank": mean(ranks),
         "heads": [
-            AttentionHead(float(drawn), _known(value), _known(rank))
+            AttentionHead(float(drawn), _if_finite(value), _if_finite(rank))
             for drawn, value, rank in zip(to_outliers, values, ranks, strict=True)
         ],
     }
@@ -162,22 +163,22 @@ def _effective_rank(second_moment: Tensor) -> Tensor:
     return (-torch.xlogy(share, share).sum()).exp()
 
 
-def _known(value: Tensor) -> float | None:
+def _if_finite(value: Tensor) -> float | None:
     return float(value) if value.isfinite() else None
 
 
-def _outliers(sums: Observations, blocks: Sequence[BlockDiagnosis], at: int | None) -> Outliers | None:
-    """The outliers after block `at`, or after the block where they stand out most; None if they are too few."""
+def _outliers(sums: Observations, blocks: Sequence[BlockDiagnosis], wanted_block: int | None) -> Outliers | None:
+    """The outliers after the wanted block, by default where they stand out most; None if they are too few."""
     fraction = torch.tensor([block.after_mlp.outlier_fraction for block in blocks], dtype=torch.float64)
     candidates = fraction >= MIN_FRACTION
-    if at is not None:
-        candidates &= torch.arange(len(blocks)) == at
+    if wanted_block is not None:
+        candidates &= torch.arange(len(blocks)) == wanted_block
     if not candidates.any():
         return None
     excess = sums.excess[:, 2::2]  # (L, L), after blocks
     d = int(excess.diagonal().masked_fill(~candidates, -math.inf).argmax())
     path, peak = sums.excess[d, : 2 * d + 3], excess[d, d]
-    onset = int((path >= HALF * peak).float().argmax())  # NaN is not
+    onset = int((path >= HALF * peak).float().argmax())  # never a hook point with NaN
     faded = (excess[d, d + 1 :] < HALF * peak).nonzero()
     added = (path[2::2] - path[1::2]).sum() / peak  # by MLPs
     fixed_share, border_share, fixed_positions = _fixed_positions(sums, d)
@@ -198,7 +199,7 @@ def _outliers(sums: Observations, blocks: Sequence[BlockDiagnosis], at: int | No
 
 
 def _first_of_run(sums: Observations, fraction: Tensor, d: int) -> int | None:
-    """The first of the blocks up to `d` after all of which there are outliers; None if there are in front of them."""
+    """The first block of the run of blocks with outliers that `d` is in; None if it begins in front of block 0."""
     first = d
     while first > 0 and fraction[first - 1] >= MIN_FRACTION:
         first -= 1
@@ -207,7 +208,7 @@ def _first_of_run(sums: Observations, fraction: Tensor, d: int) -> int | None:
 
 
 def _last_of_run(fraction: Tensor, d: int) -> int:
-    """The last of the blocks from `d` on after all of which there are outliers."""
+    """The last block of the run of blocks with outliers that `d` is in."""
     last = d
     while last + 1 < len(fraction) and fraction[last + 1] >= MIN_FRACTION:
         last += 1
@@ -215,7 +216,7 @@ def _last_of_run(fraction: Tensor, d: int) -> int:
 
 
 def _sink(blocks: Sequence[BlockDiagnosis]) -> Sink | None:
-    """What attention makes of outliers; None if they draw hardly more of it than other patches do."""
+    """The block where outliers draw most attention; None if they draw hardly more than other patches."""
     fractions = [0.0, *(block.after_mlp.outlier_fraction for block in blocks)]  # at the input of each block
     drawing = [
         (block.outlier_attention, index)
@@ -239,7 +240,7 @@ def _sink(blocks: Sequence[BlockDiagnosis]) -> Sink | None:
 
 
 def _part(hook_point: int, excess: Tensor) -> Part:
-    """The part of the model in front of a hook point; `excess` is NaN at those that cannot be observed."""
+    """The part of the model that a hook point comes after; `excess` is NaN at those that cannot be observed."""
     if hook_point == 0:
         return "embedding"
     if hook_point % 2:
@@ -248,10 +249,12 @@ def _part(hook_point: int, excess: Tensor) -> Part:
 
 
 def _fixed_positions(sums: Observations, d: int) -> tuple[float | None, float | None, list[FixedPosition]]:
-    """Of the outliers after block d: the share that lies at positions where most images have one, the share in the
-    border, and these positions.
+    """Positions that are outliers after block d in at least half of the images.
 
-    Of images of several sizes, those of the most frequent size are compared.
+    If images have several sizes, only those of the most frequent size are compared.
+
+    Returns:
+        The share of the outliers at these positions, the share in the border, and the positions.
     """
     grid, counts = _most_frequent(sums)
     images, events = float(counts["images"]), counts["events"][d]  # (N,)
@@ -285,14 +288,14 @@ def _most_frequent(sums: Observations) -> tuple[Grid, Sums]:
 
 
 def _border(grid: Grid) -> Tensor | None:
-    """Which patches (N,) are in the outermost rows and columns; None if half of all are."""
+    """Which patches (N,) are in the outermost rows and columns; None if these are half of the patches or more."""
     border = torch.ones(grid, dtype=torch.bool)
     border[..., 1:-1, 1:-1] = False
     return border.flatten() if 2 * border.sum() < border.numel() else None
 
 
 def _embedding_positions(sums: Observations) -> list[EmbeddingPosition]:
-    """The positions that stand out in front of the first block in the mean over the images."""
+    """The positions whose norm in front of the first block stands out, averaged over the images."""
     grid, counts = _most_frequent(sums)
     if counts["images"] < MIN_IMAGES:
         return []
@@ -303,7 +306,7 @@ def _embedding_positions(sums: Observations) -> list[EmbeddingPosition]:
 
 
 def _prefix_roles(blocks: Sequence[BlockDiagnosis], trained_registers: int) -> list[PrefixRole]:
-    """The prefix tokens with a norm of outliers, of which the last are trained registers."""
+    """The prefix tokens whose norm is as high as an outlier's; the last prefix tokens are trained registers."""
     roles, count = [], len(blocks[0].after_mlp.prefix_ratio)
     for token in range(count):
         ratios = [block.after_mlp.prefix_ratio[token] for block in blocks]

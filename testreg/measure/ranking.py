@@ -5,7 +5,7 @@ before it. So the pass keeps the *input* of every MLP, four times smaller than i
 the hidden activation afterwards, at the outlier tokens and a few normal ones only. The cost is about that of the plain
 forward, the memory that of one batch.
 
-What is kept are sums over images: those of parts of the images, of several processes or of an interrupted run add up.
+Only sums over images are kept, so that those of several processes, or of the parts of an interrupted run, add up.
 """
 
 from __future__ import annotations
@@ -28,17 +28,18 @@ from testreg.neurons import Neuron
 
 NORMAL_TOKENS = 8  # sampled from each image, for comparison
 SPARSE = 0.5  # activations below it count as silent for the released code's sparsity filter
-SELECTIVE = 0.8  # of a neuron's squared activation at outliers: it does hardly anything elsewhere
-MATTERS = 0.1  # of the best score: below it, a neuron's place in the ranking is of no consequence
+SELECTIVE = 0.8  # a neuron is selective if at least this share of its squared activation is at outliers
+MATTERS = 0.1  # of the best score: where neurons with less stand in the ranking does not matter
 
 
 @dataclass
 class Statistics(ABC):
-    """Sums over images, apart for two halves of them; those that a score needs are added by a subclass. S = 2 halves, L
-    blocks, H neurons, C width.
+    """Sums over each half of the images; a subclass adds those that its score needs.
 
-    What is measured at outliers is the mean over the outliers of an image, summed over the images that have any: images
-    count alike, however many outliers they have (Algorithm 1).
+    A figure of outliers is the mean over the outliers of an image, summed over the images that have any. So each image
+    counts once, however many outliers it has (Algorithm 1).
+
+    Shapes: S = 2 halves, L blocks, H neurons, C width.
     """
 
     num_with_outliers: Tensor  # (S,), images with an outlier
@@ -46,7 +47,7 @@ class Statistics(ABC):
     num_images: Tensor  # (S,)
     num_patches: Tensor  # (S,)
     of_neurons: ClassVar[tuple[str, ...]]
-    """Which of the sums are (S, L, H)."""
+    """The names of the sums that are (S, L, H)."""
 
     @classmethod
     def zeros(cls, tower: Tower) -> Self:
@@ -82,12 +83,11 @@ class Statistics(ABC):
 
 @dataclass
 class AttributionSums(Statistics):
-    """For "attribution": what the outliers would lose of their excess norm, to first order, if the neuron behaved at
-    them as it does at normal patches, as a share of it, times the share of the neuron's squared activation that is at
-    outliers (see `testreg.measure.attribution`).
+    """For "attribution": the share of the outliers' excess norm that a neuron makes, times its selectivity.
 
-    It finds neurons that trigger others as well as those that write, and neither those that are busy everywhere nor
-    those that fire at outliers because of them.
+    The first is the share that outliers would lose, to first order, if the neuron had the activation at them that it
+    has at normal patches (see `testreg.measure.attribution`). Neurons score high that write the outliers or trigger
+    those that do. Neurons score low that are active everywhere, or that fire because of outliers.
     """
 
     share: Tensor  # (S, L, H), share of the outliers' excess norm that is attributed to a neuron
@@ -119,8 +119,8 @@ class ContributionSums(Statistics):
     """For "contribution": what the neuron adds at outliers, beyond what it adds at normal tokens, along the direction
     in which outliers differ from normal tokens, as a fraction of that difference.
 
-    The shares of all that writes to the residual stream sum to one. Neurons that write elsewhere, or are loud
-    everywhere, have none.
+    The scores of everything that writes to the residual stream sum to one. Neurons that write in another direction, or
+    that are as active at normal tokens, score zero.
     """
 
     activation: Tensor  # (S, L, H), activation at outliers, with its sign
@@ -143,7 +143,7 @@ SUMS: dict[Score, type[Statistics]] = {
     "activation": ActivationSums,
     "contribution": ContributionSums,
 }
-"""What each score is computed from."""
+"""The sums that each score is computed from."""
 
 
 @torch.no_grad()
@@ -158,18 +158,18 @@ def statistics_of(
     seed: int = 0,
     norms: Tensor | None = None,
 ) -> Statistics:
-    """What `score` needs (`SUMS`) of one batch (B, 3, h, w), on the CPU. The images' numbers decide on halves and
-    normal tokens.
+    """The sums that `score` needs (`SUMS`), over one batch (B, 3, h, w), on the CPU.
 
     Args:
-        norms: those of the tokens (L, B, T) after each block, if they are known; "attribution" then runs images with
-            outliers alone.
+        numbers: one for each image, which decides to which half it belongs and which of its normal tokens are sampled.
+        norms: the norms (L, B, T) of the tokens after each block, if they are known; "attribution" then runs only the
+            images that have outliers.
 
     Raises:
         ValueError: norms are not finite; the model cannot be differentiated, as "attribution" needs.
     """
-    which = torch.tensor(numbers, device=tower.device) // 2 % 2
-    half = torch.stack([which == 0, which == 1]).float()  # (S, B)
+    half_of_image = torch.tensor(numbers, device=tower.device) // 2 % 2
+    half = torch.stack([half_of_image == 0, half_of_image == 1]).float()  # (S, B)
     if score == "attribution":
         return _attribution_statistics(tower, images, half, detection, norms)
     with (
@@ -198,7 +198,7 @@ def statistics_of(
 
     statistics = SUMS[score].zeros(tower)
     for i, block in enumerate(tower.blocks):
-        hidden = _hidden_at(block, [each[image, token] for each in inputs[i]]).float()  # (n, H), as the model has them
+        hidden = _hidden_at(block, [each[image, token] for each in inputs[i]]).float()  # (n, H)
         with autocast_off(norms.device):
             if isinstance(statistics, ActivationSums):
                 magnitude = hidden.abs() * torch.cat(sparse[i], -1)[image] if sparsity_filter else hidden.abs()
@@ -227,7 +227,13 @@ def _attribution_statistics(
 
 
 def _count(statistics: Statistics, half: Tensor, outlier: Tensor, with_outliers: Tensor) -> None:
-    """Fill in the numbers of images and patches, from which patches (B, N) are outliers and which images (B,) count."""
+    """Fill in the numbers of images and patches.
+
+    Args:
+        half: which half each image belongs to, (S, B).
+        outlier: which patches are outliers, (B, N).
+        with_outliers: which images have outliers, (B,).
+    """
     with autocast_off(outlier.device):
         statistics.num_with_outliers[:] = half @ with_outliers.float()
         statistics.num_outliers[:] = half @ outlier.sum(-1).float()
@@ -236,9 +242,9 @@ def _count(statistics: Statistics, half: Tensor, outlier: Tensor, with_outliers:
 
 
 def _sample_normal(outlier: Tensor, numbers: Sequence[int], seed: int) -> Tensor:
-    """Up to NORMAL_TOKENS patches of each image that are outliers (B, N) after no block, as a mask (B, N).
+    """Sample up to NORMAL_TOKENS patches of each image, as a mask (B, N), from those that are not outliers (B, N).
 
-    Each image has its own generator, so that neither batches nor processes change what is sampled.
+    Each image has its own generator, so that the sample depends neither on batches nor on processes.
     """
     generators = (torch.Generator().manual_seed(seed + (number << 32)) for number in numbers)
     order = torch.stack([torch.rand(outlier.shape[1], generator=generator) for generator in generators])
@@ -296,7 +302,7 @@ def _mlp_hidden_at(mlp: Mlp, selected: Tensor) -> Tensor:
 
 
 def _columns(block: Block) -> Tensor:
-    """What one unit of each neuron's activation adds to the residual stream, (C, H), LayerScale included."""
+    """The directions (C, H) in which the neurons write to the residual stream: columns of fc2, times LayerScale."""
     columns = []
     for mlp in block.mlps:
         scale = 1.0 if mlp.scale is None else mlp.scale.detach().float().unsqueeze(-1)
@@ -310,7 +316,7 @@ def _columns(block: Block) -> Tensor:
 def best(
     scores: Tensor, last: int, count: int, *, at_least: float = 0.0, without: Collection[Neuron] = ()
 ) -> tuple[Neuron, ...]:
-    """The best `count` neurons of the blocks up to `last`, by scores (L, H), that are positive.
+    """The best `count` neurons of the blocks up to `last`, by scores (L, H); fewer if fewer have a positive score.
 
     Args:
         at_least: leave out those with less than this fraction of the best score.
@@ -332,9 +338,9 @@ def overlap(first: Tensor, second: Tensor, last: int, count: int | None = None) 
     """How far two rankings, by scores (L, H) of disjoint images, agree on which neurons are the best.
 
     Returns:
-        The share of the best n neurons, by both together, that a ranking has among its best 2n, in the mean: neurons
-        that score nearly alike change places whatever the images. And n: `count`, or those that score a tenth of the
-        best.
+        A share and a number n, which is `count`, or how many neurons score a tenth of the best. The best n neurons by
+        both halves together are compared with the best 2n by each half: the share is how many of the n are among these,
+        averaged over the halves. (2n, because neurons with nearly equal scores change places by chance.)
     """
     mean = (first + second) / 2
     if count is None:

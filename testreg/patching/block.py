@@ -1,4 +1,4 @@
-"""A block whose tokens have registers behind them: `forward` tells how these get from one block to the next."""
+"""A patched block, which appends registers to its tokens; `patching.forward` tells how they reach the next block."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from testreg.patching.forward import (
     Call,
     Forward,
     Mode,
-    arrive,
     begin,
     can_share,
     carried,
+    carry_through_hooks,
     check_shape,
+    find_forward,
     first_of,
     hand_on,
     is_recomputing,
-    leave,
-    made_as,
+    rebuilt_as,
     record,
     running,
     running_with_layout,
@@ -44,14 +44,14 @@ from testreg.patching.steering import check_target_fits
 
 @dataclass(eq=False)
 class RegisterBlock(Override):
-    """A block's `forward` that computes on the sequence of T tokens and R registers, and hands back the T tokens.
+    """The `forward` of a patched block: it computes on T tokens and R registers, and returns the T tokens.
 
-    Whatever is outside the blocks (pooling, heads, hidden states, hooks) sees the shapes it always saw.
+    Everything outside the blocks (pooling, heads, hidden states, hooks) sees the shapes of the unpatched model.
     """
 
     patch: Patch
     default_layout: Layout
-    """Where the tokens lie unless the arguments of a call say otherwise."""
+    """The layout of the tokens, unless the arguments of a call say otherwise."""
     tower: Tower
     index: int
     moves: tuple[MoveInFront, ...]
@@ -61,23 +61,23 @@ class RegisterBlock(Override):
         self.parameters = _parameters(self.module)
         self.layout_without_registers = self.default_layout.replace(num_registers=0)
         self.is_last = self.index == self.tower.depth - 1
-        # Another forward of ours that was there before may know what the block gives, and not run it.
+        # A forward of testreg's that was there before (`BlockCache`) may skip the block, which then moves nothing.
         self.num_moves = 0 if isinstance(self.previous, Override) else sum(move.is_fc2 for move in self.moves)
 
     # The life of a forward, steps 1 to 8 -----------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # one graph for each mode: dynamo guards on what decides it
+        if torch.compiler.is_compiling():  # dynamo makes one graph for each mode: it guards on what decides the mode
             return self._run(self.patch.mode_for_new_forward, None, args, kwargs)
         call = running.call
-        if call is None or call.block is not self or call.forward is not None:  # called by its forward alone
-            return self.called(self, args, kwargs)
-        forward, registers = self._arrival(args[0] if args else kwargs.get(self.parameters[0]), call)
+        if call is None or call.block is not self or call.forward is not None:  # `block.forward(...)` was called
+            return self.call_with_hooks(self, args, kwargs)
+        forward, registers = self._forward_and_registers(args[0] if args else kwargs.get(self.parameters[0]), call)
         call.forward = forward
         return self._run(forward.mode, registers, args, kwargs)
 
-    def called(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the block gives, hooks included: `function` is what runs these, and then the block's forward."""
+    def call_with_hooks(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the block with its hooks: `function` runs them, and the block's forward between them."""
         tokens, outer = args[0] if args else kwargs.get(self.parameters[0]), running.call
         call = running.call = Call(self, self.patch, tokens, outer, running.forward)
         running.forward = None
@@ -85,7 +85,7 @@ class RegisterBlock(Override):
             out = function(*args, **kwargs)
             if call.forward is None and self.patch.mode_for_new_forward.is_patched:
                 raise RuntimeError(replaced_forward(self.index))
-            out = leave(out, call)
+            out = carry_through_hooks(out, call)
             running.forward = None if self.is_last else call.forward
         except BaseException:
             running.forward = None if call.forward is call.before else call.before
@@ -96,17 +96,17 @@ class RegisterBlock(Override):
             call.forward.is_over = True
         return out
 
-    def _arrival(self, tokens: Any, call: Call) -> tuple[Forward, Tensor | None]:
-        """The forward that this block is called in, and the registers that belong to its tokens."""
+    def _forward_and_registers(self, tokens: Any, call: Call) -> tuple[Forward, Tensor | None]:
+        """The forward that this call of the block is part of, and the registers of its tokens."""
         mode = self.patch.mode_for_new_forward
         if self.index == 0 or not isinstance(tokens, Tensor):
             return begin(self.patch, tokens, mode, call.before), None
-        if (arrival := arrive(tokens, call, self.index)) is not None:
-            return arrival
+        if (found := find_forward(tokens, call, self.index)) is not None:
+            return found
         return Forward(self.patch, mode, is_certain=False), self._compiled_registers(tokens)
 
     def _run(self, mode: Mode, registers: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The block's own forward on tokens and registers, or in a mode without these on the tokens alone."""
+        """Run the block's own forward on tokens and registers; in a mode without registers, on the tokens alone."""
         if not mode.is_patched:
             return self._hand_on(self.original(*args, **kwargs), None, self.layout_without_registers)
         tokens, arguments = self._by_name(args, kwargs)
@@ -124,11 +124,11 @@ class RegisterBlock(Override):
             arguments = {name: self._extended(name, value, layout) for name, value in arguments.items()}
         if running.call is not None and not torch.compiler.is_compiling():
             running.call.length = sequence.shape[layout.dim] if mode.has_registers else 0
-        out = self._moved(sequence, arguments, layout)
+        out = self._run_with_moves(sequence, arguments, layout)
         return self._hand_on(out, sequence, layout)
 
     def _with_registers(self, tokens: Tensor, registers: Tensor | None, layout: Layout) -> Tensor:
-        """The tokens, with the registers of this block behind those of each image."""
+        """The tokens, with this block's registers behind those of each image."""
         if self.patch.static is not None:
             states = getattr(self.module, STATE).to(tokens.dtype)  # (R, C)
             return layout.extend(tokens, layout.dim, states.unsqueeze(1) if layout.sequence_first else states)
@@ -156,27 +156,30 @@ class RegisterBlock(Override):
                 return sequence
         return layout.join(tokens, registers)
 
-    def _moved(self, sequence: Tensor, arguments: dict[str, Any], layout: Layout) -> Any:
-        """What the block makes of the sequence, with the neurons moved in front of its second linear."""
+    def _run_with_moves(self, sequence: Tensor, arguments: dict[str, Any], layout: Layout) -> Any:
+        """Run the block's own forward, in which the neurons are moved; raise RuntimeError if they were not."""
         if is_exporting():
-            return self._laid_out(sequence, arguments, layout)
+            return self._run_with_layout(sequence, arguments, layout)
         outer, running.moves = running.moves, 0
         try:
-            out = self._laid_out(sequence, arguments, layout)
+            out = self._run_with_layout(sequence, arguments, layout)
             if running.moves < self.num_moves and _is_tokens(first_of(out), sequence):
                 raise RuntimeError(not_moved(self.index))
         finally:
             running.moves = outer
         return out
 
-    def _laid_out(self, sequence: Tensor, arguments: dict[str, Any], layout: Layout) -> Any:
+    def _run_with_layout(self, sequence: Tensor, arguments: dict[str, Any], layout: Layout) -> Any:
         if self._is_plain(layout) and running.layout is None and running.recomputed is None:
             return self.original(sequence, **arguments)
         with running_with_layout(layout):
             return self.original(sequence, **arguments)
 
     def _hand_on(self, out: Any, entered: Tensor | None, layout: Layout) -> Any:
-        """The block's output with the tokens alone. Those of all blocks but the last carry the registers along."""
+        """The block's output without registers, as the next block or the model gets it.
+
+        The tokens carry the registers to the next block; those of the last block carry nothing.
+        """
         sequence, call = first_of(out), running.call
         registers, is_shared = None, False
         if layout.num_registers:
@@ -199,7 +202,7 @@ class RegisterBlock(Override):
             call.tokens = tokens
         return out
 
-    # Compiled: nothing is known of the thread's forward -------------------------------------------------------------
+    # Compiled code, which knows no `Forward` of the thread ----------------------------------------------------------
 
     def _hand_on_compiled(self, tokens: Tensor, registers: Tensor | None) -> None:
         if registers is not None and not self.is_last:
@@ -208,8 +211,8 @@ class RegisterBlock(Override):
         if hooked or running.compiled is not None:
             running.compiled = (self.patch, self.index, tuple(tokens.shape), registers) if hooked else None  # type: ignore[assignment]
 
-    def leave_compiled(self, out: Any) -> Any:
-        """What a compiled block hands on once its hooks have run: `leave`, from what is known while it is traced."""
+    def carry_through_hooks_compiled(self, out: Any) -> Any:
+        """The same as `carry_through_hooks` while the block is traced for compilation."""
         tokens, left = first_of(out), running.compiled
         if left is None or left[1] != self.index or not isinstance(tokens, Tensor):
             return out
@@ -221,7 +224,10 @@ class RegisterBlock(Override):
         return with_first(out, view)
 
     def _compiled_registers(self, tokens: Tensor) -> Tensor | None:
-        """The registers that a compiled block has left, for its tokens or for what a hook put in their place."""
+        """The registers that the block before has left for these tokens, while the code is compiled.
+
+        The tokens carry them, or a hook has put the tokens in the place of those that did.
+        """
         handoff = getattr(tokens, CARRIED, None)
         if handoff is not None:
             return handoff if isinstance(handoff, Tensor) else handoff.registers
@@ -239,12 +245,12 @@ class RegisterBlock(Override):
             return args[0], {}
         if len(args) > len(self.parameters):
             raise NotImplementedError(f"block {self.index} takes arguments without a name, which testreg does not know")
-        # torch.compile takes any `strict` for True in older releases: so the lengths are made equal.
+        # The lengths are made equal because torch.compile ignored `strict=False` in older releases.
         arguments = dict(zip(self.parameters[: len(args)], args, strict=True)) | kwargs
         return arguments.pop(self.parameters[0]), arguments
 
     def _extended(self, name: str, value: Any, layout: Layout) -> Any:
-        """An argument beside the tokens, with rows for the registers."""
+        """An argument other than the tokens, extended by rows for the registers."""
         if name == "is_causal" and value:
             raise NotImplementedError("causal attention hides the register, the last token, from all others")
         if value is None:
@@ -262,7 +268,7 @@ class RegisterBlock(Override):
         return value
 
     def _as_one_node(self, tokens: torch.fx.Proxy, arguments: dict[str, Any]) -> torch.fx.Proxy:
-        """In a graph that torch.fx traces, a patched block is one node."""
+        """The node of this block in a graph that torch.fx traces; nothing inside the block is traced."""
         tracer: Any = tokens.tracer
         return tracer.create_proxy("call_module", tracer.path_of_module(self.module), (tokens,), arguments)
 
@@ -278,7 +284,7 @@ class RegisterBlock(Override):
             move.check()
 
     def _check_use(self, mode: Mode, tokens: Tensor, layout: Layout) -> None:
-        """Whether the images are such as the neurons were verified on, and such as the target mask is for."""
+        """Warn if the images are unlike those that the neurons were verified on; raise if the target does not fit."""
         if self._is_plain(layout) and not torch.compiler.is_compiling():
             self.patch.verified_use.check(tokens.shape[layout.dim] - self.patch.num_prefix, tokens)
         if mode.target is None:
@@ -305,19 +311,19 @@ class RegisterBlock(Override):
 
 @dataclass(eq=False)
 class BlockCall(Override):
-    """The call of a block as its hooks are around it: what they put in place of the tokens gets the registers."""
+    """The call of a block, its hooks included: tokens that they return in place of the block's get the registers."""
 
     method = "_call_impl"
     block: RegisterBlock
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            return self.block.leave_compiled(self.original(*args, **kwargs))
-        return self.block.called(self.original, args, kwargs)
+            return self.block.carry_through_hooks_compiled(self.original(*args, **kwargs))
+        return self.block.call_with_hooks(self.original, args, kwargs)
 
 
 def first_register(tower: Tower, tokens: Tensor) -> Tensor:
-    """The register (C,) that enters block 0, for tokens of this kind: zeros, or what CLIP's norm makes of zeros."""
+    """The register (C,) that enters block 0: zeros, or CLIP's norm of zeros; in the dtype of the tokens."""
     register = tokens.new_zeros(1, 1, tokens.shape[-1])
     if tower.entry_norm is not None:
         register = tower.entry_norm.forward(register).to(tokens.dtype)  # .forward: hooks saw this norm already
@@ -329,14 +335,14 @@ def _is_tokens(out: Any, entered: Tensor) -> bool:
 
 
 def _each(out: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """What a block gives, with each of its tensors changed."""
+    """The output of a block with `change` applied to each of its tensors."""
     if isinstance(out, (tuple, list)):
-        return made_as(out, [change(each) if isinstance(each, Tensor) else each for each in out])
+        return rebuilt_as(out, [change(each) if isinstance(each, Tensor) else each for each in out])
     return change(out)
 
 
 def _parameters(module: nn.Module) -> tuple[str, ...]:
-    """Names of the arguments of its forward; a wrapper (FSDP) takes those of what it wraps."""
+    """Names of the arguments of a module's forward; of a wrapper (FSDP), those of the module that it wraps."""
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = inspect.signature(type(module).forward).parameters.values()
     names = tuple(each.name for each in parameters if each.kind in kinds)[1:]  # without self

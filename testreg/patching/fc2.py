@@ -1,4 +1,4 @@
-"""Where the neurons are moved: in front of an MLP's second linear (fc2), and of every hook on it."""
+"""Where the neurons are moved: in front of an MLP's second linear (fc2), and in front of every hook on it."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _wrapping = threading.Lock()
 class MoveInFront(Override):
     """The call of a second linear, its hooks included, which first moves the register neurons among its channels.
 
-    What hooks on the linear see is what the linear multiplies, with gradients and without. Where an adapter (LoRA, OFT)
-    wraps the linear later, the move goes in front of the wrapper, which then reads the same activation. Compiled code
-    may not come by here: there, `MoveCompiled` does the same.
+    Hooks on the linear see the activation that it multiplies, with gradients and without. Where an adapter (LoRA, OFT)
+    wraps the linear later, the move goes in front of the wrapper, which then reads the same activation. Compilers may
+    call the linear's forward directly: `MoveCompiled` is there for them.
     """
 
     method = "_call_impl"
@@ -40,9 +40,9 @@ class MoveInFront(Override):
     width: int | None
     """The number of input channels; None where it is not known."""
     is_fc2: bool
-    """Whether it is called in every forward: of the experts of a mixture, some are not."""
+    """Whether every forward calls it. Only some of the experts of a mixture are called."""
     siblings: tuple[nn.Module, ...] = field(init=False)
-    """Modules beside it, whose hooks may keep the activation."""
+    """The other modules of its parent, whose hooks may keep the activation."""
 
     def __post_init__(self, holder: nn.Module) -> None:
         super().__post_init__()
@@ -59,12 +59,14 @@ class MoveInFront(Override):
         )
 
     def check(self) -> None:
-        """Bring the hook in front of what has wrapped the linear since.
+        """If the linear was wrapped since it was patched, put the move in front of the wrapper.
 
         Raises:
-            RuntimeError: the linear was replaced, so that nothing calls it any more, or wrapped and never run since.
+            RuntimeError: the linear was replaced, so that nothing calls it any more; or it was wrapped, and the model
+                is compiled before it has run once.
         """
-        current: nn.Module = self.parent._modules[self.name]  # type: ignore[assignment]  # getattr copies in export
+        # Not by getattr, which returns a copy in torch.export.
+        current: nn.Module = self.parent._modules[self.name]  # type: ignore[assignment]
         if current is self.module:
             return
         if current is not self.first and self.first not in set(current.modules()):
@@ -118,10 +120,10 @@ class MoveInFront(Override):
     def _moved(self, hidden: Tensor, mode: Mode) -> Tensor:
         self._check_width(hidden)
         layout = layout_now(self.default_layout)
-        if not torch.is_grad_enabled() and self._is_watched():
+        if not torch.is_grad_enabled() and self._may_be_kept():
             hidden = hidden.clone()
         moved = [self._moved_in(images, mode, layout) for images in layout.images(hidden)]
-        return layout.of_images(moved, hidden) if torch.is_grad_enabled() else hidden  # was edited in place
+        return layout.of_images(moved, hidden) if torch.is_grad_enabled() else hidden  # `hidden` was edited in place
 
     def _moved_in(self, hidden: Tensor, mode: Mode, layout: Layout) -> Tensor:
         patch = self.patch
@@ -133,12 +135,12 @@ class MoveInFront(Override):
             return silence(hidden, self.channels, **where)
         return shift(hidden, self.channels, self.owners, num_registers=patch.num_registers, **where, **largest)
 
-    def _is_watched(self) -> bool:
-        """Whether somebody may keep the activation: a hook that has seen it, of a module beside the linear."""
+    def _may_be_kept(self) -> bool:
+        """Whether a hook may have kept the activation, which must not be edited in place then."""
         if torch.compiler.is_compiling():
             return False
-        seen = torch.nn.modules.module._global_forward_hooks
-        return bool(seen) or any(each._forward_hooks or each._forward_pre_hooks for each in self.siblings)
+        global_hooks = torch.nn.modules.module._global_forward_hooks
+        return bool(global_hooks) or any(each._forward_hooks or each._forward_pre_hooks for each in self.siblings)
 
     def _check_width(self, hidden: Tensor) -> None:
         if type(hidden).__name__ == "DTensor" or self.width not in (None, hidden.shape[-1]):
@@ -150,7 +152,11 @@ class MoveInFront(Override):
             )
 
     def _warn_if_outside(self) -> None:
-        """Say that the linear is called outside of its block, so that its neurons stay where they are."""
+        """Warn, once, if the linear is called outside its block, where neurons are not moved.
+
+        Raises:
+            RuntimeError: the patched forward of the block was replaced.
+        """
         if running.call is not None or torch.compiler.is_compiling() or is_recomputing():
             return
         if not self.patch.mode_for_new_forward.is_patched:
@@ -169,7 +175,7 @@ class MoveInFront(Override):
 
 @dataclass(eq=False)
 class MoveCompiled(Override):
-    """The forward of a second linear, for compilers, which do not all look for the call of a single module."""
+    """The forward of a second linear, which moves the neurons in compiled code: some compilers skip `_call_impl`."""
 
     move: MoveInFront
 
@@ -180,7 +186,7 @@ class MoveCompiled(Override):
 
 
 def replaced_forward(index: int) -> str:
-    """What a user is told of a block whose patched forward is gone."""
+    """The error for a block whose patched forward was replaced."""
     return (
         f"the forward of block {index}, which testreg.patch() replaced, was replaced again and did not run, so that "
         "the block has no registers: call testreg.unpatch(model), make the changes, and patch the model last"
@@ -188,7 +194,7 @@ def replaced_forward(index: int) -> str:
 
 
 def not_moved(index: int) -> str:
-    """What a user is told of a block whose second linear was not called."""
+    """The error for a block that has not called its second linear."""
     return (
         f"block {index} does not call its second MLP linear, or replaces what is in front of it, so that its register "
         "neurons are not moved: its parts were changed after testreg.patch(). Call testreg.unpatch(model), make the "

@@ -1,18 +1,18 @@
 """The life of a forward through a patched tower.
 
 1. Block 0 is called with T tokens: a `Forward` begins in this thread. Its mode is decided (with registers, steered onto
-   patches, as the model was), and holds to its end, whatever `testreg.disabled` and `testreg.steered` do meanwhile.
+   patches, or unpatched), and holds to its end, whatever `testreg.disabled` and `testreg.steered` do meanwhile.
 2. The block appends R registers of zeros to the tokens, and calls the block's own forward on the T+R (`block`).
 3. In front of the second MLP linear, before any hook on it, the register neurons are moved to the registers (`fc2`).
 4. The block hands on T tokens. They carry the registers as an attribute, a `Handoff`: no state is left on the module.
 5. Hooks of the block run. If one puts other tokens in the place of these, the registers are given to what it returns.
 6. Block i takes the registers that its tokens carry. That is what recomputation by gradient checkpointing (the tokens
    it saved are the same tensor), other threads and interleaved forwards need.
-7. Tokens that carry nothing were put there between the blocks. They get what block i-1 left in the forward of this
-   thread, if their shape is the same, and an error if that is not certain.
+7. Tokens that carry nothing were put there between the blocks. They get the registers that block i-1 left in this
+   thread's forward, if their shape is the same. If they might belong to another forward, that is an error.
 8. The last block hands on tokens that carry nothing, and the forward is over.
 
-The state belongs to the thread (`running`), not to the model. Compiled code has none of it but what tokens carry.
+The state belongs to the thread (`running`), not to the model. Compiled code knows only what the tokens carry.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Mode:
     """(B, h, w) or (1, h, w) bool, the patches that the neurons are moved to; None: they are not steered."""
 
 
-AS_IT_WAS = Mode(is_patched=False, has_registers=False)
+UNPATCHED = Mode(is_patched=False, has_registers=False)
 
 
 @dataclass(eq=False)
@@ -55,20 +55,21 @@ class Forward:
     patch: object
     mode: Mode
     index: int = -1
-    """The last of its blocks that has handed on tokens."""
+    """The last block that has handed on tokens; -1 before the first has."""
     shape: tuple[int, ...] = ()
     """The shape of these tokens."""
     handoff: Callable[[], Handoff | None] = lambda: None
-    """A weak reference to what they carry. They keep it alive, and so does their autograd graph."""
+    """Returns what these tokens carry: a weak reference, since the tokens and their autograd graph keep it alive."""
     kept: Tensor | None = None
-    """The registers (B, R, C) again, where no autograd graph keeps them."""
+    """The registers (B, R, C) of the handoff, kept here if no autograd graph does."""
     is_over: bool = False
     is_certain: bool = True
-    """Whether tokens that carry nothing can only be of this forward: no other was left unfinished in front of it."""
+    """Whether tokens that carry nothing must belong to this forward. If an earlier one was left unfinished, they may
+    belong to that."""
 
 
 class _Unsaved:
-    """An attribute of a tensor that is not saved or copied with it: an empty set stands in its place."""
+    """A value for an attribute of a tensor; a saved or copied tensor has an empty set in its place."""
 
     def __reduce__(self) -> Any:
         return set, ()  # torch.load takes it without trust
@@ -77,8 +78,8 @@ class _Unsaved:
 class Handoff(_Unsaved):
     """What the tokens between two blocks carry: the forward they belong to, and its registers (B, R, C), if any.
 
-    Where no gradient is taken, and the tokens are a view of the T+R that the block made, as of one image, they carry
-    these too, and the next block need not join them: whoever edits the tokens in place edits both.
+    Without gradients, the T tokens of a single image are a view of the T+R tokens that the block made. Then they carry
+    this `sequence` too, which the next block takes as it is. Edits of the tokens in place are edits of the sequence.
     """
 
     def __init__(self, forward: Forward, registers: Tensor | None, sequence: Tensor | None = None) -> None:
@@ -105,10 +106,10 @@ class Call:
 
     block: object
     patch: object
-    arrived: object
-    """Its first argument, before hooks have seen it."""
+    argument: object
+    """The tokens that the block was called with, before hooks have seen them."""
     outer: Call | None
-    """The call of a block in which a hook has started this forward."""
+    """The call that this one is nested in: a hook of that block has started a forward."""
     before: Forward | None
     """The forward of this thread that had not ended when the block was called."""
     forward: Forward | None = None
@@ -121,20 +122,22 @@ class Call:
 
 @dataclass(eq=False)
 class Hooked:
-    """A module inside of a block, while hooks that see no registers run on it."""
+    """A module inside a block, while its hooks run and see no registers."""
 
     module: object
     rejoin: Callable[[Any], Any]
-    """Puts the registers back onto what the module gets, and later onto what it gives."""
+    """Puts the registers back: onto the module's input, and later onto its output."""
 
 
 @dataclass(eq=False)
 class Recorder:
-    """The list that `testreg.registers` fills: registers of one patch, of one forward of a thread."""
+    """Records registers for `testreg.registers`: those of one patch, in this thread's last forward."""
 
     patch: object
     recorded: list[Tensor] = field(default_factory=list)
+    """The registers after each block."""
     forward: Forward | None = None
+    """The forward that they are of."""
 
 
 class Running(threading.local):
@@ -147,19 +150,20 @@ class Running(threading.local):
     hooked: Hooked | None
     """The module whose hooks run, under `testreg.hooks_without_registers`."""
     moves: int
-    """How many times the neurons in front of a second linear were moved, in the block that runs."""
+    """How often the neurons in front of a second linear were moved in the current block."""
     layout: Layout | None
-    """The layout of the block that runs, if it is padded or packed."""
+    """The layout of the current block, if it is padded or packed."""
     recomputed: Layout | None
-    """The layout of a padded or packed block whose inside gradient checkpointing recomputes (transformers 5)."""
+    """The same, while gradient checkpointing recomputes the inside of a block without calling it (transformers 5)."""
     compiled: tuple[object, int, tuple[int, ...], Tensor] | None
-    """Patch, index, shape of the tokens and registers of a compiled block whose hooks may replace its tokens."""
+    """What a compiled block with hooks has left, in case they replace its tokens: the patch, the index of the block,
+    the shape of the tokens, and the registers."""
     recorders: tuple[Recorder, ...]
     steered: tuple[tuple[object, Mode], ...]
-    """The `testreg.steered` blocks that are open, with the patch of each, the innermost last."""
+    """The patch and the mode of each `testreg.steered` context that is open, the innermost last."""
 
     def __init__(self) -> None:
-        # No defaults of the class: compiled code would not see what replaces them.
+        # Not as defaults of the class: compiled code would read these even after they were set on the instance.
         self.call = None
         self.forward = None
         self.hooked = None
@@ -175,7 +179,7 @@ running = Running()
 
 
 def can_share(sequence: Tensor) -> bool:
-    """Whether the next block may take a block's T+R tokens as they are: plain memory, which no graph or trace sees."""
+    """Whether a block may hand on its T+R tokens as they are: in plain memory, and in no graph or trace."""
     return (
         not torch.is_grad_enabled()
         and type(sequence) is Tensor
@@ -191,9 +195,9 @@ def is_recomputing() -> bool:
 
 
 def begin(patch: object, tokens: object, mode: Mode, before: Forward | None) -> Forward:
-    """The forward that begins with the tokens that enter block 0; it has the mode for new forwards.
+    """Begin a forward with the tokens that enter block 0, in the mode for new forwards.
 
-    If gradient checkpointing recomputes block 0, the mode is that of the first time.
+    If gradient checkpointing recomputes block 0, the mode is the one that the tokens had when it first ran.
     """
     if isinstance(tokens, Tensor):
         if is_recomputing():
@@ -222,31 +226,31 @@ def hand_on(
         forward.kept = registers
     elif tokens.grad_fn is not None:
         metadata: Any = tokens.grad_fn.metadata
-        metadata[CARRIED] = handoff  # what is made of the tokens has their graph
+        metadata[CARRIED] = handoff  # kept alive while the graph of the tokens is, even if they are replaced
 
 
 def carried(tokens: object, patch: object) -> Handoff | None:
-    """What tokens carry from a block of this patch to the next; None if they are others than a block handed on."""
+    """What tokens carry from one block of this patch to the next; None if no block of it has handed them on."""
     handoff = getattr(tokens, CARRIED, None)
     return handoff if isinstance(handoff, Handoff) and handoff.forward.patch is patch else None
 
 
 def has_no_registers(tensor: Tensor) -> bool:
-    """Whether this is of T tokens: a block has handed it on, or a hook sees it that sees no registers."""
+    """Whether a tensor is of T tokens: a block has handed it on, or a hook that sees no registers is running."""
     return getattr(tensor, CARRIED, None) is not None or running.hooked is not None
 
 
-def arrive(tokens: Tensor, call: Call, index: int) -> tuple[Forward, Tensor | None] | None:
-    """The forward of the tokens that arrive at a block, and their registers; None if neither can be told.
+def find_forward(tokens: Tensor, call: Call, index: int) -> tuple[Forward, Tensor | None] | None:
+    """Find the forward that the tokens at a block belong to, and their registers; None if that is not certain.
 
     Raises:
-        RuntimeError: the tokens have another shape than those whose place they take.
+        RuntimeError: the tokens have another shape than those that they replace.
     """
-    own, before = carried(call.arrived, call.patch), call.before
+    own, before = carried(call.argument, call.patch), call.before
     waiting = None
     if before is not None and before.patch is call.patch and before.index == index - 1:
         waiting = before if is_recomputing() or not before.is_over else None
-    # Tokens of a forward that is over are an activation that somebody kept: it takes the place of the waiting one's.
+    # Tokens of a forward that is over were kept by somebody, who now puts them into the forward that is waiting.
     if own is not None and (waiting is None or not own.forward.is_over or is_recomputing()):
         forward, registers = own.forward, own.registers
     elif waiting is not None and waiting.is_certain:
@@ -256,7 +260,7 @@ def arrive(tokens: Tensor, call: Call, index: int) -> tuple[Forward, Tensor | No
         if waiting is not None and waiting.mode.has_registers:
             check_shape(tokens, waiting.shape, index)
         return None
-    if tokens is call.arrived and own is not None and own.forward is forward:
+    if tokens is call.argument and own is not None and own.forward is forward:
         if tokens.grad_fn is not None and registers is not None and not registers.requires_grad:
             raise RuntimeError(
                 f"the gradient did not arrive at block {index} with the register: re-entrant gradient checkpointing "
@@ -264,38 +268,38 @@ def arrive(tokens: Tensor, call: Call, index: int) -> tuple[Forward, Tensor | No
             )
         return forward, registers
     if forward.mode.has_registers:
-        check_shape(tokens, forward.shape if own is None else call.arrived.shape, index)  # type: ignore[attr-defined]
+        check_shape(tokens, forward.shape if own is None else call.argument.shape, index)  # type: ignore[attr-defined]
     other = carried(tokens, call.patch)
-    if other is not None and other.forward is forward:  # an earlier state of the same forward
+    if other is not None and other.forward is forward:  # tokens of an earlier block in the same forward
         return forward, other.registers
     return forward, registers_for(tokens, registers)
 
 
-def leave(out: Any, call: Call) -> Any:
-    """What a block hands on once its hooks have run: if they put other tokens in place, these carry the registers."""
+def carry_through_hooks(out: Any, call: Call) -> Any:
+    """Let the tokens that a block's hooks return carry the registers, if they have replaced those of the block."""
     tokens, forward = first_of(out), call.forward
     if call.tokens is None or tokens is call.tokens or not isinstance(tokens, Tensor) or forward is None:
         return out
     if forward.mode.has_registers and tokens.shape != call.tokens.shape:
-        return out  # the next block says so
+        return out  # an error, which the next block raises
     own = carried(tokens, call.patch)
     if own is None or own.forward is not forward:
         own = carried(call.tokens, call.patch)
     assert own is not None
-    view = tokens.view_as(tokens)  # whoever made the tensor may put it into other forwards too
+    view = tokens.view_as(tokens)  # the hook may return the same tensor in other forwards too
     hand_on(view, forward, forward.index, registers_for(tokens, own.registers))
     return with_first(out, view)
 
 
 def registers_for(tokens: Tensor, registers: Tensor | None) -> Tensor | None:
-    """Registers for tokens that take the place of others: on their device, in their dtype, with or without gradient."""
+    """The registers on the device, in the dtype and with the gradient of the tokens that they now belong to."""
     if registers is None:
         return None
     return (registers if tokens.requires_grad else registers.detach()).to(tokens.device, tokens.dtype)
 
 
 def check_shape(tokens: Tensor, handed_on: tuple[int, ...], index: int) -> None:
-    """Raise RuntimeError if tokens that replace others have another shape."""
+    """Raise RuntimeError unless tokens that replace others have their shape."""
     if tuple(tokens.shape) != tuple(handed_on):
         raise RuntimeError(
             f"the register did not arrive at block {index}: block {index - 1} handed on tokens {tuple(handed_on)}, and "
@@ -306,22 +310,22 @@ def check_shape(tokens: Tensor, handed_on: tuple[int, ...], index: int) -> None:
 
 
 def first_of(out: Any) -> Any:
-    """The tokens among what a block gets or gives."""
+    """The tokens in the input or output of a block, which may be a tuple that begins with them."""
     return out[0] if isinstance(out, (tuple, list)) and out else out
 
 
 def with_first(out: Any, tokens: Tensor) -> Any:
-    """The same, with other tokens."""
-    return made_as(out, [tokens, *out[1:]]) if isinstance(out, (tuple, list)) else tokens
+    """The input or output of a block with other tokens in it."""
+    return rebuilt_as(out, [tokens, *out[1:]]) if isinstance(out, (tuple, list)) else tokens
 
 
-def made_as(out: Any, parts: list[Any]) -> Any:
-    """A list, a tuple or a named tuple of these parts, as `out` is one."""
+def rebuilt_as(out: Any, parts: list[Any]) -> Any:
+    """These parts as a list, tuple or named tuple of the type of `out`."""
     return type(out)(*parts) if hasattr(out, "_fields") else type(out)(parts)
 
 
 def layout_now(default: Layout) -> Layout:
-    """The layout of the block that this thread is in."""
+    """The layout of the block that this thread is in, which is `default` unless it is padded or packed."""
     return running.layout or running.recomputed or default
 
 
@@ -329,7 +333,7 @@ def layout_now(default: Layout) -> Layout:
 def running_with_layout(layout: Layout) -> Iterator[None]:
     """Within the `with` block this thread is in a block of that layout."""
     outer, running.layout = running.layout, layout
-    running.recomputed = None  # left by a backward pass
+    running.recomputed = None  # a backward pass may have left it
     try:
         yield
     finally:
@@ -337,7 +341,7 @@ def running_with_layout(layout: Layout) -> Iterator[None]:
 
 
 def record(patch: object, registers: Tensor, index: int) -> None:
-    """Give the registers that a block leaves to the recorders of this thread that hold those of its forward."""
+    """Give a block's registers to the recorders of this thread that record the forward which it is part of."""
     for recorder in running.recorders:
         if recorder.patch is patch and (running.call is None or recorder.forward is running.call.forward):
             recorder.recorded[index : index + 1] = [registers]
@@ -345,7 +349,7 @@ def record(patch: object, registers: Tensor, index: int) -> None:
 
 @contextmanager
 def recording(patch: object) -> Iterator[list[Tensor]]:
-    """Within the `with` block the list gets the registers that each block of the patch leaves behind."""
+    """Within the `with` block, the list gets the registers after each block of the patch."""
     recorder = Recorder(patch)
     running.recorders = (*running.recorders, recorder)
     try:

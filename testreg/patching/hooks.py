@@ -1,4 +1,4 @@
-"""Hooks inside of patched blocks that see no registers.
+"""Hooks inside patched blocks that see no registers.
 
 A module with hooks is called in two layers. The outer one takes the registers off what the module gets, and puts them
 back onto what it gives; the inner one does the reverse around the module's own forward. Hooks run between the two. So
@@ -29,12 +29,12 @@ Rejoin = Callable[[Tensor], Tensor]
 
 @contextmanager
 def hooks_without_registers(model: M) -> Iterator[M]:
-    """Within the `with` block, hooks on modules inside of patched blocks see the T tokens, as in an unpatched model.
+    """Within the `with` block, hooks on modules inside patched blocks see the T tokens, as in an unpatched model.
 
-    It holds for what hooks get and return, for gradients, for attention matrices, which are T x T, and for tensors that
+    This applies to what hooks get and return, to gradients, to attention matrices, which are T x T, and to tensors that
     modules keep as attributes. So tools that hook a module, as Grad-CAM, attention rollout and key descriptors do, run
-    as they are. The model computes with its registers: rows of attention sum to less than one by what these receive.
-    Blocks that are compiled call hooks with T+R tokens.
+    as they are. The model still computes with registers: rows of attention sum to less than one, since what the
+    registers receive is left out. Hooks in compiled blocks see T+R tokens.
 
     Raises:
         RuntimeError: the model is not patched.
@@ -59,11 +59,11 @@ def hooks_without_registers(model: M) -> Iterator[M]:
         for layer in layers:
             layer.install()
         for block in blocks:
-            block.previous = WithoutAttributes(block.module, patch, block.previous)
+            block.previous = StripAttributes(block.module, patch, block.previous)
         yield model
     finally:
         for block in blocks:
-            if isinstance(block.previous, WithoutAttributes):
+            if isinstance(block.previous, StripAttributes):
                 block.previous = block.previous.original
         for layer in reversed(layers):
             layer.remove()
@@ -71,7 +71,7 @@ def hooks_without_registers(model: M) -> Iterator[M]:
 
 @dataclass(eq=False)
 class Around(Override):
-    """The call of a module, its hooks included: these get and give tokens without registers."""
+    """The call of a module, its hooks included: they see tokens without registers."""
 
     method = "_call_impl"
     patch: Patch
@@ -80,7 +80,7 @@ class Around(Override):
         if not _length(self.patch) or not _has_hooks(self.module):
             return self.original(*args, **kwargs)
         original = self.original
-        if isinstance(self.previous, MoveInFront):  # which needs the registers, and is in front of hooks
+        if isinstance(self.previous, MoveInFront):  # it runs before the hooks, and needs the registers
             args, kwargs = self.previous.moved(args, kwargs)
             original = self.previous.original
         (args, kwargs), rejoin = _tokens(self.patch).without_registers((args, kwargs))
@@ -114,8 +114,8 @@ class Inside(Override):
 
 
 @dataclass(eq=False)
-class WithoutAttributes:
-    """A block's own forward, after which what its modules keep as attributes has no registers."""
+class StripAttributes:
+    """A block's own forward, after which registers are taken off the tensors that its modules keep as attributes."""
 
     module: nn.Module
     patch: Patch
@@ -136,7 +136,7 @@ class WithoutAttributes:
 
 
 def _tokens(patch: Patch) -> _Tokens:
-    """Where registers are in the block that this thread is in."""
+    """What takes registers off tensors of the block that this thread is in."""
     default = next(part.default_layout for part in patch.overrides if isinstance(part, RegisterBlock))
     return _Tokens(layout_now(default), _length(patch), patch.num_prefix)
 
@@ -148,31 +148,34 @@ def _length(patch: Patch) -> int:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    every = torch.nn.modules.module
+    everywhere = torch.nn.modules.module
     return any(
         (
             module._forward_pre_hooks,
             module._forward_hooks,
             module._backward_hooks,
             module._backward_pre_hooks,
-            every._global_forward_hooks,
-            every._global_forward_pre_hooks,
-            every._global_backward_hooks,
-            every._global_backward_pre_hooks,
+            everywhere._global_forward_hooks,
+            everywhere._global_forward_pre_hooks,
+            everywhere._global_backward_hooks,
+            everywhere._global_backward_pre_hooks,
         )
     )
 
 
 @dataclass(frozen=True)
 class _Tokens:
-    """Takes registers off tensors of which a dimension, or the last two, are the T+R of a block."""
+    """Takes registers off tensors in which one dimension has T+R entries, or the last two have."""
 
     layout: Layout
     length: int
     num_prefix: int
 
     def without_registers(self, value: Any) -> tuple[Any, Callable[[Any], Any]]:
-        """The same without registers, tensors in tuples, lists and dictionaries too; and what puts them back."""
+        """The value without registers, and a function that puts them back onto what replaces it.
+
+        Tensors in tuples, lists and dictionaries are treated as well.
+        """
         if isinstance(value, Tensor):
             return self._tensor(value)
         if isinstance(value, dict):
@@ -203,7 +206,7 @@ class _Tokens:
             registers = layout.registers(value)
             return layout.tokens(value), lambda new: layout.join(new, registers)
         places = [dim for dim in (layout.dim, *range(-2, -value.ndim - 1, -1), -1) if -dim <= value.ndim]
-        lengths = self.length, self.length - self.num_prefix  # rotations may be of the patches alone
+        lengths = self.length, self.length - self.num_prefix  # rotary embeddings may be of the patches alone
         place = next(((dim, length) for length in lengths for dim in places if sizes[dim] == length), None)
         if place is None:
             return value, _unchanged

@@ -1,4 +1,4 @@
-"""Where the tokens of one forward lie, and where the registers go among them.
+"""How the tokens of one forward are laid out, and where the registers go among them.
 
 Most towers hand their blocks a batch (B, T, C), a few (T, B, C). Images of several sizes come padded to one length,
 with a mask that hides the padding, or packed behind one another in one sequence (S, C). The registers of an image
@@ -20,7 +20,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask  # which imports sympy: half a second
 
-HIDDEN = -5e3  # masks add less than this to the logit of a token that they hide: -inf, -1e9, -1e4; biases do not
+HIDDEN = -5e3  # a mask that adds less than this to a logit hides the token (-inf, -1e9, -1e4); biases add more
 
 
 @dataclass
@@ -37,14 +37,14 @@ class Layout:
     """Which tokens (1, T+R) are patches; None: all behind the prefix, save the registers."""
 
     def replace(self, **changes: Any) -> Layout:
-        """The same but for what is given."""
+        """A copy of the layout with these changes."""
         return dataclasses.replace(self, **changes)
 
     def batch_first(self, tokens: Tensor) -> Tensor:
         return tokens.transpose(0, 1) if self.sequence_first else tokens
 
     def extend(self, rows: Tensor, dim: int, value: float | Tensor) -> Tensor:
-        """The tokens' `rows` along `dim`, with R rows of `value` behind those of each image."""
+        """`rows`, with an entry for each token along `dim`, and R entries of `value` put behind those of each image."""
         shape = list(rows.shape)
         shape[dim] = self.num_registers
         more = value.expand(shape) if isinstance(value, Tensor) else rows.new_full(shape, value)
@@ -54,31 +54,31 @@ class Layout:
 
     @property
     def dim(self) -> int:
-        """The dimension of the tokens."""
+        """The dimension along which tokens are counted."""
         return -3 if self.sequence_first else -2
 
     def join(self, tokens: Tensor, registers: Tensor) -> Tensor:
-        """The tokens, and behind those of each image its registers, of (B, R, C)."""
+        """Put the registers (B, R, C) of each image behind its tokens."""
         if self.lengths is None:
             return torch.cat([tokens, self.batch_first(registers)], self.dim)
         images = zip(tokens.split(list(self.lengths), -2), registers, strict=True)
         return torch.cat([part for image, own in images for part in (image, own.expand(*image.shape[:-2], -1, -1))], -2)
 
     def tokens(self, sequence: Tensor) -> Tensor:
-        """The tokens without the registers. Those of a batch are a view."""
+        """Take the registers off. The tokens of a batch are a view of the sequence."""
         if self.lengths is None:
             dim = self.dim
             return sequence.narrow(dim, 0, sequence.shape[dim] - self.num_registers)
         return torch.cat([image[..., : -self.num_registers, :] for image in self._packed(sequence)], -2)
 
     def images(self, sequence: Tensor) -> list[Tensor]:
-        """A view of the batch (B, T+R, C), or one of each packed image (1, T+R, C)."""
+        """Views of the sequence: one of the batch (B, T+R, C), or one of each packed image (1, T+R, C)."""
         if self.lengths is None:
             return [self.batch_first(sequence)]
         return [image if image.ndim == 3 else image.unsqueeze(0) for image in self._packed(sequence)]
 
     def of_images(self, images: Sequence[Tensor], sequence: Tensor) -> Tensor:
-        """The inverse of `images`: these are laid out as `sequence` is."""
+        """The inverse of `images`: the result is laid out as `sequence` is."""
         if self.lengths is None:
             return self.batch_first(images[0])
         return torch.cat(list(images), 1).view(sequence.shape)
@@ -92,7 +92,11 @@ class Layout:
         return sequence.split([length + self.num_registers for length in self.lengths], -2)
 
     def without_registers(self, weights: Tensor, appended: int = 0) -> Tensor:
-        """Attention weights (..., T+R, T+R), or with `appended` more tokens behind, without the registers' share."""
+        """Take rows and columns of the registers off attention weights (..., T+R, T+R).
+
+        Args:
+            appended: how many more tokens stand behind the registers.
+        """
         if self.lengths is not None:
             index = torch.arange(weights.shape[-1], device=weights.device).view(1, -1, 1)
             kept = self.tokens(index).flatten()
@@ -104,20 +108,23 @@ class Layout:
         return weights
 
     def with_registers(self, shown: Tensor, weights: Tensor) -> Tensor:
-        """The inverse of `without_registers` for a batch: `weights`, with what they are between tokens as `shown`."""
+        """The inverse of `without_registers` for a batch: `weights`, in which `shown` replaces those between tokens."""
         size = weights.shape[-1] - self.num_registers
         rows = torch.cat([shown, weights[..., :size, size:]], -1)
         return torch.cat([rows, weights[..., size:, :]], -2)
 
     def validity(self, mask: Tensor | BlockMask) -> Tensor:
-        """Which tokens (B, T+R) somebody sees under a mask (B, heads, T or 1, T) or (T, T): the others are padding."""
+        """Which tokens (B, T+R) are visible to any token under a mask (B, heads, T or 1, T) or (T, T).
+
+        The others are padding.
+        """
         return self.extend(_seen(mask), -1, True)
 
     def extend_mask(self, mask: Tensor | BlockMask) -> Tensor | BlockMask:
-        """The mask, boolean or added to the logits, with rows and columns for the registers.
+        """Add rows and columns for the registers to a mask, which is boolean or is added to the logits.
 
-        Everyone sees the registers, and they see every token that is no padding, whatever the tokens hide from each
-        other. In a packed sequence they see, and are seen, as the last token of their image.
+        Registers are visible to all tokens, and see all tokens but padding, even if these do not see each other. In a
+        packed sequence they see the same tokens, and are visible to the same, as the last token of their image.
         """
         if not isinstance(mask, Tensor):
             return self._extend_block_mask(mask)
@@ -147,7 +154,7 @@ class Layout:
         def outer(image: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             token = key.clamp(max=num_tokens - 1)
             shown = inner(image, head, query.clamp(max=num_tokens - 1), token)
-            own = seen[image.clamp(max=len(seen) - 1), token]  # one row may stand for all images
+            own = seen[image.clamp(max=len(seen) - 1), token]  # a mask may have one row for all images
             return (key >= num_tokens) | torch.where(query >= num_tokens, own, shown)
 
         batch, heads, _, _ = mask.shape
@@ -156,7 +163,7 @@ class Layout:
 
 
 def _visible(mask: Tensor) -> Tensor:
-    """Where a mask lets tokens be seen."""
+    """Which entries of a mask let a token be seen, as booleans."""
     if mask.dtype is torch.bool:
         return mask
     if not mask.is_floating_point():
@@ -165,7 +172,7 @@ def _visible(mask: Tensor) -> Tensor:
 
 
 def _seen(mask: Tensor | BlockMask) -> Tensor:
-    """Which tokens (B or 1, T) a mask shows to at least one token in one head."""
+    """Which tokens (B or 1, T) are visible to at least one token in one head."""
     if not isinstance(mask, Tensor):
         from torch.nn.attention.flex_attention import create_mask
 

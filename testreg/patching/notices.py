@@ -1,4 +1,4 @@
-"""What users are told when register neurons may not be right for their model."""
+"""Warnings and log messages about register neurons that may not be right for a model."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from testreg.families import Tower, activation, checkpoint_names, compare_weight
 from testreg.files import plain
 from testreg.neurons import RegisterNeurons, UnverifiedNeuronsWarning
 
-FAR = 2  # times as many patches, or as few, as verified
+MAX_SIZE_RATIO = 2  # of the number of patches to that at which neurons were verified, or the inverse
 
 _log = logging.getLogger("testreg")
 _warned: WeakSet[nn.Module] = WeakSet()
-"""The towers of whose activation was warned: calibration patches a model many times."""
+"""The towers whose activation was warned of: once for each, since calibration patches a model many times."""
 
 
 def warn_of_other_weights(neurons: RegisterNeurons, model: nn.Module, tower: Tower) -> None:
-    """Warn if the neurons were found in other weights than those of the tower, and log if in similar ones."""
+    """Warn if the neurons were found in other weights than the tower's; if in similar ones, log it."""
     expected = neurons.model.get("fingerprint")
     if expected is None:
         return
@@ -44,9 +44,8 @@ def warn_of_other_weights(neurons: RegisterNeurons, model: nn.Module, tower: Tow
 
 
 def warn_of_activation(model: nn.Module, tower: Tower, neurons: RegisterNeurons | None = None) -> None:
-    """Warn if the model computes another activation than its checkpoint was trained with, or the neurons found with.
-
-    Of the checkpoint it warns once for a model.
+    """Warn if the model computes another activation than the one that its checkpoint was trained with, once for a
+    model, or another than that of the network in which the neurons were found.
     """
     if tower.module not in _warned and (wrong := mismatch_of(model, tower)) is not None:
         _warned.add(tower.module)
@@ -67,7 +66,7 @@ def warn_of_activation(model: nn.Module, tower: Tower, neurons: RegisterNeurons 
 
 
 def warn_of_unverified(neurons: RegisterNeurons) -> None:
-    """Warn if someone says that these are register neurons, and nothing shows it."""
+    """Warn if the neurons are from a list that was not verified."""
     if neurons.has_to_be_trusted:
         if neurons.calibration.verified_at:
             why = (
@@ -116,8 +115,8 @@ class VerifiedUse:
         device = tokens.device.type
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # not on "meta"
         dtype = str(torch.get_autocast_dtype(device) if autocast else tokens.dtype).removeprefix("torch.")
-        far = all(max(num_patches / each, each / num_patches) > FAR for each in self.num_patches)
-        # What holds in a coarser dtype holds in these; not the other way round.
+        far = all(max(num_patches / each, each / num_patches) > MAX_SIZE_RATIO for each in self.num_patches)
+        # Neurons that were verified in a coarser dtype are good in float32 and float64; not the other way round.
         if far or dtype not in self.dtypes | {"float32", "float64"}:
             self.warns = False
             numbers, dtypes = " and ".join(map(str, self.num_patches)), " and ".join(sorted(self.dtypes))

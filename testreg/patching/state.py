@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from testreg.files import shown
 from testreg.neurons import MAX_REGISTERS, RegisterNeurons
-from testreg.patching.forward import AS_IT_WAS, Mode, is_recomputing, running
+from testreg.patching.forward import UNPATCHED, Mode, is_recomputing, running
 from testreg.patching.moves import MaxOver, Zero
 from testreg.patching.notices import VerifiedUse
 from testreg.patching.override import REFUSALS, Part
@@ -60,13 +60,13 @@ class Patch:
     zero: Zero
     num_prefix: int
     target: Tensor | None = None
-    """(B, h, w) bool, where the neurons fire, without registers, in forwards that nobody steers otherwise."""
+    """(B, h, w) bool, the patches that take the register's place; `testreg.steered` overrides them."""
     static: StaticRegisters | None = None
     """The registers, if they are constants."""
     disabled_by: int = 0
     """How many `disabled` blocks are open, in all threads."""
     warns_outside: bool = True
-    """Whether nobody was told yet that a second linear is called outside of its block."""
+    """Whether to warn of a second linear that is called outside its block; False once it was done."""
 
     def __post_init__(self) -> None:
         self.overrides: list[Part] = []
@@ -75,7 +75,7 @@ class Patch:
         self.default_mode = Mode(has_registers=not no_tokens, target=self.target)
 
     def install(self, overrides: Iterable[Part]) -> None:
-        self.overrides = list(overrides)  # all are made before the first is installed
+        self.overrides = list(overrides)  # if making one fails, none is installed yet
         for override in self.overrides:
             override.install()
         vars(self.tower).update(REFUSALS, **{_PATCH: self})
@@ -104,17 +104,19 @@ class Patch:
 
     @property
     def owner(self) -> dict[tuple[int, int], int] | None:
-        """The register of each neuron (block, unit) if they are shared out: in the order of the ranking, each goes to
-        the next register. None if every register holds all."""
+        """The register of each neuron (block, unit) if neurons are shared out; None if every register holds all.
+
+        In the order of the ranking, each neuron goes to the next register.
+        """
         if not self.split_neurons:
             return None
         return {(block, unit): i % self.num_registers for i, (block, unit, _) in enumerate(self.neurons.ranking)}
 
     @property
     def mode_for_new_forward(self) -> Mode:
-        """What forwards compute that start now in this thread."""
+        """The mode of a forward that starts now in this thread."""
         if self.disabled_by > 0:
-            return AS_IT_WAS
+            return UNPATCHED
         mode = self.default_mode
         for patch, steered in running.steered:
             if patch is self:
@@ -123,15 +125,16 @@ class Patch:
 
     @property
     def current_mode(self) -> Mode:
-        """What the block computes that this thread is in.
+        """The mode of the forward that this thread is in; unpatched outside a block.
 
-        An MLP or attention that is called by itself, outside its block, is as it was. It is inside although nothing
-        says so where it is compiled, and where a backward pass recomputes the inside of a block.
+        So an MLP or attention that is called by itself computes as in the unpatched model. Compiled code does not know
+        which block it is part of, nor does a backward pass that recomputes the inside of one: they take the mode for
+        new forwards.
         """
         call = running.call
         if call is not None and call.patch is self and call.forward is not None:
             return call.forward.mode
-        return self.mode_for_new_forward if torch.compiler.is_compiling() or is_recomputing() else AS_IT_WAS
+        return self.mode_for_new_forward if torch.compiler.is_compiling() or is_recomputing() else UNPATCHED
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -145,5 +148,5 @@ class Patch:
                 self.disabled_by -= 1
 
     def __getstate__(self) -> dict[str, Any]:
-        # The `disabled` block in which a copy is made does not end for the copy.
+        # A copy that is made within a `disabled` context is not disabled, since nothing would end that for it.
         return {**self.__dict__, "disabled_by": 0}

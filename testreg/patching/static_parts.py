@@ -1,7 +1,7 @@
 """Registers whose states are constants (arXiv 2506.08010, A.2): the register neurons are silent, and nothing is moved.
 
-Two forms, which give the patches the same: tokens that each block gets anew, or, where attention is
-nn.MultiheadAttention, a key and a value that it attends to beside those of the tokens, as with `bias_k` and `bias_v`.
+There are two forms, which have the same effect on the patches. Each block gets constant tokens; or, where attention is
+nn.MultiheadAttention, it attends to a constant key and value beside those of the tokens, as with `bias_k` and `bias_v`.
 
 Shapes: B images, T tokens of each, R registers, C width, L blocks.
 """
@@ -28,7 +28,7 @@ KEY, VALUE = "testreg_bias_k", "testreg_bias_v"  # buffers of an nn.MultiheadAtt
 
 
 def static_parts(tower: Tower, patch: Patch, static: StaticRegisters) -> Iterator[Part]:
-    """What is put on each block so that its registers are constants.
+    """The parts to put on each block so that its registers are constants.
 
     Raises:
         ValueError: the model has no place for this form.
@@ -46,7 +46,7 @@ def static_parts(tower: Tower, patch: Patch, static: StaticRegisters) -> Iterato
 
 
 def _attention(tower: Tower, block: Block, num_registers: int) -> nn.MultiheadAttention:
-    """The attention of a block, if it has a place for a bias."""
+    """The attention of a block; raises ValueError if it has no place for a bias."""
     attentions = [each for each in block.module.modules() if isinstance(each, nn.MultiheadAttention)]
     fix = "take static registers of form='token'"
     if len(attentions) != 1 or type(attentions[0]).forward is not nn.MultiheadAttention.forward:
@@ -64,7 +64,7 @@ def _attention(tower: Tower, block: Block, num_registers: int) -> nn.MultiheadAt
 
 @torch.no_grad()
 def key_and_value(tower: Tower, block: Block, attention: nn.MultiheadAttention, state: Tensor) -> dict[str, Tensor]:
-    """The key and the value (1, 1, C), all heads in one, that attention makes of a register (1, C)."""
+    """The key and the value (1, 1, C), heads joined, that attention computes from a register (1, C)."""
     got: dict[str, Tensor] = {}
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -102,18 +102,18 @@ class AttentionBias(Override):
 
 @torch.no_grad()
 def fold(model: M) -> M:
-    """Write static registers of the form "bias" into the weights: the model is an ordinary one then, without testreg.
+    """Write static registers of the form "bias" into the weights, so that the model no longer needs testreg.
 
-    Attention gets parameters `bias_k` and `bias_v`, and fc2 zeros where it reads register neurons. Nothing is computed
-    beside the model, and its state_dict has the two more keys in each block. It cannot be taken back.
+    Attention gets parameters `bias_k` and `bias_v`, two more keys of each block in the state_dict. The columns of fc2
+    that read register neurons become zero. This cannot be undone.
 
     Returns:
         The same object, no longer patched.
 
     Raises:
         RuntimeError: the model is not patched.
-        ValueError: it is patched in a way that weights cannot say: without static registers of form="bias", with
-            neurons that CLS keeps (zero="patches"), or with a norm between them and fc2.
+        ValueError: the weights cannot express the patch: it has no static registers of form="bias", it leaves the
+            neurons active on CLS (zero="patches"), or there is a norm between the neurons and fc2.
 
     Example:
         >>> from torchvision.models import VisionTransformer
@@ -143,7 +143,7 @@ def fold(model: M) -> M:
 
 
 class _Biased:
-    """The module, with a bias that is not in its state_dict."""
+    """Stands for an nn.MultiheadAttention in its forward, and has the bias that is not in its state_dict."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module

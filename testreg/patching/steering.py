@@ -1,7 +1,7 @@
-"""Registers onto patches of one's choice: the register neurons fire there, and on no other patch.
+"""Steering: the register neurons fire on patches of one's choice, and on no others.
 
-Outliers sit where the register neurons fire (arXiv 2506.08010, section 5): so a mask says where, and the model needs
-no register meanwhile.
+Outliers sit where the register neurons fire (arXiv 2506.08010, section 5), so a mask of patches says where. There is no
+register then.
 
 Shapes: B images, h x w patches.
 """
@@ -32,7 +32,7 @@ def check_target(target: object) -> None:
 
 
 def check_target_fits(target: Tensor, num_images: int, num_patches: int) -> None:
-    """Raise ValueError unless the mask is one of so many images with so many patches."""
+    """Raise ValueError unless the mask is of this number of images and of patches in each."""
     masks, rows, columns = target.shape
     if masks not in (1, num_images):
         raise ValueError(
@@ -54,15 +54,15 @@ def steered(model: M, target: Tensor) -> Iterator[M]:
     the neuron is silent on the others. Where the mask of an image is empty, the activations go nowhere: that is not the
     unpatched model but ablation, which costs accuracy, since the network looks for what these neurons write.
 
-    It holds for the forwards that this thread starts, as a mask belongs to a batch; one that runs ends as it began.
-    Contexts nest, and the innermost counts; under `testreg.disabled` the model is as it was.
+    Only forwards that this thread starts are steered, since a mask belongs to a batch; one that is under way is not.
+    Contexts nest, and the innermost counts; under `testreg.disabled` the model computes as if it were not patched.
 
     Args:
         target: (B, h, w) bool, the grid of patches of each image of the batch, or (1, h, w) for all images.
 
     Raises:
         RuntimeError: the model is not patched.
-        TypeError, ValueError: it is no such mask; or, in the forward, one of other images or another grid.
+        TypeError, ValueError: `target` is not such a mask. A forward raises ValueError if it does not fit the images.
 
     Example:
         >>> target = torch.zeros(1, 4, 4, dtype=torch.bool)

@@ -5,7 +5,7 @@ from planting import plant
 from tiny import BUILDERS, SPREAD_MLP, fresh, packed, photograph_crops
 
 from testreg.calibration.block_cache import BlockCache
-from testreg.calibration.effects import KEPT, EffectMeter
+from testreg.calibration.effects import CACHE_BYTES, EffectMeter
 from testreg.families import find_tower
 from testreg.measure.outliers import Detection, OutlierRule
 
@@ -19,7 +19,7 @@ def meter_of(name, head=None):
     tower = find_tower(model)
     neurons = [(block, unit, None) for block, units in planted.neurons.items() for unit in units]
     meter = EffectMeter(model, tower, packed(images), Detection(RULE, 2), 1, batch_size=5, head=head)
-    meter.block_cache = BlockCache(tower, KEPT)
+    meter.block_cache = BlockCache(tower, CACHE_BYTES)
     return meter, neurons
 
 
@@ -128,7 +128,7 @@ def test_the_kept_tokens_are_not_edited():
         args[0].mul_(1.5)
 
     meter.tower.blocks[2].module.register_forward_pre_hook(edit)
-    meter.block_cache = BlockCache(meter.tower, KEPT)
+    meter.block_cache = BlockCache(meter.tower, CACHE_BYTES)
     first, second = measured(meter, late), measured(meter, late)
     assert_alike(first, second)
     assert abs(first.change_patches - plain.change_patches) > 1e-4

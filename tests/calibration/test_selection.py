@@ -170,9 +170,9 @@ def test_where_few_outliers_are_left_the_patched_model_is_ranked_anew():
 
 def test_selective_neurons_are_dropped_by_blocks_and_others_one_by_one():
     model = Model([0, 1, 2, 7])
-    busy = [(1, unit, 1 - unit / 100) for unit in range(4)]  # of which 3 is idle
+    unselective = [(1, unit, 1 - unit / 100) for unit in range(4)]  # of which 3 is needless
     selective = [(block, unit, 0.9 - unit / 100) for block, unit in ((2, 4), (2, 5), (3, 6), (3, 7))]
-    found = select(once((*busy, *selective), set(selective)), model, target=0.05)
+    found = select(once((*unselective, *selective), set(selective)), model, target=0.05)
     assert [unit for _, unit, _ in found.rounds[0].added] == list(range(8))
     assert {2, 4, 5} not in model.measured  # a block goes as a whole
     assert {unit for _, unit, _ in found.neurons} == {0, 1, 2, 7}  # block 3 is needed, but 6 does nothing there
@@ -185,14 +185,14 @@ def test_selective_neurons_of_no_weight_are_not_added():
     assert [unit for _, unit, _ in found.neurons] == [0]
 
 
-def test_of_two_of_which_one_can_stay_the_one_that_is_busy_elsewhere_does():
-    busy, selective, needed = candidates = ((0, 0, 0.9), (3, 1, 0.8), (3, 2, 0.7))
+def test_of_two_neurons_of_which_one_is_needless_the_unselective_one_is_dropped():
+    unselective, selective, needed = candidates = ((0, 0, 0.9), (3, 1, 0.8), (3, 2, 0.7))
     model = Populations(({0, 1}, {10}), ({2}, {11}))
-    assert select(once(candidates), model, target=0.05).neurons == (busy, needed)
+    assert select(once(candidates), model, target=0.05).neurons == (unselective, needed)
     assert select(once(candidates, {selective, needed}), model, target=0.05).neurons == (selective, needed)
 
 
-def test_selective_neurons_that_score_alike_are_taken_with_those_that_were_chosen():
+def test_selective_neurons_that_score_similarly_are_taken_with_those_that_were_chosen():
     """On these images one trigger does. Which one is needed depends on the images."""
     model = Populations(({0, 1, 2}, {10, 11}))
     candidates = ((0, 0, 1.0), (0, 1, 0.9), (0, 2, 0.75), (0, 3, 0.65))
@@ -234,21 +234,21 @@ def test_of_many_neurons_those_of_the_last_block_must_do_something():
     assert set(found.neurons) == set(causes)
 
 
-def test_a_neuron_that_is_busy_elsewhere_is_dropped_once_others_do_without_it():
+def test_an_unselective_neuron_is_dropped_once_others_do_without_it():
     """It takes most outliers away because it changes everything; a later round finds those that make them."""
-    busy, others = (0, 0, 0.9), [(2, unit, 0.8 - unit / 100) for unit in range(5)]
+    unselective, others = (0, 0, 0.9), [(2, unit, 0.8 - unit / 100) for unit in range(5)]
 
     def rank(moved):
-        return Candidates([neuron for neuron in (busy, *others) if neuron not in moved], set(others))
+        return Candidates([neuron for neuron in (unselective, *others) if neuron not in moved], set(others))
 
     def measure(neurons, num_registers):
         units = {unit for block, unit, _ in neurons if block == 2}
-        left = (5 - len(units)) / 5 * (0.05 if busy in neurons else 1.0)
-        change = 0.9 if busy in neurons else 0.05
+        left = (5 - len(units)) / 5 * (0.05 if unselective in neurons else 1.0)
+        change = 0.9 if unselective in neurons else 0.05
         return Effect(len(neurons), left, 5, left, change, change, None)
 
     found = select(rank, measure, target=0.05)
-    assert found.rounds[0].added == (busy,)
+    assert found.rounds[0].added == (unselective,)
     assert set(found.neurons) == set(others)
 
 
@@ -293,8 +293,8 @@ class Sink:
 
 def test_a_set_without_outliers_that_leaves_a_sink_is_completed():
     """The others score too little for the ranking, which the first heads; and block 7 has nothing to do with it."""
-    first, others, idle = (5, 0, 1.0), [(6, unit, 0.1 / unit) for unit in range(1, 5)], (7, 9, 0.05)
-    candidates = once((first,), [first, *others, idle])
+    first, others, needless = (5, 0, 1.0), [(6, unit, 0.1 / unit) for unit in range(1, 5)], (7, 9, 0.05)
+    candidates = once((first,), [first, *others, needless])
     found = select(candidates, Sink({1, 2, 3, 4}), target=0.05)
     assert set(found.neurons) == {first, *others}
     assert found.effect.sink == 0.5
@@ -304,8 +304,8 @@ def test_a_set_without_outliers_that_leaves_a_sink_is_completed():
 
 
 def test_a_sink_that_no_neuron_makes_adds_none():
-    first, idle = (5, 0, 1.0), [(6, unit, 0.1) for unit in range(5, 9)]
-    found = select(once((first,), [first, *idle]), Sink({1, 2}), target=0.05)
+    first, needless = (5, 0, 1.0), [(6, unit, 0.1) for unit in range(5, 9)]
+    found = select(once((first,), [first, *needless]), Sink({1, 2}), target=0.05)
     assert found.neurons == (first,)
     assert found.effect.sink > 10
 
