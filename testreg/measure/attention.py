@@ -122,6 +122,10 @@ def recorded_attention(tower: Tower, blocks: Sequence[int], recorder: Recorder) 
     modules = [tower.blocks[block].module for block in blocks]
     kept: list[list[Tensor]] = [[] for _ in blocks]
 
+    def forget(index: int, tokens: Tensor) -> None:
+        recorder.end()
+        recorder.rows.clear()
+
     def keep(index: int, tokens: Tensor) -> None:
         recorder.end()
         kept[index] += recorder.rows
@@ -129,7 +133,7 @@ def recorded_attention(tower: Tower, blocks: Sequence[int], recorder: Recorder) 
 
     with (
         recorder,
-        recording_inputs(modules, lambda index, tokens: recorder.rows.clear()),
+        recording_inputs(modules, forget),
         recording_outputs(modules, keep),
     ):
         yield kept

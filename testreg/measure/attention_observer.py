@@ -33,10 +33,16 @@ class FusedAttention:
     is_causal: bool = False
     scale: float | None = None
     enable_gqa: bool = False
+    appended: int = 0
+    """Keys and values behind those of the tokens (`bias_k` of nn.MultiheadAttention)."""
 
     @property
     def is_of_tokens_to_themselves(self) -> bool:
-        return self.query.shape[-2] == self.key.shape[-2]
+        return self.num_queries == self.num_tokens - self.appended
+
+    @property
+    def num_queries(self) -> int:
+        return self.query.shape[-2]
 
     @property
     def num_images(self) -> int:
@@ -44,7 +50,7 @@ class FusedAttention:
 
     @property
     def num_tokens(self) -> int:
-        """T, the number of keys."""
+        """T, the number of keys, with those that are appended."""
         return self.key.shape[-2]
 
     @property
@@ -102,7 +108,11 @@ class UnfusedAttention:
 
     @property
     def is_of_tokens_to_themselves(self) -> bool:
-        return self.all_weights.shape[-2] == self.all_weights.shape[-1]
+        return self.num_queries == self.num_tokens
+
+    @property
+    def num_queries(self) -> int:
+        return self.all_weights.shape[-2]
 
     @property
     def num_images(self) -> int:
@@ -190,16 +200,22 @@ def fused_of_module(
     v_proj_weight: Tensor | None = None,
     **kwargs: Any,
 ) -> FusedAttention | None:
-    """What nn.MultiheadAttention computes from queries (S, B, C), keys and values (T, B, C); None where it appends keys
-    of its own, or takes one image without a batch."""
-    if bias_k is not None or add_zero_attn or query.ndim != 3:
+    """What nn.MultiheadAttention computes from queries (S, B, C), keys and values (T, B, C); None where it takes one
+    image without a batch."""
+    if query.ndim != 3:
         return None
     weights: Any = (q_proj_weight, k_proj_weight, v_proj_weight) if in_proj_weight is None else in_proj_weight.chunk(3)
     biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
     projected = [
-        F.linear(tokens, weight, bias).unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3)
+        F.linear(tokens, weight, bias)
         for tokens, weight, bias in zip((query, key, value), weights, biases, strict=True)
     ]
+    appended = 0
+    for extra in ((bias_k, bias_v), (torch.zeros_like(projected[1][:1]),) * 2 if add_zero_attn else (None, None)):
+        for index, each in enumerate(extra, start=1):
+            if each is not None:  # (R, 1 or B, C)
+                projected[index] = torch.cat([projected[index], each.expand(-1, query.shape[1], -1)])
+        appended += 0 if extra[0] is None else len(extra[0])
     mask: Tensor | None = None
     if attn_mask is not None:  # (S, T) or (B * heads, S, T)
         attn_mask = _added(attn_mask, query)
@@ -207,8 +223,10 @@ def fused_of_module(
     if key_padding_mask is not None:  # (B, T)
         padding = _added(key_padding_mask, query)[:, None, None]
         mask = padding if mask is None else mask + padding
-    query, key, value = projected
-    return FusedAttention(query, key, value, mask)
+    if mask is not None:
+        mask = F.pad(mask, (0, appended))
+    query, key, value = (each.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3) for each in projected)
+    return FusedAttention(query, key, value, mask, appended=appended)
 
 
 def _added(mask: Tensor, query: Tensor) -> Tensor:

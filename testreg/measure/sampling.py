@@ -56,12 +56,12 @@ class SampledAttention(AttentionObserver):
         self.block = None
 
     def _see(self, attention: Attention) -> None:
-        if self.block is None or not attention.is_of_tokens_to_themselves or attention.num_tokens < self.patches.stop:
+        if self.block is None or not attention.is_of_tokens_to_themselves or attention.num_queries < self.patches.stop:
             return
         if self.tower.family.takes == "packed images":
             self._see_packed(attention, self.block)
         elif attention.num_images == len(self.images):
-            queries, share = self._sample(attention.num_tokens)
+            queries, share = self._sample(attention.num_queries)
             self.see_sample(self.block, attention.weights(queries), queries, share, attention.values)
 
     def _see_packed(self, attention: Attention, block: int) -> None:

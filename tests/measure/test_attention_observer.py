@@ -48,12 +48,20 @@ def test_of_a_module_the_weights_are_those_that_it_returns(mask, widths):
     assert (seen.num_images, seen.num_tokens, seen.is_of_tokens_to_themselves) == (2, 5, False)
 
 
+@pytest.mark.parametrize("mask", list(masks(2, 1, 1)))
+@pytest.mark.parametrize(
+    "options", [{"add_bias_kv": True}, {"add_zero_attn": True}, {"add_bias_kv": True, "add_zero_attn": True}]
+)
 @torch.no_grad()
-def test_a_module_that_appends_keys_of_its_own_is_not_seen():
-    tokens = torch.randn(2, 4, 8)
-    for options in ({"add_bias_kv": True}, {"add_zero_attn": True}):
-        module = nn.MultiheadAttention(8, 2, batch_first=True, **options)
-        assert seen_in(lambda module=module: module(tokens, tokens, tokens)) == []
+def test_keys_that_a_module_appends_are_seen_behind_the_tokens(options, mask):
+    torch.manual_seed(0)
+    module = nn.MultiheadAttention(8, 2, batch_first=True, **options)
+    tokens, kwargs = torch.randn(2, 4, 8), masks(2, 4, 4)[mask]
+    _, expected = module(tokens, tokens, tokens, average_attn_weights=False, **kwargs)
+    (seen,) = seen_in(lambda: module(tokens, tokens, tokens, **kwargs))
+    torch.testing.assert_close(seen.weights(SOME), expected[:, :, SOME])
+    assert (seen.num_queries, seen.num_tokens, seen.is_of_tokens_to_themselves) == (4, 4 + len(options), True)
+    assert seen.values.shape == (2, 2, 4 + len(options), 4)
 
 
 @pytest.mark.parametrize("kind", ["plain", "causal", "bool", "added", "scale", "grouped"])
