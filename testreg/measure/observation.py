@@ -239,7 +239,9 @@ class _ResidualSum(TorchFunctionMode):
         values = value if isinstance(value, list | tuple) else (value,)
         return any(each is known for each in values for known in self.computed_from_mlp)
 
-    def stream_before_mlp(self, tower: Tower, images: Tensor, block_input: Tensor, block_output: Tensor) -> Tensor | None:
+    def stream_before_mlp(
+        self, tower: Tower, images: Tensor, block_input: Tensor, block_output: Tensor
+    ) -> Tensor | None:
         """The stream (B, T, C) between attention and MLP; None if it was not found.
 
         Args:
