@@ -307,7 +307,7 @@ def _attention_sums(weights: Tensor, share: Tensor, far: Tensor, patches: slice,
     column = column / counted.sum(0).clamp(min=TINY)  # (B, N)
     return {
         "images": torch.tensor(len(weights)),
-        "prefix": drawn[..., : patches.follow].mean(1).sum(0),
+        "prefix": drawn[..., : patches.start].mean(1).sum(0),
         "to_outliers": (drawn[..., patches] * outlier.unsqueeze(1)).sum((0, 2)),  # (heads,)
         "column_ratio": (column.amax(1) / column.median(1).values.clamp(min=TINY)).sum(),
     }
@@ -340,7 +340,7 @@ def neighbour_cosine(patches: Tensor, norms: Tensor, grid: Grid) -> Tensor:
     """
     patches, norms = patches.unflatten(1, grid), norms.clamp(min=TINY).unflatten(1, grid)
     total, count = torch.zeros_like(norms), torch.zeros_like(norms)
-    for dim, size in enumerate(grid, follow=1):
+    for dim, size in enumerate(grid, start=1):
         (one, other), (norm, other_norm) = (
             (each.narrow(dim, 0, size - 1), each.narrow(dim, 1, size - 1)) for each in (patches, norms)
         )

@@ -45,7 +45,7 @@ class Kind:
     def listed(self) -> Kind:
         """The kind of a list of these."""
         return Kind(
-            f"a list of {self.many or self.words}",
+            f"a list of {self.plural_words or self.words}",
             lambda value: isinstance(value, list | tuple) and all(map(self.is_valid, value)),
             read=lambda value, name: tuple(self.read(each, name) for each in value),
         )
