@@ -1,4 +1,4 @@
-"""What a diagnosis says: its records, the verdict and the notes in words, the table, and the JSON."""
+"""The result of a diagnosis: its records, the verdict and the notes in words, the table, and the JSON."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 FORMAT = "testreg-diagnosis"
 VERSION = 1
 
-NO_OP = 0.2  # norm of the outliers' values over the median: below it, a head that attends to them takes next to nothing
-HALF = 0.5  # a majority: of the excess norm for onset, fading and maker; of images or outliers for what is fixed
-BORDER = 0.9  # of the outliers in the outermost rows and columns: a note says so
-MIN_IMAGES = 8  # chance outliers of 2 % of the patches repeat in half of so many images at 1 position in 100,000
-NUM_POSITIONS = 4  # fixed positions named in the verdict and the notes; the JSON has all
+NO_OP = 0.2  # a sink is a no-op if the norm of the outliers' values is below this share of the patches' median
+HALF = 0.5  # of the excess norm, for onset, fading and what makes it; of images or outliers, for what is fixed
+BORDER = 0.9  # a note says so if this share of the outliers is in the outermost rows and columns
+MIN_IMAGES = 8  # if 2 % of the patches are outliers by chance, 1 position in 100,000 is one in half of so many images
+NUM_POSITIONS = 4  # how many fixed positions the verdict and the notes name; the JSON has all
 
 QUANTILES = (0.01, 0.25, 0.75, 0.99)
 
@@ -32,7 +32,7 @@ LEGEND: tuple[tuple[str, str], ...] = (
     ("kurtosis", "of patch norms: 3 if normal, large if a few stand out"),
     ("outliers %", "of the patches, after attention and after the MLP"),
     ("cosine", "to the neighbours: of normal patches, and of outliers"),
-)  # the terms in the table, for who sees it for the first time
+)  # explains the terms in the table
 ATTENTION_LEGEND: tuple[tuple[str, str], ...] = (
     ("attention, %", "to prefix tokens; to outliers; that in the head with most"),
     ("column ratio", "attention that a patch draws from afar: largest over median"),
@@ -59,7 +59,7 @@ class Residual:
     max_over_median: float
     """The largest ratio of an image, mean over the images."""
     kurtosis: float | None
-    """The kurtosis of the ratios of all patches: 3 for a normal distribution, None if they are all alike."""
+    """The kurtosis of the ratios of all patches: 3 for a normal distribution, None if they are all equal."""
     outlier_fraction: float
     outlier_ratio: float | None
     """Mean ratio of the outliers; None if there are none."""
@@ -76,9 +76,9 @@ class Residual:
 
 @dataclass(frozen=True)
 class AttentionHead:
-    """A head of a block, and the patches that are outliers at the block's input.
+    """What a head of a block does with the patches that are outliers at the block's input.
 
-    Attention is the mean over the queries, of which each gives 1 in all.
+    Attention is the mean over the queries; the attention of each query sums to 1.
     """
 
     outlier_attention: float
@@ -93,9 +93,9 @@ class AttentionHead:
 
 @dataclass(frozen=True)
 class BlockDiagnosis:
-    """One block. Attention is the mean over its heads and queries; each query gives 1 in all.
+    """One block. Attention is the mean over its heads and queries; the attention of each query sums to 1.
 
-    Patches are a sample of the queries: see `Diagnosis.attention_queries`.
+    Not all patches are queries, but a sample of them: see `Diagnosis.attention_queries`.
     """
 
     after_attention: Residual | None
@@ -107,20 +107,20 @@ class BlockDiagnosis:
     prefix_attention: list[float] | None
     """Share of attention that goes to each prefix token; None if not observable."""
     column_ratio: float | None = None
-    """Attention that a patch draws from afar, the mean of its column over all queries but the patch itself and the
-    eight around it: the largest of an image over the median, mean over the images; None if not observable."""
+    """The largest attention that a patch of an image draws from afar, over the median; mean over the images; None if
+    not observable. From afar means from all queries but the patch itself and the eight around it."""
     value_ratio: float | None = None
-    """The mean of the heads' `value_ratio`, each as heavy as the attention that it gives outliers; None without these,
-    or if not observable."""
+    """The mean of the heads' `value_ratio`, weighted by the attention that each gives to outliers; None without
+    outliers, or if not observable."""
     broadcast_rank: float | None = None
-    """The same mean of the heads' `broadcast_rank`."""
+    """The mean of the heads' `broadcast_rank`, weighted likewise."""
     heads: list[AttentionHead] | None = None
     """None if not observable."""
 
 
 @dataclass(frozen=True)
 class Sink:
-    """What attention makes of the outliers in the block where they draw most."""
+    """The attention to outliers in the block where they draw most."""
 
     block: int
     attention: float
@@ -136,14 +136,15 @@ class Sink:
 
     @property
     def kind(self) -> SinkKind | None:
-        """A no-op has next to no values: heads attend there to add nothing. None if values could not be observed."""
+        """Whether heads attend to outliers to add nothing ("no-op": the outliers' values are next to zero), or to read
+        what these hold ("broadcast"); None if values could not be observed."""
         if self.value_ratio is None:
             return None
         return "no-op" if self.value_ratio < NO_OP else "broadcast"
 
     @property
     def summary(self) -> str:
-        """What it is, in a sentence."""
+        """The attention and the kind of sink, in a sentence."""
         drawn = (
             f"They draw up to {self.attention:.0%} of a block's attention (block {self.block}; "
             f"{self.head_attention:.0%} in head {self.head})"
@@ -159,7 +160,7 @@ class Sink:
 
 @dataclass(frozen=True)
 class EmbeddingPosition:
-    """A position whose patch stands out in front of the first block, in the mean over the images."""
+    """A position whose norm in front of the first block stands out, averaged over the images."""
 
     row: int
     column: int
@@ -206,29 +207,30 @@ class Outliers:
     onset_block: int
     """The block of `onset_part`; 0 for the embedding."""
     onset_part: Part
-    """The part after which they have half of the excess norm that they reach; "block" where its parts are not told
-    apart."""
+    """The first part after which they have half of their largest excess norm; "block" where attention and MLP cannot be
+    told apart."""
     fade_block: int | None
-    """The first block behind `block` after which they have less than half of it; None if they stay to the end."""
+    """The first block behind `block` after which less than half of it is left; None if they stay to the end."""
     mlp_share: float | None
-    """Share of that excess that MLPs add, the rest being attention's and the embedding's; None where a block's parts
-    are not told apart."""
+    """Share of that excess that MLPs add; attention and the embedding add the rest. None where they cannot be told
+    apart."""
     fixed_share: float | None
-    """Share of the outliers that lie at fixed positions; None of fewer than `MIN_IMAGES` images."""
+    """Share of the outliers that lie at fixed positions; None if there are fewer than `MIN_IMAGES` images."""
     fixed_positions: list[FixedPosition]
     border_share: float | None = None
-    """Share of the outliers that lie in the outermost rows and columns; None of fewer than `MIN_IMAGES` images, and
-    where these are half of the patches or more."""
+    """Share of the outliers that lie in the outermost rows and columns; None if there are fewer than `MIN_IMAGES`
+    images, or if these are half of the patches or more."""
     sink: Sink | None = None
     """None if they draw hardly more attention than other patches, or if attention was not observed."""
     first_block: int | None = None
-    """There are outliers after each block from this one to `last_block`, `block` among them; None if there are some in
-    front of the blocks already."""
+    """The first of the run of blocks that have outliers, to which `block` belongs; None if there are outliers in front
+    of the blocks already."""
     last_block: int | None = None
+    """The last of these blocks."""
 
     @property
     def kind(self) -> Kind:
-        """Whether registers move them: they move what MLP neurons write where the image makes them fire."""
+        """Whether registers can move them: "movable" if MLPs make them, at positions that depend on the image."""
         if self.fixed_share is not None and self.fixed_share >= HALF:
             return "fixed"
         by_mlp = self.onset_part != "embedding" and (self.mlp_share is None or self.mlp_share >= HALF)
@@ -276,14 +278,14 @@ class Outliers:
 
 @dataclass(frozen=True)
 class PrefixRole:
-    """A prefix token (CLS, a trained register) with a norm of outliers: it takes their role."""
+    """A prefix token (CLS, a trained register) with a norm as high as an outlier's, which takes the outliers' role."""
 
     token: int
     block: int
     """The block after which its norm is highest."""
     ratio: float
     attention: float | None
-    """The largest share of attention that it draws in a block; None if not observable."""
+    """The largest share of attention that it draws in any block; None if not observable."""
     is_register: bool = False
     """Whether it is a trained register."""
 
@@ -324,15 +326,15 @@ class Diagnosis:
     """None if they are fewer than `MIN_FRACTION` of the patches after every block."""
     prefix_roles: list[PrefixRole]
     trained_registers: int = 0
-    """How many of the prefix tokens are trained registers: the last."""
+    """How many of the prefix tokens, counted from the last, are trained registers."""
     embedding_positions: list[EmbeddingPosition] = field(default_factory=list)
-    """Positions that stand out in front of the first block by the robust rule, whatever the image shows: position
-    embeddings do. None are looked for in fewer than `MIN_IMAGES` images."""
+    """Positions that stand out in front of the first block by the robust rule, whatever the image shows, as position
+    embeddings do. With fewer than `MIN_IMAGES` images the list is empty."""
     attention_queries: int | None = None
-    """Patches of each image, at most, whose attention was measured, drawn by a seed; all images and all other tokens
-    take part. None if attention was not measured."""
+    """How many patches of an image, at most, were queries when attention was measured: a seeded sample. All tokens that
+    are not patches were queries too. None if attention was not measured."""
     num_frames: int | None = None
-    """The frames of a clip, where clips were measured in place of images."""
+    """How many frames a clip has, if clips were measured and not images."""
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -389,7 +391,7 @@ class Diagnosis:
 
     @property
     def kind(self) -> Kind:
-        """What there is to do; "left": what a patched model has left of outliers that registers move."""
+        """What the outliers are; "left" if the model is patched and still has outliers that registers could move."""
         if self.outliers is None:
             return "none"
         return "left" if self.patched and self.outliers.kind == "movable" else self.outliers.kind
@@ -469,10 +471,9 @@ class Diagnosis:
         return f"{'; '.join(parts)}, in the block where that is most."
 
     def table(self) -> str:
-        """The figures as text: of the residual stream and of attention, a line for each block, and what they mean.
+        """The figures as text, a line for each block: of the residual stream, of attention, and what the terms mean.
 
-        The outlier fraction stands after the attention and after the MLP of a block, other figures of the stream after
-        its MLP.
+        Outlier fractions are given after the attention and after the MLP, other figures of the stream after the MLP.
         """
         lines = [
             f"{'':9} {'median':>7} {'norm / median':^17} {'kurt-':>5}  {'outliers %':^11}  {'cosine':^11}",
@@ -510,7 +511,7 @@ def _position(each: EmbeddingPosition | FixedPosition) -> tuple[int, ...]:
 
 
 def positions_in_words(positions: Sequence[tuple[int, ...]]) -> str:
-    """Rows and columns, and times of clips, in words; of many, the first."""
+    """Positions (row, column), or (time, row, column) in clips, in words; of more than a few, the first ones."""
     more = f" and {len(positions) - NUM_POSITIONS} more" if len(positions) > NUM_POSITIONS else ""
     return ", ".join(map(str, positions[:NUM_POSITIONS])) + more
 

@@ -1,10 +1,10 @@
-"""The pass of a diagnosis: what a tower shows on batches of images, as sums.
+"""The pass of a diagnosis: measures a tower on batches of images, and adds the figures up.
 
 The residual stream is measured at 2L+1 *hook points*, for L blocks: in front of the blocks, and after the attention and
-after the MLP of each. All figures follow from sums over images, so that memory is that of a batch, the batch size does
-not matter, and the sums of several processes add up.
+after the MLP of each. All figures follow from sums over images. So memory is that of one batch, the batch size does not
+matter, and the sums of several processes add up.
 
-Attention is measured in all images, but of some tokens of each alone, which stand for the others (`sampling`).
+Attention is measured in all images, but only for a sample of the tokens as queries (`sampling`).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from testreg.measure.outliers import OutlierRule, Position, autocast_off, check_
 from testreg.measure.sampling import SampledAttention, from_afar
 
 BIN = math.log(1.01)  # width of a histogram bin: quantiles are exact to half of it, 0.5 %
-LOWEST, HIGHEST = math.log(2.0**-7), math.log(2.0**13)  # norms beyond, over the median, count as these
-TINY = 1e-12  # attention and norms are divided by no less
+LOWEST, HIGHEST = math.log(2.0**-7), math.log(2.0**13)  # the histogram's range of log ratios; others go to its ends
+TINY = 1e-12  # divisors are at least this
 BINS = math.ceil((HIGHEST - LOWEST) / BIN)
 
 
@@ -45,15 +45,15 @@ class Observations:
         """The frames of a clip; None of images."""
         self.unreadable_images = 0
         self.hook_points: list[Sums] = [{} for _ in range(2 * depth + 1)]
-        """Empty where the stream cannot be observed."""
+        """The sums at each hook point; empty where the stream cannot be observed."""
         self.attention: list[Sums] = [{} for _ in range(depth)]
         self.excess = torch.zeros(depth, 2 * depth + 1, dtype=torch.float64)
-        """[d, p] sums, over the outliers after block d, ratio - 1 at hook point p; NaN where it cannot be observed."""
+        """[d, p] is the sum of (ratio - 1) at hook point p over the outliers after block d; NaN if not observable."""
         self.positions: defaultdict[Grid, Sums] = defaultdict(dict)
-        """Sums for each patch, by the grid of patches, since images may be of several sizes."""
+        """Sums for each patch position, by the grid of patches, since images may have several sizes."""
 
     def add(self, other: Observations) -> Observations:
-        """Add the sums over other images, in place."""
+        """Add the sums over other images to these, in place; returns these."""
         self.image_size = other.image_size or self.image_size
         self.num_frames = other.num_frames or self.num_frames
         self.unreadable_images += other.unreadable_images
@@ -74,14 +74,15 @@ def observe(
     on_images: Callable[[int], object] = lambda count: None,
     on_norms: Callable[[Tensor], object] = lambda norms: None,
 ) -> Observations:
-    """What a tower shows on batches (B, 3, h, w) of images, or (B, frames, 3, h, w) of clips, of which there may be
-    none, in this process alone.
+    """Measure a tower on batches (B, 3, h, w) of images, or (B, frames, 3, h, w) of clips; there may be no batch.
+
+    The sums are of this process alone.
 
     Args:
         ignored: positions that do not count as outliers.
-        attention: whether to measure attention: a tenth of a forward's time, or less.
-        on_norms: called with the norms (B, L, T) of the tokens after each block, of each batch.
-        on_images: called with the number of images after each batch.
+        attention: whether to measure attention, which takes a tenth of a forward's time, or less.
+        on_images: called after each batch with the number of its images.
+        on_norms: called after each batch with the norms (B, L, T) of the tokens after each block.
 
     Raises:
         ValueError: norms are not finite.
@@ -133,13 +134,13 @@ class _BatchObserver:
         self.ratios: list[Any] = []  # (B, N) of each hook point passed, or None where it cannot be observed
         self.outlier: list[Any] = []  # masks of the same shape
         self.norms: list[Tensor] = []  # (B, T) after each block
-        self.entered: Tensor | None = None  # the tokens (B, T, C) that it got
+        self.block_input: Tensor | None = None  # (B, T, C), of the current block
         self.residual_sum = _ResidualSum()
         self.attention = SampledAttention(tower, images, self._add_attention)
 
     @functools.cached_property
     def grid(self) -> Grid:
-        """Not asked for before a block runs, so that towers which take no images say so first."""
+        """The grid of patches. It is asked for once a block runs, so that towers which take no images fail before."""
         return self.tower.grid(self.images)
 
     @functools.cached_property
@@ -153,33 +154,33 @@ class _BatchObserver:
         with (
             recording_inputs(blocks, self._before_block),
             recording_outputs(blocks, self._after_block),
-            recording_outputs(linears, self.residual_sum.start),
+            recording_outputs(linears, self.residual_sum.follow),
             self.residual_sum,
             self.attention if attention else nullcontext(),
         ):
             yield
 
     def _before_block(self, index: int, tokens: Tensor) -> None:
-        self.entered = self.tower.arranged(tokens, self.images)
+        self.block_input = self.tower.arranged(tokens, self.images)
         self.attention.begin(index)
         if not self.ratios:
-            self._measure(self.entered)
+            self._measure(self.block_input)
         self.residual_sum.clear()
 
     def _after_block(self, index: int, tokens: Tensor) -> None:
         self.attention.end()
         tokens = self.tower.arranged(tokens, self.images)
-        assert self.entered is not None
-        before_mlp = self.residual_sum.before_mlp(self.tower, self.images, self.entered, tokens)
-        self.residual_sum.clear()  # so that it does not follow what is computed here
+        assert self.block_input is not None
+        stream_before_mlp = self.residual_sum.stream_before_mlp(self.tower, self.images, self.block_input, tokens)
+        self.residual_sum.clear()  # it must not follow what is computed here
         self.norms.append(tokens.float().norm(dim=-1))
-        self._measure(before_mlp)
+        self._measure(stream_before_mlp)
         self._measure(tokens)
 
     def _add_attention(
         self, block: int, weights: Tensor, queries: Tensor, share: Tensor, values: Tensor | None
     ) -> None:
-        """Add what tokens of a block give to all, (B, heads, n, T), where values are (B, heads, T, D)."""
+        """Add the attention (B, heads, n, T) from a sample of the tokens of a block; values are (B, heads, T, D)."""
         far = from_afar(queries, self.grid, self.tower.num_prefix)
         with autocast_off(weights.device):
             more = _attention_sums(weights, share, far, self.patches, self.outlier[-1])
@@ -203,11 +204,12 @@ class _BatchObserver:
 
 
 class _ResidualSum(TorchFunctionMode):
-    """Finds the residual stream between attention and MLP, which no module hands out.
+    """Finds the residual stream between attention and MLP, which no module has as its input or output.
 
-    A block ends by adding to it what came from the MLP, through whatever LayerScale and norms. So it is the other
-    summand of the first such sum, provided that this sum is what the block returns. It cannot be observed in blocks
-    that add attention and MLP at once, or that have a norm behind the sum, or where compiled code adds.
+    A block ends with the sum of this stream and the MLP's output, after any LayerScale and norms. So the class follows
+    all that is computed from the MLP's output, up to the first sum with a tensor that is not. That tensor is the
+    stream, if the block returns the sum. It cannot be observed in blocks that add attention and MLP at once, that have
+    a norm behind the sum, or that are compiled.
     """
 
     def __init__(self) -> None:
@@ -215,36 +217,43 @@ class _ResidualSum(TorchFunctionMode):
         self.clear()
 
     def clear(self) -> None:
-        self.from_mlp: list[Tensor] = []  # all that was computed from the output of the second linear
-        self.sum: tuple[Tensor, Tensor] | None = None  # and its summand that was not
+        self.computed_from_mlp: list[Tensor] = []  # the output of the second linear, and what depends on it
+        self.sum: tuple[Tensor, Tensor] | None = None  # the sum, and the summand that does not depend on the MLP
 
-    def start(self, index: int, output: Tensor) -> None:
-        """Follow the output of an MLP's second linear."""
-        self.from_mlp.append(output)
+    def follow(self, index: int, output: Tensor) -> None:
+        """Follow what is computed from the output of an MLP's second linear."""
+        self.computed_from_mlp.append(output)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        others = [arg for arg in args if not self._is_from_mlp(arg)]
+        others = [arg for arg in args if not self._is_computed_from_mlp(arg)]
         if len(others) < len(args) and isinstance(out, Tensor):
-            self.from_mlp.append(out)
+            self.computed_from_mlp.append(out)
             if self.sum is None and func in (torch.add, Tensor.add) and len(others) == 1:
                 (other,) = others
-                if isinstance(other, Tensor) and other.shape == out.shape:  # no bias
+                if isinstance(other, Tensor) and other.shape == out.shape:  # and not a bias
                     self.sum = out, other
         return out
 
-    def _is_from_mlp(self, value: Any) -> bool:
+    def _is_computed_from_mlp(self, value: Any) -> bool:
         values = value if isinstance(value, list | tuple) else (value,)
-        return any(each is known for each in values for known in self.from_mlp)
+        return any(each is known for each in values for known in self.computed_from_mlp)
 
-    def before_mlp(self, tower: Tower, images: Tensor, entered: Tensor, left: Tensor) -> Tensor | None:
-        """The stream (B, T, C) between attention and MLP of a block that got and gave such tokens."""
+    def stream_before_mlp(
+        self, tower: Tower, images: Tensor, block_input: Tensor, block_output: Tensor
+    ) -> Tensor | None:
+        """The stream (B, T, C) between attention and MLP; None if it was not found.
+
+        Args:
+            block_input: the tokens (B, T, C) that the block got.
+            block_output: the tokens (B, T, C) that it returned.
+        """
         if self.sum is None:
             return None
-        num_tokens = left.shape[1]  # test-time registers are behind
+        num_tokens = block_output.shape[1]  # test-time registers are behind
         total, before = (tower.arranged(each, images)[:, :num_tokens] for each in self.sum)
-        in_turn = torch.equal(total, left) and not torch.equal(before, entered)
-        return before if in_turn else None
+        is_between = torch.equal(total, block_output) and not torch.equal(before, block_input)
+        return before if is_between else None
 
 
 def _residual_sums(
@@ -269,7 +278,7 @@ def _residual_sums(
         "median": median.sum(),
         "maximum": exact.amax(1).sum(),
         "histogram": exact.log().clamp(LOWEST, HIGHEST).histc(BINS, LOWEST, LOWEST + BINS * BIN),
-        # Moments about 1, the median: the mean is near, so nothing cancels when they are made central.
+        # Moments about the median, 1: the mean is close to it, so that central moments can be had without cancellation.
         "moments": torch.stack([(exact - 1).pow(power).sum() for power in range(1, 5)]),
         "outliers": outlier.sum(),
         "outlier_ratio": ratio[outlier].sum(),
@@ -283,16 +292,16 @@ def _residual_sums(
 
 
 def _attention_sums(weights: Tensor, share: Tensor, far: Tensor, patches: slice, outlier: Tensor) -> Sums:
-    """Sums over a batch of what tokens draw of attention.
+    """The attention that tokens draw, summed over a batch.
 
     Args:
-        weights: (B, heads, n, T).
-        share: what each query stands for, (n,).
+        weights: (B, heads, n, T), from n queries.
+        share: the share of all tokens that each query stands for, (n,).
         far: which queries are far from which patches, (n, N).
         outlier: which patches are outliers, (B, N).
     """
     drawn = torch.einsum("bhqt,q->bht", weights, share.to(weights.dtype))
-    # Patches attend to their neighbours: those of the queries in the sample would draw more than others.
+    # Near queries are left out. Patches attend to their neighbours, and few have neighbours in the sample of queries.
     counted = share.unsqueeze(1) * far  # (n, N)
     column = torch.einsum("bqt,qt->bt", weights[..., patches].mean(1), counted.to(weights.dtype))
     column = column / counted.sum(0).clamp(min=TINY)  # (B, N)
@@ -305,8 +314,14 @@ def _attention_sums(weights: Tensor, share: Tensor, far: Tensor, patches: slice,
 
 
 def _value_sums(weights: Tensor, value: Tensor, outlier: Tensor, share: Tensor) -> Sums:
-    """Sums over a batch of the values (B, heads, N, D) of those patches (B, N) that are outliers, and of what tokens,
-    each of which stands for a share (n,) of all, take from them by weights (B, heads, n, N)."""
+    """The norms of the outliers' values, and the second moment of what tokens take from them, summed over a batch.
+
+    Args:
+        weights: (B, heads, n, N), from n queries to the patches.
+        value: the values of the patches, (B, heads, N, D).
+        outlier: which patches are outliers, (B, N).
+        share: the share of all tokens that each query stands for, (n,).
+    """
     norms = value.norm(dim=-1)  # (B, heads, N)
     ratio = norms / norms.median(-1, keepdim=True).values.clamp(min=TINY)
     taken = ((weights * outlier[:, None, None]) @ value).cpu().double()  # (B, heads, n, D)
@@ -318,10 +333,10 @@ def _value_sums(weights: Tensor, value: Tensor, outlier: Tensor, share: Tensor) 
 
 
 def neighbour_cosine(patches: Tensor, norms: Tensor, grid: Grid) -> Tensor:
-    """Mean cosine similarity (B, N) of each of the patches (B, N, C) to those above, below, left and right of it; of a
-    clip's patches, to those before and after it too.
+    """Mean cosine similarity (B, N) of each patch to its neighbours: above, below, left and right; in clips also before
+    and after it.
 
-    `norms` (B, N) are those of the patches.
+    `patches` is (B, N, C), and `norms` (B, N) are their norms.
     """
     patches, norms = patches.unflatten(1, grid), norms.clamp(min=TINY).unflatten(1, grid)
     total, count = torch.zeros_like(norms), torch.zeros_like(norms)
@@ -329,7 +344,7 @@ def neighbour_cosine(patches: Tensor, norms: Tensor, grid: Grid) -> Tensor:
         (one, other), (norm, other_norm) = (
             (each.narrow(dim, 0, size - 1), each.narrow(dim, 1, size - 1)) for each in (patches, norms)
         )
-        # Products are divided by norms, since to make all patches unit vectors would copy them.
+        # Products are divided by norms, since normalising the patches would copy them.
         cosine = (one * other).sum(-1) / (norm * other_norm)
         for first in (0, 1):  # both are the other's neighbour
             total.narrow(dim, first, size - 1).add_(cosine)

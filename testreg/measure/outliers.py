@@ -15,9 +15,9 @@ from testreg.measure.hooks import recorded_norms
 Position = tuple[int, ...]
 """Row and column of a patch in the grid; of a clip's patch, its place in time, row and column."""
 
-MIN_FRACTION = 1e-3  # of the patches must be outliers after some block, or there is nothing to fix
-ALIKE = 0.05  # deviation of log norms that a component has at least: norms within 5 % of each other are alike
-LOWEST_RATIO = 1e-3  # norms below, over the median, count as this
+MIN_FRACTION = 1e-3  # a model has outliers if at least this share of the patches are outliers after some block
+MIN_DEVIATION = 0.05  # least deviation of log norms in a component: norms within 5 % of each other are not told apart
+LOWEST_RATIO = 1e-3  # lower norms, over the median, count as this
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class OutlierRule:
     With `mixture`, the limit is where the log norms of an image part into two Gaussians, if they do: outliers are those
     of the upper one. No k is needed, and outliers may be up to half of the patches. Of all ways to part the sorted
     norms in two, the one of the largest classification likelihood is taken (Celeux and Govaert, 1992), and only if it
-    beats one Gaussian by the Bayesian information criterion (Schwarz, 1978). The means must be `min_ratio` apart, and
-    an outlier as far from the lower mean. An image that does not part has no outliers: its limit is infinite.
+    beats one Gaussian by the Bayesian information criterion (Schwarz, 1978). The upper mean must be `min_ratio` times
+    the lower one or more, and so must each outlier. An image that does not part has no outliers: its limit is infinite.
 
     Example:
         >>> norms = torch.tensor([9.0, 10.0, 11.0, 10.0, 9.5, 80.0])  # of the patches of an image
@@ -62,7 +62,7 @@ class OutlierRule:
         if self.threshold is not None:
             return torch.full_like(median, self.threshold)
         if self.mixture:
-            return parting(norms, self.min_ratio)
+            return mixture_limit(norms, self.min_ratio)
         return torch.maximum(self.normal(norms), self.min_ratio * median)
 
     def normal(self, norms: Tensor) -> Tensor:
@@ -78,20 +78,20 @@ class OutlierRule:
         return f"norm > max(median + {self.k:g} * 1.4826 * MAD, {self.min_ratio:g} * median) of the image's patches"
 
 
-def parting(norms: Tensor, min_ratio: float) -> Tensor:
-    """Norms (..., N) of an image's patches -> the norm (..., 1) at which their logarithms part into two Gaussians, as
-    `OutlierRule` says; infinite where they do not part."""
+def mixture_limit(norms: Tensor, min_ratio: float) -> Tensor:
+    """The limit (..., 1) of `OutlierRule(mixture=True)` for the norms (..., N) of an image's patches: where their
+    logarithms part into two Gaussians, or infinity."""
     ordered, count = norms.sort(-1).values, norms.shape[-1]
     logs = ordered.cpu().double()
     logs = (logs / logs.median(-1, keepdim=True).values).clamp(min=LOWEST_RATIO).log()
-    below = torch.arange(1, count)  # in the lower one, for each way to part them
+    below = torch.arange(1, count)  # how many norms are in the lower component, for each way to part them
     sums, squares = logs.cumsum(-1), logs.square().cumsum(-1)
 
     def mean_and_cost(size: Tensor, total: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
-        """Of one Gaussian: its mean, and -2 log likelihood of what it has, but for the same constant for each."""
+        """The mean of a component, and -2 log likelihood of its norms, up to a constant for each norm."""
         mean = total / size
         variance = (square / size - mean.square()).clamp(min=0)
-        floored = variance.clamp(min=ALIKE**2)
+        floored = variance.clamp(min=MIN_DEVIATION**2)
         return mean, size * (floored.log() + variance / floored - 2 * (size / count).log())
 
     lower_mean, lower = mean_and_cost(below, sums[..., :-1], squares[..., :-1])
@@ -99,30 +99,30 @@ def parting(norms: Tensor, min_ratio: float) -> Tensor:
         count - below, sums[..., -1:] - sums[..., :-1], squares[..., -1:] - squares[..., :-1]
     )
     _, all_in_one = mean_and_cost(torch.tensor(count), sums[..., -1:], squares[..., -1:])
-    gain = all_in_one - lower - upper - 3 * math.log(count)  # for a mean, a variance and a proportion more
-    apart = (upper_mean - lower_mean >= math.log(min_ratio)) & (2 * below > count)
-    none = gain.new_zeros(*gain.shape[:-1], 1)  # so that there is one to take the largest of
-    gain, index = torch.cat([gain.masked_fill(~apart, -math.inf), none], -1).max(-1, keepdim=True)
-    index, parts = index.to(ordered.device), (gain > 0).to(ordered.device)
-    # A wide upper component takes the largest of the normal norms with it: these are not far enough from their mean.
-    mean = torch.cat([lower_mean, none], -1).exp().to(ordered).gather(-1, index)
+    gain = all_in_one - lower - upper - 3 * math.log(count)  # the criterion's penalty for three more parameters
+    is_allowed = (upper_mean - lower_mean >= math.log(min_ratio)) & (2 * below > count)
+    no_split = gain.new_zeros(*gain.shape[:-1], 1)  # one more candidate, so that `max` finds one
+    gain, index = torch.cat([gain.masked_fill(~is_allowed, -math.inf), no_split], -1).max(-1, keepdim=True)
+    index, is_split = index.to(ordered.device), (gain > 0).to(ordered.device)
+    # A wide upper component includes the largest normal norms, which are too close to the lower mean to be outliers.
+    mean = torch.cat([lower_mean, no_split], -1).exp().to(ordered).gather(-1, index)
     mean = mean * ordered.median(-1, keepdim=True).values
-    return torch.maximum(ordered.gather(-1, index), min_ratio * mean).masked_fill(~parts, math.inf)
+    return torch.maximum(ordered.gather(-1, index), min_ratio * mean).masked_fill(~is_split, math.inf)
 
 
 @dataclass(frozen=True)
 class Detection:
-    """Which patches count as outliers: by what rule, after which block, and where not."""
+    """Which patches count as outliers: the rule, the block after which it is applied, and ignored positions."""
 
     rule: OutlierRule
     block: int
     ignored: frozenset[Position] = frozenset()
     """Positions that do not count: artefacts that are there whatever the image shows."""
     onset: int | None = None
-    """The first block after which outliers count for attribution, and all behind it do; None for `block` alone."""
+    """Attribution counts the outliers after this block and all later ones; None: those after `block` alone."""
 
     def counts(self, depth: int) -> Tensor:
-        """After which of the blocks (L,) outliers count for attribution."""
+        """The blocks after which outliers count for attribution, as a mask (L,)."""
         blocks = torch.arange(depth)
         return blocks == self.block if self.onset is None else blocks >= self.onset
 
@@ -144,10 +144,10 @@ def ignored_patches(ignored: Collection[Position], grid: Grid) -> Tensor:
 
 
 def autocast_off(device: torch.device) -> torch.autocast:
-    """Within this context, autocast is off, under which the model may run: for the sums that statistics are.
+    """Within this context, autocast is off; statistics are summed in it, since the model may run under autocast.
 
-    Under it, matrix products of float32 tensors (`@`, einsum) are taken in half precision, where sums saturate or
-    overflow. Norms, means and other sums are not.
+    Autocast computes matrix products of float32 tensors (`@`, einsum) in half precision, where sums saturate or
+    overflow. It does not do so with norms, means and other sums.
     """
     return torch.autocast(device.type, enabled=False)
 

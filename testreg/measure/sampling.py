@@ -1,7 +1,7 @@
-"""Attention of some tokens, which stand for all: a tenth of the time that all would take.
+"""Attention from a sample of the tokens, which takes a tenth of the time that all tokens would take.
 
-All tokens are taken that are no patches, and `NUM_QUERIES` of the patches. These are drawn once for each number of
-patches, so that every process and run has the same.
+The sample has all tokens that are not patches, and `NUM_QUERIES` of the patches. These are drawn with a fixed seed for
+each number of patches, so that every process and run has the same.
 """
 
 from __future__ import annotations
@@ -18,40 +18,41 @@ from testreg.measure.attention_observer import Attention, AttentionObserver
 NUM_QUERIES = 64
 
 
-See = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], object]
-"""Called with a block, the weights (B, heads, n, T) that some tokens give to all in it, the numbers (n,) of those
-tokens, how many each stands for (n,), and the values (B, heads, T, D), or None where these were not seen."""
+OnSample = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], object]
+"""Called with the index of a block, the attention weights (B, heads, n, T) from n sampled tokens to all, the numbers
+(n,) of the sampled tokens, the share (n,) of all tokens that each stands for, and the values (B, heads, T, D), or None
+where these were not observed."""
 
 
 class SampledAttention(AttentionObserver):
-    """Tells what some tokens of each image give to all, in each attention of the block that runs.
+    """Calls `on_sample` with the attention from a sample of the tokens, for each attention of the current block.
 
-    It is told by `begin` and `end` which block that is. Attention outside of the blocks, of the frames of clips, and of
-    other tokens is left out. Tokens are numbered as `Tower.arranged` lays them out, also where images are packed in one
+    `begin` and `end` say which block that is. Attention outside the blocks, between the frames of clips, and between
+    other tokens is left out. Tokens are numbered as `Tower.arranged` lays them out, even if images are packed in one
     sequence.
 
     Args:
-        images: (B, 3, h, w), or clips (B, frames, 3, h, w), those that run.
+        images: the images (B, 3, h, w), or clips (B, frames, 3, h, w), of the forward.
     """
 
-    def __init__(self, tower: Tower, images: Tensor, see_sample: See) -> None:
+    def __init__(self, tower: Tower, images: Tensor, on_sample: OnSample) -> None:
         super().__init__(self._see)
-        self.tower, self.images, self.see_sample = tower, images, see_sample
+        self.tower, self.images, self.on_sample = tower, images, on_sample
         self.block: int | None = None
-        self.before: list[tuple[Tensor, Tensor | None]] = []
-        """Weights and values of packed images whose attention is computed one by one, until that of all is there."""
+        self.collected: list[tuple[Tensor, Tensor | None]] = []
+        """Weights and values of packed images whose attention is computed one by one, until all images are there."""
 
     @functools.cached_property
     def patches(self) -> slice:
-        """Where the patches are. It is not asked for before a block runs: towers which take no images say so first."""
+        """Where the patches are. It is asked for once a block runs, so that towers which take no images fail before."""
         return self.tower.patches(self.images)
 
     def begin(self, block: int) -> None:
-        """This block begins to run."""
+        """Say that this block begins to run."""
         self.block = block
 
     def end(self) -> None:
-        """The block has run."""
+        """Say that the block has run."""
         super().end()
         self.block = None
 
@@ -62,14 +63,14 @@ class SampledAttention(AttentionObserver):
             self._see_packed(attention, self.block)
         elif attention.num_images == len(self.images):
             queries, share = self._sample(attention.num_queries)
-            self.see_sample(self.block, attention.weights(queries), queries, share, attention.values)
+            self.on_sample(self.block, attention.weights(queries), queries, share, attention.values)
 
     def _see_packed(self, attention: Attention, block: int) -> None:
         """Attention (1, heads, T, T) of all images in one sequence, or of one after the other."""
         number, order, device = self.patches.stop, self.tower.order(self.images), self.tower.device
         count = len(self.images) if attention.num_tokens >= len(self.images) * number else 1
         length = attention.num_tokens // count
-        place = torch.arange(length, device=device)  # where the tokens of an image are in its part of the sequence
+        place = torch.arange(length, device=device)  # of each token of an image, in its part of the sequence
         if order is not None:
             place = torch.cat([order, place[number:]])
         queries, share = self._sample(length)
@@ -79,11 +80,11 @@ class SampledAttention(AttentionObserver):
         values = attention.values
         if values is not None:
             values = values[0].unflatten(1, (count, -1)).transpose(0, 1)[:, :, place]
-        self.before.append((own[..., place], values))
-        if sum(len(each) for each, _ in self.before) == len(self.images):
-            all_weights, all_values = zip(*self.before, strict=True)
-            self.before = []
-            self.see_sample(
+        self.collected.append((own[..., place], values))
+        if sum(len(each) for each, _ in self.collected) == len(self.images):
+            all_weights, all_values = zip(*self.collected, strict=True)
+            self.collected = []
+            self.on_sample(
                 block, torch.cat(all_weights), queries, share, None if values is None else torch.cat(all_values)
             )
 
@@ -94,10 +95,9 @@ class SampledAttention(AttentionObserver):
 
 @functools.lru_cache
 def sample(num_tokens: int, first: int, end: int) -> tuple[Tensor, Tensor]:
-    """Numbers of some tokens (n,), and how many each stands for, as a share of all.
+    """Sample tokens: returns their numbers (n,), and the share (n,) of all tokens that each stands for.
 
-    They are all but the patches, which are those from `first` to `end`, and at most `NUM_QUERIES` of these, drawn by a
-    seed.
+    The patches are the tokens from `first` to `end`: at most `NUM_QUERIES` are sampled, and all other tokens.
     """
     generator = torch.Generator().manual_seed(0)
     patches = first + torch.randperm(end - first, generator=generator)[:NUM_QUERIES].sort().values
@@ -107,8 +107,15 @@ def sample(num_tokens: int, first: int, end: int) -> tuple[Tensor, Tensor]:
 
 
 def from_afar(queries: Tensor, grid: Grid, first: int) -> Tensor:
-    """Which queries, by their numbers (n,), are far from which patches (n, N): neither that patch nor one of those
-    around it, eight in an image. The patches are those from `first`, in a grid; what is no patch is far from all."""
+    """Which queries are far from which patches, as a mask (n, N).
+
+    A query is far from a patch unless it is that patch or next to it (eight are, in an image). Queries that are not
+    patches are far from all.
+
+    Args:
+        queries: the numbers of the queries among the tokens, (n,).
+        grid: the grid of the N patches, the first of which has the number `first`.
+    """
     places = torch.cartesian_prod(*(torch.arange(size, device=queries.device) for size in grid))  # (N, 2) or (N, 3)
     number = queries - first
     is_patch = (number >= 0) & (number < len(places))

@@ -1,4 +1,4 @@
-"""The lists that come with the package, and which list is meant by what `patch` is given."""
+"""The lists that come with the package, and the list that the `neurons` argument of `patch` stands for."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class BundledLists(dict[str, RegisterNeurons]):
 
 
 def _models_of(neurons: RegisterNeurons) -> list[str]:
-    """The names of the list's checkpoint, and for which of them `patch` takes it unasked."""
+    """The names of the list's checkpoint; those for which it is the default of `patch` are marked."""
     default_for = set(neurons.model.get("default_for", ()))
     return [f"{name}{'  (default)' if name in default_for else ''}" for name in neurons.model.get("names", ())]
 
@@ -55,14 +55,14 @@ def bundled() -> BundledLists:
 
 
 AnyNeurons = RegisterNeurons | str | os.PathLike[str] | Mapping[int, Sequence[int]] | None
-"""Whatever `resolve` makes a list of."""
+"""A list, its path, the name of a bundled list, "hf:ORG/NAME", {block: [units]}, or None: see `patch`."""
 
 
 def resolve(neurons: AnyNeurons, model: nn.Module) -> RegisterNeurons:
-    """The list that the `neurons` argument of `patch` means.
+    """The list that the `neurons` argument of `patch` stands for.
 
     Raises:
-        FileNotFoundError, TypeError, ValueError: nothing, or nothing valid, is meant by it.
+        FileNotFoundError, TypeError, ValueError: there is no such list, or it is not valid.
     """
     if isinstance(neurons, RegisterNeurons):
         return neurons
@@ -79,7 +79,7 @@ def resolve(neurons: AnyNeurons, model: nn.Module) -> RegisterNeurons:
 
 
 def _of_checkpoint(model: nn.Module) -> RegisterNeurons:
-    """The default of the bundled lists, by the names of the checkpoint or else by its weights."""
+    """The bundled list that is the default for a checkpoint, which is known by its names or else by its weights."""
     lists, names = bundled(), checkpoint_names(model)
     defaults = [each for each in lists.values() if each.model.get("default_for")]
     for name in names:

@@ -1,4 +1,4 @@
-"""What a list says of the checkpoint that it belongs to."""
+"""The description of a checkpoint, which a list of register neurons belongs to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The JSON of a list of register neurons: what its text is, and what it must hold."""
+"""The JSON of a list of register neurons: reading, checking and writing it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FORMAT = "testreg-neurons"
 VERSION = 2
 _OLDEST = 2
 _KEYS = {"format", "version", "neurons", "top_k", "num_registers", "model", "calibration", "provenance", "verified"}
-_MODEL = {  # what testreg reads of what a list says of its model; everything else is only shown
+_MODEL = {  # the entries of "model" that testreg reads; it only shows the others
     "name": TEXT,
     "names": TEXT.listed(),
     "default_for": TEXT.listed(),
@@ -27,14 +27,14 @@ _MODEL = {  # what testreg reads of what a list says of its model; everything el
 
 
 def read_json(path: str | os.PathLike[str], source: str) -> Any:
-    """The parsed JSON of a file, which holds no number that is not finite, and none of enormous length.
+    """The parsed JSON of a file.
 
     Args:
         source: what the file is called in errors.
 
     Raises:
         OSError: no such file, or not a regular one.
-        ValueError: not JSON (a truncated file).
+        ValueError: not JSON (a truncated file), or a number in it is not finite or has too many digits.
     """
     try:
         return json.loads(
@@ -49,10 +49,10 @@ def read_json(path: str | os.PathLike[str], source: str) -> Any:
 
 
 def checked(data: object, source: str) -> dict[str, Any]:
-    """The parsed JSON, if it is of this format, in a version that is read, and its entries have the right types.
+    """The parsed JSON, after a check of its format, its version and the types of its entries.
 
     Raises:
-        ValueError: it is not; `source` is what it is called.
+        ValueError: one of these is wrong; `source` names the file in it.
     """
     data = check_format(data, FORMAT, VERSION, _KEYS, source=source, expected="a register neuron JSON")
     if data["version"] < _OLDEST:
@@ -69,14 +69,14 @@ def checked(data: object, source: str) -> dict[str, Any]:
 
 
 def check_model(model: Mapping[str, Any]) -> None:
-    """Raise ValueError if an entry of a list's `model` that testreg reads is not what it should be."""
+    """Raise ValueError if an entry of a list's `model` that testreg reads has the wrong type."""
     for key, kind in _MODEL.items():
         if key in model:
             kind.checked(model[key], key, "the model")
 
 
 def text_of(data: Mapping[str, Any], neurons: Iterable[object]) -> str:
-    """The text of the JSON object `data`, with one of its neurons a line: long lists stay readable and diffable."""
+    """The text of the JSON object `data`, with one neuron a line, so that long lists are easy to read and compare."""
     head = json.dumps({**data, "neurons": []}, indent=1, allow_nan=False).removesuffix("[]\n}")
     rows = ",\n".join("  " + json.dumps(neuron) for neuron in neurons)
     return f"{head}[\n{rows}\n ]\n}}\n"

@@ -23,7 +23,7 @@ FILE = "neurons.json"
 """The neuron JSON of a repository on the Hugging Face Hub."""
 
 MAX_REGISTERS = 256  # as many as an image of 224 pixels has patches
-MAX_NAMED = 8  # blocks, and image sizes, that a summary names
+MAX_NAMED = 8  # a summary names at most so many blocks, and image sizes
 
 Neuron = tuple[int, int, float | None]
 
@@ -115,19 +115,19 @@ class RegisterNeurons:
 
     @property
     def has_to_be_trusted(self) -> bool:
-        """Whether the list says that something found these neurons, without having been verified.
+        """Whether the list claims to have been found, in a file or by a calibration, and is not verified.
 
-        Neurons that someone names by hand are their own affair.
+        Neurons that a user names one by one claim nothing.
         """
         return not self.verified and (self.source is not None or self.calibration.is_known)
 
     @classmethod
     def from_blocks(cls, blocks: Mapping[int, Sequence[int]]) -> RegisterNeurons:
-        """From `{block: [units]}`, unscored; numpy and torch integers will do."""
+        """Make a list without scores from `{block: [units]}`; numpy and torch integers are accepted."""
         return cls(tuple((_as_index(block), _as_index(unit), None) for block in blocks for unit in blocks[block]))
 
     def truncate(self, top_k: int | None = None) -> RegisterNeurons:
-        """The best `top_k` alone, or as many as the list itself recommends.
+        """A list of the best `top_k` alone; None: of as many as this list recommends.
 
         Raises:
             ValueError: `top_k` is below 1, or fewer than an unscored list holds.
@@ -165,7 +165,7 @@ class RegisterNeurons:
         return html([f"Register neurons: {first}", *others], ("block", "neurons", "units, best first"), rows)
 
     def _summary(self) -> list[str]:
-        """How many and where, for which model, and whether they are verified: a line each."""
+        """The lines of a summary: how many neurons in which blocks, for which model, and whether they are verified."""
         blocks = list(self.by_block())
         where = f"block{'s' * (len(blocks) > 1)} {', '.join(map(str, blocks[:MAX_NAMED]))}"
         more = f" and {len(blocks) - MAX_NAMED} more" if len(blocks) > MAX_NAMED else ""
@@ -225,7 +225,7 @@ class RegisterNeurons:
                 )
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as its JSON holds it."""
+        """The JSON object with all of the list."""
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -240,7 +240,7 @@ class RegisterNeurons:
 
     @classmethod
     def from_json(cls, data: object, *, source: str = "the neuron JSON") -> RegisterNeurons:
-        """From the parsed JSON; `source` names it in errors.
+        """Make a list from the parsed JSON; `source` names it in errors.
 
         Raises:
             ValueError: not this format, or a field that does not fit.
@@ -271,7 +271,7 @@ class RegisterNeurons:
     def load(cls, path: str | os.PathLike[str]) -> RegisterNeurons:
         """Read a neuron JSON, a bundled list by its name (`testreg.bundled`), or a list of the Hub: "hf:ORG/NAME".
 
-        What has no folder and no suffix .json, and is no file, is the name of a bundled list.
+        What has neither a folder nor the suffix .json, and is no file, is taken for the name of a bundled list.
 
         Raises:
             OSError: no such file, or not a regular one; no such repository, or it cannot be reached.
@@ -293,12 +293,12 @@ class RegisterNeurons:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], source: str) -> RegisterNeurons:
-        """The list in a file, which is called `source` in errors and as the list's own; raises as `load`."""
+        """Read the list in a file; `source` names it in errors, and becomes the list's `source`. Raises as `load`."""
         return replace(cls.from_json(read_json(path, source), source=source), source=source)
 
     @classmethod
     def from_pretrained(cls, name: str, *, revision: str | None = None) -> RegisterNeurons:
-        """The list in neurons.json of a repository on the Hugging Face Hub, checked as a file is.
+        """Read the list in neurons.json of a repository on the Hugging Face Hub, with the checks of `load`.
 
         Args:
             name: ORGANISATION/NAME. Private repositories need a login: `hf auth login`, or HF_TOKEN.
@@ -306,7 +306,7 @@ class RegisterNeurons:
 
         Raises:
             OSError: no such repository or file, or it cannot be reached and is not in the cache.
-            ValueError: `name` cannot be one, or not a valid list.
+            ValueError: `name` is not ORGANISATION/NAME, or the list is not valid.
         """
         from testreg.hub.repository import SCHEME, fetch_file
 
@@ -315,18 +315,18 @@ class RegisterNeurons:
     def push_to_hub(self, name: str, *, private: bool | None = None, commit_message: str | None = None) -> str:
         """Put the list into a repository on the Hugging Face Hub, as neurons.json, with a model card.
 
-        The card says which neurons these are, how to use them and what was measured. One that you wrote stays.
+        The card says which neurons these are, how to use them and what was measured. A card of your own stays.
 
         Args:
-            name: ORGANISATION/NAME; it is made if there is none.
-            private: of a repository that is made; None for what your organisation has set.
+            name: ORGANISATION/NAME; the repository is created if there is none.
+            private: whether a repository that is created is private; None: as your organisation has set.
 
         Returns:
             The address of the commit.
 
         Raises:
             OSError: nobody is logged in, or the Hub refuses, or it cannot be reached.
-            ValueError: `name` cannot be that of a repository.
+            ValueError: `name` is not ORGANISATION/NAME.
         """
         from testreg.hub.repository import push
 
@@ -353,12 +353,12 @@ class RegisterNeurons:
 
 
 def unscored(neurons: Iterable[Neuron]) -> RegisterNeurons:
-    """A list of all these neurons, in any order."""
+    """A list of these neurons without their scores, so that they may be in any order."""
     return RegisterNeurons(tuple((block, unit, None) for block, unit, _ in neurons))
 
 
 def _as_index(value: Any) -> Any:
-    """`value` as an int, if it is a whole number; anything else is left for the check, which names it."""
+    """`value` as an int if it is a whole number; anything else is returned as it is, and is refused by the check."""
     try:
         return value if isinstance(value, bool) else operator.index(value)
     except TypeError:

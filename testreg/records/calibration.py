@@ -1,6 +1,6 @@
-"""What is known of how a list of register neurons was found: the records of a calibration, as the neuron JSON has them.
+"""The records of a calibration: how a list of register neurons was found, as the neuron JSON has it.
 
-Lists that others published say less, and say it in words of their own: most entries may be missing.
+Most entries may be missing, since lists that others published say less, and have entries of their own.
 """
 
 from __future__ import annotations
@@ -33,35 +33,35 @@ class Effect(Record):
 
     neurons: Index
     remaining: Number
-    """Outliers left after `worst_block`, as a fraction of those before. Such an outlier exceeds the limit of its image
-    both as the plain and as the patched model sees it."""
+    """Outliers left after `worst_block`, as a fraction of those before. A patch counts as one if its norm exceeds the
+    limit of the image in the plain model and that in the patched model."""
     worst_block: Index
-    """The block, from the onset on, after which most outliers are left."""
+    """The block, from the onset on, after which the largest fraction of the outliers is left."""
     excess: Number
     """Excess norm that the plain model's outliers keep, as a fraction of what they had, after the block from the onset
-    on where that is most. The excess of a patch is how far its norm is above the normal one of its image (median + 5
-    robust sigma), over the latter. Unlike a count, it tells whether neurons were left out that matter."""
+    on where this is largest. The excess of a patch is how far its norm is above the normal one of its image (median + 5
+    robust sigma), divided by the latter. Unlike a count, it shows whether neurons are missing that matter."""
     change_pooled: Number
     """1 - cosine between the last block's CLS tokens without and with registers, or between the means of the normal
-    patches where there is no CLS. What all images have in common is subtracted first: it would hide any change."""
+    patches where there is no CLS. The mean over all images is subtracted first, since it would hide any change."""
     change_patches: Number
-    """1 - cosine between the normal patches without and with registers, likewise."""
+    """The same between the normal patches without and with registers."""
     agreement: Number | None = None
     """Fraction of the images that the user's head gives the same class as before; None without a head."""
     num_registers: Index = 1
     """How many registers the neurons were moved to; each holds all of them."""
     sink: Number | None = None
-    """Attention of all tokens to a former outlier, over that to another patch, in the block behind the onset where this
-    is largest: 1 is any patch. Norms can be normal while attention still sinks into these patches. None where attention
-    cannot be seen."""
+    """Attention that a former outlier draws from all tokens, over what another patch draws, in the block behind the
+    onset where this is largest. 1 means that it draws as much as any patch. Norms can be normal while attention still
+    sinks into these patches. None where attention cannot be observed."""
     hottest: Number | None = None
-    """Attention of CLS (of all patches, where there is none) to the hottest patch of an image, as a share of that to
-    all patches, in the last block; mean over the images."""
+    """Share of CLS' attention to patches that goes to the hottest patch, in the last block; mean over the images. Where
+    there is no CLS, the mean over all patches takes its place."""
     hotter: Number | None = None
     """Share of the images whose hottest patch is hotter than without registers."""
     unlike: Number | None = None
-    """How unlike their four neighbours the former outliers are (1 - cosine), as a share of what it was; mean over the
-    blocks from the onset on."""
+    """How unlike their four neighbours the former outliers are (1 - cosine), as a share of the same in the plain model;
+    mean over the blocks from the onset on."""
 
     @property
     def change(self) -> float:
@@ -77,15 +77,15 @@ class Round(Record):
     """The number of the round, from 1."""
     added: tuple[ListedNeuron, ...]
     curve: tuple[Effect, ...]
-    """Effects of the best 1, 2, 4, ... of the round's ranking, and of the sizes between which the choice was made, each
-    with the neurons of the rounds before."""
+    """Effects of the best 1, 2, 4, ... neurons of the round's ranking, and of numbers between these, together with the
+    neurons of earlier rounds."""
     effect: Annotated[Effect, INLINE]
-    """Of all neurons that were moved by the end of the round."""
+    """The effect of all neurons that were moved by the end of the round."""
 
 
 @dataclass(frozen=True)
 class PlainAttention(Record):
-    """What the plain model gives where an `Effect` has the same of the patched one."""
+    """The attention figures of an `Effect`, but of the plain model."""
 
     sink: Number | None = None
     hottest: Number | None = None
@@ -98,15 +98,15 @@ class Verification(Record):
     image_size: Size
     """Height and width in pixels."""
     dtype: Text
-    """In which the model computed, e.g. "bfloat16"."""
+    """The dtype in which the model computed, e.g. "bfloat16"."""
     grid: GridSize
-    """Rows and columns of patches; of clips, how many there are in time, rows and columns."""
+    """How many patches there are in rows and columns; of clips, in time, rows and columns."""
     images: Index
     outlier_fraction: Number
     """Share of the plain model's patches that are outliers after the detection block."""
     effect: Annotated[Effect, INLINE]
     before: PlainAttention | None = None
-    """None in older lists, which say nothing of attention."""
+    """The same of the plain model; None in older lists, which say nothing of attention."""
 
 
 @dataclass(frozen=True)
@@ -114,14 +114,14 @@ class Stability(Record):
     """How far the rankings by two halves of the images agree, see `testreg.measure.ranking.overlap`."""
 
     overlap: Number
-    """Share of the best neurons that both have."""
+    """Share of the best neurons that both rankings have in common."""
     neurons: Index
-    """How many these are."""
+    """How many best neurons were compared."""
 
 
 @dataclass(frozen=True)
 class FixedPositions(Record):
-    """Patches that do not count as outliers: they are outliers in all images, and neurons do not make them so."""
+    """Positions that do not count as outliers: they are outliers whatever the image shows, and no neuron makes them."""
 
     grid: GridSize
     positions: tuple[Position, ...]
@@ -130,7 +130,7 @@ class FixedPositions(Record):
 
 @dataclass(frozen=True)
 class Calibration(Record):
-    """How a list of register neurons was found, and what was measured; None, or nothing, for what is not known.
+    """How a list of register neurons was found, and what was measured; unknown entries are None or empty.
 
     Example:
         >>> calibration = testreg.RegisterNeurons.load("demo").calibration
@@ -139,28 +139,28 @@ class Calibration(Record):
     """
 
     source: Text | None = None
-    """Where the images were from."""
+    """Where the images came from."""
     image_size: Size | None = None
     """Height and width in pixels, of the first image size that shows outliers."""
     rule: Text | None = None
-    """What counted as an outlier, in words."""
+    """The outlier rule, in words."""
     score: Text | None = None
-    """What the neurons were ranked by."""
+    """The score that the neurons were ranked by."""
     sparsity_filter: Flag | None = None
     seed: Integer | None = None
     dtype: Text | None = None
     images: Index | None = None
-    """How many the neurons were ranked on."""
+    """How many images the neurons were ranked by."""
     held_out: Index | None = None
-    """How many were put aside, to choose and to verify on."""
+    """How many images were held out, for the choice and for the verification."""
     unreadable_images: Index | None = None
     verdict: Text | None = None
-    """What the diagnosis says of the outliers."""
+    """The verdict of the diagnosis."""
     ignored: tuple[FixedPositions, ...] = ()
     detection_block: Index | None = None
     """The block after which outliers were detected."""
     onset_block: Index | None = None
-    """The block after which the outliers are there."""
+    """The first block after which the outliers are there."""
     max_block: Index | None = None
     """The last block whose neurons were ranked."""
     outlier_fraction: Number | None = None
@@ -168,20 +168,21 @@ class Calibration(Record):
     images_with_outliers: Index | None = None
     stability: Stability | None = None
     out_of_time: tuple[Text, ...] = ()
-    """What the budget cut short, see `testreg.calibration.budget.Cut`."""
+    """The steps that the budget cut short, see `testreg.calibration.budget.Cut`."""
     curve: tuple[Effect, ...] = ()
-    """The effects that were measured while neurons were added, in all rounds, by their number."""
+    """The effects that were measured while neurons were added, in all rounds, sorted by the number of neurons."""
     chosen: Effect | None = None
+    """The effect of the chosen neurons, with the chosen number of registers."""
     registers: tuple[Effect, ...] = ()
-    """Effects of the chosen neurons with 1, 2, ... registers, as far as these were measured."""
+    """Effects of the chosen neurons with 1, 2, ... registers, as far as they were measured."""
     rounds: tuple[Round, ...] = ()
     target: Number | None = None
     """Outliers that may be left, as a fraction of those before."""
     target_met: Flag | None = None
     verified_on_others: Flag | None = None
-    """Whether the images that verify had no part in the choice."""
+    """Whether it was verified on images that had no part in the choice."""
     max_change: Number | None = None
-    """How much features may change; None for any."""
+    """How much features may change; None: without a limit."""
     dropped: tuple[ListedNeuron, ...] = ()
     """Neurons that were added in a round, and then found to have no effect."""
     verified_at: tuple[Verification, ...] = ()
@@ -193,5 +194,5 @@ class Calibration(Record):
 
     @property
     def is_known(self) -> bool:
-        """Whether anything is."""
+        """Whether anything is known of the calibration."""
         return self != Calibration()

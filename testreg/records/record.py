@@ -1,7 +1,7 @@
-"""Records: frozen dataclasses that are read from parsed JSON, where every entry is checked once, and written as read.
+"""Records: frozen dataclasses that are read from parsed JSON, which is checked then, and are written back unchanged.
 
-The types of a record's fields say what its entries must be: one of the kinds below, another record, or a tuple of
-either. An entry that has a default may be missing. Entries that no field is named after are kept.
+The type of a field says what its entry in the JSON must be: one of the kinds below, another record, or a tuple of
+either. An entry whose field has a default may be missing. Entries without a field are kept in `others`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Annotated, Any, ClassVar, Self, get_args, get_origin, get_typ
 from testreg.files import shown
 
 INLINE = "inline"
-"""Marks a record whose entries stand among those of the record that holds it: `Annotated[Effect, INLINE]`."""
+"""Marks a field whose record is no object of its own: its entries are among those of the outer record.
+`Annotated[Effect, INLINE]`."""
 
 
 @dataclass(frozen=True)
@@ -24,19 +25,19 @@ class Kind:
     """What the value of an entry must be.
 
     Args:
-        words: the same, in words.
+        words: the kind in words, for errors.
         is_valid: tells whether a value is of this kind.
-        many: what a list of these is of, in words; None for `words`.
-        read: value, name of the entry -> what the record holds.
+        plural_words: the words for several of these, in a list; None: `words`.
+        read: turns a value, and the name of its entry, into what the record holds.
     """
 
     words: str
     is_valid: Callable[[object], bool]
-    many: str | None = None
+    plural_words: str | None = None
     read: Callable[[Any, str], Any] = lambda value, name: value
 
     def checked(self, value: object, key: str, owner: str) -> Any:
-        """What the record holds for a value; raises ValueError if it is of another kind."""
+        """Check a value, and turn it into what the record holds; raises ValueError if it is of another kind."""
         if not self.is_valid(value):
             raise ValueError(f'"{key}" of {owner} must be {self.words}, got {shown(value)}')
         return self.read(value, f'{owner}\'s "{key}"')
@@ -44,7 +45,7 @@ class Kind:
     def listed(self) -> Kind:
         """The kind of a list of these."""
         return Kind(
-            f"a list of {self.many or self.words}",
+            f"a list of {self.plural_words or self.words}",
             lambda value: isinstance(value, list | tuple) and all(map(self.is_valid, value)),
             read=lambda value, name: tuple(self.read(each, name) for each in value),
         )
@@ -115,24 +116,24 @@ ListedNeuron = Annotated[
 
 @dataclass(frozen=True)
 class Record:
-    """An object of JSON, of which the fields of a subclass are the entries that testreg reads."""
+    """An object of JSON; a subclass has a field for each entry that testreg reads."""
 
     others: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
     """Entries that testreg does not read."""
     order: tuple[str, ...] = field(default=(), kw_only=True, repr=False, compare=False)
-    """The keys that are written whatever they hold, in this order: those of the object that it was read from."""
+    """The keys of the object that the record was read from. All are written again, in this order."""
     is_sparse: ClassVar[bool] = False
-    """Whether entries that have their defaults are left out of the JSON, unless they were read."""
+    """Whether entries that have their default are left out of the JSON, unless they were in the one that was read."""
 
     @classmethod
     def from_json(cls, data: Any, name: str = "the record") -> Self:
-        """From an object of parsed JSON.
+        """Read a record from an object of parsed JSON.
 
         Args:
             name: what the object is called in errors.
 
         Raises:
-            ValueError: an entry is missing, or is not what it must be.
+            ValueError: an entry is missing, or is of another kind than its field says.
         """
         if not isinstance(data, Mapping):
             raise ValueError(f"{name} must be an object, got {shown(data)}")
@@ -154,7 +155,7 @@ class Record:
         return cls(**values, others=others, order=tuple(data))
 
     def to_json(self) -> dict[str, Any]:
-        """The object of JSON."""
+        """The record as an object of JSON."""
         values: dict[str, Any] = {}
         for entry in _entries(type(self)):
             value = getattr(self, entry.name)
@@ -174,7 +175,7 @@ def _json_of(value: object) -> object:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A field of a record, as its type and its default tell it."""
+    """What the type and the default of a record's field say of its entry."""
 
     name: str
     kind: Kind
@@ -189,7 +190,7 @@ _ENTRIES: dict[type[Record], list[_Entry]] = {}
 
 
 def _entries(record: type[Record]) -> list[_Entry]:
-    """The entries of a class of records, made out once."""
+    """The entries of a class of records, which are computed once."""
     if record not in _ENTRIES:
         hints = get_type_hints(record, include_extras=True)
         fields = (each for each in dataclasses.fields(record) if each.name not in ("others", "order"))
@@ -213,7 +214,7 @@ def _entry(field: dataclasses.Field[Any], hint: Any) -> _Entry:
 
 
 def _keys(record: type[Record]) -> set[str]:
-    """The keys of what the entries of a class of records are read from."""
+    """The keys of the JSON that a class of records reads, those of inline records included."""
     keys: set[str] = set()
     for entry in _entries(record):
         keys |= {entry.name} if entry.inline is None else _keys(entry.inline)
@@ -221,7 +222,7 @@ def _keys(record: type[Record]) -> set[str]:
 
 
 def _kind(hint: Any) -> Kind:
-    """The kind of an entry, by the type of its field."""
+    """The kind of an entry, from the type of its field."""
     if get_origin(hint) is tuple:
         return _kind(get_args(hint)[0]).listed()
     for each in get_args(hint):
