@@ -66,7 +66,7 @@ class SampledAttention(AttentionObserver):
             self.on_sample(self.block, attention.weights(queries), queries, share, attention.values)
 
     def _see_packed(self, attention: Attention, block: int) -> None:
-        """Collect the attention (1, heads, T, T) of packed images: of all in one sequence, or of one after the other."""
+        """Collect attention (1, heads, T, T) of packed images: of all in one sequence, or of one after the other."""
         number, order, device = self.patches.stop, self.tower.order(self.images), self.tower.device
         count = len(self.images) if attention.num_tokens >= len(self.images) * number else 1
         length = attention.num_tokens // count
