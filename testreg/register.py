@@ -69,7 +69,8 @@ def patch(
 
     Returns:
         The same object. Its outputs keep their shapes, its state_dict its keys. Hooks inside a block see T+R tokens,
-            but T within `testreg.hooks_without_registers`. `testreg.attention` and `testreg.features` leave them out.
+            but T within `testreg.hooks_without_registers`. `testreg.attention` and `testreg.features` return no
+            registers.
 
     Raises:
         TypeError, ValueError: the model or an argument does not fit. Nothing has been changed then.

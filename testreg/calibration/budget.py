@@ -28,7 +28,7 @@ class Budget:
         "choosing": sets of neurons were not measured."""
 
     def is_spent(self, doing: Cut, forwards_to_come: int = 0) -> bool:
-        """Whether the time that is left is only enough for so many forwards of an image.
+        """Whether less time is left than so many forwards of an image take.
 
         If so, the step that asks is noted as cut short.
         """

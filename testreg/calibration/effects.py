@@ -367,8 +367,8 @@ class EffectMeter:
         figures = self._run(_unpacked(plain.images))
         figures = replace(figures, patches=self.block_cache.finish(figures.patches))
         norms = figures.norms
-        # A patch must exceed the limits of both models: where all norms have grown, each exceeds the plain one's, and
-        # where norms have become even, a small deviation exceeds the patched one's.
+        # A patch must exceed the limits of both models. The plain one's alone would be exceeded if all norms had grown,
+        # the patched one's alone by small deviations if norms had become even.
         outlier = norms > torch.maximum(plain.limit, self.detection.rule.limit(norms))
         before, after = (
             torch.cat([features[:, :1] - self.centre[0].to(features), features[:, 1:] - self.centre[1].to(features)], 1)

@@ -20,7 +20,7 @@ TOLERANCE = 0.02  # two sets remove the outliers equally well if the excess norm
 # change, which is large where most of a feature was the artefact.
 SAME_CHANGE = 0.01
 SAME_SHARE = 0.02
-CLEANER = 0.1  # attention of sink or hottest patch that is lower by a smaller share is not worth more neurons
+CLEANER = 0.1  # more neurons are worth it if they lower the attention to sink or hottest patch by more than this share
 AS_CLEAN = 0.02, 0.01  # maps stay as clean if sink and hottest patch rise by this share at most, `unlike` by the second
 SAME_OUTPUTS = 0.002  # two sets keep outputs equally well if their changes differ by less than this, or by a tenth
 SIMILAR_SCORE = 0.7  # a neuron scores similarly if it has this share of the weakest chosen neuron's score
@@ -100,8 +100,8 @@ def select(
        nearly so.
 
     Args:
-        rank: the neurons that are moved -> the others, ranked on the model that is patched with them.
-        measure: neurons, number of registers -> the effect of moving them there.
+        rank: given the neurons that are moved already, ranks the others on the model that is patched with these.
+        measure: measures the effect of moving neurons to a number of registers.
         target: outliers that may be left after any block, as a fraction of those before. If no set reaches it, the one
             that comes closest is chosen.
         max_change: sets that change pooled or patch features more (1 - cosine) are not chosen.
@@ -231,7 +231,7 @@ class _Search:
         return removes_as_much and draws_as_little(effect, best) and self.is_allowed(effect)
 
     def effect_of(self, neurons: Sequence[Neuron], num_registers: int = 1) -> Effect:
-        """The effect of a set of neurons, measured only once."""
+        """The effect of a set of neurons, which is measured only the first time."""
         key = frozenset(neuron[:2] for neuron in neurons), num_registers
         if key not in self.effects:
             self.effects[key] = self.measure(neurons, num_registers)

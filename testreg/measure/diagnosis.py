@@ -18,7 +18,7 @@ FORMAT = "testreg-diagnosis"
 VERSION = 1
 
 NO_OP = 0.2  # a sink is a no-op if the norm of the outliers' values is below this share of the patches' median
-HALF = 0.5  # of the excess norm, for onset, fading and what makes it; of images or outliers, for what is fixed
+HALF = 0.5  # a majority: of the excess norm, for onset, fading and origin; of images and outliers, for fixed positions
 BORDER = 0.9  # a note says so if this share of the outliers is in the outermost rows and columns
 MIN_IMAGES = 8  # if 2 % of the patches are outliers by chance, 1 position in 100,000 is one in half of so many images
 NUM_POSITIONS = 4  # how many fixed positions the verdict and the notes name; the JSON has all

@@ -346,7 +346,7 @@ def neighbour_cosine(patches: Tensor, norms: Tensor, grid: Grid) -> Tensor:
         )
         # Products are divided by norms, since normalising the patches would copy them.
         cosine = (one * other).sum(-1) / (norm * other_norm)
-        for first in (0, 1):  # both are the other's neighbour
+        for first in (0, 1):  # each is a neighbour of the other
             total.narrow(dim, first, size - 1).add_(cosine)
             count.narrow(dim, first, size - 1).add_(1)
     return (total / count.clamp(min=1)).flatten(1)

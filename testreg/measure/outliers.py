@@ -153,7 +153,7 @@ def autocast_off(device: torch.device) -> torch.autocast:
 
 
 def check_finite(norms: Tensor, images: Tensor) -> None:
-    """Raise ValueError unless all norms, of the tokens of these images, are finite: NaN would pass for no outlier."""
+    """Raise ValueError unless the norms of these images' tokens are all finite: NaN would never count as an outlier."""
     if norms.isfinite().all():
         return
     if not images.isfinite().all():

@@ -307,7 +307,7 @@ def _columns(block: Block) -> Tensor:
     for mlp in block.mlps:
         scale = 1.0 if mlp.scale is None else mlp.scale.detach().float().unsqueeze(-1)
         written = mlp.columns.detach()
-        if type(written).dequantize is not Tensor.dequantize:  # torchao's weights take part in no arithmetic
+        if type(written).dequantize is not Tensor.dequantize:  # torchao's weights support no arithmetic
             written = written.dequantize()
         columns.append(written.float() * scale)
     return torch.cat(columns, -1).cpu()

@@ -66,11 +66,11 @@ class SampledAttention(AttentionObserver):
             self.on_sample(self.block, attention.weights(queries), queries, share, attention.values)
 
     def _see_packed(self, attention: Attention, block: int) -> None:
-        """Attention (1, heads, T, T) of all images in one sequence, or of one after the other."""
+        """Collect attention (1, heads, T, T) of packed images: of all in one sequence, or of one after the other."""
         number, order, device = self.patches.stop, self.tower.order(self.images), self.tower.device
         count = len(self.images) if attention.num_tokens >= len(self.images) * number else 1
         length = attention.num_tokens // count
-        place = torch.arange(length, device=device)  # of each token of an image, in its part of the sequence
+        place = torch.arange(length, device=device)  # where an image's tokens are in its part of the sequence
         if order is not None:
             place = torch.cat([order, place[number:]])
         queries, share = self._sample(length)
@@ -97,7 +97,7 @@ class SampledAttention(AttentionObserver):
 def sample(num_tokens: int, first: int, end: int) -> tuple[Tensor, Tensor]:
     """Sample tokens: returns their numbers (n,), and the share (n,) of all tokens that each stands for.
 
-    The patches are the tokens from `first` to `end`: at most `NUM_QUERIES` are sampled, and all other tokens.
+    The patches are the tokens from `first` to `end`. At most `NUM_QUERIES` of them are taken, and all other tokens.
     """
     generator = torch.Generator().manual_seed(0)
     patches = first + torch.randperm(end - first, generator=generator)[:NUM_QUERIES].sort().values

@@ -72,7 +72,7 @@ class _Unsaved:
     """A value for an attribute of a tensor; a saved or copied tensor has an empty set in its place."""
 
     def __reduce__(self) -> Any:
-        return set, ()  # torch.load takes it without trust
+        return set, ()  # torch.load accepts a set with weights_only=True
 
 
 class Handoff(_Unsaved):

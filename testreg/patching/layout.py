@@ -34,7 +34,7 @@ class Layout:
     valid: Tensor | None = None
     """Which tokens (B, T+R) of a padded batch are no padding; None: all."""
     patches: Tensor | None = None
-    """Which tokens (1, T+R) are patches; None: all behind the prefix, save the registers."""
+    """Which tokens (1, T+R) are patches; None: all behind the prefix, except the registers."""
 
     def replace(self, **changes: Any) -> Layout:
         """A copy of the layout with these changes."""

@@ -16,7 +16,7 @@ from testreg.families import Tower, activation, checkpoint_names, compare_weight
 from testreg.files import plain
 from testreg.neurons import RegisterNeurons, UnverifiedNeuronsWarning
 
-MAX_SIZE_RATIO = 2  # of the number of patches to that at which neurons were verified, or the inverse
+MAX_SIZE_RATIO = 2  # a model may run on so many times the patches that neurons were verified on, or so many times fewer
 
 _log = logging.getLogger("testreg")
 _warned: WeakSet[nn.Module] = WeakSet()

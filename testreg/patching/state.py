@@ -64,7 +64,7 @@ class Patch:
     static: StaticRegisters | None = None
     """The registers, if they are constants."""
     disabled_by: int = 0
-    """How many `disabled` blocks are open, in all threads."""
+    """How many `testreg.disabled` contexts are open, in all threads."""
     warns_outside: bool = True
     """Whether to warn of a second linear that is called outside its block; False once it was done."""
 

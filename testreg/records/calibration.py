@@ -106,7 +106,7 @@ class Verification(Record):
     """Share of the plain model's patches that are outliers after the detection block."""
     effect: Annotated[Effect, INLINE]
     before: PlainAttention | None = None
-    """The same of the plain model; None in older lists, which say nothing of attention."""
+    """The attention figures of the plain model; None in older lists, which say nothing of attention."""
 
 
 @dataclass(frozen=True)
