@@ -32,7 +32,7 @@ from torchvision.transforms.v2 import functional as tv
 
 import testreg
 from testreg.cli import calibrate, main, show
-from testreg.cli.invocation import Run
+from testreg.cli.invocation import Invocation
 from testreg.cli.show import _box, _target
 from testreg.io.rows import Writer
 from testreg.measure.score import Score
@@ -778,7 +778,7 @@ def test_shells_complete_commands_and_options(typed, completed):
 def test_another_process_says_nothing_of_its_phases(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    with Run((), False, False, None, False).phase("measuring"):
+    with Invocation((), False, False, None, False).phase("measuring"):
         pass
     assert capsys.readouterr().err == ""
 
