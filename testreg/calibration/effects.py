@@ -1,8 +1,8 @@
 """Measure the effect of moving some neurons, on images that had no part in their ranking.
 
-A ranking says which neurons *may* cause the outliers. The patched model decides: whether the outliers are gone, after
-every block; whether the patches that were outliers draw no more attention than others and resemble their neighbours;
-and whether everything else stays as it was.
+A ranking says which neurons *may* cause the outliers. The patched model shows whether the outliers are gone after every
+block, whether the patches that were outliers draw no more attention than others and resemble their neighbours, and
+whether everything else stays as it was.
 
 Shapes: L blocks, B images, T tokens, N patches, C width.
 """
@@ -37,15 +37,15 @@ from testreg.register import patched
 Head = Callable[[nn.Module, Tensor], Tensor]
 """Computes scores (B, classes) from a model and images (B, 3, h, w), which are on its device and in its dtype."""
 
-CACHE_BYTES = 2**28  # of tokens between blocks, which are kept while sets are compared
-NORMAL_PATCHES = 64  # are sampled from an image, to measure how they change
-HOTTER = 1.01  # an image counts as hotter if its hottest patch draws at least so many times as much attention
-MUCH_HOTTER = 1.1  # maps count as hotter if that holds of the mean over the images, with this factor
-MAX_SINK = 1.5  # former outliers that draw more than so many times the attention of other patches are a sink
+CACHE_BYTES = 2**28  # memory for tokens between blocks, which are kept while sets of neurons are compared
+NORMAL_PATCHES = 64  # number sampled from each image, to measure how normal patches change
+HOTTER = 1.01  # an image counts as hotter if its hottest patch draws over this many times as much attention
+MUCH_HOTTER = 1.1  # maps count as hotter if that attention, averaged over the images, grows by more than this factor
+MAX_SINK = 1.5  # former outliers are a sink if they draw over this many times the attention of other patches
 
 
 def worst_of(effects: Sequence[Effect]) -> Effect:
-    """The worst of each figure, for one set of neurons at several image sizes."""
+    """Combine the effects of one set of neurons at several image sizes: each figure is the worst of them."""
     worst = max(effects, key=lambda effect: effect.remaining)
     largest = {name: _largest(effects, name) for name in ("sink", "hottest", "hotter", "unlike")}
     return replace(
@@ -78,11 +78,11 @@ def what_is_wrong_with_maps(check: Verification) -> list[str]:
 
 @dataclass(frozen=True)
 class Figures:
-    """What is read off a batch in one forward."""
+    """The figures of one forward on a batch, with the plain model or a patched one."""
 
     patches: Tensor
     """(3, L, B, N): after each block, the norms of the patches, their cosines to their four neighbours, and the
-    attention that they draw in it, from all tokens and heads on average."""
+    attention that they draw in the block, averaged over all tokens and heads."""
     hottest: Tensor
     """(B,), see `Effect.hottest`; 0 where attention cannot be seen."""
     tokens: Tensor
@@ -97,7 +97,10 @@ class Figures:
 
 @dataclass(frozen=True)
 class Baseline:
-    """What the plain model makes of a batch. L blocks, B images, N patches, K of them sampled, C width."""
+    """The figures of the plain model on a batch, which patched models are compared with.
+
+    Shapes: L blocks, B images, N patches, K of them sampled, C width.
+    """
 
     images: tuple[PackedImage, ...]
     limit: Tensor  # (L, B, 1), norm above which a patch is an outlier
@@ -108,7 +111,7 @@ class Baseline:
     at_patches: Tensor  # (L, B, 3), see `_at_patches`
     hottest: Tensor  # (B,), see `Effect.hottest`
     sampled: Tensor  # (B, K), indices of normal patches
-    features: Tensor  # (B, 1 + K, C), of the pooled token and of these, after the last block
+    features: Tensor  # (B, 1 + K, C), of the pooled token and the sampled patches, after the last block
     classes: Tensor | None  # (B,), the class that the user's head gives each image
 
     @property
@@ -137,13 +140,13 @@ class EffectMeter:
     """Measures the effect of sets of neurons, on held-out images that the plain model has seen once.
 
     Outliers, new ones included, are counted after the onset block and after every later block. Earlier blocks do not
-    count: they have high norms of their own, of a bright patch say, which mean nothing, and which no neuron of a later
-    block can remove. Nothing is missed, since an outlier that arises earlier and lasts is still there after the onset.
+    count: patches, bright ones say, have high norms there that mean nothing, and that no neuron of a later block can
+    remove. Nothing is missed, since an outlier that arises earlier and lasts is still there after the onset.
     The count begins at the same block for all sets of neurons. So a set gains nothing by having its first neuron in a
     late block: the outliers between the onset and that block are left, and count.
 
     Args:
-        images: few enough to be kept.
+        images: the held-out images, few enough to be kept in memory.
         onset: the block after which the outliers are there.
         head: model, images (B, 3, h, w) on the model's device and in its dtype -> scores (B, classes).
 
@@ -172,7 +175,7 @@ class EffectMeter:
 
     def _compare_with(self, baselines: Sequence[Baseline]) -> None:
         self.baselines = baselines
-        self.block_cache = BlockCache(self.tower)  # keeps nothing
+        self.block_cache = BlockCache(self.tower)  # without memory, it keeps nothing
         sums: Sums = {}
         for plain in baselines:
             pooled, patches = plain.features[:, 0], plain.features[:, 1:].flatten(0, 1)
@@ -194,7 +197,7 @@ class EffectMeter:
         self.centre = self.before["features"] / self.before["count"].unsqueeze(-1)  # (2, C), of pooled and patches
 
     def split(self, number: int) -> tuple[EffectMeter, EffectMeter]:
-        """Two meters, of `number` of the images and of the others, with similar shares of the outliers.
+        """Return meters of `number` of the images and of the other images, with similar shares of the outliers.
 
         The images are sorted by their share of the outliers, averaged over the blocks from the onset on, and the first
         meter gets `number` of them at even intervals.
@@ -262,7 +265,7 @@ class EffectMeter:
             self.block_cache = BlockCache(self.tower)
 
     def effect(self, neurons: Sequence[Neuron], num_registers: int = 1) -> Effect:
-        """What moving these neurons to registers does; the images are run once for it."""
+        """Measure the effect of moving these neurons to registers, in one run over the images."""
         sums: Sums = {}
         with (
             self.block_cache.reused(neurons, num_registers),
@@ -298,7 +301,7 @@ class EffectMeter:
         return sink, None if sink is None else float(sums["hottest"] / self.before["count"][0])
 
     def _sink(self, sums: Sums) -> float | None:
-        """See `Effect.sink`. It is read behind the onset, since a block attends to outliers at its input."""
+        """See `Effect.sink`. It is read after the onset block, since a block attends to the outliers in its input."""
         numbers = self.before["former"], self.before["others"]
         drawn = sums["at_patches"][min(self.onset + 1, self.tower.depth - 1) :]  # (L', 3)
         if not all(numbers) or not drawn[:, 1].all():  # no outliers, or nothing was seen
@@ -352,7 +355,7 @@ class EffectMeter:
         )
 
     def _features(self, tokens: Tensor, sampled: Tensor) -> Tensor:
-        """The pooled token and the sampled patches (B, K), as (B, 1 + K, C)."""
+        """The features (B, 1 + K, C) of the pooled token and of the patches with the indices `sampled` (B, K)."""
         num_prefix = self.tower.num_prefix
         patches = tokens.gather(1, (sampled + num_prefix).unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
         pooled = tokens[:, :1] if num_prefix else patches.mean(1, keepdim=True)
@@ -367,8 +370,8 @@ class EffectMeter:
         figures = self._run(_unpacked(plain.images))
         figures = replace(figures, patches=self.block_cache.finish(figures.patches))
         norms = figures.norms
-        # A patch must exceed the limits of both models. The plain one's alone would be exceeded if all norms had grown,
-        # the patched one's alone by small deviations if norms had become even.
+        # An outlier must exceed the limits of both models. By the plain model's limit alone, patches would be outliers
+        # if all norms had grown; by the patched model's alone, if they deviate a little from norms that became even.
         outlier = norms > torch.maximum(plain.limit, self.detection.rule.limit(norms))
         before, after = (
             torch.cat([features[:, :1] - self.centre[0].to(features), features[:, 1:] - self.centre[1].to(features)], 1)
@@ -457,7 +460,7 @@ def _at_patches(figures: Figures, former: Tensor, others: Tensor) -> Tensor:
 
 
 def _unpacked(packed: Sequence[PackedImage]) -> Tensor:
-    """A batch (B, 3, h, w)."""
+    """The images as one batch (B, 3, h, w)."""
     (images,) = batched((each.image for each in packed), len(packed))
     return images
 

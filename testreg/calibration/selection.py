@@ -1,7 +1,7 @@
 """Choose the register neurons by measuring the patched model.
 
-Neurons that remove the outliers are added in rounds, and then those that keep the attention sink alive. Needless ones
-are dropped again, and the number of registers is chosen last.
+The search first adds the neurons that remove the outliers, in rounds, and then the neurons that keep the attention sink
+alive. It then drops needless neurons, and chooses the number of registers last.
 """
 
 from __future__ import annotations
@@ -16,21 +16,23 @@ from testreg.neurons import Neuron
 from testreg.records.calibration import Effect, Round
 
 TOLERANCE = 0.02  # two sets remove the outliers equally well if the excess norms left differ by less than this
-# Two sets change features equally if the changes differ by less than SAME_CHANGE, or by less than SAME_SHARE of the
-# change, which is large where most of a feature was the artefact.
+# Two sets change features equally if their changes differ by less than SAME_CHANGE, or by less than SAME_SHARE of the
+# larger one. The share matters for large changes, which occur where most of a feature was the artefact.
 SAME_CHANGE = 0.01
 SAME_SHARE = 0.02
 CLEANER = 0.1  # more neurons are worth it if they lower the attention to sink or hottest patch by more than this share
-AS_CLEAN = 0.02, 0.01  # maps stay as clean if sink and hottest patch rise by this share at most, `unlike` by the second
+# Maps stay as clean if `sink` and `hottest` rise by this share at most, and `unlike` by no more than the second number.
+AS_CLEAN = 0.02, 0.01
 SAME_OUTPUTS = 0.002  # two sets keep outputs equally well if their changes differ by less than this, or by a tenth
 SIMILAR_SCORE = 0.7  # a neuron scores similarly if it has this share of the weakest chosen neuron's score
-AIM = 0.2  # of the target: a cause that is rare among these images may be frequent in others
+# The search aims at this share of the target: a cause that is rare among these images may be frequent in others.
+AIM = 0.2
 MAX_TRIED_SINGLY = 8  # neurons are tried one by one if they are no more than this
 MAX_WITHOUT_HELP = 8  # a round that begins with few outliers ends if so many neurons have not halved them
-MAX_NEURONS = 512  # that one round adds; InternViT-6B needed 300
-MAX_MEASUREMENTS = 64  # of sets of neurons, in one selection
+MAX_NEURONS = 512  # one round adds at most this many neurons; InternViT-6B needed 300
+MAX_MEASUREMENTS = 64  # one selection measures at most this many sets of neurons
 MAX_ROUNDS = 8
-REGISTERS_TRIED = 4  # at most
+REGISTERS_TRIED = 4  # no more registers than this are tried
 
 Measure = Callable[[Sequence[Neuron], int], Effect]
 """Measures the effect of moving neurons to a number of registers."""
@@ -42,9 +44,9 @@ class Candidates:
 
     ranking: Sequence[Neuron]
     selective: Collection[Neuron] = ()
-    """Neurons that are active at outliers and hardly anywhere else. They may score too little for the ranking, or below
-    zero. At other patches they write next to nothing: if moving them changes these, it is because other patches attend
-    to the outliers, which are gone then."""
+    """Neurons that are active at outliers and hardly anywhere else. Their scores may be too low for the ranking, or
+    negative. They write next to nothing at other patches. If moving them changes other patches all the same, it is
+    because these attended to the outliers, which are now gone."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Selection:
     dropped: tuple[Neuron, ...]
     """Neurons that were added in a round, and then found to have no effect on outliers."""
     registers: tuple[Effect, ...]
-    """Effects of moving them to 1, 2, ... registers, as far as they were measured."""
+    """The effects of moving the chosen neurons to 1, 2, ... registers, up to the last number that was measured."""
 
     @property
     def curve(self) -> tuple[Effect, ...]:
@@ -76,28 +78,30 @@ def select(
 ) -> Selection:
     """Choose the fewest neurons that remove the outliers, the attention sink, and the effect of both on other patches.
 
-    1. Add neurons in rounds. The best 1, 2, 4, ... of a ranking are measured, until outliers are down to a fifth of
-       `target` and twice as many neurons remove less than `TOLERANCE` more of their excess norm. Where most outliers
-       are gone and twice as many neurons do not remove the rest, these have a cause that the others masked: the patched
-       model is ranked anew in the next round, as long as that helps.
+    1. Add neurons in rounds. A round measures the best 1, 2, 4, ... neurons of a ranking. It ends when the outliers are
+       down to a fifth of `target`, and twice as many neurons remove less than `TOLERANCE` more of their excess norm. It
+       also ends when most outliers are gone, but twice as many neurons do not remove the rest. Then the rest has a
+       cause that the other outliers masked, and the next round ranks the neurons of the patched model. Rounds go on as
+       long as they help.
     2. Complete the set. The fewest neurons that leave no outlier may leave patches that draw attention. So all
-       selective candidates are added. If less attention is drawn then (`draws_as_little`), the set is this one.
-       Otherwise it is the smallest number of neurons of the last ranking that is as good.
-    3. Drop needless neurons: those without which the set is as good, within the tolerances. First those that are not
-       selective are tried, then those of late blocks, which may fire because of outliers.
+       selective candidates are added. If patches draw less attention then (`draws_as_little`), the candidates stay.
+       Otherwise the set is cut to the smallest number of neurons of the last ranking that is as good.
+    3. Drop needless neurons: those without which the set is as good, within the tolerances. Neurons that are not
+       selective are tried first, and then the others from the last block on: late neurons may fire because of outliers.
     4. Add similarly scored neurons. Which of several equivalent neurons is needed depends on the images. So selective
        candidates are added that score at least 70 % of the weakest chosen one of their block, if the set is as good
        with them.
-    5. Complete the set by change, unless step 2 completed it. Fewer neurons may leave some of the outliers' effect on
-       other patches. So all relevant selective candidates are moved as well. If that changes features more (by over
-       `SAME_CHANGE` and over 2 % of the change), they are added, and then those are dropped that change nothing.
+    5. Complete the set by change, unless step 2 completed it. A small set may leave some of the effect that outliers
+       have on other patches. So all selective candidates are moved as well that score at least a tenth of the best. If
+       features change more then (by over `SAME_CHANGE` and over 2 % of the change), these candidates are added, and
+       those that change nothing are dropped again.
     6. Drop what has become needless. Unselective neurons are tried again, since others were added. Then single neurons
-       are tried: all of them, or those of the last block if there are more than `MAX_TRIED_SINGLY`. One is dropped as a
-       by-product, which fires at outliers without causing them, if the set is as good without it and it removes less
-       than a tenth of the outliers alone.
-    7. Choose the number of registers. Each of them is a copy that holds all neurons. A single one has less weight in
-       the softmax of attention than the many outliers had. The number is chosen with which outputs change least, or
-       nearly so.
+       are tried: all of them, or those of the last block if there are more than `MAX_TRIED_SINGLY`. A neuron is
+       dropped as a by-product, one that fires at outliers without causing them, if the set is as good without it and it
+       alone removes less than a tenth of the outliers.
+    7. Choose the number of registers. Each register is a copy that holds all neurons. A single one has less weight in
+       the softmax of attention than the many outliers had. The chosen number is the smallest with which outputs change
+       least, or nearly so.
 
     Args:
         rank: given the neurons that are moved already, ranks the others on the model that is patched with these.
@@ -105,8 +109,8 @@ def select(
         target: outliers that may be left after any block, as a fraction of those before. If no set reaches it, the one
             that comes closest is chosen.
         max_change: sets that change pooled or patch features more (1 - cosine) are not chosen.
-        out_of_time: asked before each measurement but the first. Once it says so, the best set so far is taken, and
-            only its numbers of registers are still measured.
+        out_of_time: called before each measurement but the first. Once it returns True, the search takes the best set
+            so far, and only measures it with more registers.
 
     Raises:
         ValueError: even the first neuron changes more than `max_change`; there are no candidates at all.
@@ -214,7 +218,7 @@ class _Search:
         return tuple(neuron for each in self.rounds for neuron in each.added)
 
     def is_over(self) -> bool:
-        """Whether sets of neurons are no longer measured; numbers of registers still are."""
+        """Whether the search measures no more sets of neurons. It still measures numbers of registers then."""
         return len(self.effects) > MAX_MEASUREMENTS - REGISTERS_TRIED or self.out_of_time()
 
     def needs_more(self) -> bool:
@@ -238,7 +242,7 @@ class _Search:
         return self.effects[key]
 
     def add_from(self, candidates: Candidates) -> bool:
-        """Add a round: of the numbers of best neurons measured, the smallest that removes the most outliers.
+        """Add a round with the best n neurons, where n is the smallest measured number that removes the most outliers.
 
         Returns False, and adds nothing, if that does not help.
         """
@@ -261,25 +265,25 @@ class _Search:
         return True
 
     def with_fewest_of_last_round(self) -> tuple[tuple[Neuron, ...], Effect]:
-        """Cut the last round to as many neurons as are needed; returns all that were added, and their effect."""
+        """Cut the last round to the neurons that are needed; returns the neurons of all rounds, and their effect."""
         assert self.last_curve is not None
         best = self.rounds[-1].effect
         self.rounds[-1] = self.last_curve.round(self.last_curve.fewest_by_bisection(best))
         return self.chosen, self.rounds[-1].effect
 
     def with_all_selective(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[tuple[Neuron, ...], Effect]:
-        """Add all selective candidates to the neurons, which have this effect, if less attention is drawn then.
+        """Add all selective candidates to the neurons, if patches draw less attention then.
 
-        Returns the set and its effect.
+        `effect` is that of the neurons alone. Returns the set that is taken, and its effect.
         """
         selective = [neuron for of_round in self.selective for neuron in of_round]
         together, effect_together = self._with_if_as_good(selective, neurons, effect)
         return (neurons, effect) if draws_as_little(effect, effect_together) else (together, effect_together)
 
     def with_registers(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[Effect, ...]:
-        """Measure the neurons, which have this effect with one register, with more, until outputs change more again.
+        """Measure the neurons with 2, 3, ... registers, until one more register changes outputs more again.
 
-        Returns the effects with 1, 2, ... registers.
+        `effect` is that with one register. Returns the effects with 1, 2, ... registers.
         """
         effects = [effect]
         while len(effects) < REGISTERS_TRIED:
@@ -300,10 +304,10 @@ class _Search:
     ) -> tuple[tuple[Neuron, ...], Effect]:
         """Drop needless neurons of a set with this effect; returns the rest and its effect.
 
-        Unselective neurons are dropped as far as possible. To move a selective one takes nothing from other patches, so
-        whole blocks are tried, from the last one on, since late neurons may fire because of outliers. In a block that
-        is needed, those that score less than half of its best are tried as well, unless the set is complete: which of
-        its neurons are needed depends on the images.
+        Unselective neurons are dropped as far as possible. Moving a selective neuron takes nothing from other patches,
+        so all selective neurons of a block are tried at once. The last block comes first, since late neurons may fire
+        because of outliers. If a block is needed, those of its neurons that score less than half of its best are tried
+        as well. In a complete set they stay, since which of them are needed depends on the images.
 
         Args:
             same_change: whether the set is complete, so that features must change as much without the dropped neurons.
@@ -324,7 +328,7 @@ class _Search:
         return pruning.kept, pruning.effect
 
     def with_similarly_scored(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[tuple[Neuron, ...], Effect]:
-        """Add selective neurons that score similarly to those with this effect; returns the set and its effect."""
+        """Add selective neurons that score similarly to neurons with this effect; returns the set and its effect."""
         similarly_scored: list[Neuron] = []
         for of_round in self.selective:
             chosen = [neuron for neuron in of_round if neuron in neurons]
@@ -335,7 +339,7 @@ class _Search:
         return self._with_if_as_good(similarly_scored, neurons, effect)
 
     def completed_by_change(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[tuple[Neuron, ...], Effect]:
-        """Add relevant selective neurons to those with this effect if features change more then.
+        """Add relevant selective neurons to a set with this effect, if features change more with them.
 
         Returns the set, without needless neurons, and its effect.
         """
@@ -345,10 +349,10 @@ class _Search:
         return self.without_needless(together, effect_together, same_change=True)
 
     def without_by_products(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[tuple[Neuron, ...], Effect]:
-        """Drop by-products from a set with this effect: neurons that it does without and that remove little alone.
+        """Drop by-products from a set with this effect: neurons that it does not need, and that alone remove little.
 
         If there are more than `MAX_TRIED_SINGLY` neurons, only those of the last block are tried, since by-products
-        come behind the cause. Returns the rest and its effect.
+        are in later blocks than the cause. Returns the rest and its effect.
         """
         pruning = _Pruning(self, neurons, effect, same_change=True)
         last = max(block for block, _, _ in neurons)
@@ -365,7 +369,7 @@ class _Search:
     def _with_if_as_good(
         self, others: Sequence[Neuron], neurons: tuple[Neuron, ...], effect: Effect
     ) -> tuple[tuple[Neuron, ...], Effect]:
-        """Add others to the neurons, which have this effect, if the set is as good; returns the set and its effect."""
+        """Add others to neurons with this effect, if the set is as good with them; returns the set and its effect."""
         taken = {neuron[:2] for neuron in neurons}  # a neuron may be a candidate in several rounds
         added = {neuron[:2]: neuron for neuron in others if neuron[:2] not in taken}
         if not added or self.is_over():
@@ -377,15 +381,15 @@ class _Search:
 
 @dataclass
 class _Pruning:
-    """Drops neurons of a set that is as good without them."""
+    """Drops neurons from a set, as long as the set is as good without them."""
 
     search: _Search
     kept: tuple[Neuron, ...]
     effect: Effect
     """The effect of the neurons that are kept."""
     same_change: bool
-    """Whether features must change as much without a selective neuron. Unselective ones write at other patches too, so
-    that moving them changes features in any case."""
+    """Whether features must change as much after a selective neuron is dropped. This is not asked of unselective ones:
+    they write at other patches too, so that moving them changes features in any case."""
 
     def __post_init__(self) -> None:
         self.best = self.effect
@@ -429,7 +433,7 @@ class _Pruning:
 
 @dataclass
 class _Curve:
-    """The effects of the best n neurons of a ranking, for several n, beside those that are moved already."""
+    """The effects of moving the best n neurons of a ranking, for several n, on top of those that are moved already."""
 
     search: _Search
     number: int
@@ -445,7 +449,7 @@ class _Curve:
         return self.effects[-1]
 
     def bisect(self, low: int, high: int, is_enough: Callable[[Effect], bool]) -> None:
-        """Bisect for the smallest number of neurons that is enough: `low` is not, `high` is."""
+        """Bisect for the smallest number of neurons that is enough; the number `low` is not enough, and `high` is."""
         while high - low > 1 and not self.search.is_over():
             middle = (low + high) // 2
             low, high = (low, middle) if is_enough(self.add(middle)) else (middle, high)
@@ -489,14 +493,14 @@ class _Curve:
         return min(allowed, key=lambda effect: (max(effect.remaining, self.search.aim), effect.excess), default=None)
 
     def round(self, effect: Effect) -> Round:
-        """The record of the round, of which the set with this effect is taken."""
+        """The record of the round, in which the set with this effect was taken."""
         added = tuple(self.ranking[: effect.neurons - len(self.moved)])
         return Round(self.number, added, tuple(sorted(self.effects, key=lambda effect: effect.neurons)), effect)
 
     def fewest_measured(self, best: Effect) -> Effect:
-        """The effect of the fewest neurons measured that are as good as the best.
+        """The effect of the smallest measured set that is as good as the best one.
 
-        If the best does not reach the aim, it is enough to remove as much: the next round goes on from there.
+        If the best one does not reach the aim, a set need only remove as much: the next round adds to it.
         """
         is_enough = self.search.is_as_good if best.remaining <= self.search.aim else self.removes_as_much
         enough = (effect for effect in self.effects if is_enough(effect, best) and self.search.is_allowed(effect))

@@ -1,4 +1,4 @@
-"""The pass of a diagnosis: measures a tower on batches of images, and adds the figures up.
+"""Measures a tower on batches of images for a diagnosis, and adds the figures up.
 
 The residual stream is measured at 2L+1 *hook points*, for L blocks: in front of the blocks, and after the attention and
 after the MLP of each. All figures follow from sums over images. So memory is that of one batch, the batch size does not
@@ -42,7 +42,7 @@ class Observations:
         self.image_size: list[int] | None = None
         """Height and width of the last image; None before the first."""
         self.num_frames: int | None = None
-        """The frames of a clip; None of images."""
+        """The number of frames of a clip; None for images."""
         self.unreadable_images = 0
         self.hook_points: list[Sums] = [{} for _ in range(2 * depth + 1)]
         """The sums at each hook point; empty where the stream cannot be observed."""
@@ -140,7 +140,7 @@ class _BatchObserver:
 
     @functools.cached_property
     def grid(self) -> Grid:
-        """The grid of patches. It is asked for once a block runs, so that towers which take no images fail before."""
+        """The grid of patches. It is computed when a block runs: a tower that takes no images has failed by then."""
         return self.tower.grid(self.images)
 
     @functools.cached_property
@@ -190,7 +190,7 @@ class _BatchObserver:
         add(self.sums.attention[block], more)
 
     def _measure(self, tokens: Tensor | None) -> None:
-        """Add the figures of the tokens (B, T, C) at the next hook point; None where it cannot be observed."""
+        """Add the figures of the tokens (B, T, C) at the next hook point; `tokens` is None if it cannot be observed."""
         ratio = outlier = None
         if tokens is not None:
             prefix, patches = tokens[:, : self.tower.num_prefix].float(), tokens[:, self.patches].float()
@@ -207,9 +207,9 @@ class _ResidualSum(TorchFunctionMode):
     """Finds the residual stream between attention and MLP, which no module has as its input or output.
 
     A block ends with the sum of this stream and the MLP's output, after any LayerScale and norms. So the class follows
-    all that is computed from the MLP's output, up to the first sum with a tensor that is not. That tensor is the
-    stream, if the block returns the sum. It cannot be observed in blocks that add attention and MLP at once, that have
-    a norm behind the sum, or that are compiled.
+    all that is computed from the MLP's output, up to the first sum with a tensor that does not depend on it. That
+    tensor is the stream, if the block returns the sum. The stream cannot be observed in blocks that add attention and
+    MLP at once, that have a norm after the sum, or that are compiled.
     """
 
     def __init__(self) -> None:
@@ -231,7 +231,7 @@ class _ResidualSum(TorchFunctionMode):
             self.computed_from_mlp.append(out)
             if self.sum is None and func in (torch.add, Tensor.add) and len(others) == 1:
                 (other,) = others
-                if isinstance(other, Tensor) and other.shape == out.shape:  # and not a bias
+                if isinstance(other, Tensor) and other.shape == out.shape:  # so it is no bias
                     self.sum = out, other
         return out
 
@@ -250,7 +250,7 @@ class _ResidualSum(TorchFunctionMode):
         """
         if self.sum is None:
             return None
-        num_tokens = block_output.shape[1]  # test-time registers are behind
+        num_tokens = block_output.shape[1]  # test-time registers come after these, and are cut off
         total, before = (tower.arranged(each, images)[:, :num_tokens] for each in self.sum)
         is_between = torch.equal(total, block_output) and not torch.equal(before, block_input)
         return before if is_between else None
@@ -278,7 +278,7 @@ def _residual_sums(
         "median": median.sum(),
         "maximum": exact.amax(1).sum(),
         "histogram": exact.log().clamp(LOWEST, HIGHEST).histc(BINS, LOWEST, LOWEST + BINS * BIN),
-        # Moments about the median, 1: the mean is close to it, so that central moments can be had without cancellation.
+        # Moments about 1, the median ratio: the mean is close to 1, so central moments follow without cancellation.
         "moments": torch.stack([(exact - 1).pow(power).sum() for power in range(1, 5)]),
         "outliers": outlier.sum(),
         "outlier_ratio": ratio[outlier].sum(),
@@ -301,7 +301,8 @@ def _attention_sums(weights: Tensor, share: Tensor, far: Tensor, patches: slice,
         outlier: which patches are outliers, (B, N).
     """
     drawn = torch.einsum("bhqt,q->bht", weights, share.to(weights.dtype))
-    # Near queries are left out. Patches attend to their neighbours, and few have neighbours in the sample of queries.
+    # Queries near a patch are left out: patches attend to their neighbours, and the few that have neighbours in the
+    # sample would look hot.
     counted = share.unsqueeze(1) * far  # (n, N)
     column = torch.einsum("bqt,qt->bt", weights[..., patches].mean(1), counted.to(weights.dtype))
     column = column / counted.sum(0).clamp(min=TINY)  # (B, N)

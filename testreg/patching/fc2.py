@@ -1,4 +1,4 @@
-"""Where the neurons are moved: in front of an MLP's second linear (fc2), and in front of every hook on it."""
+"""Moves the register neurons in front of an MLP's second linear (fc2), before any hook on it sees the activation."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _wrapping = threading.Lock()
 
 @dataclass(eq=False)
 class MoveInFront(Override):
-    """The call of a second linear, its hooks included, which first moves the register neurons among its channels.
+    """Replaces the call of a second linear: it moves the register neurons, and then calls the linear with its hooks.
 
-    Hooks on the linear see the activation that it multiplies, with gradients and without. Where an adapter (LoRA, OFT)
-    wraps the linear later, the move goes in front of the wrapper, which then reads the same activation. Compilers may
-    call the linear's forward directly: `MoveCompiled` is there for them.
+    So hooks on the linear see the activation that it multiplies, whether gradients are computed or not. If an adapter
+    (LoRA, OFT) wraps the linear later, the move is put in front of the wrapper, so that the adapter reads the moved
+    activation too. Compilers may skip this call and run the linear's forward, where `MoveCompiled` moves the neurons.
     """
 
     method = "_call_impl"
@@ -40,9 +40,9 @@ class MoveInFront(Override):
     width: int | None
     """The number of input channels; None where it is not known."""
     is_fc2: bool
-    """Whether every forward calls it. Only some of the experts of a mixture are called."""
+    """Whether every forward calls the linear. This is False for experts of a mixture: a forward calls only some."""
     siblings: tuple[nn.Module, ...] = field(init=False)
-    """The other modules of its parent, whose hooks may keep the activation."""
+    """The other modules inside the linear's parent. A hook on one of them may have kept the activation."""
 
     def __post_init__(self, holder: nn.Module) -> None:
         super().__post_init__()
@@ -63,9 +63,9 @@ class MoveInFront(Override):
 
         Raises:
             RuntimeError: the linear was replaced, so that nothing calls it any more; or it was wrapped, and the model
-                is compiled before it has run once.
+                is compiled without having run since.
         """
-        # Not by getattr, which returns a copy in torch.export.
+        # During torch.export, getattr would return a copy of the linear.
         current: nn.Module = self.parent._modules[self.name]  # type: ignore[assignment]
         if current is self.module:
             return
@@ -136,7 +136,7 @@ class MoveInFront(Override):
         return shift(hidden, self.channels, self.owners, num_registers=patch.num_registers, **where, **largest)
 
     def _may_be_kept(self) -> bool:
-        """Whether a hook may have kept the activation, which must not be edited in place then."""
+        """Whether a hook may have kept the activation. If so, it must not be edited in place."""
         if torch.compiler.is_compiling():
             return False
         global_hooks = torch.nn.modules.module._global_forward_hooks
@@ -175,7 +175,7 @@ class MoveInFront(Override):
 
 @dataclass(eq=False)
 class MoveCompiled(Override):
-    """The forward of a second linear, which moves the neurons in compiled code: some compilers skip `_call_impl`."""
+    """Replaces the forward of a second linear: moves the neurons in compiled code, which may skip `_call_impl`."""
 
     move: MoveInFront
 

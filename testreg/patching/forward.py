@@ -6,10 +6,10 @@
 3. In front of the second MLP linear, before any hook on it, the register neurons are moved to the registers (`fc2`).
 4. The block hands on T tokens. They carry the registers as an attribute, a `Handoff`: no state is left on the module.
 5. Hooks of the block run. If one puts other tokens in the place of these, the registers are given to what it returns.
-6. Block i takes the registers that its tokens carry. That is what recomputation by gradient checkpointing (the tokens
-   it saved are the same tensor), other threads and interleaved forwards need.
-7. Tokens that carry nothing were put there between the blocks. They get the registers that block i-1 left in this
-   thread's forward, if their shape is the same. If they might belong to another forward, that is an error.
+6. Block i takes the registers that its tokens carry. So gradient checkpointing can recompute a block (the tokens that
+   it saved are the same tensor), and forwards can run in other threads or interleaved.
+7. Tokens that carry nothing were computed by code between the blocks. They get the registers that block i-1 left in
+   this thread's forward. It is an error if their shape is another, or if they might belong to another forward.
 8. The last block hands on tokens that carry nothing, and the forward is over.
 
 The state belongs to the thread (`running`), not to the model. Compiled code knows only what the tokens carry.
@@ -38,11 +38,11 @@ class Mode:
     """What a forward computes, from its first block to its last."""
 
     is_patched: bool = True
-    """Whether register neurons are moved, or silenced."""
+    """Whether the forward changes the activations of the register neurons: it moves them or silences them."""
     has_registers: bool = True
     """Whether the blocks see T+R tokens."""
     target: Tensor | None = None
-    """(B, h, w) or (1, h, w) bool, the patches that the neurons are moved to; None: they are not steered."""
+    """The patches that neurons are steered onto, a bool mask (B, h, w) or (1, h, w); None if they are not steered."""
 
 
 UNPATCHED = Mode(is_patched=False, has_registers=False)
@@ -59,17 +59,21 @@ class Forward:
     shape: tuple[int, ...] = ()
     """The shape of these tokens."""
     handoff: Callable[[], Handoff | None] = lambda: None
-    """Returns what these tokens carry: a weak reference, since the tokens and their autograd graph keep it alive."""
+    """A weak reference to what these tokens carry. It returns None once neither they nor their autograd graph keep that
+    alive."""
     kept: Tensor | None = None
-    """The registers (B, R, C) of the handoff, kept here if no autograd graph does."""
+    """The registers (B, R, C) of the handoff, if they need no gradient, so that no autograd graph keeps them alive."""
     is_over: bool = False
     is_certain: bool = True
-    """Whether tokens that carry nothing must belong to this forward. If an earlier one was left unfinished, they may
-    belong to that."""
+    """Whether tokens that carry nothing can only belong to this forward. It is False if an earlier forward was left
+    unfinished, say, since they may belong to that one."""
 
 
 class _Unsaved:
-    """A value for an attribute of a tensor; a saved or copied tensor has an empty set in its place."""
+    """A base class for objects that are attached to a tensor as an attribute.
+
+    When the tensor is saved or copied, an empty set takes the place of the object.
+    """
 
     def __reduce__(self) -> Any:
         return set, ()  # torch.load accepts a set with weights_only=True
@@ -79,14 +83,18 @@ class Handoff(_Unsaved):
     """What the tokens between two blocks carry: the forward they belong to, and its registers (B, R, C), if any.
 
     Without gradients, the T tokens of a single image are a view of the T+R tokens that the block made. Then they carry
-    this `sequence` too, which the next block takes as it is. Edits of the tokens in place are edits of the sequence.
+    these T+R tokens too, as `sequence`, and the next block takes them without a copy. Whoever edits the tokens in place
+    edits the sequence as well.
     """
 
     def __init__(self, forward: Forward, registers: Tensor | None, sequence: Tensor | None = None) -> None:
         self.forward, self.registers, self.sequence = forward, registers, sequence
 
     def take_sequence(self, tokens: Tensor, layout: Layout) -> Tensor | None:
-        """The T+R tokens, if `tokens` are still a view of them; once, so that kept tokens do not keep both alive."""
+        """Return the T+R tokens if `tokens` are still a view of them, else None.
+
+        The handoff lets go of them in either case, so that a copy of the tokens, if kept, does not keep them alive too.
+        """
         sequence, self.sequence = self.sequence, None
         if sequence is None or torch.is_grad_enabled() or not tokens.is_set_to(layout.tokens(sequence)):
             return None
@@ -94,7 +102,7 @@ class Handoff(_Unsaved):
 
 
 class StartMode(_Unsaved):
-    """What the tokens that enter block 0 carry: the mode of their forward, for gradient checkpointing."""
+    """The mode of a forward. Tokens that enter block 0 carry it, so that checkpointing recomputes the block in it."""
 
     def __init__(self, mode: Mode) -> None:
         self.mode = mode
@@ -109,15 +117,15 @@ class Call:
     argument: object
     """The tokens that the block was called with, before hooks have seen them."""
     outer: Call | None
-    """The call that this one is nested in: a hook of that block has started a forward."""
+    """The call during which this one was made, for instance by a hook that starts another forward; None if none."""
     before: Forward | None
-    """The forward of this thread that had not ended when the block was called."""
+    """The forward of this thread that was between two blocks when the block was called; None if there was none."""
     forward: Forward | None = None
     """The forward that the block is part of; None until its `forward` is entered."""
     tokens: Tensor | None = None
     """The tokens that it hands on, before hooks have seen them."""
     length: int = 0
-    """T+R, of all images if they are packed, while the block computes with registers; else 0."""
+    """The length T+R of the sequence that the block computes with, of all images if packed; 0 without registers."""
 
 
 @dataclass(eq=False)
@@ -126,7 +134,7 @@ class Hooked:
 
     module: object
     rejoin: Callable[[Any], Any]
-    """Puts the registers back: onto the module's input, and later onto its output."""
+    """Puts the registers back behind the tokens: of the module's input first, of its output after its forward."""
 
 
 @dataclass(eq=False)
@@ -137,7 +145,7 @@ class Recorder:
     recorded: list[Tensor] = field(default_factory=list)
     """The registers after each block."""
     forward: Forward | None = None
-    """The forward that they are of."""
+    """The forward that computes these registers."""
 
 
 class Running(threading.local):
@@ -150,20 +158,20 @@ class Running(threading.local):
     hooked: Hooked | None
     """The module whose hooks run, under `testreg.hooks_without_registers`."""
     moves: int
-    """How often the neurons in front of a second linear were moved in the current block."""
+    """The number of calls of a second linear in the current block that have moved neurons so far."""
     layout: Layout | None
     """The layout of the current block, if it is padded or packed."""
     recomputed: Layout | None
-    """The same, while gradient checkpointing recomputes the inside of a block without calling it (transformers 5)."""
+    """The layout of a block whose inside gradient checkpointing recomputes without calling it (transformers 5)."""
     compiled: tuple[object, int, tuple[int, ...], Tensor] | None
-    """What a compiled block with hooks has left, in case they replace its tokens: the patch, the index of the block,
-    the shape of the tokens, and the registers."""
+    """What a compiled block with hooks has handed on, in case the hooks replace its tokens: the patch, the index of the
+    block, the shape of the tokens, and the registers."""
     recorders: tuple[Recorder, ...]
     steered: tuple[tuple[object, Mode], ...]
     """The patch and the mode of each `testreg.steered` context that is open, the innermost last."""
 
     def __init__(self) -> None:
-        # Not as defaults of the class: compiled code would read these even after they were set on the instance.
+        # If these were defaults of the class, compiled code would still read them after the instance was given others.
         self.call = None
         self.forward = None
         self.hooked = None
@@ -179,7 +187,10 @@ running = Running()
 
 
 def can_share(sequence: Tensor) -> bool:
-    """Whether a block may hand on its T+R tokens as they are: in plain memory, and in no graph or trace."""
+    """Whether a block may hand on its T+R tokens without a copy.
+
+    They must be a plain tensor on a CPU or CUDA device, and be part of no autograd graph, trace or functorch transform.
+    """
     return (
         not torch.is_grad_enabled()
         and type(sequence) is Tensor
@@ -195,9 +206,9 @@ def is_recomputing() -> bool:
 
 
 def begin(patch: object, tokens: object, mode: Mode, before: Forward | None) -> Forward:
-    """Begin a forward with the tokens that enter block 0, in the mode for new forwards.
+    """Begin a forward in this mode, with the tokens that enter block 0.
 
-    If gradient checkpointing recomputes block 0, the mode is the one that the tokens had when it first ran.
+    If gradient checkpointing recomputes block 0, the forward has the mode in which the block first ran instead.
     """
     if isinstance(tokens, Tensor):
         if is_recomputing():
@@ -217,7 +228,7 @@ def begin(patch: object, tokens: object, mode: Mode, before: Forward | None) -> 
 def hand_on(
     tokens: Tensor, forward: Forward, index: int, registers: Tensor | None, sequence: Tensor | None = None
 ) -> None:
-    """Let tokens that a block hands on carry the registers, or the whole sequence, to the next block."""
+    """Attach the registers, and the whole sequence if it is shared, to the tokens that a block hands on to the next."""
     handoff = Handoff(forward, registers, sequence)
     setattr(tokens, CARRIED, handoff)
     forward.index, forward.shape, forward.handoff = index, tuple(tokens.shape), weakref.ref(handoff)
@@ -226,7 +237,7 @@ def hand_on(
         forward.kept = registers
     elif tokens.grad_fn is not None:
         metadata: Any = tokens.grad_fn.metadata
-        metadata[CARRIED] = handoff  # kept alive while the graph of the tokens is, even if they are replaced
+        metadata[CARRIED] = handoff  # the tokens' graph keeps it alive, even if they are replaced
 
 
 def carried(tokens: object, patch: object) -> Handoff | None:
@@ -236,7 +247,7 @@ def carried(tokens: object, patch: object) -> Handoff | None:
 
 
 def has_no_registers(tensor: Tensor) -> bool:
-    """Whether a tensor is of T tokens: a block has handed it on, or a hook that sees no registers is running."""
+    """Whether a tensor has no registers: a block has handed it on, or hooks are running that see no registers."""
     return getattr(tensor, CARRIED, None) is not None or running.hooked is not None
 
 
@@ -244,13 +255,15 @@ def find_forward(tokens: Tensor, call: Call, index: int) -> tuple[Forward, Tenso
     """Find the forward that the tokens at a block belong to, and their registers; None if that is not certain.
 
     Raises:
-        RuntimeError: the tokens have another shape than those that they replace.
+        RuntimeError: the tokens have another shape than those that they replace, or re-entrant gradient checkpointing
+            has dropped the gradient of the registers.
     """
     own, before = carried(call.argument, call.patch), call.before
     waiting = None
     if before is not None and before.patch is call.patch and before.index == index - 1:
         waiting = before if is_recomputing() or not before.is_over else None
-    # Tokens of a forward that is over were kept by somebody, who now puts them into the forward that is waiting.
+    # Tokens belong to the forward that they carry. But if that one is over while another waits for this block, somebody
+    # has kept the tokens, and now puts them into the waiting forward.
     if own is not None and (waiting is None or not own.forward.is_over or is_recomputing()):
         forward, registers = own.forward, own.registers
     elif waiting is not None and waiting.is_certain:
@@ -276,7 +289,7 @@ def find_forward(tokens: Tensor, call: Call, index: int) -> tuple[Forward, Tenso
 
 
 def carry_through_hooks(out: Any, call: Call) -> Any:
-    """Let the tokens that a block's hooks return carry the registers, if they have replaced those of the block."""
+    """Attach the registers to the tokens that hooks return, if the hooks have replaced the tokens of the block."""
     tokens, forward = first_of(out), call.forward
     if call.tokens is None or tokens is call.tokens or not isinstance(tokens, Tensor) or forward is None:
         return out
@@ -292,14 +305,14 @@ def carry_through_hooks(out: Any, call: Call) -> Any:
 
 
 def registers_for(tokens: Tensor, registers: Tensor | None) -> Tensor | None:
-    """The registers on the device, in the dtype and with the gradient of the tokens that they now belong to."""
+    """The registers on the device and in the dtype of their new tokens; detached if these tokens need no gradient."""
     if registers is None:
         return None
     return (registers if tokens.requires_grad else registers.detach()).to(tokens.device, tokens.dtype)
 
 
 def check_shape(tokens: Tensor, handed_on: tuple[int, ...], index: int) -> None:
-    """Raise RuntimeError unless tokens that replace others have their shape."""
+    """Raise RuntimeError if the tokens at a block have another shape than those that the block before handed on."""
     if tuple(tokens.shape) != tuple(handed_on):
         raise RuntimeError(
             f"the register did not arrive at block {index}: block {index - 1} handed on tokens {tuple(handed_on)}, and "
@@ -341,7 +354,7 @@ def running_with_layout(layout: Layout) -> Iterator[None]:
 
 
 def record(patch: object, registers: Tensor, index: int) -> None:
-    """Give a block's registers to the recorders of this thread that record the forward which it is part of."""
+    """Store the registers of block `index` in the recorders of this thread that record the current forward."""
     for recorder in running.recorders:
         if recorder.patch is patch and (running.call is None or recorder.forward is running.call.forward):
             recorder.recorded[index : index + 1] = [registers]
