@@ -10,7 +10,6 @@ Shapes: L blocks, B images, T tokens, N patches, C width.
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -417,15 +416,10 @@ class _Reader:
         ):
             yield
 
-    @functools.cached_property
-    def region(self) -> slice:
-        """Where the patches are among the tokens."""
-        return self.tower.patches(self.images)
-
     def figures(self, classes: Tensor | None) -> Figures:
         patches = torch.stack(self.patches, 1)
         hottest = patches.new_zeros(len(self.images)) if self.hottest is None else self.hottest
-        return Figures(patches, hottest, self.tokens[:, : self.region.stop].float(), classes)
+        return Figures(patches, hottest, self.tokens[:, : self.attention.patches.stop].float(), classes)
 
     def _before(self, index: int, tokens: Tensor) -> None:
         self.drawn = []
@@ -434,21 +428,21 @@ class _Reader:
     def _after(self, index: int, tokens: Tensor) -> None:
         self.attention.end()
         self.tokens = self.tower.arranged(tokens.detach(), self.images)
-        norms = self.tokens.float().norm(dim=-1)  # (B, T)
-        here = self.tokens[:, self.region].float()
-        cosine = neighbour_cosine(here, norms[:, self.region], self.tower.grid(self.images))
+        norms, where = self.tokens.float().norm(dim=-1), self.attention.patches  # (B, T)
+        cosine = neighbour_cosine(self.tokens[:, where].float(), norms[:, where], self.tower.grid(self.images))
         drawn = torch.stack(self.drawn).mean(0) if self.drawn else torch.zeros_like(cosine)
         self.norms_of_tokens.append(norms)
-        self.patches.append(torch.stack([norms[:, self.region], cosine, drawn]))
+        self.patches.append(torch.stack([norms[:, where], cosine, drawn]))
 
     def _see(self, block: int, weights: Tensor, queries: Tensor, share: Tensor, values: Tensor | None) -> None:
         """Read off the attention (B, heads, n, T) that a sample of the tokens gives to all tokens in a block."""
-        given = weights[..., self.region].mean(1)  # (B, n, N)
+        where = self.attention.patches
+        given = weights[..., where].mean(1)  # (B, n, N)
         with autocast_off(weights.device):
             self.drawn.append(torch.einsum("bqn,q->bn", given, share.to(given)))
         if block == self.tower.depth - 1:
-            is_patch = (queries >= self.region.start) & (queries < self.region.stop)
-            row = given[:, 0] if self.region.start else given[:, is_patch].mean(1)  # (B, N)
+            is_patch = (queries >= where.start) & (queries < where.stop)
+            row = given[:, 0] if where.start else given[:, is_patch].mean(1)  # (B, N)
             self.hottest = row.amax(-1) / row.sum(-1).clamp(min=1e-12)
 
 

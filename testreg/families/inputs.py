@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PIXELS = ("pixel_values", "pixel_values_videos")
+PIXELS = ("pixel_values", "pixel_values_videos")  # under these a processor returns them
 
 
 def pixels_of(inputs: Mapping[str, Any]) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from testreg.files import regular_file
 from testreg.io.decoding import FORMATS, decoded
 from testreg.io.names import CLIP_KINDS
-from testreg.io.sources import image_paths, is_named_as_image
+from testreg.io.sources import image_paths, is_named_as_image, listed_paths
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,11 +32,7 @@ def clip_paths(clips: str) -> list[Path]:
     if clips.startswith("hf-dataset:") or clips.endswith(".tar"):
         raise ValueError(f"clips are not read from {clips}: give {CLIP_KINDS}")
     if folder.suffix.lower() == ".txt" and not folder.is_dir():
-        lines = [line.strip() for line in folder.read_text(encoding="utf-8").splitlines()]
-        found = [folder.parent / line for line in lines if line and not line.startswith("#")]
-        if missing := [path for path in found if not path.exists()]:
-            raise FileNotFoundError(f"{folder}: there is no {missing[0]}")
-        return found
+        return listed_paths(folder, Path.exists)
     paths = image_paths(folder)
     animations = [path for path in paths if path.suffix.lower() in ANIMATIONS and is_animation(path)]
     frames = [path for path in paths if path not in set(animations)]

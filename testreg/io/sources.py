@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from testreg.families import Tower
+from testreg.families.inputs import PIXELS
 from testreg.files import regular_file
 from testreg.io.decoding import is_pil
 from testreg.io.names import KINDS
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
-PIXELS = ("pixel_values", "pixel_values_videos")  # of what transformers' processors return
 COLUMNS = (
     *PIXELS,
     "image",
@@ -67,7 +67,7 @@ def image_paths(images: str | os.PathLike[str]) -> list[Path]:
         FileNotFoundError, ValueError: no such folder or file, no image in it, or the list names a missing file.
     """
     if Path(images).suffix.lower() == ".txt" and not Path(images).is_dir():
-        return _listed_paths(Path(images))
+        return listed_paths(Path(images), Path.is_file)
     if is_named_as_image(images) and not Path(images).is_dir():
         return [regular_file(images)]
     if Path(images).is_file():
@@ -87,14 +87,19 @@ def is_named_as_image(path: str | os.PathLike[str]) -> bool:
     return Path(path).suffix.lower() in EXTENSIONS
 
 
-def _listed_paths(file: Path) -> list[Path]:
+def listed_paths(file: Path, exists: Callable[[Path], bool]) -> list[Path]:
+    """The paths in a list (.txt), one a line, relative to its folder; blank lines and those with a # do not count.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no list, nothing in it, or a path does not exist.
+    """
     if not file.is_file():
         raise FileNotFoundError(f"no list of images at {file}")
     lines = [(i, line.strip()) for i, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1)]
     paths = {i: file.parent / line for i, line in lines if line and not line.startswith("#")}
     if not paths:
         raise ValueError(f"{file} lists no images: write one path a line")
-    missing = [i for i, path in paths.items() if not path.is_file()]
+    missing = [i for i, path in paths.items() if not exists(path)]
     if missing:
         raise FileNotFoundError(
             f"{file}, line {missing[0]}: there is no file {paths[missing[0]]}"

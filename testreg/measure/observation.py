@@ -116,7 +116,7 @@ def _add_batch(
         sums.excess += torch.einsum("dbn,pbn->dp", outlier, ratios - 1).cpu().double()
     counts = {"events": outlier.sum(1), "embedding": ratios[0].sum(0), "images": torch.tensor(len(images))}
     add(sums.positions[batch.grid], counts)
-    return torch.stack(batch.norms, 1)
+    return torch.stack(batch.norms[2::2], 1)
 
 
 class _BatchObserver:
@@ -133,7 +133,7 @@ class _BatchObserver:
         self.sums, self.tower, self.images, self.rule, self.ignored = sums, tower, images, rule, ignored
         self.ratios: list[Any] = []  # (B, N) of each hook point passed, or None where it cannot be observed
         self.outlier: list[Any] = []  # masks of the same shape
-        self.norms: list[Tensor] = []  # (B, T) after each block
+        self.norms: list[Any] = []  # (B, T) of all tokens, likewise
         self.block_input: Tensor | None = None  # (B, T, C), of the current block
         self.residual_sum = _ResidualSum()
         self.attention = SampledAttention(tower, images, self._add_attention)
@@ -142,10 +142,6 @@ class _BatchObserver:
     def grid(self) -> Grid:
         """The grid of patches. It is computed when a block runs: a tower that takes no images has failed by then."""
         return self.tower.grid(self.images)
-
-    @functools.cached_property
-    def patches(self) -> slice:
-        return self.tower.patches(self.images)
 
     @contextmanager
     def observing(self, attention: bool) -> Iterator[None]:
@@ -173,7 +169,6 @@ class _BatchObserver:
         assert self.block_input is not None
         stream_before_mlp = self.residual_sum.stream_before_mlp(self.tower, self.images, self.block_input, tokens)
         self.residual_sum.clear()  # it must not follow what is computed here
-        self.norms.append(tokens.float().norm(dim=-1))
         self._measure(stream_before_mlp)
         self._measure(tokens)
 
@@ -181,24 +176,26 @@ class _BatchObserver:
         self, block: int, weights: Tensor, queries: Tensor, share: Tensor, values: Tensor | None
     ) -> None:
         """Add the attention (B, heads, n, T) from a sample of the tokens of a block; values are (B, heads, T, D)."""
-        far = from_afar(queries, self.grid, self.tower.num_prefix)
+        far, where = from_afar(queries, self.grid, self.tower.num_prefix), self.attention.patches
         with autocast_off(weights.device):
-            more = _attention_sums(weights, share, far, self.patches, self.outlier[-1])
+            more = _attention_sums(weights, share, far, where, self.outlier[-1])
             if values is not None and self.outlier[-1].any():
-                shown = weights[..., self.patches], values[:, :, self.patches].to(weights.dtype)
+                shown = weights[..., where], values[:, :, where].to(weights.dtype)
                 more |= _value_sums(*shown, self.outlier[-1], share)
         add(self.sums.attention[block], more)
 
     def _measure(self, tokens: Tensor | None) -> None:
         """Add the figures of the tokens (B, T, C) at the next hook point; `tokens` is None if it cannot be observed."""
-        ratio = outlier = None
+        norms = ratio = outlier = None
         if tokens is not None:
-            prefix, patches = tokens[:, : self.tower.num_prefix].float(), tokens[:, self.patches].float()
+            where = self.attention.patches
+            norms, patches = tokens.float().norm(dim=-1), tokens[:, where].float()
             counted = ~ignored_patches(self.ignored, self.grid).to(patches.device)
-            norms = patches.norm(dim=-1)  # (B, N)
-            check_finite(norms, self.images)
-            more, ratio, outlier = _residual_sums(prefix, patches, norms, self.grid, self.rule, counted)
+            check_finite(norms[:, where], self.images)
+            prefix_norms = norms[:, : self.tower.num_prefix]
+            more, ratio, outlier = _residual_sums(prefix_norms, patches, norms[:, where], self.grid, self.rule, counted)
             add(self.sums.hook_points[len(self.ratios)], more)
+        self.norms.append(norms)
         self.ratios.append(ratio)
         self.outlier.append(outlier)
 
@@ -257,11 +254,12 @@ class _ResidualSum(TorchFunctionMode):
 
 
 def _residual_sums(
-    prefix: Tensor, patches: Tensor, norms: Tensor, grid: Grid, rule: OutlierRule, counted: Tensor
+    prefix_norms: Tensor, patches: Tensor, norms: Tensor, grid: Grid, rule: OutlierRule, counted: Tensor
 ) -> tuple[Sums, Tensor, Tensor]:
-    """Figures of the prefix tokens (B, P, C) and the patches (B, N, C) at one hook point, summed over a batch.
+    """Figures of the prefix tokens and the patches (B, N, C) at one hook point, summed over a batch.
 
-    `norms` (B, N) are those of the patches. Only patches that are `counted` (N,) may be outliers.
+    `prefix_norms` (B, P) are those of the prefix tokens, and `norms` (B, N) those of the patches. Only patches that are
+    `counted` (N,) may be outliers.
 
     Returns:
         The sums; the norm of each patch (B, N) over the median norm of its image; which patches (B, N) are outliers.
@@ -286,7 +284,7 @@ def _residual_sums(
         "normal_cosine": cosine[~outlier].sum(),
         "channels": at_outliers.sum(0),
         "channel_energy": at_outliers.square().sum(0),
-        "prefix": (prefix.norm(dim=-1) / median).sum(0),
+        "prefix": (prefix_norms / median).sum(0),
     }
     return sums, ratio, outlier
 

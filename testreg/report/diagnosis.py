@@ -6,7 +6,6 @@ import math
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -173,10 +172,14 @@ def _norm_lines(diagnosis: Diagnosis) -> list[Line]:
     largest, median = _norms(diagnosis)
     after = [block.after_mlp for block in diagnosis.blocks]
     prefix = [
-        Line([each.prefix_ratio[token] * each.median_norm for each in after], THIRD, kind="prefix")
+        Line(
+            [each.prefix_ratio[token] * each.median_norm for each in after],
+            THIRD,
+            "prefix tokens" if token == 0 else None,
+            "prefix",
+        )
         for token in range(len(after[0].prefix_ratio))
     ]
-    prefix[:1] = [replace(each, label="prefix tokens") for each in prefix[:1]]
     return [Line(largest, BEFORE, "largest patch"), Line(median, BEFORE, "median patch", "median"), *prefix]
 
 
