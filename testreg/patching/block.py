@@ -158,7 +158,7 @@ class RegisterBlock(Override):
 
     def _run_with_moves(self, sequence: Tensor, arguments: dict[str, Any], layout: Layout) -> Any:
         """Run the block's own forward, in which the neurons are moved; raise RuntimeError if they were not."""
-        if is_exporting():
+        if self.num_moves == 0 or is_exporting():
             return self._run_with_layout(sequence, arguments, layout)
         outer, running.moves = running.moves, 0
         try:
@@ -189,7 +189,7 @@ class RegisterBlock(Override):
             self._check_length(sequence, entered)
             registers = layout.registers(sequence)
             if running.recorders:
-                record(self.patch, registers, self.index)
+                record(self.patch, registers.clone(), self.index)
             out = _each(out, lambda each: layout.tokens(each).contiguous() if each.shape == entered.shape else each)
             is_shared = not torch.compiler.is_compiling() and layout.lengths is None and can_share(sequence)
         tokens = first_of(out)

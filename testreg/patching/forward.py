@@ -96,9 +96,9 @@ class Handoff(_Unsaved):
         The handoff lets go of them in either case, so that a copy of the tokens, if kept, does not keep them alive too.
         """
         sequence, self.sequence = self.sequence, None
-        if sequence is None or torch.is_grad_enabled() or not tokens.is_set_to(layout.tokens(sequence)):
+        if sequence is None or torch.is_grad_enabled() or tokens.data_ptr() != sequence.data_ptr():
             return None
-        return sequence
+        return sequence if tokens.shape[layout.dim] + layout.num_registers == sequence.shape[layout.dim] else None
 
 
 class StartMode(_Unsaved):

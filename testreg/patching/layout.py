@@ -84,7 +84,11 @@ class Layout:
         return torch.cat(list(images), 1).view(sequence.shape)
 
     def registers(self, sequence: Tensor) -> Tensor:
-        """The registers (B, R, C)."""
+        """The registers (B, R, C): a view if the sequence holds one image that is no packed one, else a copy."""
+        if self.lengths is None:
+            dim = self.dim
+            own = sequence.narrow(dim, sequence.shape[dim] - self.num_registers, self.num_registers)
+            return self.batch_first(own).contiguous()
         return torch.cat([image[:, -self.num_registers :] for image in self.images(sequence)])
 
     def _packed(self, sequence: Tensor) -> Sequence[Tensor]:
