@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from testreg.families import find_tower
 from testreg.neurons import AnyNeurons, RegisterNeurons, resolve
+from testreg.neurons.notices import log_bundled, warn_of_activation, warn_of_other_weights, warn_of_unverified
 from testreg.patching.forward import recording
 from testreg.patching.moves import MaxOver, Zero
 from testreg.patching.moves import shift as shift
-from testreg.patching.notices import log_bundled, warn_of_activation, warn_of_other_weights, warn_of_unverified
 from testreg.patching.placement import parts
 from testreg.patching.state import Patch, check_options, find_patch, patch_of
 from testreg.patching.steering import check_target

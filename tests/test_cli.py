@@ -36,7 +36,7 @@ from testreg.cli.invocation import Invocation
 from testreg.cli.show import _box, _target
 from testreg.io.rows import Writer
 from testreg.measure.score import Score
-from testreg.patching.notices import warn_of_unverified
+from testreg.neurons.notices import warn_of_unverified
 from testreg.records.calibration import Effect
 from testreg.report import map_figures
 

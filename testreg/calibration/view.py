@@ -13,7 +13,7 @@ from testreg.calibration.options import Options
 from testreg.families import Tower, compare_weights, find_tower, fingerprint
 from testreg.io.images import Images, ImageStream
 from testreg.io.preprocessing import OwnTransform
-from testreg.patching.notices import warn_of_activation
+from testreg.neurons.notices import warn_of_activation
 from testreg.register import is_patched
 
 

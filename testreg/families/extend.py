@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from testreg.families.family import L, Layout
+from testreg.families.layout import Layout
 
 
 def extend_rope(rotations: tuple[Tensor, Tensor], layout: Layout) -> tuple[Tensor, Tensor]:
@@ -36,7 +36,7 @@ MASKS = {"attention_mask": extend_transformers_mask, "attn_mask": extend_token_m
 """Arguments of blocks that are masks on attention in all families."""
 
 
-def padded(tower: Any, plain: L, arguments: Mapping[str, Any]) -> L:
+def padded(tower: Any, plain: Layout, arguments: Mapping[str, Any]) -> Layout:
     """The layout of a padded batch: tokens that the mask hides from everyone are padding."""
     if (mask := arguments.get("attention_mask")) is not None and _is_flat(mask):
         return plain.replace(valid=plain.extend(mask.bool(), -1, True))
@@ -60,7 +60,7 @@ def extend_cu_seqlens(ends: Tensor, layout: Layout) -> Tensor:
     return ends + layout.num_registers * torch.arange(len(ends), device=ends.device, dtype=ends.dtype)
 
 
-def packed(tower: Any, plain: L, arguments: Mapping[str, Any]) -> L:
+def packed(tower: Any, plain: Layout, arguments: Mapping[str, Any]) -> Layout:
     """The layout of packed images, if the arguments tell the block where each image ends."""
     ends = arguments.get("cu_seqlens")
     return plain if ends is None else plain.replace(lengths=ends.diff().tolist())

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, Self, TypeVar
+from typing import Any, Literal
 
 from torch import Tensor
 
 from testreg.families.inputs import separate_images
+from testreg.families.layout import Layout
 
 Paths = str | tuple[str, ...]
 """Dotted attribute names; of several candidates the first that exists is used."""
@@ -19,34 +20,8 @@ STAGES = "patches are merged between stages, so that there is no sequence on whi
 """Why it does not fit Swin and its kin."""
 
 
-class Layout(Protocol):
-    """What a row is told of where the tokens of a forward lie, and where the registers go among them."""
-
-    @property
-    def num_registers(self) -> int: ...
-
-    def extend(self, rows: Tensor, dim: int, value: float | Tensor) -> Tensor:
-        """`rows` of the tokens along `dim`, with rows of `value` for the registers."""
-
-    def extend_mask(self, mask: Any) -> Any:
-        """A mask on attention, in which everyone sees the registers."""
-
-    def validity(self, mask: Any) -> Tensor:
-        """Which tokens (B, T+R) a mask on attention shows to anyone: the others are padding."""
-
-    def replace(
-        self, *, lengths: list[int] | None = None, valid: Tensor | None = None, patches: Tensor | None = None
-    ) -> Self:
-        """A copy with other `lengths` of packed images, other `valid` tokens (no padding), or other `patches`."""
-
-
-L = TypeVar("L", bound=Layout)
-
-
-class FindLayout(Protocol):
-    """Gives the layout of the tokens, from the tower, the layout of a plain batch, and the arguments of a block."""
-
-    def __call__(self, tower: Any, plain: L, arguments: Mapping[str, Any], /) -> L: ...
+FindLayout = Callable[[Any, Layout, Mapping[str, Any]], Layout]
+"""Finds the layout of a block's tokens from the tower, the layout of a plain batch, and the block's other arguments."""
 
 
 def run_plainly(tower: Any, images: Tensor) -> Any:

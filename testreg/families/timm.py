@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from testreg.families.extend import extend_bias, extend_rope
-from testreg.families.family import STAGES, WINDOWS, Family, Layout
+from testreg.families.family import STAGES, WINDOWS, Family
+from testreg.families.layout import Layout
 from testreg.families.tower import convolved
 
 

@@ -18,8 +18,9 @@ from testreg.families.extend import (
     packed,
     unchanged,
 )
-from testreg.families.family import STAGES, WINDOWS, L, Layout, run_plainly
+from testreg.families.family import STAGES, WINDOWS, run_plainly
 from testreg.families.inputs import merged_order, pack_patches, separate_packed_patches, separate_sizes
+from testreg.families.layout import Layout
 from testreg.families.transformers import BLIP, CLIP, SIGLIP, VIT
 
 
@@ -33,14 +34,14 @@ def _placeless(positions: Tensor, layout: Layout) -> Tensor:
     return layout.extend(positions, -2, 0)
 
 
-def _cls_behind(tower: Any, plain: L, arguments: Mapping[str, Any]) -> L:
+def _cls_behind(tower: Any, plain: Layout, arguments: Mapping[str, Any]) -> Layout:
     """Llama 4 has its CLS token behind the patches."""
     num_tokens = len(arguments["freqs_ci"])
     token = torch.arange(num_tokens + plain.num_registers, device=arguments["freqs_ci"].device)
     return plain.replace(patches=(token < num_tokens - 1).unsqueeze(0))
 
 
-def _tiles(tower: Any, plain: L, arguments: Mapping[str, Any]) -> L:
+def _tiles(tower: Any, plain: Layout, arguments: Mapping[str, Any]) -> Layout:
     """Mllama lays the tiles of a picture side by side: each a CLS token, its patches, and padding.
 
     The mask hides padding from padding only; patches do see it.
@@ -56,7 +57,7 @@ def _tiles(tower: Any, plain: L, arguments: Mapping[str, Any]) -> L:
     )
 
 
-def _masked_apart(tower: Any, plain: L, arguments: Mapping[str, Any]) -> L:
+def _masked_apart(tower: Any, plain: Layout, arguments: Mapping[str, Any]) -> Layout:
     """Pixtral packs images with a mask (1, 1, S, S) that keeps them apart; flash attention gets their ends instead."""
     if (ends := arguments.get("cu_seq_lens_q")) is not None:
         return plain.replace(lengths=ends.diff().tolist())

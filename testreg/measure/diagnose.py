@@ -15,7 +15,7 @@ from testreg.measure.conclusion import conclude
 from testreg.measure.diagnosis import Diagnosis
 from testreg.measure.observation import observe
 from testreg.measure.outliers import OutlierRule, Position
-from testreg.patching.notices import warn_of_activation
+from testreg.neurons.notices import warn_of_activation
 
 
 def diagnose(

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from testreg.families import Tower, find_tower
+from testreg.families.layout import Layout
 from testreg.io.images import Images, ImageStream
 from testreg.io.preprocessing import OwnTransform, Transform
 from testreg.io.sources import images_in, named_source, single_images, undecoded
 from testreg.measure.attention import Query, To, attention_to_patches, pooling, rolled_out
 from testreg.measure.hooks import recorded_tokens
 from testreg.patching.forward import has_no_registers
-from testreg.patching.layout import Layout
 from testreg.patching.state import find_patch
 
 

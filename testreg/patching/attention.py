@@ -11,8 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 from testreg.families.extend import extend_bias
 from testreg.families.kernels import returns_weights
+from testreg.families.layout import Layout
 from testreg.patching.forward import layout_now, running
-from testreg.patching.layout import Layout
 from testreg.patching.override import Override
 from testreg.patching.state import Patch
 

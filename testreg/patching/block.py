@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from testreg.families import Tower
 from testreg.families.extend import MASKS, padded
+from testreg.families.layout import Layout
 from testreg.patching.attention import carry_layout
 from testreg.patching.fc2 import MoveInFront, not_moved, replaced_forward
 from testreg.patching.forward import (
@@ -35,7 +36,6 @@ from testreg.patching.forward import (
     with_first,
 )
 from testreg.patching.index import is_exporting
-from testreg.patching.layout import Layout
 from testreg.patching.override import Override
 from testreg.patching.state import Patch
 from testreg.patching.static_parts import STATE

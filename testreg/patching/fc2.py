@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from testreg.families.layout import Layout
 from testreg.patching.forward import Mode, is_recomputing, layout_now, running
 from testreg.patching.index import is_exporting
-from testreg.patching.layout import Layout
 from testreg.patching.moves import shift, silence, steer
 from testreg.patching.override import Override
 from testreg.patching.state import Patch

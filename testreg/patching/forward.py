@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from testreg.patching.layout import Layout
+from testreg.families.layout import Layout
 
 CARRIED = "_testreg_carried"  # attribute of the tokens between two blocks: a `Handoff`, or registers if compiled
 _START = "_testreg_start"  # attribute of the tokens that enter block 0: a `StartMode`

@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from testreg.families.layout import Layout
 from testreg.patching.block import RegisterBlock
 from testreg.patching.fc2 import MoveInFront
 from testreg.patching.forward import Hooked, layout_now, running
-from testreg.patching.layout import Layout
 from testreg.patching.override import Override
 from testreg.patching.state import Patch, patch_of
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from testreg.families import Block, Tower
+from testreg.families.layout import Layout
 from testreg.patching.attention import AttentionWeights, PositionBias
 from testreg.patching.block import BlockCall, RegisterBlock
 from testreg.patching.fc2 import MoveInFront
-from testreg.patching.layout import Layout
 from testreg.patching.override import Part
 from testreg.patching.state import Patch
 from testreg.patching.static_parts import static_parts

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from testreg.files import shown
 from testreg.neurons import MAX_REGISTERS, RegisterNeurons
+from testreg.neurons.notices import VerifiedUse
 from testreg.patching.forward import UNPATCHED, Mode, is_recomputing, running
 from testreg.patching.moves import MaxOver, Zero
-from testreg.patching.notices import VerifiedUse
 from testreg.patching.override import REFUSALS, Part
 from testreg.static import StaticRegisters
 

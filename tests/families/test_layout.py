@@ -31,8 +31,8 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask, fl
 import testreg
 from testreg.families import FAMILIES, MASKS, Family, find_tower
 from testreg.families.extend import padded
+from testreg.families.layout import Layout
 from testreg.measure.outliers import token_norms
-from testreg.patching.layout import Layout
 from testreg.register import shift
 
 NEURONS = {0: [3, 17, 21, 28, 9, 30], 1: [5, 14, 20, 2, 31, 11], 2: [1, 8]}  # many, so that padding is loudest for some
