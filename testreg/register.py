@@ -31,6 +31,7 @@ from testreg.patching.moves import shift as shift
 from testreg.patching.placement import parts
 from testreg.patching.state import Patch, check_options, find_patch, patch_of
 from testreg.patching.steering import check_target
+from testreg.records.record import Start
 from testreg.static import AnyStatic, resolve_static
 
 M = TypeVar("M", bound=nn.Module)
@@ -45,6 +46,7 @@ def patch(
     split_neurons: bool = False,
     max_over: MaxOver = "neuron",
     zero: Zero = "patches",
+    start: Start | None = None,
     static: AnyStatic = None,
     target: Tensor | None = None,
 ) -> M:
@@ -64,6 +66,8 @@ def patch(
         split_neurons: share the neurons out among the registers by rank (paper A.5), so that each holds some of them.
         max_over: "neuron" moves the largest value of each neuron (paper), "layer" one for the block (released code).
         zero: where the moved neurons are zero: on "patches" (released code), or on "all" tokens, CLS included (paper).
+        start: what registers hold when they enter block 0: "zeros" (paper), or the "mean" of their image's patches;
+            None takes what the list recommends.
         static: constants that replace the states of the registers, from `testreg.make_static`, or their file's path.
         target: a mask of patches that take the register's place in every forward, as in `testreg.steered`.
 
@@ -76,7 +80,7 @@ def patch(
         TypeError, ValueError: the model or an argument does not fit. Nothing has been changed then.
         RuntimeError: the model is patched already.
     """
-    check_options(num_registers, max_over, zero)
+    check_options(num_registers, max_over, zero, start)
     if target is not None:
         check_target(target)
     tower = find_tower(model)
@@ -98,7 +102,16 @@ def patch(
     warn_of_activation(model, tower, chosen)
     warn_of_unverified(chosen)
     state = Patch(
-        tower.module, chosen, num_registers, split_neurons, max_over, zero, tower.num_prefix, target, constant
+        tower.module,
+        chosen,
+        num_registers,
+        split_neurons,
+        max_over,
+        zero,
+        start or chosen.start,
+        tower.num_prefix,
+        target,
+        constant,
     )
     state.install(parts(tower, state))
     if neurons is None and constant is None:

@@ -997,7 +997,7 @@ def test_a_verified_list_on_the_meta_device() -> None:
 
 
 def test_patch_of_tells_neurons_and_options() -> None:
-    options = {"num_registers": 2, "split_neurons": True, "max_over": "layer", "zero": "all"}
+    options = {"num_registers": 2, "split_neurons": True, "max_over": "layer", "zero": "all", "start": "mean"}
     state = patch_of(nn.Sequential(patch(build("timm_vit"), NEURONS, **options)))
     assert state.options == options
     assert [neuron[:2] for neuron in state.neurons.ranking] == list(RANKING)
@@ -1012,9 +1012,34 @@ def test_the_list_says_how_many_registers() -> None:
         "split_neurons": False,
         "max_over": "neuron",
         "zero": "patches",
+        "start": "zeros",
     }
     assert ours(inputs).equal(patch(build("timm_vit"), NEURONS, num_registers=3)(inputs))
     assert patch_of(patch(build("timm_vit"), recommended, num_registers=1)).num_registers == 1
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+@torch.no_grad()
+def test_registers_start_as_zeros_or_as_the_mean_patch(family: str) -> None:
+    model, entered = build(family), []
+    tower = testreg.families.find_tower(model)
+    batch_first = lambda tokens: tokens.transpose(0, 1) if tower.sequence_first else tokens
+    record = lambda module, args: entered.append(batch_first(args[0]).clone())
+    with tower.blocks[0].module.register_forward_pre_hook(record):
+        run(model, images())
+    norm = next(module for module in tower.blocks[0].module.children() if isinstance(module, nn.LayerNorm))
+    for start in ("zeros", "mean"):
+        recommended = dataclasses.replace(NEURONS, num_registers=2, start=start)
+        with testreg.patched(model, recommended), norm.register_forward_pre_hook(record):
+            run(model, images())
+        zeros = torch.zeros(1, 1, 48) if tower.entry_norm is None else tower.entry_norm(torch.zeros(1, 1, 48))
+        expected = zeros if start == "zeros" else entered[0][:, tower.num_prefix :].mean(1, keepdim=True)
+        torch.testing.assert_close(entered[-1][:, -2:], expected.expand(2, 2, 48))
+        torch.testing.assert_close(entered[-1][:, :-2], entered[0])
+    with testreg.patched(model, recommended, start="zeros"):
+        assert patch_of(model).start == "zeros"
+    with pytest.raises(ValueError, match="start must be 'zeros' or 'mean', got 'ones'"):
+        patch(model, NEURONS, start="ones")
 
 
 def test_copies_of_a_register_weigh_as_its_logarithm_on_the_logit() -> None:

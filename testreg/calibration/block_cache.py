@@ -18,9 +18,11 @@ from torch import Tensor
 from testreg.families import Tower
 from testreg.neurons import Neuron
 from testreg.patching.override import Override
+from testreg.records.record import Start
 
-Key = tuple[int, int, frozenset[tuple[int, int]]]
-"""What the input of a block depends on: the block, the number of registers, and the neurons moved in earlier blocks."""
+Key = tuple[int, tuple[int, Start], frozenset[tuple[int, int]]]
+"""What the input of a block depends on: the block, the number of registers, what they hold at
+first, and the neurons moved in earlier blocks."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +61,17 @@ class BlockCache:
         """Inputs that the current forward has computed, by block."""
 
     @contextmanager
-    def reused(self, neurons: Sequence[Neuron], num_registers: int) -> Iterator[None]:
-        """Within the context, blocks whose output is kept are not run; the model must be patched with these neurons.
+    def reused(self, neurons: Sequence[Neuron], registers: tuple[int, Start]) -> Iterator[None]:
+        """Within the context, blocks whose output is kept are not run.
+
+        The model must be patched with these neurons, and with this number of registers that start like this.
 
         Call `begin` before each forward and `finish` after it.
         """
         moved = frozenset((block, unit) for block, unit, _ in neurons)
         depths = range(self.tower.depth)
         self.first_moved = min((block for block, _ in moved), default=0)
-        self.keys = [
-            (depth, num_registers, frozenset(neuron for neuron in moved if neuron[0] < depth)) for depth in depths
-        ]
+        self.keys = [(depth, registers, frozenset(neuron for neuron in moved if neuron[0] < depth)) for depth in depths]
         blocks = [CachedBlock(block.module, self, index) for index, block in enumerate(self.tower.blocks[:-1])]
         for each in blocks:
             each.install()

@@ -22,12 +22,14 @@ from testreg.calibration.selection import (
     Candidates,
     Selection,
     select,
+    with_best_start,
 )
 from testreg.io.processes import world_size
 from testreg.io.progress import progress_bar
 from testreg.measure.ranking import SELECTIVE, best
 from testreg.neurons import Neuron
 from testreg.records.calibration import Effect
+from testreg.records.record import Start
 
 NEGLIGIBLE = 0.01  # neurons that score less than this share of the best are not measured
 NEGLIGIBLE_SELECTIVE = 0.001  # the same of selective neurons: many small ones together may keep a sink alive
@@ -46,6 +48,7 @@ class Choice:
     selection: Selection | None
     """How they were chosen; None if the user has said how many to take."""
     num_registers: int = 1
+    start: Start = "zeros"
 
     @property
     def dropped(self) -> tuple[Neuron, ...]:
@@ -71,18 +74,18 @@ def choose(ranked: Ranked, meters: Sequence[Meters], options: Options, budget: B
         return Choice(ranking[: options.top_k], ranking, first_last, None)
     # Forwards that follow once the budget is spent: of a set that is being measured, of the numbers of registers, and
     # of the verification.
-    to_come = sum(each.num_images for each in set(meters[0])) + (REGISTERS_TRIED - 1) * meters[0].choosing.num_images
+    to_come = sum(each.num_images for each in set(meters[0])) + REGISTERS_TRIED * meters[0].choosing.num_images
     ranked_again = FORWARDS_TO_RANK * NUM_RANKED_AGAIN * world_size()
     with ExitStack() as stack:
         for each in meters:
             stack.enter_context(each.choosing.comparing())
         bar = stack.enter_context(progress_bar("choosing", MAX_MEASUREMENTS, options.progress, unit="set"))
 
-        def measure(neurons: Sequence[Neuron], num_registers: int) -> Effect:
+        def measure(neurons: Sequence[Neuron], num_registers: int, start: Start = "zeros") -> Effect:
             bar.update()
-            key = key_of(neurons, num_registers)
+            key = key_of(neurons, num_registers, start)
             if key not in state.effects:
-                state.effects[key] = worst_of([each.choosing.effect(neurons, num_registers) for each in meters])
+                state.effects[key] = worst_of([each.choosing.effect(neurons, num_registers, start) for each in meters])
                 state.save()
             return state.effects[key]
 
@@ -106,5 +109,7 @@ def choose(ranked: Ranked, meters: Sequence[Meters], options: Options, budget: B
             max_change=options.max_change,
             out_of_time=lambda: budget.is_spent("choosing", forwards_to_come=to_come),
         )
+        selection = with_best_start(selection, measure(selection.neurons, selection.effect.num_registers, "mean"))
     last = max(first_last, *(block for block, _, _ in selection.neurons))
-    return Choice(selection.neurons, ranking, last, selection, selection.effect.num_registers)
+    effect = selection.effect
+    return Choice(selection.neurons, ranking, last, selection, effect.num_registers, effect.start)

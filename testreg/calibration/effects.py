@@ -31,6 +31,7 @@ from testreg.measure.outliers import MIN_FRACTION, Detection, autocast_off, chec
 from testreg.measure.sampling import SampledAttention
 from testreg.neurons import Neuron, unscored
 from testreg.records.calibration import Effect, Verification
+from testreg.records.record import Start
 from testreg.register import patched
 
 Head = Callable[[nn.Module, Tensor], Tensor]
@@ -263,12 +264,12 @@ class EffectMeter:
         finally:
             self.block_cache = BlockCache(self.tower)
 
-    def effect(self, neurons: Sequence[Neuron], num_registers: int = 1) -> Effect:
+    def effect(self, neurons: Sequence[Neuron], num_registers: int = 1, start: Start = "zeros") -> Effect:
         """Measure the effect of moving these neurons to registers, in one run over the images."""
         sums: Sums = {}
         with (
-            self.block_cache.reused(neurons, num_registers),
-            patched(self.model, unscored(neurons), num_registers=num_registers),
+            self.block_cache.reused(neurons, (num_registers, start)),
+            patched(self.model, unscored(neurons), num_registers=num_registers, start=start),
         ):
             for batch, baseline in enumerate(self.baselines):
                 self.block_cache.begin(batch)
@@ -288,6 +289,7 @@ class EffectMeter:
             change_patches=1 - float(cosine[1]),
             agreement=float(after["agreed"] / before["count"][0]) if "agreed" in after else None,
             num_registers=num_registers,
+            start=start,
             sink=sink,
             hottest=hottest,
             hotter=None if sink is None else float(after["hotter"] / before["count"][0]),

@@ -55,6 +55,7 @@ def result(
         choice.neurons + choice.others,
         top_k=len(choice.neurons),
         num_registers=choice.num_registers,
+        start=choice.start,
         model=describe_model(leader.view.model, leader.tower),
         calibration=replace(before, **entries, order=(*before.to_json(), *entries)),
         verified=checks is not None and checks.verified,

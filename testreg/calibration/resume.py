@@ -20,6 +20,7 @@ from testreg.io.processes import all_gather, rank
 from testreg.measure.ranking import SUMS, Statistics
 from testreg.neurons import Neuron
 from testreg.records.calibration import Effect
+from testreg.records.record import Start
 
 FORMAT = "testreg-calibration"
 VERSION = 5  # of the sums and effects that are saved
@@ -138,9 +139,10 @@ class State:
         return ValueError(f"{self.path} is damaged: {what}. Delete it to start anew")
 
 
-def key_of(neurons: Sequence[Neuron], num_registers: int) -> str:
+def key_of(neurons: Sequence[Neuron], num_registers: int, start: Start) -> str:
     """The key in the file of a set of neurons, moved to so many registers."""
-    return f"{num_registers}: " + " ".join(f"{block}.{unit}" for block, unit in sorted(each[:2] for each in neurons))
+    names = (f"{block}.{unit}" for block, unit in sorted(each[:2] for each in neurons))
+    return f"{num_registers} {start}: {' '.join(names)}"
 
 
 def _short(value: object) -> str:

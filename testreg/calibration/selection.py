@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from testreg.measure.ranking import MATTERS
@@ -141,6 +141,24 @@ def select(
         dropped=tuple(neuron for neuron in search.chosen if neuron not in kept),
         registers=registers,
     )
+
+
+def with_best_start(selection: Selection, from_mean: Effect) -> Selection:
+    """The selection, with registers that start as the mean of their image's patches if outputs change less then.
+
+    `from_mean` is the effect of the same neurons on as many registers with that start. It is taken if the two changes
+    together are smaller by a tenth, and by more than `SAME_OUTPUTS`, no more
+    outliers are left, no more attention is drawn, and the larger of the changes is no larger.
+    """
+    from_zeros = selection.effect
+    is_better = _change_limit(_both_changes(from_mean)) < _both_changes(from_zeros)
+    is_as_good = from_mean.change <= from_zeros.change and from_mean.remaining <= from_zeros.remaining
+    effect = from_mean if is_better and is_as_good and draws_as_little(from_mean, from_zeros) else from_zeros
+    return replace(selection, effect=effect, registers=(*selection.registers, from_mean))
+
+
+def _both_changes(effect: Effect) -> float:
+    return effect.change_pooled + effect.change_patches
 
 
 def draws_as_little(one: Effect, other: Effect) -> bool:

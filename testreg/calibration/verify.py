@@ -47,7 +47,7 @@ def verify(detected: Sequence[Detected], choice: Choice, meters: Sequence[Meters
                 grid=meter.grid,
                 images=meter.num_images,
                 outlier_fraction=meter.outlier_fraction,
-                effect=meter.effect(choice.neurons, choice.num_registers),
+                effect=meter.effect(choice.neurons, choice.num_registers, choice.start),
                 before=PlainAttention(before.sink, before.hottest),
             )
         )

@@ -163,7 +163,7 @@ def summary(neurons: RegisterNeurons) -> str:
             cells = zip((str(point.neurons), *(f"{value:.3f}" for value in values)), columns, strict=True)
             lines.append("  ".join(f"{cell:>{len(column)}}" for cell, column in cells))
     if facts.registers:
-        lines.append(_registers_in_words(facts.registers, neurons.num_registers))
+        lines.append(_registers_in_words(facts.registers, neurons))
     for each in facts.rounds if len(facts.rounds) > 1 else ():
         blocks = ", ".join(str(block) for block in sorted({block for block, _, _ in each.added}))
         lines.append(
@@ -211,11 +211,17 @@ def not_verified() -> str:
     )
 
 
-def _registers_in_words(registers: Sequence[Effect], number: int) -> str:
-    """How many registers were chosen, and what each number of them changes."""
-    changes = ", ".join(f"{each.change:.3f} with {each.num_registers}" for each in registers)
-    which = "1 register" if number == 1 else f"{number} registers, each with all of the neurons"
-    return f"{which}: features change by {changes}"
+def _registers_in_words(registers: Sequence[Effect], neurons: RegisterNeurons) -> str:
+    """How many registers were chosen and how they start, and what each number of them changes."""
+    number, starts = neurons.num_registers, {"zeros": "", "mean": " that start as the mean patch"}
+    changes = ", ".join(
+        f"{each.change_pooled:.3f} and {each.change_patches:.3f} with {each.num_registers}{starts[each.start]}"
+        for each in registers
+    )
+    which = f"1 register{starts[neurons.start]}"
+    if number > 1:
+        which = f"{number} registers{starts[neurons.start]}, each with all of the neurons"
+    return f"{which}: features (pooled and of patches) change by {changes}"
 
 
 def _attention_in_words(check: Verification) -> list[str]:

@@ -10,6 +10,7 @@ import typer
 
 from testreg.calibration.options import MEANINGS
 from testreg.io.names import CLIP_KINDS, KINDS, NAMES
+from testreg.records.record import Start
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=NAMES, show_default=False)]
 Models = Annotated[list[str], typer.Argument(metavar="MODEL...", help=f"one or several: {NAMES}", show_default=False)]
@@ -53,6 +54,10 @@ SplitNeurons = Annotated[
 ]
 MaxOver = Annotated[Literal["neuron", "layer"], typer.Option("--max-over", help="layer: the released code's")]
 Zero = Annotated[Literal["patches", "all"], typer.Option("--zero", help="all: prefix tokens too")]
+StartOption = Annotated[
+    Start | None,
+    typer.Option("--start", help="what registers hold at first: zeros or the mean patch (default: as listed)"),
+]
 
 ReportFile = Annotated[
     Path | None, typer.Option("--report", metavar="HTML", help="write a page that shows what was found")
@@ -79,3 +84,4 @@ class Patching:
     split_neurons: SplitNeurons = False
     max_over: MaxOver = "neuron"
     zero: Zero = "patches"
+    start: StartOption = None

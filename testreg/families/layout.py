@@ -83,6 +83,26 @@ class Layout:
             return self.batch_first(images[0])
         return torch.cat(list(images), 1).view(sequence.shape)
 
+    def num_images(self, tokens: Tensor) -> int:
+        return self.batch_first(tokens).shape[0] if self.lengths is None else len(self.lengths)
+
+    def patch_means(self, tokens: Tensor, num_prefix: int) -> Tensor:
+        """The mean (B, 1, C) of each image's patches; `tokens` have no registers yet."""
+        if self.lengths is not None:
+            means = [each[..., num_prefix:, :].mean(-2, keepdim=True) for each in tokens.split(list(self.lengths), -2)]
+            return torch.cat([mean.view(1, 1, -1) for mean in means])
+        batch = self.batch_first(tokens)
+        if self.valid is None and self.patches is None:
+            return batch[:, num_prefix:].mean(1, keepdim=True)
+        size = batch.shape[1]
+        counted = torch.arange(size, device=batch.device) >= num_prefix
+        if self.patches is not None:
+            counted = self.patches[:, :size]
+        if self.valid is not None:
+            counted = counted & self.valid[:, :size]
+        weights = counted.unsqueeze(-1).to(batch.dtype)
+        return (batch * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True).clamp(min=1)
+
     def registers(self, sequence: Tensor) -> Tensor:
         """The registers (B, R, C): a view if the sequence holds one image that is no packed one, else a copy."""
         if self.lengths is None:

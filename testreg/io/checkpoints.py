@@ -26,6 +26,7 @@ from testreg.io.preprocessing import own_processor
 from testreg.io.trust import check_folder, is_file_name, one_line, read_json
 from testreg.neurons import MAX_REGISTERS, RegisterNeurons
 from testreg.patching.state import patch_of
+from testreg.records.record import Start
 from testreg.register import is_patched, patch
 from testreg.static import Form, StaticRegisters
 
@@ -103,13 +104,14 @@ def _is_name(name: object) -> bool:
 
 def _are_options(value: object) -> bool:
     keys = {"num_registers", "split_neurons", "max_over", "zero"}
-    if not isinstance(value, dict) or value.keys() - {"static"} != keys:
+    if not isinstance(value, dict) or value.keys() - {"static", "start"} != keys:
         return False
     registers, form = value["num_registers"], value.get("static", "token")
     rules = (
         isinstance(value["split_neurons"], bool),
         value["max_over"] in ("neuron", "layer"),
         value["zero"] in ("patches", "all"),
+        value.get("start", "zeros") in get_args(Start),
         form in get_args(Form),
     )
     return type(registers) is int and 1 <= registers <= MAX_REGISTERS and all(rules)

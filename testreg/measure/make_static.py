@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from testreg.families import find_tower
+from testreg.families import Tower, find_tower
 from testreg.io.images import Images, ImageStream, batched
 from testreg.io.preprocessing import OwnTransform, Transform
 from testreg.io.processes import add, all_reduce_sum, rank, world_size
 from testreg.io.progress import progress_bar
 from testreg.neurons import AnyNeurons, describe_model
-from testreg.patching.block import first_register
-from testreg.patching.state import patch_of
+from testreg.patching.block import RegisterBlock
+from testreg.patching.state import Patch, patch_of
 from testreg.register import is_patched, patched, registers
 from testreg.static import Form, StaticRegisters
 
@@ -79,22 +80,37 @@ def make_static(
     ):
         used = patch_of(model)
         for batch in batches:
-            with registers(model) as after_block:
+            with _entering(tower, used) as entering, registers(model) as after_block:
                 tower.run(batch)
-            add(sums, {"states": torch.stack(after_block).double().sum(1), "images": torch.tensor(len(batch))})
+            states = torch.stack([*entering, *after_block[:-1]])  # (L, B, R, C)
+            add(sums, {"states": states.double().sum(1), "images": torch.tensor(len(batch))})
             size = size or list(batch.shape[-2:])
             bar.update(len(batch))
     total = all_reduce_sum(sums)
     if not total:
         raise stream.nothing_read()
     number = int(total["images"])
-    after = total["states"] / number  # (L, R, C)
-    first = first_register(tower, torch.zeros(1, after.shape[-1], device=tower.device, dtype=tower.dtype))
-    means = torch.cat([first.cpu().double().expand_as(after[:1]), after[:-1]])
     return StaticRegisters(
-        states=means.float(),
+        states=(total["states"] / number).float(),
         neurons=used.neurons.by_block(),
         form=form,
         model=describe_model(model, tower),
         images={"number": number, "source": stream.source, "image_size": size},
     )
+
+
+@contextmanager
+def _entering(tower: Tower, patch: Patch) -> Iterator[list[Tensor]]:
+    """Within the `with` block, the list gets the registers (B, R, C) that enter block 0."""
+    first = next(part for part in patch.overrides if isinstance(part, RegisterBlock))
+    entering: list[Tensor] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens = args[0] if args else next(iter(kwargs.values()))
+        entering[:] = [first.first_registers(tokens, first.default_layout)]
+
+    handle = tower.blocks[0].module.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        yield entering
+    finally:
+        handle.remove()

@@ -14,7 +14,18 @@ from testreg.records.record import INDEX, TEXT
 FORMAT = "testreg-neurons"
 VERSION = 2
 _OLDEST = 2
-_KEYS = {"format", "version", "neurons", "top_k", "num_registers", "model", "calibration", "provenance", "verified"}
+_KEYS = {
+    "format",
+    "version",
+    "neurons",
+    "top_k",
+    "num_registers",
+    "start",
+    "model",
+    "calibration",
+    "provenance",
+    "verified",
+}
 _MODEL = {  # the entries of "model" that testreg reads; it only shows the others
     "name": TEXT,
     "names": TEXT.listed(),

@@ -8,13 +8,13 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from testreg.files import plain, replacing, shown
 from testreg.neurons.configs import bundled_file
 from testreg.neurons.format import FORMAT, VERSION, check_model, checked, read_json, text_of
 from testreg.records.calibration import Calibration
-from testreg.records.record import is_finite, is_index
+from testreg.records.record import Start, is_finite, is_index
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,6 +63,8 @@ class RegisterNeurons:
     """How many of the ranking to use; None for all."""
     num_registers: int = 1
     """How many registers to use, each of which holds all of these neurons."""
+    start: Start = "zeros"
+    """What registers hold when they enter block 0: zeros, or the mean of their image's patches."""
     model: Mapping[str, Any] = field(default_factory=dict)
     """The checkpoint: name, names (aliases), depth, mlp_width, activation, fingerprint. All optional."""
     calibration: Calibration = field(default_factory=Calibration)
@@ -106,6 +108,8 @@ class RegisterNeurons:
             raise ValueError(f"top_k={shown(self.top_k)}, but the list holds {len(self.ranking)} neurons")
         if not is_index(self.num_registers) or not 1 <= self.num_registers <= MAX_REGISTERS:
             raise ValueError(f"num_registers must be 1 to {MAX_REGISTERS}, got {shown(self.num_registers)}")
+        if self.start not in get_args(Start):
+            raise ValueError(f"start must be 'zeros' or 'mean', got {shown(self.start)}")
         check_model(self.model)
         if not isinstance(self.calibration, Calibration):
             raise TypeError(
@@ -235,6 +239,7 @@ class RegisterNeurons:
             "verified": self.verified,
             "top_k": self.top_k,
             "num_registers": self.num_registers,
+            "start": self.start,
             "neurons": [list(neuron) for neuron in self.ranking],
         }
 
@@ -251,6 +256,7 @@ class RegisterNeurons:
                 ranking=tuple((block, unit, score) for block, unit, score in data["neurons"]),
                 top_k=data.get("top_k"),
                 num_registers=data.get("num_registers", 1),
+                start=data.get("start", "zeros"),
                 model=data.get("model", {}),
                 calibration=Calibration.from_json(data.get("calibration", {}), "the calibration"),
                 provenance=data.get("provenance", {}),

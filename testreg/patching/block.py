@@ -133,7 +133,7 @@ class RegisterBlock(Override):
             states = getattr(self.module, STATE).to(tokens.dtype)  # (R, C)
             return layout.extend(tokens, layout.dim, states.unsqueeze(1) if layout.sequence_first else states)
         if self.index == 0:
-            return layout.extend(tokens, layout.dim, first_register(self.tower, tokens))
+            return layout.join(tokens, self.first_registers(tokens, layout))
         if registers is None and torch.compiler.is_compiling():
             registers = self._compiled_registers(tokens)
         if registers is None and is_recomputing():
@@ -155,6 +155,16 @@ class RegisterBlock(Override):
             if sequence is not None:
                 return sequence
         return layout.join(tokens, registers)
+
+    def first_registers(self, tokens: Tensor, layout: Layout) -> Tensor:
+        """The registers (B, R, C) that enter block 0 with these tokens: zeros, or the mean of their image's patches."""
+        if self.patch.start == "mean":
+            means = layout.patch_means(tokens, self.patch.num_prefix)
+            return means.expand(-1, self.patch.num_registers, -1)
+        zeros = tokens.new_zeros(1, 1, tokens.shape[-1])
+        if (norm := self.tower.entry_norm) is not None:
+            zeros = norm.forward(zeros).to(tokens.dtype)  # all tokens went through it; .forward calls no hooks
+        return zeros.expand(layout.num_images(tokens), self.patch.num_registers, -1)
 
     def _run_with_moves(self, sequence: Tensor, arguments: dict[str, Any], layout: Layout) -> Any:
         """Run the block's own forward, in which the neurons are moved; raise RuntimeError if they were not."""
@@ -320,14 +330,6 @@ class BlockCall(Override):
         if torch.compiler.is_compiling():
             return self.block.carry_through_hooks_compiled(self.original(*args, **kwargs))
         return self.block.call_with_hooks(self.original, args, kwargs)
-
-
-def first_register(tower: Tower, tokens: Tensor) -> Tensor:
-    """The register (C,) that enters block 0: zeros, or CLIP's norm of zeros; in the dtype of the tokens."""
-    register = tokens.new_zeros(1, 1, tokens.shape[-1])
-    if tower.entry_norm is not None:
-        register = tower.entry_norm.forward(register).to(tokens.dtype)  # .forward: hooks saw this norm already
-    return register.flatten()
 
 
 def _is_tokens(out: Any, entered: Tensor) -> bool:

@@ -17,13 +17,14 @@ from testreg.neurons.notices import VerifiedUse
 from testreg.patching.forward import UNPATCHED, Mode, is_recomputing, running
 from testreg.patching.moves import MaxOver, Zero
 from testreg.patching.override import REFUSALS, Part
+from testreg.records.record import Start
 from testreg.static import StaticRegisters
 
 _PATCH = "_testreg_patch"  # attribute of a patched tower
 _counting = threading.Lock()  # not on the patch: a lock can be neither copied nor pickled
 
 
-def check_options(num_registers: int | None, max_over: str, zero: str) -> None:
+def check_options(num_registers: int | None, max_over: str, zero: str, start: str | None = None) -> None:
     """Raise ValueError unless `patch` can be called with these."""
     if num_registers is not None and num_registers < 1:
         raise ValueError(f"num_registers must be at least 1, got {num_registers}")
@@ -33,6 +34,8 @@ def check_options(num_registers: int | None, max_over: str, zero: str) -> None:
         raise ValueError(f"max_over must be 'neuron' or 'layer', got {max_over!r}")
     if zero not in ("patches", "all"):
         raise ValueError(f"zero must be 'patches' or 'all', got {zero!r}")
+    if start not in (None, "zeros", "mean"):
+        raise ValueError(f"start must be 'zeros' or 'mean', got {start!r}")
 
 
 def find_patch(model: nn.Module) -> Patch | None:
@@ -58,6 +61,7 @@ class Patch:
     split_neurons: bool
     max_over: MaxOver
     zero: Zero
+    start: Start
     num_prefix: int
     target: Tensor | None = None
     """(B, h, w) bool, the patches that take the register's place; `testreg.steered` overrides them."""
@@ -99,6 +103,7 @@ class Patch:
             "split_neurons": self.split_neurons,
             "max_over": self.max_over,
             "zero": self.zero,
+            "start": self.start,
         }
         return options if self.static is None else {**options, "static": self.static.form}
 

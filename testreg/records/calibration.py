@@ -15,6 +15,7 @@ from testreg.records.record import (
     Index,
     Integer,
     ListedNeuron,
+    ListedStart,
     Number,
     Object,
     Position,
@@ -62,6 +63,8 @@ class Effect(Record):
     unlike: Number | None = None
     """How unlike their four neighbours the former outliers are (1 - cosine), as a share of the same in the plain model;
     mean over the blocks from the onset on."""
+    start: ListedStart = "zeros"
+    """What the registers held when they entered block 0."""
 
     @property
     def change(self) -> float:
@@ -174,7 +177,8 @@ class Calibration(Record):
     chosen: Effect | None = None
     """The effect of the chosen neurons, with the chosen number of registers."""
     registers: tuple[Effect, ...] = ()
-    """Effects of the chosen neurons with 1, 2, ... registers, as far as they were measured."""
+    """Effects of the chosen neurons with 1, 2, ... registers that start as zeros, as far as they were measured; then
+    that with the chosen number of registers, which start as the mean of their image's patches."""
     rounds: tuple[Round, ...] = ()
     target: Number | None = None
     """Outliers that may be left, as a fraction of those before."""

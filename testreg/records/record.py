@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Self, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 from testreg.files import shown
 
@@ -108,6 +108,9 @@ Position = Annotated[
         _pair,
     ),
 ]
+Start = Literal["zeros", "mean"]
+"""What registers hold when they enter block 0: zeros, or the mean of their image's patches."""
+ListedStart = Annotated[Start, Kind("'zeros' or 'mean'", lambda value: value in get_args(Start))]
 ListedNeuron = Annotated[
     tuple[int, int, float | None],
     Kind("[block, unit, score or null]", _is_neuron, read=_pair),

@@ -459,11 +459,11 @@ def test_sets_that_were_measured_are_not_measured_again(planted, photos, tmp_pat
     model, _ = planted
     state, measured, effect = tmp_path / "state.safetensors", [], EffectMeter.effect
 
-    def counted(self, neurons, num_registers=1):
+    def counted(self, neurons, *registers):
         if len(measured) == stop_at:
             raise KeyboardInterrupt
-        measured.append((frozenset(neurons), num_registers))
-        return effect(self, neurons, num_registers)
+        measured.append((frozenset(neurons), *registers))
+        return effect(self, neurons, *registers)
 
     monkeypatch.setattr(EffectMeter, "effect", counted)
     stop_at = None
@@ -498,15 +498,20 @@ def test_the_list_says_how_many_registers_hold_it(planted, photos, monkeypatch):
     model, _ = planted
     effect = EffectMeter.effect
 
-    def best_with_two(self, neurons, num_registers=1):
-        return replace(effect(self, neurons, num_registers), change_pooled=0.1 * abs(num_registers - 2))
+    def best_with_two(self, neurons, num_registers=1, start="zeros"):
+        return replace(effect(self, neurons, num_registers, start), change_pooled=0.1 * abs(num_registers - 2))
 
     monkeypatch.setattr(EffectMeter, "effect", best_with_two)
     found = calibrate(model, photos, progress=False)
     assert found.num_registers == 2
-    assert [each.num_registers for each in found.calibration.registers] == [1, 2, 3]
+    assert [(each.num_registers, each.start) for each in found.calibration.registers] == [
+        *((1, "zeros"), (2, "zeros"), (3, "zeros"), (2, "mean"))
+    ]
     assert found.calibration.verified_at[0].effect.num_registers == 2
-    assert "2 registers, each with all of the neurons: features change by 0.100 with 1, " in described(found)
+    assert (
+        "2 registers, each with all of the neurons: features (pooled and of patches) change by 0.100 and "
+        in described(found)
+    )
     with testreg.patched(model, replace(found, verified=True)):
         assert patch_of(model).num_registers == 2
 

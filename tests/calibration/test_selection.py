@@ -1,8 +1,9 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 
-from testreg.calibration.selection import MAX_MEASUREMENTS, Candidates, select
+from testreg.calibration.selection import MAX_MEASUREMENTS, Candidates, Selection, select, with_best_start
 from testreg.records.calibration import Effect
 
 
@@ -201,6 +202,25 @@ def test_selective_neurons_that_score_similarly_are_taken_with_those_that_were_c
     harmful = Model([0, 1])
     harmful.costly = {2}
     assert len(select(once(candidates, set(candidates)), harmful, target=0.05, max_change=0.05).neurons) == 2
+
+
+@pytest.mark.parametrize(
+    ("change_pooled", "others", "taken"),
+    [
+        (0.005, {}, True),
+        (0.009, {}, False),  # less by no tenth
+        (0.005, {"change_patches": 0.021}, False),
+        (0.005, {"remaining": 0.02}, False),
+        (0.005, {"sink": 2.0}, False),
+    ],
+)
+def test_registers_start_as_the_mean_patch_if_outputs_change_less(change_pooled, others, taken):
+    of_zeros = Effect(3, 0.01, 5, 0.0, 0.01, 0.02, num_registers=2, sink=0.5)
+    selection = Selection(((0, 1, 0.5),), of_zeros, (), (), (of_zeros,))
+    of_mean = replace(of_zeros, start="mean", change_pooled=change_pooled, **others)
+    found = with_best_start(selection, of_mean)
+    assert found.effect == (of_mean if taken else of_zeros)
+    assert found.registers == (of_zeros, of_mean)
 
 
 def test_of_a_few_neurons_each_must_do_something_alone_or_beside_the_others():

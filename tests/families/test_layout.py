@@ -116,6 +116,26 @@ def test_tokens_and_registers_of_every_arrangement(layout: Layout, sequence: Ten
 
 
 @pytest.mark.parametrize(("layout", "sequence"), ARRANGEMENTS.values(), ids=ARRANGEMENTS)
+def test_the_mean_patch_of_every_arrangement(layout: Layout, sequence: Tensor) -> None:
+    rows = [LINE[:3], LINE[5:6], LINE[8:-2]] if layout.lengths else [row[:-2] for row in ROWS]
+    assert layout.num_images(layout.tokens(sequence)) == len(rows)
+    without_prefix = [row[1:] or [math.nan] for row in rows]
+    for num_prefix, counted in ((0, rows), (1, without_prefix)):
+        expected = torch.cat([channels([[sum(row) / len(row)]]) for row in counted])
+        torch.testing.assert_close(layout.patch_means(layout.tokens(sequence), num_prefix), expected, equal_nan=True)
+
+
+def test_the_mean_patch_is_of_patches_and_not_of_padding() -> None:
+    tokens = channels([[9, 1, 2, 3], [9, 4, 5, 6]])
+    valid = torch.tensor([[True, True, True, False, True], [True, True, False, False, True]])
+    assert torch.equal(Layout(1, valid=valid).patch_means(tokens, 1), channels([[1.5], [4]]))
+    patches = torch.tensor([[True, True, False, True, False]])  # the third is CLS
+    assert torch.equal(Layout(1, patches=patches).patch_means(tokens, 0), channels([[13 / 3], [19 / 3]]))
+    both = Layout(1, valid=valid, patches=patches)
+    assert torch.equal(both.patch_means(tokens, 0), channels([[5], [6.5]]))
+
+
+@pytest.mark.parametrize(("layout", "sequence"), ARRANGEMENTS.values(), ids=ARRANGEMENTS)
 def test_images_of_every_arrangement_are_views(layout: Layout, sequence: Tensor) -> None:
     sequence = sequence.clone()
     found = layout.images(sequence)

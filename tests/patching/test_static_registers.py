@@ -88,6 +88,20 @@ def test_without_neurons_those_are_taken_that_it_was_made_with() -> None:
 
 
 @torch.no_grad()
+def test_what_enters_block_0_is_as_the_registers_start() -> None:
+    model = build("timm_vit")
+    entered = []
+    with model.blocks[0].register_forward_pre_hook(lambda module, args: entered.append(args[0][:, 1:].mean((0, 1)))):
+        outputs(model)
+    zeros, mean = (
+        testreg.make_static(model, images(), NEURONS, progress=False, start=start, num_registers=2).states
+        for start in ("zeros", "mean")
+    )
+    assert not zeros[0].any()
+    torch.testing.assert_close(mean[0], entered[0].expand(2, -1))
+    assert not torch.allclose(zeros[1], mean[1])
+
+
 def test_it_is_used_on_quantised_weights_and_refused_on_others() -> None:
     model = build("timm_vit")
     constants = dataclasses.replace(static(), model={"fingerprint": fingerprint(find_tower(model)), "name": "it"})
