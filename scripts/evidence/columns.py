@@ -28,7 +28,8 @@ from testreg.static import StaticRegisters
 
 PLAIN = "plain"
 COLUMNS: Mapping[str, str] = {
-    "testreg": "testreg's neurons, on as many registers as its list says",
+    "testreg": "testreg's neurons, on registers that are as many as its list says, and start as it says",
+    "from zeros": "the same, on registers that start as zeros",
     "one register": "the same neurons, on one register",
     "paper": "what the paper's score ranks first, on one register: mean |activation|, the blocks and the number of "
     "neurons that it names for a ViT-B/16",
@@ -69,6 +70,8 @@ class Columns:
         match name:
             case "testreg":
                 return self.chosen
+            case "from zeros":
+                return self.from_zeros
             case "one register":
                 return self.one
             case "paper":
@@ -82,8 +85,13 @@ class Columns:
         return None
 
     @property
+    def from_zeros(self) -> RegisterNeurons:
+        """The chosen neurons, on registers that start as zeros, as those of all other columns do."""
+        return replace(self.chosen, start="zeros")
+
+    @property
     def one(self) -> RegisterNeurons:
-        return replace(self.chosen, num_registers=1)
+        return replace(self.from_zeros, num_registers=1)
 
     @cached_property
     def paper(self) -> RegisterNeurons:
@@ -103,9 +111,11 @@ class Columns:
 
     def facts(self, name: str) -> dict[str, Any]:
         """What a column is, for JSON: two that differ have different facts."""
-        used = self.moved(name) or {"joint": self.one}.get(name, self.chosen)
+        used = self.moved(name) or {"joint": self.one}.get(name, self.from_zeros)
         neurons = {block: sorted(units) for block, units in used.by_block().items()}  # their order does not matter
         facts = {"what": COLUMNS[name], "neurons": neurons, "num_registers": used.num_registers}
+        if used.start != "zeros":
+            facts["start"] = used.start
         if name == "bare":
             del facts["neurons"]
         if name == "zeroed":
@@ -120,7 +130,7 @@ class Columns:
         elif name == "joint":
             made = testreg.patch(twin(plain), self.one, max_over="layer")
         elif name == "static":
-            made = testreg.patch(twin(plain), self.chosen, static=self._static())
+            made = testreg.patch(twin(plain), self.from_zeros, static=self._static())
         elif name == "zeroed":
             made = zeroed_copy(plain, self.chosen.by_block())
         else:
@@ -133,7 +143,7 @@ class Columns:
         if not file.is_file():
             transform = self.network.transform
             made = testreg.make_static(
-                twin(self.network.model), self.images, self.chosen, transform=transform, num_images=NUM_IMAGES
+                twin(self.network.model), self.images, self.from_zeros, transform=transform, num_images=NUM_IMAGES
             )
             made.save(file)
         return StaticRegisters.load(file)

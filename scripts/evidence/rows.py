@@ -13,7 +13,7 @@ from evidence.columns import COLUMNS
 from testreg.evaluation import attention_seg, depth, knn, linear, lost, segment, tokens, typographic
 
 ALL = tuple(COLUMNS)
-LISTS = ("testreg", "one register", "paper", "jroth")
+LISTS = ("testreg", "from zeros", "one register", "paper", "jroth")
 CIFAR = Path(__file__).with_name("cifar10.txt")  # the names of its classes
 
 
@@ -39,11 +39,11 @@ ROWS: Mapping[str, Row] = {
         Task(attention_seg.evaluate, "coco256", {"num_images": 100, "foreground": "1-90", "ignore": 0})
     ),
     **{f"lost-224-{part}": _lost(part, 224, None, (*LISTS, "zeroed")) for part in ("q", "k", "v")},
-    **{f"lost-448-{part}": _lost(part, 448, 100, ("testreg", "jroth")) for part in ("q", "k", "v")},
-    **{f"lost-native-{part}": _lost(part, None, 64, ("testreg", "jroth")) for part in ("q", "k", "v")},
+    **{f"lost-448-{part}": _lost(part, 448, 100, ("testreg", "from zeros", "jroth")) for part in ("q", "k", "v")},
+    **{f"lost-native-{part}": _lost(part, None, 64, ("testreg", "from zeros", "jroth")) for part in ("q", "k", "v")},
     "segment": Row(
         Task(segment.evaluate, "coco256", {"size": 224, "iterations": 200, "warm_up": 10, **SHORT, "fit_batch": 2}),
-        ("testreg", "one register", "jroth"),
+        ("testreg", "from zeros", "one register", "jroth"),
     ),
     "depth": Row(
         Task(
@@ -51,22 +51,22 @@ ROWS: Mapping[str, Row] = {
             "livingroom-rgbd",
             {"size": 224, "nyu_crop": False, "iterations": 120, "warm_up": 12, "every": 60, **SHORT, "fit_batch": 2},
         ),
-        ("testreg", "one register", "jroth"),
+        ("testreg", "from zeros", "one register", "jroth"),
     ),
-    "knn": Row(Task(knn.evaluate, "", {"num_images": 1000}), ("testreg", "jroth"), least=20),
+    "knn": Row(Task(knn.evaluate, "", {"num_images": 1000}), ("testreg", "from zeros", "jroth"), least=20),
     "linear": Row(
         Task(linear.evaluate, "", {"num_images": 1000, "augment": False, "iterations": 200, "fit_batch": 64}),
-        ("testreg", "jroth"),
+        ("testreg", "from zeros", "jroth"),
         least=20,
     ),
     "tokens": Row(
         Task(tokens.evaluate, "", {"num_images": 200, "num_c": 6, "epochs": 10}),
-        ("testreg", "one register", "jroth"),
+        ("testreg", "from zeros", "one register", "jroth"),
         least=20,
     ),
     "typographic": Row(
         Task(typographic.evaluate, "", {"num_images": 150, "means": True, "classes": str(CIFAR)}),
-        ("testreg", "paper", "jroth"),
+        ("testreg", "from zeros", "paper", "jroth"),
         least=60,
     ),
 }

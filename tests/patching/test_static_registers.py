@@ -87,7 +87,6 @@ def test_without_neurons_those_are_taken_that_it_was_made_with() -> None:
         patch(unpatch(model), top_k=2, static=static(2))
 
 
-@torch.no_grad()
 def test_what_enters_block_0_is_as_the_registers_start() -> None:
     model = build("timm_vit")
     entered = []
@@ -102,6 +101,7 @@ def test_what_enters_block_0_is_as_the_registers_start() -> None:
     assert not torch.allclose(zeros[1], mean[1])
 
 
+@torch.no_grad()
 def test_it_is_used_on_quantised_weights_and_refused_on_others() -> None:
     model = build("timm_vit")
     constants = dataclasses.replace(static(), model={"fingerprint": fingerprint(find_tower(model)), "name": "it"})

@@ -24,6 +24,7 @@ NEVER_MEASURED = {
     "hottest": None,
     "hotter": None,
     "unlike": None,
+    "start": "zeros",
 }
 VERIFIED: dict[str, Any] = {
     "image_size": [518, 448],

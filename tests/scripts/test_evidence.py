@@ -156,7 +156,7 @@ def test_one_command_makes_all_columns(network: Path, tmp_path: Path, monkeypatc
     monkeypatch.setitem(ROWS, "attention-seg", replace(ROWS["attention-seg"], columns=few))
     made = command(network, tmp_path)
     assert {name: facts.get("num_registers") for name, facts in made["columns"].items()} == {
-        **{"testreg": 2, "one register": 1, "paper": 1, "jroth": 1, "joint": 1, "static": 2},
+        **{"testreg": 2, "from zeros": 2, "one register": 1, "paper": 1, "jroth": 1, "joint": 1, "static": 2},
         **{"zeroed": None, "random": 2, "bare": 2},
     }
     for task, names in {"shows": set(COLUMNS), "attention-seg": set(few)}.items():
