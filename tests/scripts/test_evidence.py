@@ -128,9 +128,9 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
     planted = plant(model, processor(images=photographs, return_tensors="pt")["pixel_values"]).neurons
     for saved in (model, processor):
         saved.save_pretrained(folder / "model")
-    RegisterNeurons.from_json({**RegisterNeurons.from_blocks(planted).to_json(), "num_registers": 2}).save(
-        folder / "neurons.json"
-    )
+    RegisterNeurons.from_json(
+        {**RegisterNeurons.from_blocks(planted).to_json(), "num_registers": 2, "start": "mean"}
+    ).save(folder / "neurons.json")
     RegisterNeurons.from_blocks({1: [2, 3]}).save(folder / "published.json")
     for number, photograph in enumerate(photographs[:3]):
         mask = Image.fromarray(np.pad(np.ones((32, 32), dtype=np.uint8), 16))
