@@ -79,16 +79,16 @@ class RegisterBlock(Override):
     def call_with_hooks(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the block with its hooks: `function` runs them, and the block's forward between them."""
         tokens, outer = args[0] if args else kwargs.get(self.parameters[0]), running.call
-        call = running.call = Call(self, self.patch, tokens, outer, running.forward)
-        running.forward = None
+        call = running.call = Call(self, self.patch, tokens, outer, running.waiting)
+        running.waiting = None
         try:
             out = function(*args, **kwargs)
             if call.forward is None and self.patch.mode_for_new_forward.is_patched:
                 raise RuntimeError(replaced_forward(self.index))
             out = carry_through_hooks(out, call)
-            running.forward = None if self.is_last else call.forward
+            running.waiting = None if self.is_last else call.forward
         except BaseException:
-            running.forward = None if call.forward is call.before else call.before
+            running.waiting = None if call.forward is call.waiting else call.waiting
             raise
         finally:
             running.call = outer
@@ -100,7 +100,7 @@ class RegisterBlock(Override):
         """The forward that this call of the block is part of, and the registers of its tokens."""
         mode = self.patch.mode_for_new_forward
         if self.index == 0 or not isinstance(tokens, Tensor):
-            return begin(self.patch, tokens, mode, call.before), None
+            return begin(self.patch, tokens, mode, call.waiting), None
         if (found := find_forward(tokens, call, self.index)) is not None:
             return found
         return Forward(self.patch, mode, is_certain=False), self._compiled_registers(tokens)

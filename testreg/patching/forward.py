@@ -62,11 +62,16 @@ class Forward:
     """A weak reference to what these tokens carry. It returns None once neither they nor their autograd graph keep that
     alive."""
     kept: Tensor | None = None
-    """The registers (B, R, C) of the handoff, if they need no gradient, so that no autograd graph keeps them alive."""
+    """The registers (B, R, C) of these tokens if they need no gradient: no autograd graph keeps their handoff alive."""
     is_over: bool = False
     is_certain: bool = True
     """Whether tokens that carry nothing can only belong to this forward. It is False if an earlier forward was left
-    unfinished, say, since they may belong to that one."""
+    unfinished, for example, since they may belong to that one."""
+
+    def registers(self) -> Tensor | None:
+        """The registers (B, R, C) that its last block has handed on; None if they are gone, or if it has none."""
+        handoff = self.handoff()
+        return self.kept if handoff is None else handoff.registers
 
 
 class _Unsaved:
@@ -118,8 +123,8 @@ class Call:
     """The tokens that the block was called with, before hooks have seen them."""
     outer: Call | None
     """The call during which this one was made, for instance by a hook that starts another forward; None if none."""
-    before: Forward | None
-    """The forward of this thread that was between two blocks when the block was called; None if there was none."""
+    waiting: Forward | None
+    """The forward of this thread that waited for its next block when this block was called; None if there was none."""
     forward: Forward | None = None
     """The forward that the block is part of; None until its `forward` is entered."""
     tokens: Tensor | None = None
@@ -153,8 +158,8 @@ class Running(threading.local):
 
     call: Call | None
     """The call of a block that the thread is in; None outside of blocks, and while they are compiled."""
-    forward: Forward | None
-    """The forward that is between two blocks."""
+    waiting: Forward | None
+    """The forward that is between two blocks, and waits for the next."""
     hooked: Hooked | None
     """The module whose hooks run, under `testreg.hooks_without_registers`."""
     moves: int
@@ -173,7 +178,7 @@ class Running(threading.local):
     def __init__(self) -> None:
         # If these were defaults of the class, compiled code would still read them after the instance was given others.
         self.call = None
-        self.forward = None
+        self.waiting = None
         self.hooked = None
         self.moves = 0
         self.layout = None
@@ -205,10 +210,11 @@ def is_recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def begin(patch: object, tokens: object, mode: Mode, before: Forward | None) -> Forward:
+def begin(patch: object, tokens: object, mode: Mode, waiting: Forward | None) -> Forward:
     """Begin a forward in this mode, with the tokens that enter block 0.
 
     If gradient checkpointing recomputes block 0, the forward has the mode in which the block first ran instead.
+    `waiting` is the forward of this thread that has not ended yet, if there is one.
     """
     if isinstance(tokens, Tensor):
         if is_recomputing():
@@ -216,7 +222,7 @@ def begin(patch: object, tokens: object, mode: Mode, before: Forward | None) -> 
             mode = start.mode if isinstance(start, StartMode) else mode
         elif torch.is_grad_enabled():
             setattr(tokens, _START, StartMode(mode))
-    forward = Forward(patch, mode, is_certain=before is None or before.is_over)
+    forward = Forward(patch, mode, is_certain=waiting is None or waiting.is_over)
     if not is_recomputing():
         for recorder in running.recorders:
             if recorder.patch is patch:
@@ -258,34 +264,44 @@ def find_forward(tokens: Tensor, call: Call, index: int) -> tuple[Forward, Tenso
         RuntimeError: the tokens have another shape than those that they replace, or re-entrant gradient checkpointing
             has dropped the gradient of the registers.
     """
-    own, before = carried(call.argument, call.patch), call.before
-    waiting = None
-    if before is not None and before.patch is call.patch and before.index == index - 1:
-        waiting = before if is_recomputing() or not before.is_over else None
-    # Tokens belong to the forward that they carry. But if that one is over while another waits for this block, somebody
-    # has kept the tokens, and now puts them into the waiting forward.
-    if own is not None and (waiting is None or not own.forward.is_over or is_recomputing()):
-        forward, registers = own.forward, own.registers
-    elif waiting is not None and waiting.is_certain:
-        left = waiting.handoff()
-        forward, registers = waiting, waiting.kept if left is None else left.registers
+    handoff, expected = carried(call.argument, call.patch), _expected(call, index)
+    if handoff is not None and (expected is None or not handoff.forward.is_over or is_recomputing()):
+        forward, registers = handoff.forward, handoff.registers
+        if tokens is call.argument:
+            _check_gradient(tokens, registers, index)
+            return forward, registers
+        replaced = call.argument.shape  # type: ignore[attr-defined]
+    elif expected is not None and expected.is_certain:
+        # Code between the blocks has made these tokens, or has put tokens in their place that are kept from a forward
+        # which is over.
+        forward, registers, replaced = expected, expected.registers(), expected.shape
     else:
-        if waiting is not None and waiting.mode.has_registers:
-            check_shape(tokens, waiting.shape, index)
+        if expected is not None and expected.mode.has_registers:
+            check_shape(tokens, expected.shape, index)
         return None
-    if tokens is call.argument and own is not None and own.forward is forward:
-        if tokens.grad_fn is not None and registers is not None and not registers.requires_grad:
-            raise RuntimeError(
-                f"the gradient did not arrive at block {index} with the register: re-entrant gradient checkpointing "
-                "drops it. Use use_reentrant=False"
-            )
-        return forward, registers
     if forward.mode.has_registers:
-        check_shape(tokens, forward.shape if own is None else call.argument.shape, index)  # type: ignore[attr-defined]
-    other = carried(tokens, call.patch)
-    if other is not None and other.forward is forward:  # tokens of an earlier block in the same forward
-        return forward, other.registers
+        check_shape(tokens, replaced, index)
+    earlier = carried(tokens, call.patch)
+    if earlier is not None and earlier.forward is forward:  # the tokens of an earlier block in the same forward
+        return forward, earlier.registers
     return forward, registers_for(tokens, registers)
+
+
+def _expected(call: Call, index: int) -> Forward | None:
+    """The forward of this thread that waits for the block of this index; None if there is none."""
+    forward = call.waiting
+    if forward is None or forward.patch is not call.patch or forward.index != index - 1:
+        return None
+    return None if forward.is_over and not is_recomputing() else forward
+
+
+def _check_gradient(tokens: Tensor, registers: Tensor | None, index: int) -> None:
+    """Raise RuntimeError if the tokens at a block have a gradient and their registers have none."""
+    if tokens.grad_fn is not None and registers is not None and not registers.requires_grad:
+        raise RuntimeError(
+            f"the gradient did not arrive at block {index} with the register: re-entrant gradient checkpointing "
+            "drops it. Use use_reentrant=False"
+        )
 
 
 def carry_through_hooks(out: Any, call: Call) -> Any:
@@ -295,12 +311,12 @@ def carry_through_hooks(out: Any, call: Call) -> Any:
         return out
     if forward.mode.has_registers and tokens.shape != call.tokens.shape:
         return out  # an error, which the next block raises
-    own = carried(tokens, call.patch)
-    if own is None or own.forward is not forward:
-        own = carried(call.tokens, call.patch)
-    assert own is not None
+    handoff = carried(tokens, call.patch)
+    if handoff is None or handoff.forward is not forward:
+        handoff = carried(call.tokens, call.patch)
+    assert handoff is not None
     view = tokens.view_as(tokens)  # the hook may return the same tensor in other forwards too
-    hand_on(view, forward, forward.index, registers_for(tokens, own.registers))
+    hand_on(view, forward, forward.index, registers_for(tokens, handoff.registers))
     return with_first(out, view)
 
 

@@ -71,10 +71,10 @@ def activation(model: nn.Module, block: nn.Module, x: Tensor) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left() -> Any:
-    running.forward = None
+    running.waiting = None
     yield
     assert running.call is None
-    assert running.forward is None or running.forward.handoff() is None
+    assert running.waiting is None or running.waiting.handoff() is None
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -86,7 +86,7 @@ def test_the_register_stays_with_a_copy_of_the_tokens(family: str, grad: bool) -
         for block in LAYOUTS[family].blocks(model):
             stack.enter_context(hooked(block, lambda tokens: tokens.clone()))
         torch.testing.assert_close(run(model, images()), expected)
-    assert running.forward is None
+    assert running.waiting is None
 
 
 EDITS: dict[str, Edit] = {
@@ -404,7 +404,7 @@ def test_no_activation_outlives_its_forward(how: str, grad: bool) -> None:
     gc.collect()
     assert len(left) == 4
     assert [each() for each in left] == [None] * 4
-    assert running.forward is None or running.forward.kept is None or running.forward.kept.grad_fn is None
+    assert running.waiting is None or running.waiting.kept is None or running.waiting.kept.grad_fn is None
 
 
 @pytest.mark.slow
