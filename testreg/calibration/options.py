@@ -1,7 +1,8 @@
-"""The options of a calibration: their defaults, what they mean in a line, and what values they may have.
+"""The options of a calibration: their defaults, one line that says what each means, and which values are valid.
 
-`testreg.calibrate`, `testreg calibrate` and the table in docs/calibration.md say the same. The command line shows it
-before torch is imported: what needs torch is imported when it is used.
+`testreg.calibrate`, the command `testreg calibrate` and the table in docs/calibration.md all follow this file. The
+command line reads it to print its help, which must not import torch. So whatever needs torch is imported where it is
+used.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The keyword arguments of `testreg.calibrate`, which says more of them.
+    """The keyword arguments of `testreg.calibrate`, whose docstring explains each.
 
     Raises:
         ValueError: a value is out of its range, or two of them contradict each other.
@@ -77,7 +78,7 @@ class Options:
     seed: int = field(default=0, metadata={"means": "of the order of the images"})
     progress: bool = field(default=True, metadata={"means": "show how far it is"})
     outlier_rule: OutlierRule = field(init=False)
-    """The `rule`, the one with the `threshold`, or the default."""
+    """The rule that is used: `rule` if it is given, else a rule with the `threshold`, else the default rule."""
 
     def __post_init__(self) -> None:
         from testreg.measure.outliers import OutlierRule
@@ -102,7 +103,8 @@ class Options:
 
     @property
     def user_chose_block(self) -> bool:
-        """Whether the user says where to look, so that outliers are calibrated which a register may not move."""
+        """Whether the user gave `block` or `max_block`. Then neurons are searched for even if the diagnosis says that
+        moving neurons would not remove the outliers."""
         return self.block is not None or self.max_block is not None
 
     def with_blocks_of(self, depth: int) -> Options:
@@ -112,11 +114,14 @@ class Options:
             ValueError: there is no such block.
         """
         return replace(
-            self, block=_block(self.block, depth, "block"), max_block=_block(self.max_block, depth, "max_block")
+            self,
+            block=_from_front(self.block, depth, "block"),
+            max_block=_from_front(self.max_block, depth, "max_block"),
         )
 
 
-def _block(index: int | None, depth: int, name: str) -> int | None:
+def _from_front(index: int | None, depth: int, name: str) -> int | None:
+    """The index of a block, counted from the front; `name` is the option that gave it."""
     if index is None:
         return None
     if not -depth <= index < depth:
@@ -125,4 +130,4 @@ def _block(index: int | None, depth: int, name: str) -> int | None:
 
 
 MEANINGS: dict[str, str] = {each.name: each.metadata["means"] for each in dataclasses.fields(Options) if each.init}
-"""What each option means, in a line."""
+"""What each option means, in one line, by the name of the option."""

@@ -168,7 +168,7 @@ class Calibration(Record):
     images_with_outliers: Index | None = None
     stability: Stability | None = None
     out_of_time: tuple[Text, ...] = ()
-    """The steps that the budget cut short, see `testreg.calibration.budget.Cut`."""
+    """The steps that the budget cut short, see `testreg.calibration.budget.Step`."""
     curve: tuple[Effect, ...] = ()
     """The effects that were measured while neurons were added, in all rounds, sorted by the number of neurons."""
     chosen: Effect | None = None
