@@ -30,7 +30,7 @@ from testreg.calibration.selection import (
 )
 from testreg.io.processes import world_size
 from testreg.io.progress import progress_bar
-from testreg.measure.ranking import SELECTIVE, best
+from testreg.measure.ranking import SELECTIVE, best_neurons
 from testreg.neurons import Neuron
 from testreg.records.calibration import Effect
 
@@ -75,7 +75,9 @@ def choose(ranked: Ranked, meters: Sequence[Meters], options: Options, budget: B
         ImmovableOutliersError: no neuron has a positive score.
     """
     last_in_first_round, last_in_later_rounds = last_blocks(ranked.leader, options)
-    ranking = best(ranked.scores(ranked.totals()), last_in_first_round, max(MIN_LISTED, 10 * (options.top_k or 0)))
+    ranking = best_neurons(
+        ranked.scores(ranked.totals()), last_in_first_round, max(MIN_LISTED, 10 * (options.top_k or 0))
+    )
     if not ranking:
         raise ImmovableOutliersError(
             f"{ranked.leader.diagnosis.verdict}, but no neuron of the blocks up to {last_in_first_round} has a "
@@ -110,10 +112,10 @@ def choose(ranked: Ranked, meters: Sequence[Meters], options: Options, budget: B
             scores = ranked.scores(totals)
             last = last_in_later_rounds if moved else last_in_first_round
             is_selective = torch.stack([each.selectivity for each in totals]).amin(0) >= SELECTIVE
-            candidates = best(scores, last, MAX_NEURONS, at_least=NEGLIGIBLE, without=moved)
+            candidates = best_neurons(scores, last, MAX_NEURONS, at_least=NEGLIGIBLE, without=moved)
             # Neurons that weaken outliers have negative scores, but belong to the mechanism as well.
             magnitudes = scores.abs() * is_selective
-            selective = best(magnitudes, last, MAX_NEURONS, at_least=NEGLIGIBLE_SELECTIVE, without=moved)
+            selective = best_neurons(magnitudes, last, MAX_NEURONS, at_least=NEGLIGIBLE_SELECTIVE, without=moved)
             return Candidates(candidates, [(block, unit, float(scores[block, unit])) for block, unit, _ in selective])
 
         selection = select(

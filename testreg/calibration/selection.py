@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from testreg.measure.ranking import MATTERS
+from testreg.measure.ranking import RELEVANT_SHARE
 from testreg.neurons import Neuron
 from testreg.records.calibration import Effect, Round
 
@@ -278,7 +278,9 @@ class _Search:
         self.rounds.append(curve.record(curve.fewest_measured(best)))
         selective = sorted(candidates.selective, key=_score, reverse=True)
         self.selective.append(selective)
-        self.relevant_selective += [neuron for neuron in selective if _score(neuron) >= MATTERS * _score(ranking[0])]
+        self.relevant_selective += [
+            neuron for neuron in selective if _score(neuron) >= RELEVANT_SHARE * _score(ranking[0])
+        ]
         return True
 
     def with_fewest_of_last_round(self) -> tuple[tuple[Neuron, ...], Effect]:
@@ -382,7 +384,7 @@ class _Search:
             if not pruning.is_needless([neuron]) or self.is_over():
                 continue
             alone = self.effect_of((neuron,))
-            if min(alone.remaining, alone.excess) > 1 - MATTERS:
+            if min(alone.remaining, alone.excess) > 1 - RELEVANT_SHARE:
                 pruning.drop_if_needless([neuron])
         return pruning.kept, pruning.effect
 

@@ -106,7 +106,7 @@ def sample(num_tokens: int, first: int, end: int) -> tuple[Tensor, Tensor]:
     return torch.cat([others, patches]), count / num_tokens
 
 
-def from_afar(queries: Tensor, grid: Grid, first: int) -> Tensor:
+def far_queries(queries: Tensor, grid: Grid, first: int) -> Tensor:
     """Which queries are far from which patches, as a mask (n, N).
 
     A query is far from a patch unless it is that patch or next to it (eight are, in an image). Queries that are not
