@@ -4,6 +4,9 @@ The search for register neurons patches the model with one set of neurons after 
 images with each. A neuron of the set is *moved*: its activation is placed on registers, the extra tokens. The input of
 a block depends only on the neurons that are moved in earlier blocks. So if two sets have the same neurons up to some
 block, the blocks up to there are run for the first set only.
+
+While a block runs, figures of its patches (such as their norms) are read off. They are kept with the inputs, since they
+could not be read off a block that is not run.
 """
 
 from __future__ import annotations
@@ -33,15 +36,15 @@ class CachedInput:
     output: Any
     """The output of the previous block, which is the input of this block, registers included."""
     figures: Tensor
-    """What was read off each of the i earlier blocks, (K, i, B, N): K figures of each patch, see `Figures`."""
+    """K figures of each of N patches in each of the i earlier blocks, (K, i, B, N)."""
 
 
 class BlockCache:
     """Keeps the inputs of blocks, so that a forward can start at the last block whose input is kept.
 
     Args:
-        memory: how many bytes may be kept for each batch. The least recently used inputs are removed first. Of the
-            inputs of one set of neurons, those of the last blocks are, since the fewest other sets share them.
+        memory: how many bytes may be kept for each batch. The least recently used inputs are removed first. Among the
+            inputs of one set of neurons, the last blocks' are removed first, since the fewest other sets share them.
     """
 
     def __init__(self, tower: Tower, memory: int = 0) -> None:
@@ -58,7 +61,7 @@ class BlockCache:
         """The first block that has to be run for the current batch."""
         self.start: CachedInput | None = None
         """The cached input of this block; None if it is block 0."""
-        self.new_outputs: dict[int, Any] = {}
+        self.new_inputs: dict[int, Any] = {}
         """Inputs that the current forward has computed, by the block that takes them."""
 
     @contextmanager
@@ -86,7 +89,7 @@ class BlockCache:
         """Say that a forward of the batch with this number begins."""
         cached = self.cached.setdefault(batch, OrderedDict())
         self.first_run = max((key[0] for key in self.keys if key in cached), default=0)
-        self.batch, self.start, self.new_outputs = batch, cached.get(self.keys[self.first_run]), {}
+        self.batch, self.start, self.new_inputs = batch, cached.get(self.keys[self.first_run]), {}
 
     def finish(self, recorded: Tensor) -> Tensor:
         """Say that the forward has ended; returns the figures (K, L, B, N) of all L blocks.
@@ -97,7 +100,7 @@ class BlockCache:
         """
         figures = recorded if self.start is None else torch.cat([self.start.figures, recorded[:, self.first_run :]], 1)
         cached = self.cached[self.batch]
-        for block, output in self.new_outputs.items():
+        for block, output in self.new_inputs.items():
             cached[self.keys[block]] = CachedInput(output, figures[:, :block])
         for key in reversed(self.keys):
             if key in cached:
@@ -108,8 +111,8 @@ class BlockCache:
 
     def keep(self, index: int, output: Any) -> None:
         """Keep the output of a block, the input of the next block, if it can be reused and fits into the memory."""
-        if index + 1 >= self.first_moved and _bytes(output) * (len(self.new_outputs) + 1) <= self.memory:
-            self.new_outputs[index + 1] = _copied(output)
+        if index + 1 >= self.first_moved and _bytes(output) * (len(self.new_inputs) + 1) <= self.memory:
+            self.new_inputs[index + 1] = _copied(output)
 
 
 @dataclass(eq=False)

@@ -1,8 +1,10 @@
 """Choose the register neurons among the ranked neurons, by measuring what moving them does.
 
-A neuron is *moved* when its activation is taken from the patches and placed on extra tokens, the registers. A
-*selective* neuron is active at outliers and hardly anywhere else. `selection` has the search itself; this file gives
-it a way to rank neurons and a way to measure them.
+A neuron is *moved* when its activation is taken from the patches and placed on extra tokens, the registers. *Outliers*
+are patches with huge norms. A *selective* neuron is active at outliers and hardly anywhere else. A *view* is the model
+at one image size; its *meters* measure what moving a set of neurons does there.
+
+`selection` has the search itself. This file gives it a way to rank neurons and a way to measure them.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 *Outliers* are patch tokens with huge norms. They are *movable* if MLP neurons make them, at positions that depend on
 the image: then moving these neurons to a register removes them from the patches. The *onset block* is the block after
-which the outliers first have most of their norm. A *view* is the model at one image size.
+which the outliers first have most of their norm. A *view* is the model at one image size. The *diagnosed* images are
+the first images of a view, without those that are held out to choose and verify neurons.
 """
 
 from __future__ import annotations
@@ -78,8 +79,10 @@ class Detected:
         return [index for index, block in blocks if block.after_mlp.outlier_fraction >= MIN_FRACTION]
 
     def with_outliers(self) -> Iterator[tuple[int, Tensor]]:
-        """The numbers of the diagnosed images that have outliers after a block that counts, and these images
-        (3, h, w)."""
+        """The numbers of the diagnosed images with outliers, and these images (3, h, w).
+
+        Only outliers that attribution counts are looked at, see `Detection.counts`.
+        """
         for number, packed in self.split.diagnosed:
             image, norms = packed.image, self.norms[number].unsqueeze(1)
             if counted_outliers(self.tower, image.unsqueeze(0), norms, self.detection).any():

@@ -180,9 +180,9 @@ class EffectMeter:
         grids = all_gather(tower.sequence_grid(images[0].image[None]) if images else None)
         self.grid = next(grid for grid in grids if grid)
         lists = in_lists(images, batch_size, lambda image: image.rows.shape, by_shape=tower.family.keeps_shape)
-        self._compare_with([self._baseline(tuple(batch), seed) for batch in lists])
+        self._set_baselines([self._baseline(tuple(batch), seed) for batch in lists])
 
-    def _compare_with(self, baselines: Sequence[Baseline]) -> None:
+    def _set_baselines(self, baselines: Sequence[Baseline]) -> None:
         """Set the baselines of all batches, and add up their figures."""
         self.baselines = baselines
         self.block_cache = BlockCache(self.tower)  # without memory, it keeps nothing
@@ -227,7 +227,7 @@ class EffectMeter:
         for is_first in (True, False):
             is_wanted = [((image, rank()) in in_first) == is_first for image in range(len(shares_here))]
             part = copy.copy(self)
-            part._compare_with(list(self._baselines_of(is_wanted)))
+            part._set_baselines(list(self._baselines_of(is_wanted)))
             parts.append(part)
         return parts[0], parts[1]
 
@@ -287,7 +287,7 @@ class EffectMeter:
         ):
             for batch, baseline in enumerate(self.baselines):
                 self.block_cache.begin(batch)
-                self._compare(baseline, sums)
+                self._add_comparison(baseline, sums)
         after, before = all_reduce_sum(sums), self.plain_sums
         min_outliers = MIN_FRACTION * float(before["patches"])  # a fraction of hardly any outliers would mean nothing
         remaining = (after["outliers"] / before["outliers"].clamp(min=min_outliers))[self.onset :]
@@ -387,7 +387,7 @@ class EffectMeter:
         """The excess (L, B) of the norms (L, B, N), summed over the plain model's outliers, see `Effect.excess`."""
         return ((norms / self.detection.rule.normal(norms) - 1).clamp(min=0) * outlier).sum(-1)
 
-    def _compare(self, plain: Baseline, sums: Sums) -> None:
+    def _add_comparison(self, plain: Baseline, sums: Sums) -> None:
         """Run the patched model on the batch of a baseline, and add to the sums how it differs from the plain model."""
         figures = self._run(_unpacked(plain.images))
         figures = replace(figures, of_patches=self.block_cache.finish(figures.of_patches))

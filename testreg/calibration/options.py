@@ -35,26 +35,30 @@ class Options:
         default=None, metadata={"means": "how an image becomes a tensor (default: as the model's library prepares it)"}
     )
     block: int | None = field(
-        default=None, metadata={"means": "block to look for outliers at (default: where they stand out)"}
+        default=None, metadata={"means": "block whose outliers are looked at (default: where they stand out most)"}
     )
     threshold: float | None = field(
-        default=None, metadata={"means": "norm of an outlier (default: median + 5 robust sigma)"}
+        default=None, metadata={"means": "norm above which a patch is an outlier (default: median + 5 robust sigma)"}
     )
     rule: OutlierRule | None = field(
         default=None,
-        metadata={"means": "what an outlier is; mixture: of the upper of two components of an image's log norms"},
+        metadata={"means": "which patches are outliers; mixture: the upper of two components of an image's log norms"},
     )
     max_block: int | None = field(
         default=None, metadata={"means": "last block to take neurons from (default: the last one with outliers)"}
     )
     score: Score = field(
-        default="attribution", metadata={"means": "what neurons are ranked by; activation: the paper's"}
+        default="attribution", metadata={"means": "score that neurons are ranked by; activation: the paper's"}
     )
-    sparsity_filter: bool = field(default=False, metadata={"means": "as in the released code; with activation alone"})
+    sparsity_filter: bool = field(
+        default=False, metadata={"means": "the sparsity filter of the paper's code; only with the score activation"}
+    )
     top_k: int | None = field(
         default=None, metadata={"means": "how many neurons to recommend (default: chosen by measuring)"}
     )
-    target: float = field(default=0.05, metadata={"means": "outliers that may be left, as a fraction of those before"})
+    target: float = field(
+        default=0.05, metadata={"means": "outliers that may be left, as a fraction of the unpatched model's"}
+    )
     max_change: float | None = field(
         default=None, metadata={"means": "how much features may change, 1 - cosine (default: any)"}
     )
@@ -62,21 +66,23 @@ class Options:
         default=None, metadata={"means": "take about so many seconds (default: as long as it takes)"}
     )
     head: Head | None = field(
-        default=None, metadata={"means": "model and images -> scores of classes, whose agreement is measured"}
+        default=None,
+        metadata={"means": "function model, images -> scores of classes, to measure whether predictions stay the same"},
     )
     held_out: int = field(default=48, metadata={"means": "images to choose and verify on"})
     stability: float | None = field(
-        default=0.95, metadata={"means": "ranking ends when halves of the images agree on so many of the neurons"}
+        default=0.95,
+        metadata={"means": "ranking ends when two halves of the images agree on this share of the best neurons"},
     )
     resume: str | os.PathLike[str] | None = field(
-        default=None, metadata={"means": "keep the state there (safetensors); go on from it"}
+        default=None, metadata={"means": "file (safetensors) that keeps the state, and from which a later run goes on"}
     )
     batch_size: int = field(default=16, metadata={"means": "images that are run at once"})
-    num_images: int | None = field(default=None, metadata={"means": "at most so many"})
+    num_images: int | None = field(default=None, metadata={"means": "how many images are read, at most"})
     workers: int = field(default=0, metadata={"means": "processes that decode images"})
     amp: torch.dtype | None = field(default=None, metadata={"means": "run under autocast, in bfloat16 or float16"})
-    seed: int = field(default=0, metadata={"means": "of the order of the images"})
-    progress: bool = field(default=True, metadata={"means": "show how far it is"})
+    seed: int = field(default=0, metadata={"means": "seed of the order of the images, and of samples"})
+    progress: bool = field(default=True, metadata={"means": "whether to show progress bars"})
     outlier_rule: OutlierRule = field(init=False)
     """The rule that is used: `rule` if it is given, else a rule with the `threshold`, else the default rule."""
 

@@ -3,6 +3,9 @@
 The ranking is computed from sums over images (`testreg.measure.ranking`). They are kept apart for two halves of the
 images. Images are read in chunks; once the rankings by the two halves agree, the ranking is *stable* and reading ends.
 
+A *view* is the model at one image size. The *diagnosed* images are the first images of a view, which are in memory. A
+neuron is *moved* when its activation is taken from the patches and placed on extra tokens, the registers.
+
 Shapes: L blocks with H neurons each; T tokens of an image.
 """
 

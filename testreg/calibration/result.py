@@ -1,4 +1,8 @@
-"""The result of a calibration: the list of register neurons, with the record of how they were found."""
+"""The result of a calibration: the list of register neurons, with the record of how they were found.
+
+If the model was calibrated at several image sizes (in several *views*), facts that are recorded once are those of the
+*leading* view, the first that has outliers which neurons can move.
+"""
 
 from __future__ import annotations
 

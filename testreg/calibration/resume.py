@@ -1,7 +1,7 @@
 """The state of a calibration, which is saved to a file so that an interrupted run can be resumed.
 
-The state has the sums by which neurons are ranked, and what was measured of sets of neurons (their *effects*). A *view*
-is the model at one image size.
+The state has the sums by which neurons are ranked, and what moving sets of neurons to registers was measured to do
+(their *effects*). A *view* is the model at one image size.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ FORMAT = "testreg-calibration"
 VERSION = 5  # goes up when the sums or effects change, so that older files are refused
 
 # After each chunk of images the state is saved, and ranking ends if it is stable.
-FIRST_CHUNK = 16  # images in a chunk, while they are the diagnosed images, which are in memory
-CHUNK = 64  # images in a chunk, for all later images
+FIRST_CHUNK = 16  # images in a chunk, among the first images, which the diagnosis has left in memory
+CHUNK = 64  # images in a chunk, among all later images
 
 
 class State:
@@ -106,7 +106,7 @@ class State:
         if saved.get("version") != VERSION:
             raise ValueError(f"{self.path} was saved by another version of testreg. Delete it to start anew")
         if not isinstance(theirs := saved.get("run"), dict):
-            raise self._damage("it does not say of which run it is")
+            raise self._damaged("it does not say of which run it is")
         for key in self.identity | theirs:
             if self.identity.get(key) != theirs.get(key):
                 name = key if key in self.identity else _short(key)
@@ -116,11 +116,11 @@ class State:
                 )
         num_done = saved.get("done")
         if type(num_done) is not int or not 0 < num_done <= sys.maxsize or num_done % FIRST_CHUNK:
-            raise self._damage(f"it cannot have ended at image {_short(num_done)}")
+            raise self._damaged(f"it cannot have ended at image {_short(num_done)}")
         try:
             effects = {key: Effect.from_json(effect, "an effect") for key, effect in saved["effects"].items()}
         except (AttributeError, KeyError, TypeError, ValueError):
-            raise self._damage("its effects are not valid") from None
+            raise self._damaged("its effects are not valid") from None
         return num_done, [self._statistics(tensors, i, num_done) for i in range(len(self.statistics))], effects
 
     def _statistics(self, tensors: dict[str, Tensor], index: int, num_done: int) -> Statistics:
@@ -130,16 +130,16 @@ class State:
         for name, like in expected.items():
             value = sums[name]
             if value is None or value.shape != like.shape or value.dtype != like.dtype:
-                raise self._damage(f"{name} is missing, or does not fit the model")
+                raise self._damaged(f"{name} is missing, or does not fit the model")
             if not value.isfinite().all():
-                raise self._damage(f"{name} is not finite")
+                raise self._damaged(f"{name} is not finite")
         statistics = type(self.statistics[index])(**sums)  # type: ignore[arg-type]
         num_images = float(statistics.num_images.sum())
         if not 0 < num_images <= num_done:
-            raise self._damage(f"it cannot be of {num_images:g} images, if it ended at {num_done}")
+            raise self._damaged(f"it cannot be of {num_images:g} images, if it ended at {num_done}")
         return statistics
 
-    def _damage(self, what: str) -> ValueError:
+    def _damaged(self, what: str) -> ValueError:
         return ValueError(f"{self.path} is damaged: {what}. Delete it to start anew")
 
 

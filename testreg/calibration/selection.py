@@ -7,7 +7,7 @@ a record of figures (`testreg.records.calibration.Effect`): above all `remaining
 left, and `excess`, the share of their norms above normal that is left. A *selective* neuron is active at outliers and
 hardly anywhere else.
 
-The search first adds the neurons that remove the outliers, in rounds, and then those that keep the sink alive. It then
+The search first adds the neurons that remove the outliers, in rounds, and then those that remove the sink. It then
 drops needless neurons, and last chooses the number of registers.
 """
 
@@ -265,7 +265,7 @@ class _Search:
         """
         ranking = candidates.ranking
         curve = _Curve(self, len(self.rounds) + 1, self.added, ranking)
-        curve.measure_more_and_more()
+        curve.measure_doubling()
         best = curve.best()
         if best is None:
             return False
@@ -480,7 +480,7 @@ class _Curve:
             middle = (low + high) // 2
             low, high = (low, middle) if is_enough(self.measure_best(middle)) else (middle, high)
 
-    def measure_more_and_more(self) -> None:
+    def measure_doubling(self) -> None:
         """Measure the best 1, 2, 4, ... neurons, until more of them remove no more, or change features too much."""
         number, last = 1, self.measure_best(1)
         if not self.search.is_allowed(last):

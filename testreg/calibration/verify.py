@@ -1,4 +1,8 @@
-"""Verify the chosen neurons: measure what moving them does, on held-out images that did not choose them."""
+"""Verify the chosen register neurons: measure what moving them does, on held-out images that did not choose them.
+
+A neuron is *moved* when its activation is taken from the patches and placed on extra tokens, the registers. *Outliers*
+are patches with huge norms, which should be gone then.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +41,7 @@ class Checks:
 def verify(detected: Sequence[Detected], choice: Choice, meters: Sequence[Meters], options: Options) -> Checks | None:
     """Measure what moving the chosen neurons does at each image size.
 
-    Returns None if there are no `meters`, since no images are held out.
+    Returns None if no images are held out, so that there are no `meters`.
     """
     if not meters:
         return None

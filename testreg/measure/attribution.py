@@ -158,7 +158,7 @@ def _attribute(
 
 
 def _weight(norms: Tensor, outlier: Tensor, detection: Detection) -> Tensor:
-    """The weight (L, B, N) of each patch's norm in the sum that is differentiated; zero for patches without outliers.
+    """The weight (L, B, N) of each patch's norm in the sum that is differentiated; zero if the patch is no outlier.
 
     The weighted sum of an image's norms is, up to a constant, its relative excess. This is the excess after a block
     divided by its present value, averaged over the blocks with outliers.

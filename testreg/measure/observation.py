@@ -319,8 +319,8 @@ def _attention_sums(weights: Tensor, share: Tensor, is_far: Tensor, patches: sli
         outlier: whether a patch is an outlier, (B, N).
     """
     drawn = torch.einsum("bhqt,q->bht", weights, share.to(weights.dtype))
-    # For the column ratio, queries near a patch do not count. Patches attend to their neighbours, so patches that by
-    # chance have a neighbour among the sampled queries would seem to draw much attention.
+    # The column ratio is the largest attention that a patch draws, over the median. Queries near the patch do not
+    # count: patches attend to their neighbours, so a patch with a neighbour in the sample would seem to draw too much.
     weight_of_query = share.unsqueeze(1) * is_far  # (n, N)
     drawn_from_afar = torch.einsum("bqt,qt->bt", weights[..., patches].mean(1), weight_of_query.to(weights.dtype))
     drawn_from_afar = drawn_from_afar / weight_of_query.sum(0).clamp(min=TINY)  # (B, N)

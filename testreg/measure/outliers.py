@@ -171,7 +171,7 @@ def autocast_off(device: torch.device) -> torch.autocast:
 
 
 def check_finite(norms: Tensor, images: Tensor) -> None:
-    """Raise ValueError if a norm of the tokens of these images is not finite, since NaN would never be an outlier."""
+    """Raise ValueError if a norm of the images' tokens is not finite: NaN would never count as an outlier."""
     if norms.isfinite().all():
         return
     if not images.isfinite().all():
