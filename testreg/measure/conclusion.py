@@ -43,7 +43,8 @@ HIGH_NORM = 5.0  # a prefix token with this ratio is as high as an outlier; DINO
 # A channel is massive if its magnitude is over this many times that of the median channel. In a random direction of
 # 4096 channels, the largest has 6 times.
 MASSIVE = 10.0
-SINK = 2.0  # outliers are a sink if their share of attention is over this many times their share of the patches
+# Outliers are a *sink* if they draw much attention: more than this many times their share of the patches.
+SINK = 2.0
 NUM_CHANNELS = 3  # at most this many massive channels are reported at each hook point
 
 
@@ -322,7 +323,7 @@ def _border(grid: Grid) -> Tensor | None:
 
 
 def _embedding_positions(sums: Observations) -> list[EmbeddingPosition]:
-    """The positions whose ratio in front of the first block, averaged over the images, is an outlier by the rule."""
+    """The positions whose mean ratio in front of the first block stands out by the default outlier rule."""
     grid, at_positions = _most_frequent_grid(sums)
     if at_positions["images"] < MIN_IMAGES:
         return []

@@ -3,10 +3,10 @@
 *Outliers* are patch tokens with huge norms. A *neuron* is an input channel of an MLP's second linear; its activation is
 the value of this channel at a token.
 
-Which tokens are outliers is known only after the detection block has run, but the neurons that cause them are in
-earlier blocks. So the pass keeps the input of every MLP, which is four times smaller than its hidden activations. It
-recomputes the hidden activations afterwards, only at the outliers and at a few normal tokens. This takes about the time
-of a forward, and the memory of one batch.
+Which tokens are outliers is known only after the detection block has run, the block after which they are detected. But
+the neurons that cause them are in this block and in earlier ones. So the pass keeps the input of every MLP, which is
+four times smaller than its hidden activations. It recomputes the hidden activations afterwards, only at the outliers
+and at a few normal tokens. This takes about the time of a forward, and the memory of one batch.
 
 Only sums over images are kept (`Statistics`). So the sums of several processes, or of an interrupted run and its
 continuation, can be added up.
@@ -181,6 +181,7 @@ def statistics_of(
     Raises:
         ValueError: norms are not finite; the model cannot be differentiated, as "attribution" needs.
     """
+    # Among the first images, only those with even numbers rank neurons. So halving the number divides them evenly.
     half_of_image = torch.tensor(numbers, device=tower.device) // 2 % 2
     in_half = torch.stack([half_of_image == 0, half_of_image == 1]).float()  # (S, B), 1 where an image is in a half
     if score == "attribution":
