@@ -119,6 +119,7 @@ def flush(path: Path) -> None:
 
 
 def _check_replaceable(target: Path) -> None:
+    """Raise OSError if `target` exists and is not a regular file."""
     if target.is_dir():
         raise IsADirectoryError(f"{target} is a folder: name a file to write")
     if target.exists() and not target.is_file():

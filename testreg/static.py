@@ -190,4 +190,5 @@ def companion(path: str | os.PathLike[str]) -> Path:
 
 
 def _sorted(neurons: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
+    """The neurons with sorted units, without blocks that have none, so that two lists can be compared."""
     return {block: sorted(units) for block, units in neurons.items() if units}

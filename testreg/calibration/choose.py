@@ -99,6 +99,7 @@ def choose(ranked: Ranked, meters: Sequence[Meters], options: Options, budget: B
         bar = stack.enter_context(progress_bar("choosing", MAX_MEASUREMENTS, options.progress, unit="set"))
 
         def measure(neurons: Sequence[Neuron], num_registers: int) -> Effect:
+            """The worst effect over the views; it is read from the state if an interrupted run has measured it."""
             bar.update()
             key = key_of(neurons, num_registers)
             if key not in state.effects:
@@ -107,6 +108,7 @@ def choose(ranked: Ranked, meters: Sequence[Meters], options: Options, budget: B
             return state.effects[key]
 
         def rank(moved: Sequence[Neuron]) -> Candidates:
+            """Rank the neurons of the model in which some are moved; no candidates if there is no time to rank."""
             forwards_to_come = forwards_to_rank_again + forwards_to_finish
             if moved and budget.is_spent("choosing", forwards_to_come=forwards_to_come):
                 return Candidates(())

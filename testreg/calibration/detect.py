@@ -69,6 +69,7 @@ class Detected:
 
     @property
     def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
         height, width = self.diagnosis.image_size
         return height, width
 
@@ -188,6 +189,7 @@ def _detected(view: _DiagnosedView, leader: _DiagnosedView, options: Options) ->
 
 
 def _nothing_to_move(diagnoses: Sequence[Diagnosis], options: Options) -> NoOutliersError | ImmovableOutliersError:
+    """The error that says why there are no movable outliers, from the diagnosis of each view."""
     for diagnosis in diagnoses:
         if diagnosis.outliers is not None:
             return ImmovableOutliersError(diagnosis.verdict)

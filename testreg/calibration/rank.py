@@ -95,19 +95,21 @@ def rank(detected: Sequence[Detected], options: Options, budget: Budget, state: 
     unread = [each.split.to_rank(state.num_done) for each in detected]
     end_of_diagnosed = detected[0].split.rest_start
 
-    def ranked() -> Ranked:
+    def ranked_so_far() -> Ranked:
         return Ranked(detected, tuple(state.statistics))
 
     def all_are_read() -> bool:
+        """Whether all processes have read all their images."""
         return all(all_gather(all(each.is_empty for each in unread)))
 
     def is_stable() -> bool:
+        """Whether the rankings by the two halves agree, and enough images with outliers were read to tell."""
         if options.stability is None:
             return False
         with_outliers = torch.stack([each.num_with_outliers for each in state.statistics]).sum(0)  # (2,), of each half
         if state.num_done < end_of_diagnosed and min(with_outliers.sum(), 4 * with_outliers.min()) < MIN_RANKED:
             return False
-        share_in_common, _ = ranked().stability(last_blocks(leader_of(detected), options)[0])
+        share_in_common, _ = ranked_so_far().stability(last_blocks(leader_of(detected), options)[0])
         return share_in_common >= options.stability
 
     with progress_bar("ranking", detected[0].view.stream.length, options.progress) as bar:
@@ -117,7 +119,7 @@ def rank(detected: Sequence[Detected], options: Options, budget: Budget, state: 
                 on_images = bar.update if index == 0 else _ignore
                 state.statistics[index] += _statistics_of(each, unread[index].take(state.num_done), on_images)
             state.save()
-    return ranked()
+    return ranked_so_far()
 
 
 def last_blocks(leader: Detected, options: Options) -> tuple[int, int]:

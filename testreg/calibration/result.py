@@ -80,6 +80,7 @@ def facts_before_ranking(leader: Detected) -> Calibration:
 
 
 def _entries_of_choice(selection: Selection) -> dict[str, Any]:
+    """The entries of the record that say how the neurons were chosen."""
     return {
         "curve": selection.curve,
         "chosen": selection.effect,
@@ -89,6 +90,7 @@ def _entries_of_choice(selection: Selection) -> dict[str, Any]:
 
 
 def _entries_of_checks(choice: Choice, checks: Checks, options: Options) -> dict[str, Any]:
+    """The entries of the record that say how the neurons were verified."""
     return {
         "target": options.target,
         "target_met": checks.target_met,
@@ -113,6 +115,7 @@ def _verdict(leader: Detected, *, target_met: bool) -> str:
 
 
 def _versions() -> dict[str, str]:
+    """The versions of Python and of the packages that are installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {"python": platform.python_version()}

@@ -94,6 +94,7 @@ class State:
             self.num_done, self.statistics, self.effects = saved
 
     def _read(self, path: Path) -> tuple[int, list[Statistics], dict[str, Effect]]:
+        """Read and check a file; returns its `num_done`, `statistics` and `effects`."""
         try:
             with safe_open(path, "pt") as file:
                 saved = json.loads((file.metadata() or {}).get("testreg", "null"))

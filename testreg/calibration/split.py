@@ -44,6 +44,7 @@ class UnreadImages:
 
     @property
     def is_empty(self) -> bool:
+        """Whether all images are read."""
         return self._next is None
 
     def take(self, end: float = math.inf) -> NumberedImages:
@@ -69,6 +70,7 @@ class Split:
 
     @property
     def grid(self) -> Grid:
+        """The grid of patches of the first image."""
         return self.view.tower.grid(self.diagnosed[0][1].image)
 
     @property
@@ -105,6 +107,7 @@ def split(views: Sequence[View], budget: Budget) -> list[Split]:
 
 
 def _split_view(view: View) -> Split:
+    """Read the first images of a view, and keep them in two parts."""
     held_out = view.options.held_out
     end = max(2 * held_out, held_out + NUM_DIAGNOSED)
     rest = _read_from(view.stream, 0)

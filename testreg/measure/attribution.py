@@ -41,6 +41,7 @@ def recorded_graph(tower: Tower) -> Iterator[tuple[list[Tensor], list[list[Tenso
     mlps = [(index, mlp) for index, block in enumerate(tower.blocks) for mlp in block.mlps]
 
     def differentiable(number: int, activation: Tensor) -> Tensor:
+        """Record the input of an MLP's second linear, and make sure that it has a gradient."""
         if not activation.requires_grad:
             activation = activation.detach().requires_grad_()
         hidden[mlps[number][0]].append(activation)

@@ -249,6 +249,7 @@ class _ResidualSum(TorchFunctionMode):
         return out
 
     def _is_computed_from_mlp(self, value: Any) -> bool:
+        """Whether an argument of a function, or an element of it, was computed from the MLP's output."""
         values = value if isinstance(value, list | tuple) else (value,)
         return any(each is known for each in values for known in self.computed_from_mlp)
 

@@ -50,6 +50,7 @@ def table(diagnoses: Mapping[str, Diagnosis]) -> str:
 
 
 def _cells(diagnosis: Diagnosis) -> tuple[str, ...]:
+    """The cells of a model's line, one for each column of `_HEADS`."""
     after, outliers = [block.after_mlp for block in diagnosis.blocks], diagnosis.outliers
     strongest = max(after, key=lambda each: each.max_over_median) if outliers is None else after[outliers.block]
     prefix_ratio = max((max(each.prefix_ratio, default=0.0) for each in after), default=0.0)

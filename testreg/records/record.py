@@ -76,6 +76,7 @@ def _are_indices(value: object, least: int, lengths: tuple[int, ...]) -> bool:
 
 
 def _is_neuron(value: object) -> bool:
+    """Whether a value is a list of a block, a unit, and a score or None."""
     if not isinstance(value, list | tuple) or len(value) != 3:
         return False
     block, unit, score = value
