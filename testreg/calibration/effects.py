@@ -493,7 +493,7 @@ def _attention_and_unlikeness(figures: Figures, former: Tensor, others: Tensor) 
 
 
 def _unpacked(packed: Sequence[PackedImage]) -> Tensor:
-    """Unpack images into one batch (B, 3, h, w)."""
+    """Turn images, which are kept in a form that takes less memory, into one batch (B, 3, h, w)."""
     (images,) = batched((each.image for each in packed), len(packed))
     return images
 

@@ -56,7 +56,10 @@ class UnreadImages:
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """The images of a view that this process reads: two parts that are kept in memory, and the rest of the stream."""
+    """The images of a view that this process reads: two parts that are kept in memory, and the rest of the stream.
+
+    Images are kept in a form that takes less memory (`PackedImage`).
+    """
 
     view: View
     diagnosed: Sequence[tuple[int, PackedImage]]
