@@ -30,7 +30,7 @@ from testreg.cli.calibrate import summary as described
 from testreg.families import find_tower
 from testreg.measure.diagnosis import Outliers
 from testreg.measure.outliers import Detection, OutlierRule, token_norms
-from testreg.measure.ranking import best, statistics_of
+from testreg.measure.ranking import best_neurons, statistics_of
 from testreg.patching.state import patch_of
 from testreg.records.calibration import FixedPositions
 
@@ -694,7 +694,7 @@ def test_neurons_of_quantized_weights_are_scored(planted, photos):
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
     tower = find_tower(model)
     sums = statistics_of(tower, photos, range(len(photos)), Detection(OutlierRule(), 2), score="contribution").total()
-    ranking = best(sums.scores(tower), 2, 4)
+    ranking = best_neurons(sums.scores(tower), 2, 4)
     assert as_set(planted_neurons.neurons) >= {neuron[:2] for neuron in ranking if neuron[0] == 2}
     assert ranking[0][:2] in as_set(planted_neurons.neurons)
 
