@@ -3,6 +3,8 @@
 *Prefix tokens* are those in front of the patches, such as CLS. *Registers* are extra tokens: trained ones are the last
 prefix tokens, and a patched model adds others behind the patches.
 
+Some towers pack the tokens of all images in one sequence. Their images are run one by one here.
+
 Shapes: B images of T tokens, N of which are patches and R are registers; n queries.
 """
 

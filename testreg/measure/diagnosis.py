@@ -58,7 +58,7 @@ Part = Literal["embedding", "attention", "MLP", "block"]
 Kind = Literal["none", "movable", "fixed", "immovable", "left"]
 """What kind of outliers a model has, see `Outliers.kind` and `Diagnosis.kind`."""
 SinkKind = Literal["no-op", "broadcast"]
-"""What heads attend to a sink for, see `Sink.kind`."""
+"""Why heads attend to a sink, see `Sink.kind`."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Sink:
 
     @property
     def kind(self) -> SinkKind | None:
-        """What heads attend to the outliers for; None if values could not be observed.
+        """Why heads attend to the outliers; None if values could not be observed.
 
         "no-op": to add next to nothing, since the outliers' values are near zero. "broadcast": to read what the
         outliers hold.
@@ -186,7 +186,7 @@ class EmbeddingPosition:
     ratio: float
     """Its ratio in front of the first block, averaged over the images."""
     time: int | None = None
-    """Its place in time, in steps of as many frames of a clip as a patch takes; None in images."""
+    """Its place in time; frames that one patch of a clip spans count as one place. None in images."""
 
     @property
     def position(self) -> tuple[int, ...]:
@@ -209,7 +209,7 @@ class FixedPosition:
     is_embedding: bool = False
     """Whether it is among `Diagnosis.embedding_positions`."""
     time: int | None = None
-    """Its place in time, in steps of as many frames of a clip as a patch takes; None in images."""
+    """Its place in time; frames that one patch of a clip spans count as one place. None in images."""
 
     @property
     def position(self) -> tuple[int, ...]:
@@ -403,7 +403,7 @@ class Diagnosis:
         ]
 
     def plot(self) -> Figure:
-        """The norms and the outliers after each block: a matplotlib figure."""
+        """Draw the norms of patches and the fraction of outliers after each block, as a matplotlib figure."""
         from matplotlib import pyplot as plt
         from matplotlib.ticker import MaxNLocator
 
@@ -540,7 +540,7 @@ class Diagnosis:
         return {"format": FORMAT, "version": VERSION, "verdict": self.verdict, "kind": self.kind, **asdict(self)}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the JSON; an existing file is replaced whole or not at all."""
+        """Write the JSON. An existing file is replaced only once the new one is complete."""
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 

@@ -4,6 +4,8 @@ The sampled tokens are the *queries*; their attention to all tokens is observed.
 sampled, and `NUM_QUERIES` of the patches. The random sample has a fixed seed, so it depends on the number of patches
 alone, and is the same in every process and run.
 
+Some towers take *packed images*: the tokens of all images in one sequence, without a batch dimension.
+
 Shapes: B images of T tokens; n queries; D width of a head.
 """
 
