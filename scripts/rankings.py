@@ -27,7 +27,7 @@ from testreg.io.packing import PackedImage
 from testreg.measure.diagnose import diagnose
 from testreg.measure.hooks import recording_inputs
 from testreg.measure.outliers import Detection, OutlierRule, token_norms
-from testreg.measure.ranking import SELECTIVE, SUMS, best, statistics_of
+from testreg.measure.ranking import SELECTIVE, SUMS, best_neurons, statistics_of
 
 BATCH = 16
 
@@ -59,7 +59,9 @@ def main() -> None:
     print("| ranking | blocks up to | neurons | left | sink | unlike | hottest | change, pooled | change, patches |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name, last in tqdm(sets, disable=None):
-        neurons = best(rankings[name], last, tower.depth * tower.mlp_width if name == "selective" else args.top_k)
+        neurons = best_neurons(
+            rankings[name], last, tower.depth * tower.mlp_width if name == "selective" else args.top_k
+        )
         effect = meter.effect(neurons, args.registers)
         rows.append({"ranking": name, "last": last, **asdict(effect)})
         figures = (

@@ -1,4 +1,4 @@
-"""How results show themselves: as HTML in a notebook, and as pictures in rows."""
+"""Show results: as HTML in a notebook, and as figures with panels in rows."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-P = TypeVar("P")
+P = TypeVar("P")  # what a panel shows
 
 
 def picture_of(
     rows: Sequence[Sequence[P]], draw: Callable[[Axes, P], None], title: str, panel_size: tuple[float, float]
 ) -> Figure:
-    """A picture with all panels of each row side by side, on axes without ticks.
+    """Draw panels in rows and columns as a matplotlib figure, on axes without ticks.
 
     Args:
+        rows: what the panels show, row by row; all rows have the same number of panels.
         draw: draws a panel on its axes.
-        panel_size: width and height in inches.
+        panel_size: the width and height of a panel in inches.
     """
     from matplotlib.figure import Figure
 
@@ -35,7 +36,12 @@ def picture_of(
 
 
 def html(lines: Sequence[str], heads: Sequence[str] = (), rows: Iterable[Sequence[object]] = ()) -> str:
-    """The first line in bold, the others below it, and a table, folded; everything is escaped."""
+    """HTML with the first line in bold, the other lines below it, and a table that is folded. All text is escaped.
+
+    Args:
+        heads: the heads of the table's columns; without any, there is no table.
+        rows: the cells of the table, row by row.
+    """
     title, *others = map(escape, lines)
     parts = ["<div>", f"<strong>{title}</strong>", *(f"<br>{line}" for line in others)]
     if heads:
@@ -47,6 +53,7 @@ def html(lines: Sequence[str], heads: Sequence[str] = (), rows: Iterable[Sequenc
 
 
 def _text(value: object) -> str:
+    """The text of a cell."""
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

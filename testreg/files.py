@@ -1,4 +1,8 @@
-"""Files that are there whole or not at all, that are opened only if they are files, and that say what is in them."""
+"""Read and write files safely.
+
+A file is written under a temporary name and then renamed, so that nobody meets half a file. Only regular files are
+opened. The JSON in a file names its format and its version, which are checked. Text from a file is made safe to print.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +18,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-SUFFIX = ".testreg-part"  # of the temporary files, so that no other file is swept
-UNFINISHED = ".unfinished"  # behind the name of a file that a later run goes on with
-STALE = 3600.0  # seconds without a write after which a temporary file is of a run that was killed
-LONGEST = 200  # characters of a file's content that a message repeats
+SUFFIX = ".testreg-part"  # the suffix of temporary files: old ones are removed, and no other files
+UNFINISHED = ".unfinished"  # is appended to the name of a file that is not complete, and that a later run goes on with
+STALE = 3600.0  # a temporary file that was not written to for this many seconds was left by a run that was killed
+LONGEST = 200  # a message repeats at most this many characters of a file
 
 
 def regular_file(path: str | os.PathLike[str]) -> Path:
-    """`path`, which can be opened for reading without waiting: a FIFO or a device could block for ever.
+    """Return `path` if it is a regular file. Opening anything else, such as a FIFO, could block forever.
 
     Raises:
-        FileNotFoundError, IsADirectoryError, OSError: there is no such file, or it is something else.
+        FileNotFoundError: there is no such file.
+        IsADirectoryError: it is a folder.
+        OSError: it is a pipe, a socket or a device.
     """
     file = Path(path)
     if file.is_file():
@@ -37,26 +43,28 @@ def regular_file(path: str | os.PathLike[str]) -> Path:
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """The text of a regular file in UTF-8; raises as `regular_file`."""
+    """Read the text of a regular file in UTF-8. Raises the errors of `regular_file`."""
     return regular_file(path).read_text(encoding="utf-8")
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends: nobody ever meets half a file.
+    """Within the context, write to the temporary file that is returned; it replaces `path` when the context ends.
+
+    So nobody ever meets half a file. If an error is raised in the context, `path` stays as it was.
 
     Raises:
-        OSError: `path` is a folder or a device, or could not be written. What was there is left as it was.
+        OSError: `path` is a folder or a device, or cannot be written.
     """
     target = Path(path)
     _check_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(target)
-    temporary = _temporary(target)
+    _remove_stale(target)
+    temporary = _new_temporary(target)
     try:
         yield temporary
         temporary.chmod(0o666 & ~_umask())
-        flush(temporary)  # or a power cut could leave an empty file under the name of the whole one
+        flush(temporary)  # otherwise, after a power cut, `path` could be an empty file
         os.replace(temporary, target)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -67,10 +75,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise at once what `replacing(path)` would raise after the work; the folder must exist.
+    """Check before long work that `replacing(path)` will be able to write. The folder of `path` must exist.
 
     Raises:
-        OSError: there is no such folder, nothing can be written to it, or `path` is no file that may be replaced.
+        OSError: the folder does not exist, or cannot be written to; or `path` is no file that may be replaced.
     """
     target = Path(path)
     _check_replaceable(target)
@@ -78,11 +86,11 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise FileNotFoundError(f"cannot write {target}: there is no folder {target.parent}")
     if target.exists() and not os.access(target, os.W_OK):
         raise PermissionError(f"cannot write {target}: it is read-only")
-    _try(target)
+    _try_to_write(target)
 
 
 def check_writable_folder(path: str | os.PathLike[str]) -> None:
-    """Raise at once if `path`, a folder that need not exist yet, could not be filled.
+    """Check before long work that files can be written to the folder `path`, which need not exist yet.
 
     Raises:
         OSError: `path` is a file, or nothing can be written there.
@@ -92,76 +100,84 @@ def check_writable_folder(path: str | os.PathLike[str]) -> None:
         raise NotADirectoryError(f"{folder} is a file: name a folder")
     while not folder.is_dir():
         folder = folder.parent
-    _try(folder / Path(path).name)
+    _try_to_write(folder / Path(path).name)
 
 
 def flush(path: Path) -> None:
-    """Make sure that the disk holds what was written to a file or a folder, before anything relies on it."""
+    """Wait until the disk has what was written to a file or a folder."""
     windows = os.name == "nt"
-    if windows and path.is_dir():  # folders cannot be flushed there
+    if windows and path.is_dir():  # Windows cannot flush folders
         return
     handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # which a file system says that cannot do this for folders
+        if error.errno != errno.EINVAL:  # the error of file systems that cannot flush folders
             raise
     finally:
         os.close(handle)
 
 
 def _check_replaceable(target: Path) -> None:
+    """Raise OSError if `target` exists and is not a regular file."""
     if target.is_dir():
         raise IsADirectoryError(f"{target} is a folder: name a file to write")
     if target.exists() and not target.is_file():
         raise OSError(f"cannot write {target}: it is not a regular file (but a pipe, a socket or a device)")
 
 
-def _try(target: Path) -> None:
+def _try_to_write(target: Path) -> None:
+    """Raise OSError if no file can be made beside `target`."""
     try:
-        _temporary(target).unlink()
+        _new_temporary(target).unlink()
     except OSError as error:
         raise type(error)(f"cannot write {target}: {error.strerror}") from None
 
 
-def _temporary(target: Path) -> Path:
+def _new_temporary(target: Path) -> Path:
+    """Make an empty temporary file beside `target`."""
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=SUFFIX)
     os.close(handle)
     return Path(name)
 
 
-def _sweep(target: Path) -> None:
-    """Remove what killed runs left beside `target`.
+def _remove_stale(target: Path) -> None:
+    """Remove the temporary files that killed runs left beside `target`.
 
-    By age, since process numbers mean nothing on another machine that shares the folder. Should a run have been asleep
-    for so long, it ends with an error, and the target is whole.
+    They are recognised by their age: whether a process is alive cannot be known if it ran on another machine that
+    shares the folder. A run that merely paused for so long ends with an error, and the target is whole.
     """
-    for left in target.parent.glob(f".{glob.escape(target.name)}.*{SUFFIX}"):
+    for temporary in target.parent.glob(f".{glob.escape(target.name)}.*{SUFFIX}"):
         try:
-            if time.time() - left.stat().st_mtime > STALE:
-                left.unlink()
-        except OSError:  # another run was faster, or it is not ours
+            if time.time() - temporary.stat().st_mtime > STALE:
+                temporary.unlink()
+        except OSError:  # another run has removed it, or it belongs to another user
             pass
 
 
 def _umask() -> int:
+    """The permissions that new files do not get; they can be read only by setting others."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
-# What is in a file ----------------------------------------------------------------------------------------------------
+# The content of a file ------------------------------------------------------------------------------------------------
 
 
 def check_format(
     data: object, name: str, version: int, known: Collection[str], *, source: str, expected: str
 ) -> dict[str, Any]:
-    """The JSON object `data`, if it says that it is of the format `name`, in any version.
+    """Check that a JSON object names the format `name` and a version, and return it.
 
-    Warns if its version is newer than `version`, and names the keys that are ignored because they are not `known`.
+    If the version is newer than `version`, a warning names the keys that are ignored since they are not `known`.
+
+    Args:
+        source: what the file is called in messages.
+        expected: the format in words: the error says that `source` is not `expected`.
 
     Raises:
-        ValueError: it is of no version, or of another format: "`source` is not `expected`".
+        ValueError: `data` is no such object.
     """
     if not isinstance(data, dict) or data.get("format") != name:
         raise ValueError(f'{source} is not {expected} ("format": "{name}" is missing)')
@@ -173,13 +189,13 @@ def check_format(
         warnings.warn(
             f"{source} has version {shown(number)}, newer than this testreg reads ({version}); "
             f"keys that are ignored: {ignored}. Upgrade testreg to use them",
-            stacklevel=4,  # of who called the function that reads the file
+            stacklevel=4,  # the caller of the function that reads the file
         )
     return data
 
 
 def shown(value: object) -> str:
-    """A short repr without control characters, for messages about what someone else has written."""
+    """A short repr of a value that is not trusted, without control characters, for messages."""
     try:
         return _SHORT.repr(value)
     except ValueError:  # Python does not print whole numbers of many thousand digits
@@ -191,6 +207,9 @@ _SHORT.maxstring = _SHORT.maxother = 60
 
 
 def plain(text: object, longest: int | None = LONGEST) -> str:
-    """Text of a file for a message: on one line, without control characters, and not longer than a few lines."""
+    """Text that is not trusted, on one line, without control characters, for messages.
+
+    It is cut to `longest` characters; None does not cut it.
+    """
     line = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in str(text)[:longest])
     return line if longest is None or len(line) <= longest else line[:longest] + "..."

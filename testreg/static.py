@@ -1,4 +1,10 @@
-"""Static registers, whose states are constants instead of being computed, and their safetensors file."""
+"""Static registers, and the safetensors file that holds them.
+
+*Registers* are the extra tokens of a patched model, onto which the activations of register neurons are moved. They are
+*static* if their states are constants, and are not computed from the image.
+
+Shapes: L blocks, R registers, C width.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +31,16 @@ SUFFIX = ".static.safetensors"
 _KEYS = {"format", "version", "neurons", "form", "model", "images"}
 
 Form = Literal["token", "bias"]
+"""What static registers are in a model, see `StaticRegisters.form`."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class StaticRegisters:
-    """Constants for the states in which registers enter each block: means over images (arXiv 2506.08010, A.2).
+    """The states in which registers enter each block, averaged over images: constants (arXiv 2506.08010, A.2).
 
-    `testreg.make_static` makes them, and `testreg.patch(model, neurons, static=...)` puts them in place of the
-    registers that a model computes. They belong to the weights and to the register neurons that they were made with.
+    `testreg.make_static` makes them. With `testreg.patch(model, neurons, static=...)` they take the place of the
+    registers that a patched model computes. They fit only the weights and the register neurons that they were made
+    with.
 
     Example:
         >>> static = testreg.make_static(model, images, neurons, progress=False)
@@ -45,20 +53,20 @@ class StaticRegisters:
         True
 
     Raises:
-        ValueError: states of another shape, or not finite; an unknown form.
+        ValueError: the states have another shape, or are not finite; the form is unknown.
     """
 
     states: Tensor
-    """(L, R, C) float32, for the L blocks."""
+    """The state of each register in the input of each block, (L, R, C), float32."""
     neurons: Mapping[int, Sequence[int]]
-    """The register neurons: {block: units}."""
+    """The register neurons, {block: units}."""
     form: Form = "token"
-    """"token": R tokens that each block gets anew. "bias": a key and a value in each attention, and no token: where
-    attention is nn.MultiheadAttention, and R is 1."""
+    """"token": each block gets R extra tokens with these states. "bias": each attention gets a key and a value that are
+    computed from the state, and there is no token. This needs nn.MultiheadAttention, and R = 1."""
     model: Mapping[str, Any] = field(default_factory=dict)
     """The checkpoint, as in `RegisterNeurons.model`."""
     images: Mapping[str, Any] = field(default_factory=dict)
-    """The images of which the states are means: their number, source and size."""
+    """The images over which the states were averaged: their number, source and size in pixels."""
 
     def __post_init__(self) -> None:
         if self.states.ndim != 3 or not self.states.numel() or not self.states.is_floating_point():
@@ -95,16 +103,18 @@ class StaticRegisters:
         return self.states.shape[1]
 
     def check_fits(self, tower: Tower, neurons: RegisterNeurons, num_registers: int) -> None:
-        """Raise ValueError unless the states belong to this tower, these neurons and this number of registers."""
-        depth, own, width = self.states.shape
+        """Raise ValueError unless the states fit this tower, these neurons and this number of registers."""
+        depth, num_static, width = self.states.shape
         expected = tower.depth, tower.width
         if (depth, width) != expected:
             raise ValueError(
                 f"these static registers are for {depth} blocks of width {width}, and this model has {expected[0]} of "
                 f"{expected[1]}"
             )
-        if own != num_registers:
-            raise ValueError(f"there are {own} static registers: pass num_registers={own}, got {num_registers}")
+        if num_static != num_registers:
+            raise ValueError(
+                f"there are {num_static} static registers: pass num_registers={num_static}, got {num_registers}"
+            )
         if compare_weights(str(self.model.get("fingerprint")), tower) == "other":
             raise ValueError(
                 f"these static registers are of {plain(self.model.get('name', 'another checkpoint'))}, whose weights "
@@ -117,11 +127,11 @@ class StaticRegisters:
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file; an existing one is replaced whole or not at all.
+        """Write a safetensors file. An existing file is replaced only once the new one is complete.
 
-        The path of a neuron JSON, such as `neurons.json`, stands for the file beside it, `neurons.static.safetensors`.
+        The path of a neuron JSON, such as `neurons.json`, stands for the file `neurons.static.safetensors` beside it.
         """
-        described = {
+        description = {
             "format": FORMAT,
             "version": VERSION,
             "form": self.form,
@@ -130,15 +140,15 @@ class StaticRegisters:
             "images": dict(self.images),
         }
         with replacing(companion(path)) as temporary:
-            save_file({"states": self.states.contiguous()}, temporary, {FORMAT: json.dumps(described)})
+            save_file({"states": self.states.contiguous()}, temporary, {FORMAT: json.dumps(description)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StaticRegisters:
-        """Read what `save` wrote.
+        """Read a file that `save` has written; `path` is understood as in `save`.
 
         Raises:
-            OSError: no such file, or not a regular one.
-            ValueError: it is damaged, or holds something else.
+            OSError: there is no such file, or it is not a regular file.
+            ValueError: the file is damaged, or has no static registers.
         """
         file = regular_file(companion(path))
         source = plain(file, longest=None)
@@ -158,13 +168,13 @@ class StaticRegisters:
 
 
 AnyStatic = StaticRegisters | str | os.PathLike[str] | None
-"""Static registers, the path of their file, or None."""
+"""What `testreg.patch` takes as static registers: the registers, the path of their file, or None for none."""
 
 
 def resolve_static(static: AnyStatic) -> StaticRegisters | None:
-    """The static registers that the `static` argument of `patch` stands for.
+    """The static registers that the argument `static` of `patch` stands for.
 
-    Raises OSError, TypeError or ValueError if it is not valid.
+    Raises OSError, TypeError or ValueError if the argument is not valid.
     """
     if static is None or isinstance(static, StaticRegisters):
         return static
@@ -174,10 +184,11 @@ def resolve_static(static: AnyStatic) -> StaticRegisters | None:
 
 
 def companion(path: str | os.PathLike[str]) -> Path:
-    """The file of static registers that a path stands for: beside a neuron JSON, or else the path itself."""
+    """The file of static registers that a path stands for: the file beside a neuron JSON, or else the path itself."""
     file = Path(path)
     return file.with_suffix(SUFFIX) if file.suffix == ".json" else file
 
 
 def _sorted(neurons: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
+    """The neurons with sorted units, without blocks that have none, so that two lists can be compared."""
     return {block: sorted(units) for block, units in neurons.items() if units}

@@ -24,7 +24,7 @@ from testreg.evaluation.features import Features
 from testreg.evaluation.result import Result
 from testreg.evaluation.samples import drawn, images_under, of_file
 from testreg.families.kernels import attention_kernel
-from testreg.measure.attention import UNSEEN, Recorder, attention_to_patches
+from testreg.measure.attention import UNSEEN, AttentionRecorder, attention_to_patches
 from testreg.measure.hooks import recorded_norms, recorded_tokens
 from testreg.measure.observation import neighbour_cosine
 from testreg.neurons import AnyNeurons
@@ -76,21 +76,21 @@ def compute(variant: Variant, images: Tensor) -> Mapping[str, Tensor]:
     tower, patches, grid = variant.tower, variant.tower.patches(images), variant.tower.grid(images)
     with (
         attention_kernel(tower.module, "sdpa", instead_of=UNSEEN),
-        Recorder(lambda num_tokens: patches) as attention,
+        AttentionRecorder(lambda num_tokens: patches) as attention,
         recorded_norms(tower, images) as norms,
         recorded_tokens(tower, images, -2) as before,
         recorded_tokens(tower, images, -1) as last,
     ):
         embedding = embed_images(variant, images)
-    if len(attention.rows) != tower.depth:
-        raise RuntimeError(f"saw {len(attention.rows)} attentions in {tower.depth} blocks")
+    if len(attention.recorded) != tower.depth:
+        raise RuntimeError(f"saw {len(attention.recorded)} attentions in {tower.depth} blocks")
     earlier = before[0][:, patches].float()
     return {
         "embedding": embedding,
         "norms": torch.stack(norms, 1)[..., patches],
         "last": last[0][:, patches].float(),
         "near": neighbour_cosine(earlier, earlier.norm(dim=-1), grid),
-        "attention": torch.stack([rows.mean(1)[:, patches] for rows in attention.rows], 1),
+        "attention": torch.stack([each.mean(1)[:, patches] for each in attention.recorded], 1),
         "cls": attention_to_patches(tower, images).mean(1),
     }
 

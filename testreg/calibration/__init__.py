@@ -1,1 +1,1 @@
-"""Finds the register neurons of a model."""
+"""Calibration: finds the register neurons of a model. `calibrate` is the entry point."""

@@ -1,7 +1,12 @@
-"""A cache of the tokens between the blocks of a patched tower.
+"""A cache of the inputs of blocks, so that comparing sets of neurons runs fewer blocks.
 
-The input of a block depends only on the neurons that are moved in earlier blocks. So where several sets of neurons have
-these in common, the earlier blocks are run for the first set alone.
+The search for register neurons patches the model with one set of neurons after the other, and runs the same batches of
+images with each. A neuron of the set is *moved*: its activation is placed on registers, the extra tokens. The input of
+a block depends only on the neurons that are moved in earlier blocks. So if two sets have the same neurons up to some
+block, the blocks up to there are run for the first set only.
+
+While a block runs, figures of its patches (such as their norms) are read off. They are kept with the inputs, since they
+could not be read off a block that is not run.
 """
 
 from __future__ import annotations
@@ -21,57 +26,58 @@ from testreg.patching.override import Override
 from testreg.records.record import Start
 
 Key = tuple[int, tuple[int, Start], frozenset[tuple[int, int]]]
-"""What the input of a block depends on: the block, the number of registers, what they hold at
-first, and the neurons moved in earlier blocks."""
+"""What the input of a block depends on: the index of the block, the number of registers and how they start, and the
+neurons (block, unit) that are moved in earlier blocks."""
 
 
 @dataclass(frozen=True)
-class Kept:
-    """The input of a block for one batch, and the figures of the blocks before it."""
+class CachedInput:
+    """The input of a block for one batch, and the figures of the earlier blocks."""
 
     output: Any
-    """The output of the block before, registers included."""
+    """The output of the previous block, which is the input of this block, registers included."""
     figures: Tensor
-    """The figures of the patches after each of the earlier blocks, (K, depth, B, N) for K figures."""
+    """K figures of each of N patches in each of the i earlier blocks, (K, i, B, N)."""
 
 
 class BlockCache:
-    """Keeps the inputs of blocks, so that a forward can begin at the last block whose input is kept.
+    """Keeps the inputs of blocks, so that a forward can start at the last block whose input is kept.
 
     Args:
-        memory: bytes that may be kept of each batch. The least recently used inputs go first, and of one set of neurons
-            those of its last blocks, which the fewest other sets share.
+        memory: how many bytes may be kept for each batch. The least recently used inputs are removed first. Among the
+            inputs of one set of neurons, the last blocks' are removed first, since the fewest other sets share them.
     """
 
     def __init__(self, tower: Tower, memory: int = 0) -> None:
         self.tower, self.memory = tower, memory
-        self.kept: dict[int, OrderedDict[Key, Kept]] = {}
-        """What is kept of each batch, by its number; the most recently used last."""
+        self.cached: dict[int, OrderedDict[Key, CachedInput]] = {}
+        """The cached inputs of each batch, by the number of the batch; the most recently used last."""
         self.keys: list[Key] = []
-        """The keys of the current set of neurons, one for each block."""
+        """The keys of the inputs with the current set of neurons, one for each block."""
         self.first_moved = 0
-        """The first block with moved neurons. Inputs of earlier blocks are not kept, since its own is."""
+        """The first block with moved neurons. Up to it, all sets give the same inputs; only its input is kept."""
         self.batch = 0
         """The number of the current batch."""
         self.first_run = 0
-        """The first block that has to be run for it."""
-        self.start: Kept | None = None
-        """What is kept for that block; None if it is block 0."""
-        self.made: dict[int, Any] = {}
-        """Inputs that the current forward has computed, by block."""
+        """The first block that has to be run for the current batch."""
+        self.start: CachedInput | None = None
+        """The cached input of this block; None if it is block 0."""
+        self.new_inputs: dict[int, Any] = {}
+        """Inputs that the current forward has computed, by the block that takes them."""
 
     @contextmanager
     def reused(self, neurons: Sequence[Neuron], registers: tuple[int, Start]) -> Iterator[None]:
-        """Within the context, blocks whose output is kept are not run.
+        """Within the context, blocks whose output is in the cache are not run.
 
-        The model must be patched with these neurons, and with this number of registers that start like this.
-
-        Call `begin` before each forward and `finish` after it.
+        The model must be patched with these neurons and registers (their number, and how they start). Call `begin`
+        before each forward, and `finish` after it.
         """
         moved = frozenset((block, unit) for block, unit, _ in neurons)
-        depths = range(self.tower.depth)
         self.first_moved = min((block for block, _ in moved), default=0)
-        self.keys = [(depth, registers, frozenset(neuron for neuron in moved if neuron[0] < depth)) for depth in depths]
+        self.keys = [
+            (block, registers, frozenset(neuron for neuron in moved if neuron[0] < block))
+            for block in range(self.tower.depth)
+        ]
         blocks = [CachedBlock(block.module, self, index) for index, block in enumerate(self.tower.blocks[:-1])]
         for each in blocks:
             each.install()
@@ -82,35 +88,38 @@ class BlockCache:
                 each.remove()
 
     def begin(self, batch: int) -> None:
-        """Start the forward of a batch, by its number."""
-        kept = self.kept.setdefault(batch, OrderedDict())
-        self.first_run = max((key[0] for key in self.keys if key in kept), default=0)
-        self.batch, self.start, self.made = batch, kept.get(self.keys[self.first_run]), {}
+        """Say that a forward of the batch with this number begins."""
+        cached = self.cached.setdefault(batch, OrderedDict())
+        self.first_run = max((key[0] for key in self.keys if key in cached), default=0)
+        self.batch, self.start, self.new_inputs = batch, cached.get(self.keys[self.first_run]), {}
 
     def finish(self, recorded: Tensor) -> Tensor:
-        """End the forward; returns the figures (K, L, B, N) of all blocks.
+        """Say that the forward has ended; returns the figures (K, L, B, N) of all L blocks.
 
-        `recorded` are those that the forward gave; of blocks that were not run, the kept ones take their place.
+        Args:
+            recorded: the figures (K, L, B, N) that were read off the forward. Those of blocks that were not run are
+                wrong, and are replaced by the cached ones.
         """
         figures = recorded if self.start is None else torch.cat([self.start.figures, recorded[:, self.first_run :]], 1)
-        kept = self.kept[self.batch]
-        kept |= {self.keys[index]: Kept(output, figures[:, :index]) for index, output in self.made.items()}
+        cached = self.cached[self.batch]
+        for block, output in self.new_inputs.items():
+            cached[self.keys[block]] = CachedInput(output, figures[:, :block])
         for key in reversed(self.keys):
-            if key in kept:
-                kept.move_to_end(key)
-        while sum(_bytes(each.output) for each in kept.values()) > self.memory:
-            kept.popitem(last=False)
+            if key in cached:
+                cached.move_to_end(key)
+        while sum(_bytes(each.output) for each in cached.values()) > self.memory:
+            cached.popitem(last=False)
         return figures
 
     def keep(self, index: int, output: Any) -> None:
-        """Keep the output of a block, the input of the next, if it can be of use and fits into the memory."""
-        if index + 1 >= self.first_moved and _bytes(output) * (len(self.made) + 1) <= self.memory:
-            self.made[index + 1] = _copied(output)
+        """Keep the output of a block, the input of the next block, if it can be reused and fits into the memory."""
+        if index + 1 >= self.first_moved and _bytes(output) * (len(self.new_inputs) + 1) <= self.memory:
+            self.new_inputs[index + 1] = _copied(output)
 
 
 @dataclass(eq=False)
 class CachedBlock(Override):
-    """A block that is run only if its output is not kept."""
+    """Takes the place of a block's forward: the block is run only if its output is not in the cache."""
 
     cache: BlockCache
     index: int
@@ -125,13 +134,13 @@ class CachedBlock(Override):
 
 
 def _copied(output: Any) -> Any:
-    """The output of a block with a copy of its tokens, since the next block may edit them in place."""
+    """The output of a block, with its tokens copied, since the next block may change them in place."""
     if isinstance(output, tuple):
         return (_copied(output[0]), *output[1:])
     return output.clone()
 
 
 def _bytes(output: Any) -> int:
-    """The size of a block's tokens."""
+    """The size of a block's output in bytes."""
     tokens: Tensor = output[0] if isinstance(output, tuple) else output
     return tokens.nbytes

@@ -1,4 +1,4 @@
-"""The time that a calibration may take, and what it cut short."""
+"""The time that a calibration may take. A step that ends early because the time is over is *cut short*."""
 
 from __future__ import annotations
 
@@ -9,42 +9,47 @@ from typing import Literal
 
 from testreg.io.processes import all_gather
 
-FORWARDS = 4  # a calibration costs some 2 to 4 forwards of each image, and more where the search is long
-MIN_IMAGES = 8  # so many are used, however little time there is
+FORWARDS = 4  # a calibration takes 2 to 4 forwards of each image, and more if the search for neurons is long
+MIN_IMAGES = 8  # at least this many images are used, however short the time is
 
-Cut = Literal["images", "ranking", "choosing"]
+Step = Literal["images", "ranking", "choosing"]
+"""A step that may be cut short. "images": fewer images are held out and diagnosed; "ranking": ranking ends before it is
+stable; "choosing": some sets of neurons are not measured."""
 
 
 class Budget:
-    """The seconds that a calibration may take from now on, in the slowest of the processes; None: without a limit."""
+    """The time that a calibration may take, counted from when this object is made.
+
+    Args:
+        seconds: the time; None sets no limit. With several processes, it is over when it is over in one of them.
+    """
 
     def __init__(self, seconds: float | None) -> None:
         self.seconds = seconds
         self.started = time.monotonic()
         self.forward_seconds = 0.0
         """Seconds for a forward of one image, divided by the number of processes; `images` measures it."""
-        self.cut: list[Cut] = []
-        """What was cut short. "images": not all of the first were used; "ranking": it ended before it was stable;
-        "choosing": sets of neurons were not measured."""
+        self.cut_steps: list[Step] = []
+        """The steps that were cut short."""
 
-    def is_spent(self, doing: Cut, forwards_to_come: int = 0) -> bool:
-        """Whether less time is left than so many forwards of an image take.
+    def is_spent(self, step: Step, forwards_to_come: int = 0) -> bool:
+        """Whether the time left is too short for `forwards_to_come` more forwards of one image.
 
-        If so, the step that asks is noted as cut short.
+        If it is, `step` is noted as cut short.
         """
         if self.seconds is None:
             return False
-        left = self.seconds - (time.monotonic() - self.started) - forwards_to_come * self.forward_seconds
-        if not any(all_gather(left < 0)):
+        seconds_left = self.seconds - (time.monotonic() - self.started) - forwards_to_come * self.forward_seconds
+        if not any(all_gather(seconds_left < 0)):
             return False
-        self._remember(doing)
+        self._note_cut(step)
         return True
 
-    def images(self, first: int, forward: Callable[[], object]) -> int | None:
-        """How many of the `first` images there is time for, an even number; None for all of them.
+    def affordable_images(self, num_images: int, forward: Callable[[], object]) -> int | None:
+        """How many of `num_images` images the time is enough for, an even number; None if it is enough for all.
 
-        `forward` runs one image, which tells how long others will take. So diagnosis, ranking, choice and verification
-        all get their share, where a deadline alone would leave nothing for the last of them.
+        `forward` runs one image; the time that this takes is measured. With fewer images every step gets its share of
+        the time. A deadline alone would leave no time for the last steps.
         """
         if self.seconds is None:
             return None
@@ -54,17 +59,17 @@ class Budget:
         shares = all_gather(time.perf_counter() - start)
         self.forward_seconds = max(shares) / len(shares)
         number = 2 * int(self.seconds / (2 * FORWARDS * self.forward_seconds))
-        if number < MIN_IMAGES <= first:
+        if number < MIN_IMAGES <= num_images:
             warnings.warn(
                 f"a budget of {self.seconds:g} seconds does not pay for {MIN_IMAGES} images, the fewest that are used: "
                 f"these take {MIN_IMAGES * FORWARDS * self.forward_seconds:.0f} or so",
                 stacklevel=3,
             )
-        if max(MIN_IMAGES, number) >= first:
+        if max(MIN_IMAGES, number) >= num_images:
             return None
-        self._remember("images")
+        self._note_cut("images")
         return max(MIN_IMAGES, number)
 
-    def _remember(self, doing: Cut) -> None:
-        if doing not in self.cut:
-            self.cut.append(doing)
+    def _note_cut(self, step: Step) -> None:
+        if step not in self.cut_steps:
+            self.cut_steps.append(step)

@@ -1,17 +1,23 @@
-"""Find the register neurons of a model, in five steps, a file each; what a step has seen is a record, which the next
-takes.
+"""Find the register neurons of a model, in five steps.
 
-1. `split`: images are split as they come. Of the first `2 * held_out`, every other one is put aside: the neurons are
-   chosen on images that had no part in diagnosis and ranking, and the result is verified on others still.
-2. `detect`: which tokens of the first images are outliers, and may neurons move them?
-3. `rank`: neurons are ranked by what they have to do with the outliers, on chunks of images until that is stable.
-4. `choose`: the fewest of the best neurons that remove the outliers are found by measuring, in rounds, on one part of
-   the images that were put aside.
-5. `verify`: what they do is measured on the other part.
+*Outliers* are patch tokens with huge norms. *Register neurons* are the MLP neurons that cause them. A neuron is *moved*
+when its activation is taken from the patches and placed on extra tokens, the registers.
 
-A model at several image sizes is seen in several views, each of which goes through all steps. Which image goes where
-depends on its number alone, so that several processes (torch.distributed), and a run that was interrupted and resumed,
-come to the result of a single one.
+Each step is a function in the file of its name. It returns a record, which the next step takes.
+
+1. `split` reads the first images and keeps them in two parts. Of the first `2 * held_out` images, every other one is
+   *held out*: it takes no part in steps 2 and 3. The other images are *diagnosed* in step 2.
+2. `detect` decides which patches of the diagnosed images are outliers, and whether moving neurons can remove them.
+3. `rank` ranks the neurons by how far they cause the outliers, first on the diagnosed images and then on new ones. It
+   reads images in chunks until the ranking is stable.
+4. `choose` searches for the fewest neurons that remove the outliers. It measures patched models on one part of the
+   held-out images.
+5. `verify` measures the chosen neurons on the other part of the held-out images.
+
+A *view* is the model at one image size. If there are several, each step is done for every view.
+
+The number of an image alone decides which part of the calibration it takes. So several processes (torch.distributed)
+have the same result as one, and a resumed run has the same result as one that was never interrupted.
 """
 
 from __future__ import annotations
@@ -25,11 +31,11 @@ from torch import nn
 
 from testreg.calibration.budget import Budget
 from testreg.calibration.choose import choose
-from testreg.calibration.detect import Detected, detect, leading
+from testreg.calibration.detect import Detected, detect, leader_of
 from testreg.calibration.effects import Head
 from testreg.calibration.options import Options
 from testreg.calibration.rank import rank
-from testreg.calibration.result import before_ranking, result
+from testreg.calibration.result import facts_before_ranking, result
 from testreg.calibration.resume import State
 from testreg.calibration.split import split
 from testreg.calibration.verify import verify
@@ -67,7 +73,7 @@ def calibrate(
     seed: int = 0,
     progress: bool = True,
 ) -> RegisterNeurons:
-    """Find the register neurons of `model`: rank its MLP neurons on some images, and choose among them on others.
+    """Find the register neurons of `model`: rank its MLP neurons on some images, and choose among them on other images.
 
     Example:
         >>> neurons = testreg.calibrate(model, images, progress=False)
@@ -79,55 +85,60 @@ def calibrate(
 
     Args:
         model: a vision tower, or any model that contains one; not patched. It is run on the device it is on. Several
-            models are one checkpoint at several image sizes: the neurons must do at each of them.
+            models must be one checkpoint at several image sizes: the neurons are then chosen to remove the outliers at
+            every size.
         images: a folder, a Dataset, or any iterable of PIL images or tensors (see `testreg.io.images.ImageStream`).
-        transform: PIL image -> tensor (3, h, w), one or one for each model; None takes the preprocessing that the
-            model's own library names.
-        block: the block (0-based, negative from the end) after which outliers are detected; None takes the one where
-            they stand out most.
-        threshold: norm above which a token is an outlier; None for the `rule`, which adapts to the model.
-        rule: which tokens are outliers; None for `testreg.OutlierRule()`.
-        max_block: last block whose neurons are ranked. None for the last one with outliers; with other scores than
-            "attribution", which take what fires at outliers for what makes them, for the one after which the outliers
-            are there, and later ones only if that fails.
-        score: what neurons are ranked by, see `testreg.measure.ranking.SUMS`. "attribution" takes a backward pass;
-            "activation" is the paper's.
-        sparsity_filter: as in the released code, a neuron counts in an image only if at least half of the tokens have
-            |a| < 0.5. Needs all hidden activations, so it is slower.
+        transform: a function PIL image -> tensor (3, h, w), or a list of one for each model; None takes the
+            preprocessing that the model's library names.
+        block: the block (0-based, negative from the end) after which outliers are detected; None takes the block
+            after which they stand out most.
+        threshold: the norm above which a token is an outlier; None uses the `rule`, which adapts to the model.
+        rule: decides which tokens are outliers; None uses `testreg.OutlierRule()`.
+        max_block: the last block whose neurons are ranked. None means, with the score "attribution", the last block
+            after which there are outliers. The other scores cannot tell neurons that make outliers from neurons that
+            merely fire at them. With these scores, None means the block after which outliers first appear. Later
+            blocks are then ranked only if the neurons up to this block do not remove the outliers.
+        score: what the neurons are ranked by, see `testreg.measure.ranking.SUMS`. "attribution" takes a backward pass;
+            "activation" is the paper's score.
+        sparsity_filter: count a neuron in an image only if its |activation| is below 0.5 at half of the tokens or more,
+            as the paper's released code does. This needs all hidden activations, so it is slower.
         top_k: how many neurons to recommend; None chooses them by measuring, see
-            `testreg.calibration.selection.select`. The list keeps more, so that it can be truncated anew.
-        target: outliers that may be left after any block, as a fraction of those before.
-        max_change: how much features may change (1 - cosine, see `testreg.records.calibration.Effect`); None for
-            any.
-        budget: seconds that the calibration may take, roughly. A model that is too slow for the first images
-            gets fewer, by the time that one takes; and once the seconds have passed no more images are ranked, and no
-            more sets of neurons measured. `calibration.out_of_time` says which of these happened.
-        head: model, images (B, 3, h, w) -> scores (B, classes), such as `lambda model, images: model(images)`: how
-            often it agrees with itself without registers is measured. The images are on the model's device and in its
-            dtype.
-        held_out: at most so many images, and at most every other one, are put aside: `NUM_CHOOSING` for choosing, the
-            others for verifying, with a like share of the outliers each. If the latter would be fewer than
-            `MIN_VERIFYING`, all are for both, and the list does not count as verified. With 0 nothing is measured, and
-            `top_k` must be given.
-        stability: ranking ends when the rankings by two halves of the images agree on this share of the best neurons
-            (`testreg.measure.ranking.overlap`); None reads all images.
-        resume: a safetensors file for what was ranked and measured, from which the run goes on if the file exists. With
-            several processes, it is that of the first.
-        batch_size: images that are run at once.
-        num_images: at most so many are read; None for all.
-        workers: processes that decode images; 0 for this one.
-        amp: torch.bfloat16 or torch.float16 to run under autocast.
-        seed: of the order in which images are read, and of the normal tokens that are sampled.
-        progress: show how far it is.
+            `testreg.calibration.selection.select`. The list keeps more neurons, so that it can be truncated differently
+            later.
+        target: how many outliers may be left after any block, as a fraction of those of the unpatched model.
+        max_change: how much features may change (1 - cosine, see `testreg.records.calibration.Effect`); None sets no
+            limit.
+        budget: roughly how many seconds the calibration may take. If the model is slow, fewer images are held out and
+            diagnosed. Once the time is over, no more images are ranked and no more sets of neurons are measured.
+            `calibration.out_of_time` says which steps were cut short.
+        head: a function model, images (B, 3, h, w) -> scores (B, classes), such as
+            `lambda model, images: model(images)`. The calibration then measures in how many images the best class stays
+            the same with registers. The images are on the model's device and in its dtype.
+        held_out: how many images are held out, at most; never more than every other image. `NUM_CHOOSING` of them
+            choose the neurons and the others verify these, with similar shares of the outliers in both parts. If fewer
+            than `MIN_VERIFYING` images would verify, all held-out images do both, and the list does not count as
+            verified. With 0, nothing is measured, and `top_k` must be given.
+        stability: ranking ends when the rankings by two halves of the images have this share of the best neurons in
+            common (`testreg.measure.ranking.overlap`); None reads all images.
+        resume: a safetensors file that keeps what was ranked and measured. If it exists, the run goes on from it. Of
+            several processes, only the first reads and writes it.
+        batch_size: how many images are run at once.
+        num_images: how many images are read, at most; None reads all.
+        workers: how many processes decode images; with 0, this process decodes them.
+        amp: torch.bfloat16 or torch.float16 runs the model under autocast in this dtype.
+        seed: the seed of the order in which images are read, and of the sample of normal tokens.
+        progress: whether to show progress bars.
 
     Returns:
-        The neurons, with all that is known of the run in `calibration`. They are `verified` if they reach the target on
-        at least `MIN_VERIFYING` held-out images that had no part in the choice, at each image size. If the target was
-        not reached, `calibration.target_met` is False, and the set is the one that came closest.
+        The neurons. Their `calibration` is the record of this run. They are `verified` if they reach the target, and
+        leave clean attention maps, on at least `MIN_VERIFYING` held-out images that had no part in the choice, at each
+        image size. If no set of neurons reached the target, `calibration.target_met` is False, and the neurons are
+        those that came closest to it.
 
     Raises:
-        NoOutliersError: there is nothing to fix.
-        ImmovableOutliersError: a register would not fix it (unless `block` or `max_block` insists).
+        NoOutliersError: the model has no outliers, so there is nothing to fix.
+        ImmovableOutliersError: moving neurons would not remove the outliers. The error is not raised if `block` or
+            `max_block` is given: then the neurons are searched for all the same.
         ValueError: an argument does not fit the model; too few images could be read; norms are not finite.
         RuntimeError: the model is patched.
     """
@@ -154,23 +165,23 @@ def calibrate(
         seed=seed,
         progress=progress,
     )
-    budget_left = Budget(options.budget)
+    time_budget = Budget(options.budget)
     views = views_of(model, images, options)
     options = views[0].options  # with blocks counted from the front
     with evaluating(views):
-        splits = split(views, budget_left)
+        splits = split(views, time_budget)
         detected = detect(splits, options)
-        state = saved_state(detected, options)
-        ranked = rank(detected, options, budget_left, state)
+        state = resumed_state(detected, options)
+        ranked = rank(detected, options, time_budget, state)
         meters = [each.meters() for each in detected] if options.held_out else []
-        choice = choose(ranked, meters, options, budget_left, state)
+        choice = choose(ranked, meters, options, time_budget, state)
         checks = verify(detected, choice, meters, options)
-    return result(ranked, choice, checks, options, budget_left.cut)
+    return result(ranked, choice, checks, options, time_budget.cut_steps)
 
 
-def saved_state(detected: Sequence[Detected], options: Options) -> State:
-    """What an interrupted run has left; nothing yet, if there was none."""
-    facts = {**before_ranking(leading(detected)).to_json(), "held_out": options.held_out}
+def resumed_state(detected: Sequence[Detected], options: Options) -> State:
+    """The state that an interrupted run saved in the file `options.resume`; an empty state if there is no such file."""
+    facts = {**facts_before_ranking(leader_of(detected)).to_json(), "held_out": options.held_out}
     state = State(None if options.resume is None else Path(options.resume), detected, facts)
     state.load()
     return state

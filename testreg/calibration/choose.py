@@ -1,4 +1,11 @@
-"""Choose among the ranked neurons by measuring what moving them does."""
+"""Choose the register neurons among the ranked neurons, by measuring what moving them does.
+
+A neuron is *moved* when its activation is taken from the patches and placed on extra tokens, the registers. *Outliers*
+are patches with huge norms. A *selective* neuron is active at outliers and hardly anywhere else. A *view* is the model
+at one image size; its *meters* measure what moving a set of neurons does there.
+
+`selection` has the search itself. This file gives it a way to rank neurons and a way to measure them.
+"""
 
 from __future__ import annotations
 
@@ -26,15 +33,15 @@ from testreg.calibration.selection import (
 )
 from testreg.io.processes import world_size
 from testreg.io.progress import progress_bar
-from testreg.measure.ranking import SELECTIVE, best
+from testreg.measure.ranking import SELECTIVE, best_neurons
 from testreg.neurons import Neuron
 from testreg.records.calibration import Effect
 from testreg.records.record import Start
 
-NEGLIGIBLE = 0.01  # neurons that score less than this share of the best are not measured
-NEGLIGIBLE_SELECTIVE = 0.001  # the same of selective neurons: many small ones together may keep a sink alive
-FORWARDS_TO_RANK = 3  # what ranking by an image costs: its forward, its backward, and the sums
-MIN_LISTED = 1000  # neurons that the list keeps at least, so that it can be truncated differently
+NEGLIGIBLE = 0.01  # neurons that score less than this share of the best score are not measured
+NEGLIGIBLE_SELECTIVE = 0.001  # the limit for selective neurons: many small ones may together keep attention on a patch
+FORWARDS_TO_RANK = 3  # ranking by one image costs as much as this many forwards: a forward, a backward and the sums
+MIN_LISTED = 1000  # the list keeps at least this many neurons, so that it can be truncated differently later
 
 
 @dataclass(frozen=True)
@@ -43,45 +50,59 @@ class Choice:
 
     neurons: tuple[Neuron, ...]
     ranking: tuple[Neuron, ...]
-    last: int
-    """The last block whose neurons were ranked."""
+    """The ranking of the unpatched model, best neuron first."""
+    last_ranked_block: int
     selection: Selection | None
-    """How they were chosen; None if the user has said how many to take."""
+    """How the neurons were chosen; None if the user gave their number (`top_k`)."""
     num_registers: int = 1
     start: Start = "zeros"
 
     @property
     def dropped(self) -> tuple[Neuron, ...]:
-        """Neurons of the ranking that were found to have no effect."""
+        """The neurons that the search added at first, and then found to have no effect."""
         return () if self.selection is None else self.selection.dropped
 
     @property
-    def others(self) -> tuple[Neuron, ...]:
-        """The rest of the ranking, without those that were dropped."""
-        taken = {neuron[:2] for neuron in (*self.neurons, *self.dropped)}  # later rounds score anew
+    def not_chosen(self) -> tuple[Neuron, ...]:
+        """The neurons of the ranking that are neither recommended nor dropped."""
+        # Scores are not compared: a neuron that was added in a later round has the score of that round.
+        taken = {neuron[:2] for neuron in (*self.neurons, *self.dropped)}
         return tuple(neuron for neuron in self.ranking if neuron[:2] not in taken)
 
 
 def choose(ranked: Ranked, meters: Sequence[Meters], options: Options, budget: Budget, state: State) -> Choice:
-    """Take the best `top_k` neurons if the user gives that number; otherwise search for the set to recommend."""
-    first_last, later_last = last_blocks(ranked.leader, options)
-    ranking = best(ranked.scores(ranked.totals()), first_last, max(MIN_LISTED, 10 * (options.top_k or 0)))
+    """Choose the best `top_k` neurons if the user gives that number; otherwise search for the set to recommend.
+
+    Args:
+        meters: the meters of each view.
+
+    Raises:
+        ImmovableOutliersError: no neuron has a positive score.
+    """
+    last_in_first_round, last_in_later_rounds = last_blocks(ranked.leader, options)
+    ranking = best_neurons(
+        ranked.scores(ranked.totals()), last_in_first_round, max(MIN_LISTED, 10 * (options.top_k or 0))
+    )
     if not ranking:
         raise ImmovableOutliersError(
-            f"{ranked.leader.diagnosis.verdict}, but no neuron of the blocks up to {first_last} has a positive score"
+            f"{ranked.leader.diagnosis.verdict}, but no neuron of the blocks up to {last_in_first_round} has a "
+            "positive score"
         )
     if options.top_k is not None:
-        return Choice(ranking[: options.top_k], ranking, first_last, None)
-    # Forwards that follow once the budget is spent: of a set that is being measured, of the numbers of registers, and
-    # of the verification.
-    to_come = sum(each.num_images for each in set(meters[0])) + REGISTERS_TRIED * meters[0].choosing.num_images
-    ranked_again = FORWARDS_TO_RANK * NUM_RANKED_AGAIN * world_size()
+        return Choice(ranking[: options.top_k], ranking, last_in_first_round, None)
+    # Three steps still follow once the budget is spent, and need these forwards: the set that is being measured is
+    # finished, numbers and starts of registers are compared, and the chosen neurons are verified.
+    forwards_to_finish = (
+        sum(each.num_images for each in set(meters[0])) + REGISTERS_TRIED * meters[0].choosing.num_images
+    )
+    forwards_to_rank_again = FORWARDS_TO_RANK * NUM_RANKED_AGAIN * world_size()
     with ExitStack() as stack:
         for each in meters:
             stack.enter_context(each.choosing.comparing())
         bar = stack.enter_context(progress_bar("choosing", MAX_MEASUREMENTS, options.progress, unit="set"))
 
         def measure(neurons: Sequence[Neuron], num_registers: int, start: Start = "zeros") -> Effect:
+            """The worst effect over the views; it is read from the state if an interrupted run has measured it."""
             bar.update()
             key = key_of(neurons, num_registers, start)
             if key not in state.effects:
@@ -90,16 +111,18 @@ def choose(ranked: Ranked, meters: Sequence[Meters], options: Options, budget: B
             return state.effects[key]
 
         def rank(moved: Sequence[Neuron]) -> Candidates:
-            if moved and budget.is_spent("choosing", forwards_to_come=ranked_again + to_come):
+            """Rank the neurons of the model in which some are moved; no candidates if there is no time to rank."""
+            forwards_to_come = forwards_to_rank_again + forwards_to_finish
+            if moved and budget.is_spent("choosing", forwards_to_come=forwards_to_come):
                 return Candidates(())
             totals = ranked.totals_with(moved) if moved else ranked.totals()
             scores = ranked.scores(totals)
-            last = later_last if moved else first_last
+            last = last_in_later_rounds if moved else last_in_first_round
             is_selective = torch.stack([each.selectivity for each in totals]).amin(0) >= SELECTIVE
-            candidates = best(scores, last, MAX_NEURONS, at_least=NEGLIGIBLE, without=moved)
-            # Neurons that hold outliers back score below zero, but are part of the mechanism as well.
-            weights = scores.abs() * is_selective
-            selective = best(weights, last, MAX_NEURONS, at_least=NEGLIGIBLE_SELECTIVE, without=moved)
+            candidates = best_neurons(scores, last, MAX_NEURONS, at_least=NEGLIGIBLE, without=moved)
+            # Neurons that weaken outliers have negative scores, but belong to the mechanism as well.
+            magnitudes = scores.abs() * is_selective
+            selective = best_neurons(magnitudes, last, MAX_NEURONS, at_least=NEGLIGIBLE_SELECTIVE, without=moved)
             return Candidates(candidates, [(block, unit, float(scores[block, unit])) for block, unit, _ in selective])
 
         selection = select(
@@ -107,9 +130,9 @@ def choose(ranked: Ranked, meters: Sequence[Meters], options: Options, budget: B
             measure,
             target=options.target,
             max_change=options.max_change,
-            out_of_time=lambda: budget.is_spent("choosing", forwards_to_come=to_come),
+            out_of_time=lambda: budget.is_spent("choosing", forwards_to_come=forwards_to_finish),
         )
         selection = with_best_start(selection, measure(selection.neurons, selection.effect.num_registers, "mean"))
-    last = max(first_last, *(block for block, _, _ in selection.neurons))
+    last = max(last_in_first_round, *(block for block, _, _ in selection.neurons))
     effect = selection.effect
     return Choice(selection.neurons, ranking, last, selection, effect.num_registers, effect.start)

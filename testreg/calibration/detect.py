@@ -1,4 +1,10 @@
-"""Which tokens are the outliers, and whether neurons may move them."""
+"""Detect the outliers of each view, and find out whether moving neurons can remove them.
+
+*Outliers* are patch tokens with huge norms. They are *movable* if MLP neurons make them, at positions that depend on
+the image: then moving these neurons to a register removes them from the patches. The *onset block* is the block after
+which the outliers first have most of their norm. A *view* is the model at one image size. The *diagnosed* images are
+the first images of a view, without those that are held out to choose and verify neurons.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +33,10 @@ Positions = frozenset[Position]
 
 
 class Meters(NamedTuple):
-    """What measures sets of neurons on held-out images: the same one twice, if there are too few images for two."""
+    """The meters that measure what moving a set of neurons does, on held-out images.
+
+    If there are too few held-out images to divide, both are the same meter on all of them.
+    """
 
     choosing: EffectMeter
     verifying: EffectMeter
@@ -35,18 +44,20 @@ class Meters(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Detected:
-    """The outliers that a view shows."""
+    """What was detected in a view: which patches are its outliers."""
 
     split: Split
     diagnosis: Diagnosis
-    """Of the first images, without outliers at the positions that `detection` ignores."""
+    """The diagnosis of the diagnosed images, without outliers at the positions that `detection` ignores."""
     norms: Mapping[int, Tensor]
-    """Norms (L, T) of the tokens of the first images, by their numbers."""
+    """The norms (L, T) of the T tokens of each diagnosed image after each of L blocks, by the number of the image."""
     detection: Detection
+    """Decides which patches count as outliers."""
     onset: int
-    """The block after which the outliers are there."""
+    """The onset block."""
     has_movable: bool
-    """Whether neurons may move its outliers. If not, another view says where to look."""
+    """Whether the view has movable outliers, or, if the user chose a block, any outliers. If not, its `detection` and
+    `onset` are those of another view."""
 
     @property
     def view(self) -> View:
@@ -58,25 +69,28 @@ class Detected:
 
     @property
     def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
         height, width = self.diagnosis.image_size
         return height, width
 
     @property
     def blocks_with_outliers(self) -> list[int]:
-        """The blocks after which the first images have outliers enough to be fixed."""
+        """The blocks after which at least `MIN_FRACTION` of the patches of the diagnosed images are outliers."""
         blocks = enumerate(self.diagnosis.blocks)
         return [index for index, block in blocks if block.after_mlp.outlier_fraction >= MIN_FRACTION]
 
     def with_outliers(self) -> Iterator[tuple[int, Tensor]]:
-        """The numbers and images (3, h, w) of the first images that have outliers, after the blocks that count."""
-        for number, packed in self.split.first:
+        """The numbers of the diagnosed images with outliers, and these images (3, h, w).
+
+        Only outliers that attribution counts are looked at, see `Detection.counts`.
+        """
+        for number, packed in self.split.diagnosed:
             image, norms = packed.image, self.norms[number].unsqueeze(1)
             if counted_outliers(self.tower, image.unsqueeze(0), norms, self.detection).any():
                 yield number, image
 
     def meters(self) -> Meters:
-        """What measures sets of neurons, to choose one, and to verify it: on others, if there are enough images, and
-        else on all."""
+        """Make the meters that choose and verify sets of neurons on the held-out images."""
         options = self.view.options
         meter = EffectMeter(
             self.view.model,
@@ -92,59 +106,66 @@ class Detected:
 
 
 def detect(splits: Sequence[Split], options: Options) -> list[Detected]:
-    """Decide in each view which tokens are the outliers.
+    """Decide in each view which patches are the outliers.
 
     Raises:
-        NoOutliersError, ImmovableOutliersError: no view shows any that neurons may move.
+        NoOutliersError: no view has outliers.
+        ImmovableOutliersError: views have outliers, but none that moving neurons could remove.
     """
-    looks = [_look(split, options) for split in splits]
-    leader = next((look for look in looks if look.has_movable), None)
+    diagnosed = [_diagnose_view(split, options) for split in splits]
+    leader = next((each for each in diagnosed if each.has_movable), None)
     if leader is None:
-        raise _nothing_to_move([look.with_fixed for look in looks], options)
-    return [_detected(look, look if look.has_movable else leader, options) for look in looks]
+        raise _nothing_to_move([each.diagnosis_with_fixed for each in diagnosed], options)
+    return [_detected(each, each if each.has_movable else leader, options) for each in diagnosed]
 
 
-def leading(detected: Sequence[Detected]) -> Detected:
-    """The first view with outliers that neurons may move: what is said of all views at once is said of it."""
+def leader_of(detected: Sequence[Detected]) -> Detected:
+    """The leading view: the first with movable outliers. Facts that are recorded once for all views are those of it."""
     return next(each for each in detected if each.has_movable)
 
 
-class _Look(NamedTuple):
-    """What a view shows at first sight."""
+class _DiagnosedView(NamedTuple):
+    """The diagnosis of a view, before it is known which view leads."""
 
     split: Split
-    with_fixed: Diagnosis
-    """Fixed positions included."""
+    diagnosis_with_fixed: Diagnosis
+    """The diagnosis with the outliers at fixed positions."""
     diagnosis: Diagnosis
+    """The diagnosis without outliers at the `ignored` positions."""
     ignored: Positions
     norms: Mapping[int, Tensor]
+    """See `Detected.norms`."""
     has_movable: bool
 
 
-def _look(split: Split, options: Options) -> _Look:
+def _diagnose_view(split: Split, options: Options) -> _DiagnosedView:
+    """Diagnose a view again and again, each time without the fixed positions seen before, until there are none left."""
     ignored: Positions = frozenset()
-    with_fixed, norms = _diagnose(split, ignored)
-    diagnosis = with_fixed
-    # Outliers at the same position in all images say nothing of the neurons that make the others.
+    diagnosis_with_fixed, norms = _diagnose_images(split, ignored)
+    diagnosis = diagnosis_with_fixed
+    # A position that is an outlier in all images has another cause than neurons, and would hide the other outliers.
     while (outliers := diagnosis.outliers) is not None and outliers.fixed_positions:
         ignored |= set(outliers.positions)
-        diagnosis, norms = _diagnose(split, ignored)
+        diagnosis, norms = _diagnose_images(split, ignored)
     if outliers is None and options.user_chose_block:
-        diagnosis, ignored = with_fixed, frozenset()
+        diagnosis, ignored = diagnosis_with_fixed, frozenset()
         outliers = diagnosis.outliers
     has_movable = outliers is not None and (outliers.kind == "movable" or options.user_chose_block)
-    return _Look(split, with_fixed, diagnosis, ignored, norms, has_movable)
+    return _DiagnosedView(split, diagnosis_with_fixed, diagnosis, ignored, norms, has_movable)
 
 
-def _diagnose(split: Split, ignored: Positions) -> tuple[Diagnosis, Mapping[int, Tensor]]:
-    """The diagnosis of the first images of all processes, without outliers at the `ignored` positions, and the norms
-    (L, T) of the tokens of those of this process, by their numbers."""
+def _diagnose_images(split: Split, ignored: Positions) -> tuple[Diagnosis, Mapping[int, Tensor]]:
+    """Diagnose the images of all processes, without outliers at the `ignored` positions.
+
+    Returns:
+        The diagnosis; the norms (L, T) of the tokens of each image of this process, by the number of the image.
+    """
     view, options = split.view, split.view.options
     by_shape = view.tower.family.keeps_shape
-    batches = batched((packed.image for _, packed in split.first), options.batch_size, by_shape=by_shape)
-    norms: list[Tensor] = []  # (L, T) of each image
-    with progress_bar("diagnosing", len(split.first), options.progress) as bar:
-        seen = observe(
+    batches = batched((packed.image for _, packed in split.diagnosed), options.batch_size, by_shape=by_shape)
+    norms: list[Tensor] = []  # (L, T) for each image
+    with progress_bar("diagnosing", len(split.diagnosed), options.progress) as bar:
+        observations = observe(
             view.tower,
             batches,
             options.outlier_rule,
@@ -153,20 +174,22 @@ def _diagnose(split: Split, ignored: Positions) -> tuple[Diagnosis, Mapping[int,
             on_images=bar.update,
             on_norms=norms.extend,
         )
-    of_images = dict(zip((number for number, _ in split.first), norms, strict=True))
-    return conclude(view.model, all_gather(seen), options.outlier_rule, block=options.block), of_images
+    norms_by_number = dict(zip((number for number, _ in split.diagnosed), norms, strict=True))
+    diagnosis = conclude(view.model, all_gather(observations), options.outlier_rule, block=options.block)
+    return diagnosis, norms_by_number
 
 
-def _detected(look: _Look, leader: _Look, options: Options) -> Detected:
-    """What a view shows, where the outliers of the leading one are."""
+def _detected(view: _DiagnosedView, leader: _DiagnosedView, options: Options) -> Detected:
+    """Detect the outliers of a view at the blocks at which the leading view has its outliers."""
     outliers = leader.diagnosis.outliers
     assert outliers is not None
     onset = outliers.onset_block
-    detection = Detection(options.outlier_rule, outliers.block, look.ignored, onset if options.block is None else None)
-    return Detected(look.split, look.diagnosis, look.norms, detection, onset, look.has_movable)
+    detection = Detection(options.outlier_rule, outliers.block, view.ignored, onset if options.block is None else None)
+    return Detected(view.split, view.diagnosis, view.norms, detection, onset, view.has_movable)
 
 
 def _nothing_to_move(diagnoses: Sequence[Diagnosis], options: Options) -> NoOutliersError | ImmovableOutliersError:
+    """The error that says why there are no movable outliers, from the diagnosis of each view."""
     for diagnosis in diagnoses:
         if diagnosis.outliers is not None:
             return ImmovableOutliersError(diagnosis.verdict)

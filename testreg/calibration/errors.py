@@ -1,4 +1,7 @@
-"""Why a model is left as it is. Imports nothing, so that the command line starts at once."""
+"""The errors that say why a model has no register neurons.
+
+This file imports nothing, so that the command line starts quickly.
+"""
 
 
 class NoOutliersError(Exception):
@@ -6,4 +9,4 @@ class NoOutliersError(Exception):
 
 
 class ImmovableOutliersError(Exception):
-    """The model has outliers that registers do not move: at fixed positions, or not made by MLP neurons."""
+    """The model has outliers that registers cannot remove: they lie at fixed positions, or no MLP neurons make them."""

@@ -1,7 +1,8 @@
-"""The options of a calibration: their defaults, what they mean in a line, and what values they may have.
+"""The options of a calibration: their defaults, one line that says what each means, and which values are valid.
 
-`testreg.calibrate`, `testreg calibrate` and the table in docs/calibration.md say the same. The command line shows it
-before torch is imported: what needs torch is imported when it is used.
+`testreg.calibrate`, the command `testreg calibrate` and the table in docs/calibration.md all follow this file. The
+command line reads it to print its help, which must not import torch. So whatever needs torch is imported where it is
+used.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The keyword arguments of `testreg.calibrate`, which says more of them.
+    """The keyword arguments of `testreg.calibrate`, whose docstring explains each.
 
     Raises:
         ValueError: a value is out of its range, or two of them contradict each other.
@@ -34,26 +35,30 @@ class Options:
         default=None, metadata={"means": "how an image becomes a tensor (default: as the model's library prepares it)"}
     )
     block: int | None = field(
-        default=None, metadata={"means": "block to look for outliers at (default: where they stand out)"}
+        default=None, metadata={"means": "block whose outliers are looked at (default: where they stand out most)"}
     )
     threshold: float | None = field(
-        default=None, metadata={"means": "norm of an outlier (default: median + 5 robust sigma)"}
+        default=None, metadata={"means": "norm above which a patch is an outlier (default: median + 5 robust sigma)"}
     )
     rule: OutlierRule | None = field(
         default=None,
-        metadata={"means": "what an outlier is; mixture: of the upper of two components of an image's log norms"},
+        metadata={"means": "which patches are outliers; mixture: the upper of two components of an image's log norms"},
     )
     max_block: int | None = field(
         default=None, metadata={"means": "last block to take neurons from (default: the last one with outliers)"}
     )
     score: Score = field(
-        default="attribution", metadata={"means": "what neurons are ranked by; activation: the paper's"}
+        default="attribution", metadata={"means": "score that neurons are ranked by; activation: the paper's"}
     )
-    sparsity_filter: bool = field(default=False, metadata={"means": "as in the released code; with activation alone"})
+    sparsity_filter: bool = field(
+        default=False, metadata={"means": "the sparsity filter of the paper's code; only with the score activation"}
+    )
     top_k: int | None = field(
         default=None, metadata={"means": "how many neurons to recommend (default: chosen by measuring)"}
     )
-    target: float = field(default=0.05, metadata={"means": "outliers that may be left, as a fraction of those before"})
+    target: float = field(
+        default=0.05, metadata={"means": "outliers that may be left, as a fraction of the unpatched model's"}
+    )
     max_change: float | None = field(
         default=None, metadata={"means": "how much features may change, 1 - cosine (default: any)"}
     )
@@ -61,23 +66,25 @@ class Options:
         default=None, metadata={"means": "take about so many seconds (default: as long as it takes)"}
     )
     head: Head | None = field(
-        default=None, metadata={"means": "model and images -> scores of classes, whose agreement is measured"}
+        default=None,
+        metadata={"means": "function model, images -> scores of classes, to measure whether predictions stay the same"},
     )
     held_out: int = field(default=48, metadata={"means": "images to choose and verify on"})
     stability: float | None = field(
-        default=0.95, metadata={"means": "ranking ends when halves of the images agree on so many of the neurons"}
+        default=0.95,
+        metadata={"means": "ranking ends when two halves of the images agree on this share of the best neurons"},
     )
     resume: str | os.PathLike[str] | None = field(
-        default=None, metadata={"means": "keep the state there (safetensors); go on from it"}
+        default=None, metadata={"means": "file (safetensors) that keeps the state, and from which a later run goes on"}
     )
     batch_size: int = field(default=16, metadata={"means": "images that are run at once"})
-    num_images: int | None = field(default=None, metadata={"means": "at most so many"})
+    num_images: int | None = field(default=None, metadata={"means": "how many images are read, at most"})
     workers: int = field(default=0, metadata={"means": "processes that decode images"})
     amp: torch.dtype | None = field(default=None, metadata={"means": "run under autocast, in bfloat16 or float16"})
-    seed: int = field(default=0, metadata={"means": "of the order of the images"})
-    progress: bool = field(default=True, metadata={"means": "show how far it is"})
+    seed: int = field(default=0, metadata={"means": "seed of the order of the images, and of samples"})
+    progress: bool = field(default=True, metadata={"means": "whether to show progress bars"})
     outlier_rule: OutlierRule = field(init=False)
-    """The `rule`, the one with the `threshold`, or the default."""
+    """The rule that is used: `rule` if it is given, else a rule with the `threshold`, else the default rule."""
 
     def __post_init__(self) -> None:
         from testreg.measure.outliers import OutlierRule
@@ -102,7 +109,8 @@ class Options:
 
     @property
     def user_chose_block(self) -> bool:
-        """Whether the user says where to look, so that outliers are calibrated which a register may not move."""
+        """Whether the user gave `block` or `max_block`. Then neurons are searched for even if the diagnosis says that
+        moving neurons would not remove the outliers."""
         return self.block is not None or self.max_block is not None
 
     def with_blocks_of(self, depth: int) -> Options:
@@ -112,11 +120,14 @@ class Options:
             ValueError: there is no such block.
         """
         return replace(
-            self, block=_block(self.block, depth, "block"), max_block=_block(self.max_block, depth, "max_block")
+            self,
+            block=_from_front(self.block, depth, "block"),
+            max_block=_from_front(self.max_block, depth, "max_block"),
         )
 
 
-def _block(index: int | None, depth: int, name: str) -> int | None:
+def _from_front(index: int | None, depth: int, name: str) -> int | None:
+    """The index of a block, counted from the front; `name` is the option that gave it."""
     if index is None:
         return None
     if not -depth <= index < depth:
@@ -125,4 +136,4 @@ def _block(index: int | None, depth: int, name: str) -> int | None:
 
 
 MEANINGS: dict[str, str] = {each.name: each.metadata["means"] for each in dataclasses.fields(Options) if each.init}
-"""What each option means, in a line."""
+"""What each option means, in one line, by the name of the option."""

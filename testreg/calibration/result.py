@@ -1,4 +1,8 @@
-"""The result of a calibration: the neurons with all that is known of how they were found."""
+"""The result of a calibration: the list of register neurons, with the record of how they were found.
+
+If the model was calibrated at several image sizes (in several *views*), facts that are recorded once are those of the
+*leading* view, the first that has outliers which neurons can move.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from testreg.calibration.budget import Cut
+from testreg.calibration.budget import Step
 from testreg.calibration.choose import Choice
 from testreg.calibration.detect import Detected
 from testreg.calibration.options import Options
@@ -22,48 +26,48 @@ from testreg.records.calibration import Calibration, FixedPositions, Stability
 
 
 def result(
-    ranked: Ranked, choice: Choice, checks: Checks | None, options: Options, out_of_time: Sequence[Cut]
+    ranked: Ranked, choice: Choice, checks: Checks | None, options: Options, out_of_time: Sequence[Step]
 ) -> RegisterNeurons:
-    """The list of neurons that a calibration gives.
+    """Make the list of neurons that a calibration returns.
 
     Args:
-        checks: None if no images were held out.
-        out_of_time: what the budget cut short.
+        checks: what verified the neurons; None if no images were held out.
+        out_of_time: the steps that the budget cut short.
     """
-    leader, total = ranked.leader, ranked.leader_statistics
-    ignored = ((each.split.grid, sorted(each.detection.ignored)) for each in ranked.detected)
+    leader, sums = ranked.leader, ranked.leader_statistics
+    ignored_in_views = ((each.split.grid, sorted(each.detection.ignored)) for each in ranked.detected)
     entries = {
-        "images": int(total.num_images),
+        "images": int(sums.num_images),
         "held_out": sum(all_gather(len(leader.split.held_out))),
         "unreadable_images": sum(all_gather(leader.view.stream.num_skipped)),
         "verdict": _verdict(leader, target_met=checks is not None and checks.target_met),
-        "ignored": tuple(FixedPositions(grid, tuple(positions)) for grid, positions in ignored if positions),
+        "ignored": tuple(FixedPositions(grid, tuple(positions)) for grid, positions in ignored_in_views if positions),
         "detection_block": leader.detection.block,
         "onset_block": leader.onset,
-        "max_block": choice.last,
-        "outlier_fraction": float(total.num_outliers / total.num_patches),
-        "images_with_outliers": int(total.num_with_outliers),
-        "stability": Stability(*ranked.stability(choice.last, len(choice.neurons))),
+        "max_block": choice.last_ranked_block,
+        "outlier_fraction": float(sums.num_outliers / sums.num_patches),
+        "images_with_outliers": int(sums.num_with_outliers),
+        "stability": Stability(*ranked.stability(choice.last_ranked_block, len(choice.neurons))),
         **({"out_of_time": tuple(out_of_time)} if out_of_time else {}),
         **({} if choice.selection is None else _entries_of_choice(choice.selection)),
         **({} if checks is None else _entries_of_checks(choice, checks, options)),
         "made_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": _versions(),
     }
-    before = before_ranking(leader)
+    facts = facts_before_ranking(leader)
     return RegisterNeurons(
-        choice.neurons + choice.others,
+        choice.neurons + choice.not_chosen,
         top_k=len(choice.neurons),
         num_registers=choice.num_registers,
         start=choice.start,
         model=describe_model(leader.view.model, leader.tower),
-        calibration=replace(before, **entries, order=(*before.to_json(), *entries)),
+        calibration=replace(facts, **entries, order=(*facts.to_json(), *entries)),
         verified=checks is not None and checks.verified,
     )
 
 
-def before_ranking(leader: Detected) -> Calibration:
-    """What is known of a run before it ranks, by the view that leads."""
+def facts_before_ranking(leader: Detected) -> Calibration:
+    """The facts of a calibration that are known before it ranks neurons: its options, and the leading view's images."""
     view, options = leader.view, leader.view.options
     return Calibration(
         source=view.stream.source,
@@ -77,19 +81,21 @@ def before_ranking(leader: Detected) -> Calibration:
 
 
 def _entries_of_choice(selection: Selection) -> dict[str, Any]:
+    """The entries of the record that say how the neurons were chosen."""
     return {
         "curve": selection.curve,
         "chosen": selection.effect,
-        "registers": selection.registers,
+        "registers": selection.effects_by_num_registers,
         "rounds": selection.rounds,
     }
 
 
 def _entries_of_checks(choice: Choice, checks: Checks, options: Options) -> dict[str, Any]:
+    """The entries of the record that say how the neurons were verified."""
     return {
         "target": options.target,
         "target_met": checks.target_met,
-        "verified_on_others": checks.on_others,
+        "verified_on_others": checks.on_new_images,
         "max_change": options.max_change,
         "dropped": choice.dropped,
         "verified_at": checks.measured,
@@ -97,7 +103,7 @@ def _entries_of_checks(choice: Choice, checks: Checks, options: Options) -> dict
 
 
 def _verdict(leader: Detected, *, target_met: bool) -> str:
-    """What the outliers at no fixed position are, which the neurons are for, and where there are others."""
+    """The verdict of the diagnosis, in one line, with a note on outliers at fixed positions, which no neurons make."""
     outliers, ignored = leader.diagnosis.outliers, leader.detection.ignored
     assert outliers is not None
     if outliers.kind != "movable" and target_met:
@@ -110,6 +116,7 @@ def _verdict(leader: Detected, *, target_met: bool) -> str:
 
 
 def _versions() -> dict[str, str]:
+    """The versions of Python and of the packages that are installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {"python": platform.python_version()}

@@ -1,7 +1,14 @@
-"""Choose the register neurons by measuring the patched model.
+"""Choose the register neurons by measuring what moving them does.
 
-The search first adds the neurons that remove the outliers, in rounds, and then the neurons that keep the attention sink
-alive. It then drops needless neurons, and chooses the number of registers last.
+A neuron is *moved* when its activation is taken from the patches and placed on extra tokens, the registers. *Outliers*
+are patches with huge norms. Former outliers may still draw much attention once their norms are normal: they are then a
+*sink*. The *hottest* patch is the one that draws the most attention. What moving a set of neurons does is its *effect*,
+a record of figures (`testreg.records.calibration.Effect`): above all `remaining`, the share of the outliers that is
+left, and `excess`, the share of their norms above normal that is left. A *selective* neuron is active at outliers and
+hardly anywhere else.
+
+The search first adds the neurons that remove the outliers, in rounds, and then those that remove the sink. It then
+drops needless neurons, and last chooses the number of registers.
 """
 
 from __future__ import annotations
@@ -11,59 +18,65 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from testreg.measure.ranking import MATTERS
+from testreg.measure.ranking import RELEVANT_SHARE
 from testreg.neurons import Neuron
 from testreg.records.calibration import Effect, Round
 
-TOLERANCE = 0.02  # two sets remove the outliers equally well if the excess norms left differ by less than this
-# Two sets change features equally if their changes differ by less than SAME_CHANGE, or by less than SAME_SHARE of the
-# larger one. The share matters for large changes, which occur where most of a feature was the artefact.
+TOLERANCE = 0.02  # two sets remove the outliers equally well if their `excess` differs by less than this
+# Two sets change features equally if their changes (1 - cosine) differ by less than SAME_CHANGE, or by less than
+# SAME_SHARE of the larger one. The share matters for large changes, which occur where most of a feature was artefact.
 SAME_CHANGE = 0.01
 SAME_SHARE = 0.02
-CLEANER = 0.1  # more neurons are worth it if they lower the attention to sink or hottest patch by more than this share
-# Maps stay as clean if `sink` and `hottest` rise by this share at most, and `unlike` by no more than the second number.
-AS_CLEAN = 0.02, 0.01
-SAME_OUTPUTS = 0.002  # two sets keep outputs equally well if their changes differ by less than this, or by a tenth
-SIMILAR_SCORE = 0.7  # a neuron scores similarly if it has this share of the weakest chosen neuron's score
-# The search aims at this share of the target: a cause that is rare among these images may be frequent in others.
+LESS_ATTENTION = 0.1  # neurons are added if they lower the attention to sink or hottest patch by more than this share
+# Two sets leave maps equally clean if `sink` and `hottest` rise by no more than this share, and `unlike` by no more
+# than this difference.
+SAME_ATTENTION = 0.02
+SAME_UNLIKENESS = 0.01
+# A set keeps features as well as another if its change is larger by no more than this, or by no more than a tenth.
+SAME_OUTPUTS = 0.002
+SIMILAR_SCORE = 0.7  # a score is similar if it is at least this share of the lowest score among the chosen neurons
+# The search aims at this share of the target, since a cause that is rare in these images may be frequent in others.
 AIM = 0.2
-MAX_TRIED_SINGLY = 8  # neurons are tried one by one if they are no more than this
-MAX_WITHOUT_HELP = 8  # a round that begins with few outliers ends if so many neurons have not halved them
+MAX_TRIED_SINGLY = 8  # at most this many neurons are dropped one by one, since each costs a measurement
+MAX_WITHOUT_HELP = 8  # a round that begins with few outliers ends if this many neurons have not halved their number
 MAX_NEURONS = 512  # one round adds at most this many neurons; InternViT-6B needed 300
 MAX_MEASUREMENTS = 64  # one selection measures at most this many sets of neurons
 MAX_ROUNDS = 8
-REGISTERS_TRIED = 4  # no more registers than this are tried
+REGISTERS_TRIED = 4  # at most this many registers are tried
 
 Measure = Callable[[Sequence[Neuron], int], Effect]
-"""Measures the effect of moving neurons to a number of registers."""
+"""Measures the effect of moving some neurons to a number of registers."""
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Neurons that may be added to a set, best first."""
+    """Neurons that may be added to a set."""
 
     ranking: Sequence[Neuron]
+    """The neurons with the highest scores, best first."""
     selective: Collection[Neuron] = ()
-    """Neurons that are active at outliers and hardly anywhere else. Their scores may be too low for the ranking, or
-    negative. They write next to nothing at other patches. If moving them changes other patches all the same, it is
-    because these attended to the outliers, which are now gone."""
+    """The selective neurons. Their scores may be too low for the ranking, or negative. They write next to nothing at
+    patches that are not outliers. If moving them changes these patches all the same, it is because these patches
+    attended to the outliers."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The neurons that were chosen, and why."""
+    """The neurons that were chosen, and what was measured to choose them."""
 
     neurons: tuple[Neuron, ...]
     effect: Effect
+    """The effect of moving the chosen neurons to the chosen number of registers."""
     rounds: tuple[Round, ...]
     dropped: tuple[Neuron, ...]
-    """Neurons that were added in a round, and then found to have no effect on outliers."""
-    registers: tuple[Effect, ...]
-    """The effects of moving the chosen neurons to 1, 2, ... registers, up to the last number that was measured."""
+    """Neurons that were added in a round, and later dropped: the set is as good without them."""
+    effects_by_num_registers: tuple[Effect, ...]
+    """The effects of moving the chosen neurons to 1, 2, ... registers, as far as they were measured; and, last, to the
+    chosen number of registers that start as the mean patch."""
 
     @property
     def curve(self) -> tuple[Effect, ...]:
-        """The effects that were measured while neurons were added, in all rounds, by their number."""
+        """The effects that were measured while neurons were added, in all rounds, sorted by the number of neurons."""
         curve = (effect for each in self.rounds for effect in each.curve)
         return tuple(sorted(curve, key=lambda effect: effect.neurons))
 
@@ -79,82 +92,81 @@ def select(
     """Choose the fewest neurons that remove the outliers, the attention sink, and the effect of both on other patches.
 
     1. Add neurons in rounds. A round measures the best 1, 2, 4, ... neurons of a ranking. It ends when the outliers are
-       down to a fifth of `target`, and twice as many neurons remove less than `TOLERANCE` more of their excess norm. It
-       also ends when most outliers are gone, but twice as many neurons do not remove the rest. Then the rest has a
-       cause that the other outliers masked, and the next round ranks the neurons of the patched model. Rounds go on as
-       long as they help.
-    2. Complete the set. The fewest neurons that leave no outlier may leave patches that draw attention. So all
-       selective candidates are added. If patches draw less attention then (`draws_as_little`), the candidates stay.
-       Otherwise the set is cut to the smallest number of neurons of the last ranking that is as good.
-    3. Drop needless neurons: those without which the set is as good, within the tolerances. Neurons that are not
-       selective are tried first, and then the others from the last block on: late neurons may fire because of outliers.
-    4. Add similarly scored neurons. Which of several equivalent neurons is needed depends on the images. So selective
-       candidates are added that score at least 70 % of the weakest chosen one of their block, if the set is as good
-       with them.
-    5. Complete the set by change, unless step 2 completed it. A small set may leave some of the effect that outliers
-       have on other patches. So all selective candidates are moved as well that score at least a tenth of the best. If
-       features change more then (by over `SAME_CHANGE` and over 2 % of the change), these candidates are added, and
-       those that change nothing are dropped again.
-    6. Drop what has become needless. Unselective neurons are tried again, since others were added. Then single neurons
-       are tried: all of them, or those of the last block if there are more than `MAX_TRIED_SINGLY`. A neuron is
-       dropped as a by-product, one that fires at outliers without causing them, if the set is as good without it and it
-       alone removes less than a tenth of the outliers.
-    7. Choose the number of registers. Each register is a copy that holds all neurons. A single one has less weight in
-       the softmax of attention than the many outliers had. The chosen number is the smallest with which outputs change
-       least, or nearly so.
+       down to a fifth of `target`, and twice as many neurons remove hardly more of their norms. It also ends when most
+       outliers are gone, but twice as many neurons do not remove the rest. The rest then has another cause, which the
+       other outliers hid. To find it, the next round ranks the neurons of the model in which the neurons of earlier
+       rounds are moved. Rounds go on as long as they help.
+    2. Add all selective candidates. The fewest neurons that leave no outlier may leave a sink. If attention is more
+       even with all selective candidates (`draws_as_little`), these stay. Otherwise they are taken out again, and the
+       last round is cut to the fewest neurons that are as good.
+    3. Drop needless neurons: the set is as good without them, within the tolerances. Neurons that are not selective are
+       tried first, and then selective ones from the last block on, since late neurons may fire because of outliers.
+    4. Add neurons with similar scores. Which of several equivalent neurons is needed depends on the images. So
+       selective candidates are added that score at least 70 % of the weakest chosen neuron of their block, if the set
+       is as good with them.
+    5. Add the relevant selective candidates, unless step 2 has kept all selective ones. A small set may leave some of
+       the effect that outliers have on other patches. So all selective candidates are tried that score at least a tenth
+       of the best neuron. If features change more with them (by more than `SAME_CHANGE` and `SAME_SHARE`), they are
+       added, and those that change nothing are dropped again.
+    6. Drop what has become needless since step 3. Neurons that are not selective are tried again. Then neurons are
+       tried one by one: all of them, or those of the last block if there are more than `MAX_TRIED_SINGLY`. A neuron is
+       a by-product if it fires at outliers without causing them. It is dropped as one if the set is as good without it,
+       and it alone removes less than a tenth of the outliers.
+    7. Choose the number of registers. Every register holds the activations of all neurons. A single register has less
+       weight in the softmax of attention than the many outliers had. The smallest number is chosen with which features
+       change least, or nearly least.
 
     Args:
-        rank: given the neurons that are moved already, ranks the others on the model that is patched with these.
-        measure: measures the effect of moving neurons to a number of registers.
-        target: outliers that may be left after any block, as a fraction of those before. If no set reaches it, the one
-            that comes closest is chosen.
-        max_change: sets that change pooled or patch features more (1 - cosine) are not chosen.
-        out_of_time: called before each measurement but the first. Once it returns True, the search takes the best set
-            so far, and only measures it with more registers.
+        rank: given the neurons that are moved already, ranks the other neurons of the model in which they are moved.
+        measure: measures the effect of moving some neurons to a number of registers.
+        target: how many outliers may be left after any block, as a fraction of those of the unpatched model. If no set
+            reaches it, the set that comes closest is chosen.
+        max_change: a set is not chosen if it changes pooled or patch features by more than this (1 - cosine).
+        out_of_time: called before each measurement but the first. Once it returns True, no more sets are measured: the
+            search takes the best set so far, and only tries more registers for it.
 
     Raises:
         ValueError: even the first neuron changes more than `max_change`; there are no candidates at all.
     """
     search = _Search(measure, target, max_change, out_of_time)
     while not search.rounds or search.needs_more():
-        candidates = rank(search.chosen)
+        candidates = rank(search.added)
         if not candidates.ranking and not search.rounds:
             raise ValueError("there are no candidates")
         if not candidates.ranking or not search.add_from(candidates):
             break
-    from_ranking, effect = search.chosen, search.rounds[-1].effect
+    from_ranking, effect = search.added, search.rounds[-1].effect
     kept, effect = search.with_all_selective(from_ranking, effect)
-    is_complete = len(kept) > len(from_ranking)
-    if not is_complete:
+    has_all_selective = len(kept) > len(from_ranking)
+    if not has_all_selective:
         kept, effect = search.with_fewest_of_last_round()
-    kept, effect = search.without_needless(kept, effect, same_change=is_complete)
+    kept, effect = search.without_needless(kept, effect, must_change_as_much=has_all_selective)
     kept, effect = search.with_similarly_scored(kept, effect)
-    if not is_complete:
-        kept, effect = search.completed_by_change(kept, effect)
+    if not has_all_selective:
+        kept, effect = search.with_relevant_selective(kept, effect)
     kept, effect = search.without_unselective(kept, effect)
     kept, effect = search.without_by_products(kept, effect)
-    registers = search.with_registers(kept, effect)
+    by_num_registers = search.effects_by_num_registers(kept, effect)
     return Selection(
         neurons=kept,
-        effect=registers[search.best_num_registers(registers) - 1],
+        effect=by_num_registers[search.best_num_registers(by_num_registers) - 1],
         rounds=tuple(search.rounds),
-        dropped=tuple(neuron for neuron in search.chosen if neuron not in kept),
-        registers=registers,
+        dropped=tuple(neuron for neuron in search.added if neuron not in kept),
+        effects_by_num_registers=by_num_registers,
     )
 
 
 def with_best_start(selection: Selection, from_mean: Effect) -> Selection:
     """The selection, with registers that start as the mean of their image's patches if outputs change less then.
 
-    `from_mean` is the effect of the same neurons on as many registers with that start. It is taken if the two changes
-    together are smaller by a tenth, and by more than `SAME_OUTPUTS`, no more
-    outliers are left, no more attention is drawn, and the larger of the changes is no larger.
+    `from_mean` is the effect of the same neurons on as many registers with that start. It is taken if the sum of the
+    two changes is smaller by a tenth, and by `SAME_OUTPUTS`, and no other measure is worse.
     """
     from_zeros = selection.effect
     is_better = _change_limit(_both_changes(from_mean)) < _both_changes(from_zeros)
     is_as_good = from_mean.change <= from_zeros.change and from_mean.remaining <= from_zeros.remaining
     effect = from_mean if is_better and is_as_good and draws_as_little(from_mean, from_zeros) else from_zeros
-    return replace(selection, effect=effect, registers=(*selection.registers, from_mean))
+    return replace(selection, effect=effect, effects_by_num_registers=(*selection.effects_by_num_registers, from_mean))
 
 
 def _both_changes(effect: Effect) -> float:
@@ -162,46 +174,46 @@ def _both_changes(effect: Effect) -> float:
 
 
 def draws_as_little(one: Effect, other: Effect) -> bool:
-    """Whether attention is as even with one set as with another, within the tolerance `CLEANER`.
+    """Whether attention is as even with the set that has the effect `one` as with the set that has the effect `other`.
 
-    Former outliers must draw no more attention than with the other set, or no more than other patches do, and the
-    hottest patch must draw no more than with the other set.
+    Within the tolerance `LESS_ATTENTION`, two things must hold. Former outliers draw no more attention than with the
+    other set, or no more than other patches do. The hottest patch draws no more than with the other set.
     """
-    is_sink = one.sink is not None and one.sink > (1 + CLEANER) * max(1.0, other.sink or 0.0)
-    return not is_sink and _is_at_most(one.hottest, other.hottest, share=CLEANER)
+    is_sink = one.sink is not None and one.sink > (1 + LESS_ATTENTION) * max(1.0, other.sink or 0.0)
+    return not is_sink and _is_at_most(one.hottest, other.hottest, share=LESS_ATTENTION)
 
 
 def is_as_clean(one: Effect, other: Effect) -> bool:
-    """Whether one set leaves maps as clean as another, within the tolerances `AS_CLEAN`.
+    """Whether the set with the effect `one` leaves maps as clean as the set with the effect `other`.
 
-    Former outliers must draw no more attention and be no less like their neighbours, and the hottest patch must be no
-    hotter.
+    Within the tolerances `SAME_ATTENTION` and `SAME_UNLIKENESS`, three things must hold. Former outliers draw no more
+    attention. The hottest patch draws no more attention. Former outliers resemble their neighbours no less.
     """
-    share, more = AS_CLEAN
     return (
-        _is_at_most(one.sink, other.sink, share=share)
-        and _is_at_most(one.hottest, other.hottest, share=share)
-        and _is_at_most(one.unlike, other.unlike, more=more)
+        _is_at_most(one.sink, other.sink, share=SAME_ATTENTION)
+        and _is_at_most(one.hottest, other.hottest, share=SAME_ATTENTION)
+        and _is_at_most(one.unlike, other.unlike, difference=SAME_UNLIKENESS)
     )
 
 
-def _is_at_most(one: float | None, other: float | None, *, share: float = 0.0, more: float = 0.0) -> bool:
-    return one is None or other is None or one <= (1 + share) * other + more
+def _is_at_most(value: float | None, limit: float | None, *, share: float = 0.0, difference: float = 0.0) -> bool:
+    """Whether a value exceeds a limit by at most a share of the limit and a difference; True if either is unknown."""
+    return value is None or limit is None or value <= (1 + share) * limit + difference
 
 
 def changes_the_same(one: Effect, other: Effect) -> bool:
-    """Whether two sets of neurons change features by the same amount, within the tolerance."""
+    """Whether two sets of neurons change features equally much, within `SAME_CHANGE` or `SAME_SHARE`."""
     is_same = partial(math.isclose, rel_tol=SAME_SHARE, abs_tol=SAME_CHANGE)
     return is_same(one.change_pooled, other.change_pooled) and is_same(one.change_patches, other.change_patches)
 
 
 def _change_limit(change: float) -> float:
-    """The largest change of features that counts as no larger than this one."""
+    """The largest change of features (1 - cosine) that counts as no larger than `change`."""
     return change + max(SAME_OUTPUTS, change / 10)
 
 
 def _score(neuron: Neuron) -> float:
-    """The score of a neuron that was ranked."""
+    """The score of a neuron, which is known since the neuron was ranked."""
     score = neuron[2]
     assert score is not None
     return score
@@ -209,34 +221,38 @@ def _score(neuron: Neuron) -> float:
 
 @dataclass
 class _Search:
-    """The state of a selection: the rounds, the effects measured so far, and what makes a set good enough."""
+    """The state of a search: its rounds, the effects measured so far, and the rules by which a set is good enough.
+
+    Methods that change a set take its neurons and its effect, and return those of the new set.
+    """
 
     measure: Measure
     target: float
-    """The fraction of the outliers that the caller allows to be left."""
+    """The fraction of the outliers that may be left."""
     max_change: float | None
     out_of_time: Callable[[], bool]
     rounds: list[Round] = field(default_factory=list)
     selective: list[list[Neuron]] = field(default_factory=list)
     """The selective candidates of each round, best first."""
     relevant_selective: list[Neuron] = field(default_factory=list)
-    """The selective candidates that score at least a tenth of the best of their round."""
+    """The selective candidates that score at least a tenth of the best neuron of their round."""
     last_curve: _Curve | None = None
-    """The measurements of the last round."""
+    """What the last round measured."""
     effects: dict[tuple[frozenset[tuple[int, int]], int], Effect] = field(default_factory=dict)
-    """The effects measured so far, by set of neurons and number of registers."""
+    """The effects measured so far, by the set of neurons and the number of registers."""
 
     @property
     def aim(self) -> float:
-        """The fraction of the outliers that the search tries to reach, below the target."""
+        """The fraction of the outliers that the search tries to leave at most; it is lower than the target."""
         return AIM * self.target
 
     @property
-    def chosen(self) -> tuple[Neuron, ...]:
+    def added(self) -> tuple[Neuron, ...]:
+        """The neurons that all rounds so far have added."""
         return tuple(neuron for each in self.rounds for neuron in each.added)
 
     def is_over(self) -> bool:
-        """Whether the search measures no more sets of neurons. It still measures numbers of registers then."""
+        """Whether no more sets of neurons are measured. Numbers of registers are still tried then."""
         return len(self.effects) > MAX_MEASUREMENTS - REGISTERS_TRIED or self.out_of_time()
 
     def needs_more(self) -> bool:
@@ -248,60 +264,60 @@ class _Search:
         return self.max_change is None or effect.change <= self.max_change
 
     def is_as_good(self, effect: Effect, best: Effect) -> bool:
-        """Whether a set removes as much as the best one, draws as little attention, and is allowed."""
+        """Whether a set with this effect is as good as the set with the effect `best`: it removes the outliers as far,
+        leaves attention as even, and does not change features by more than `max_change`."""
         removes_as_much = effect.remaining <= max(self.aim, best.remaining) and effect.excess <= best.excess + TOLERANCE
         return removes_as_much and draws_as_little(effect, best) and self.is_allowed(effect)
 
     def effect_of(self, neurons: Sequence[Neuron], num_registers: int = 1) -> Effect:
-        """The effect of a set of neurons, which is measured only the first time."""
+        """The effect of moving a set of neurons. It is measured the first time, and remembered."""
         key = frozenset(neuron[:2] for neuron in neurons), num_registers
         if key not in self.effects:
             self.effects[key] = self.measure(neurons, num_registers)
         return self.effects[key]
 
     def add_from(self, candidates: Candidates) -> bool:
-        """Add a round with the best n neurons, where n is the smallest measured number that removes the most outliers.
+        """Add a round with the best n candidates; n is the smallest measured number that removes the most outliers.
 
-        Returns False, and adds nothing, if that does not help.
+        If they do not help, nothing is added, and False is returned.
         """
-        moved, ranking = self.chosen, candidates.ranking
-        curve = _Curve(self, len(self.rounds) + 1, moved, ranking)
-        curve.grow()
+        ranking = candidates.ranking
+        curve = _Curve(self, len(self.rounds) + 1, self.added, ranking)
+        curve.measure_doubling()
         best = curve.best()
         if best is None:
             return False
         if self.rounds:
-            before = self.rounds[-1].effect
-            most_are_gone = best.remaining <= max(before.remaining / 2, self.aim)
-            if not most_are_gone and before.remaining - best.remaining <= TOLERANCE >= before.excess - best.excess:
+            last = self.rounds[-1].effect
+            most_are_gone = best.remaining <= max(last.remaining / 2, self.aim)
+            if not most_are_gone and last.remaining - best.remaining <= TOLERANCE >= last.excess - best.excess:
                 return False
         self.last_curve = curve
-        self.rounds.append(curve.round(curve.fewest_measured(best)))
+        self.rounds.append(curve.record(curve.fewest_measured(best)))
         selective = sorted(candidates.selective, key=_score, reverse=True)
         self.selective.append(selective)
-        self.relevant_selective += [neuron for neuron in selective if _score(neuron) >= MATTERS * _score(ranking[0])]
+        self.relevant_selective += [
+            neuron for neuron in selective if _score(neuron) >= RELEVANT_SHARE * _score(ranking[0])
+        ]
         return True
 
     def with_fewest_of_last_round(self) -> tuple[tuple[Neuron, ...], Effect]:
-        """Cut the last round to the neurons that are needed; returns the neurons of all rounds, and their effect."""
+        """Cut the last round to the fewest neurons that are as good; returns the neurons of all rounds."""
         assert self.last_curve is not None
         best = self.rounds[-1].effect
-        self.rounds[-1] = self.last_curve.round(self.last_curve.fewest_by_bisection(best))
-        return self.chosen, self.rounds[-1].effect
+        self.rounds[-1] = self.last_curve.record(self.last_curve.fewest_by_bisection(best))
+        return self.added, self.rounds[-1].effect
 
     def with_all_selective(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[tuple[Neuron, ...], Effect]:
-        """Add all selective candidates to the neurons, if patches draw less attention then.
-
-        `effect` is that of the neurons alone. Returns the set that is taken, and its effect.
-        """
+        """Add all selective candidates to a set, if attention is more even with them."""
         selective = [neuron for of_round in self.selective for neuron in of_round]
-        together, effect_together = self._with_if_as_good(selective, neurons, effect)
-        return (neurons, effect) if draws_as_little(effect, effect_together) else (together, effect_together)
+        larger, effect_of_larger = self._with_if_as_good(selective, neurons, effect)
+        return (neurons, effect) if draws_as_little(effect, effect_of_larger) else (larger, effect_of_larger)
 
-    def with_registers(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[Effect, ...]:
-        """Measure the neurons with 2, 3, ... registers, until one more register changes outputs more again.
+    def effects_by_num_registers(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[Effect, ...]:
+        """Measure a set with 2, 3, ... registers, until one more register changes features more than before.
 
-        `effect` is that with one register. Returns the effects with 1, 2, ... registers.
+        `effect` is the effect with one register. Returns the effects with 1, 2, ... registers.
         """
         effects = [effect]
         while len(effects) < REGISTERS_TRIED:
@@ -310,69 +326,75 @@ class _Search:
             effects.append(self.effect_of(neurons, len(effects) + 1))
         return tuple(effects)
 
-    def best_num_registers(self, registers: Sequence[Effect]) -> int:
-        """The smallest number of registers with which outputs change least, or nearly so."""
-        good = {
-            number: each.change for number, each in enumerate(registers, start=1) if self.is_as_good(each, registers[0])
+    def best_num_registers(self, effects: Sequence[Effect]) -> int:
+        """The smallest number of registers with which features change least, or nearly least.
+
+        `effects` are those with 1, 2, ... registers. Only numbers that are as good as one register come into question.
+        """
+        changes = {
+            number: effect.change
+            for number, effect in enumerate(effects, start=1)
+            if self.is_as_good(effect, effects[0])
         }
-        return next(number for number, change in good.items() if change <= _change_limit(min(good.values())))
+        return next(number for number, change in changes.items() if change <= _change_limit(min(changes.values())))
 
     def without_needless(
-        self, neurons: tuple[Neuron, ...], effect: Effect, *, same_change: bool
+        self, neurons: tuple[Neuron, ...], effect: Effect, *, must_change_as_much: bool
     ) -> tuple[tuple[Neuron, ...], Effect]:
-        """Drop needless neurons of a set with this effect; returns the rest and its effect.
+        """Drop needless neurons of a set.
 
-        Unselective neurons are dropped as far as possible. Moving a selective neuron takes nothing from other patches,
-        so all selective neurons of a block are tried at once. The last block comes first, since late neurons may fire
-        because of outliers. If a block is needed, those of its neurons that score less than half of its best are tried
-        as well. In a complete set they stay, since which of them are needed depends on the images.
+        Neurons that are not selective are dropped as far as possible. Moving a selective neuron takes nothing from
+        other patches, so all selective neurons of a block are tried at once. The last block comes first, since late
+        neurons may fire because of outliers. If a block is needed, its neurons that score less than half of its best
+        one are tried as well, unless `must_change_as_much`.
 
         Args:
-            same_change: whether the set is complete, so that features must change as much without the dropped neurons.
+            must_change_as_much: whether features must change as much without the dropped neurons. This is asked of sets
+                to which selective neurons were added on purpose: which of these are needed depends on the images.
         """
-        pruning = _Pruning(self, neurons, effect, same_change)
+        pruning = _Pruning(self, neurons, effect, must_change_as_much)
         pruning.drop_unselective()
         for block in sorted({block for block, _, _ in pruning.kept}, reverse=True):
             of_block = [neuron for neuron in pruning.kept if neuron in pruning.selective and neuron[0] == block]
-            if of_block and not pruning.drop(of_block) and not same_change:
-                most = max(_score(neuron) for neuron in of_block)
-                pruning.drop([neuron for neuron in of_block if _score(neuron) < most / 2])
+            if of_block and not pruning.drop_if_needless(of_block) and not must_change_as_much:
+                best_score = max(_score(neuron) for neuron in of_block)
+                pruning.drop_if_needless([neuron for neuron in of_block if _score(neuron) < best_score / 2])
         return pruning.kept, pruning.effect
 
     def without_unselective(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[tuple[Neuron, ...], Effect]:
-        """Drop needless unselective neurons of a set with this effect; returns the rest and its effect."""
-        pruning = _Pruning(self, neurons, effect, same_change=False)
+        """Drop needless neurons of a set, of those that are not selective."""
+        pruning = _Pruning(self, neurons, effect, must_change_as_much=False)
         pruning.drop_unselective()
         return pruning.kept, pruning.effect
 
     def with_similarly_scored(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[tuple[Neuron, ...], Effect]:
-        """Add selective neurons that score similarly to neurons with this effect; returns the set and its effect."""
+        """Add the selective candidates that score similarly to the neurons of a set, if the set is as good then."""
         similarly_scored: list[Neuron] = []
         for of_round in self.selective:
             chosen = [neuron for neuron in of_round if neuron in neurons]
             for block in {block for block, _, _ in chosen}:
                 weakest = min(_score(neuron) for neuron in chosen if neuron[0] == block)
-                least = SIMILAR_SCORE * weakest
-                similarly_scored += [each for each in of_round if each[0] == block and _score(each) >= least]
+                lowest_score = SIMILAR_SCORE * weakest
+                similarly_scored += [each for each in of_round if each[0] == block and _score(each) >= lowest_score]
         return self._with_if_as_good(similarly_scored, neurons, effect)
 
-    def completed_by_change(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[tuple[Neuron, ...], Effect]:
-        """Add relevant selective neurons to a set with this effect, if features change more with them.
+    def with_relevant_selective(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[tuple[Neuron, ...], Effect]:
+        """Add the relevant selective candidates to a set, if features change more with them.
 
-        Returns the set, without needless neurons, and its effect.
+        Needless neurons of the larger set are dropped again.
         """
-        together, effect_together = self._with_if_as_good(self.relevant_selective, neurons, effect)
-        if changes_the_same(effect_together, effect):
+        larger, effect_of_larger = self._with_if_as_good(self.relevant_selective, neurons, effect)
+        if changes_the_same(effect_of_larger, effect):
             return neurons, effect
-        return self.without_needless(together, effect_together, same_change=True)
+        return self.without_needless(larger, effect_of_larger, must_change_as_much=True)
 
     def without_by_products(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[tuple[Neuron, ...], Effect]:
-        """Drop by-products from a set with this effect: neurons that it does not need, and that alone remove little.
+        """Drop the by-products of a set: neurons that the set does not need, and that remove hardly anything alone.
 
         If there are more than `MAX_TRIED_SINGLY` neurons, only those of the last block are tried, since by-products
-        are in later blocks than the cause. Returns the rest and its effect.
+        are in later blocks than the cause.
         """
-        pruning = _Pruning(self, neurons, effect, same_change=True)
+        pruning = _Pruning(self, neurons, effect, must_change_as_much=True)
         last = max(block for block, _, _ in neurons)
         of_last = [neuron for neuron in neurons if neuron[0] == last]
         tried = neurons if len(neurons) <= MAX_TRIED_SINGLY else of_last
@@ -380,21 +402,21 @@ class _Search:
             if not pruning.is_needless([neuron]) or self.is_over():
                 continue
             alone = self.effect_of((neuron,))
-            if min(alone.remaining, alone.excess) > 1 - MATTERS:
-                pruning.drop([neuron])
+            if min(alone.remaining, alone.excess) > 1 - RELEVANT_SHARE:
+                pruning.drop_if_needless([neuron])
         return pruning.kept, pruning.effect
 
     def _with_if_as_good(
         self, others: Sequence[Neuron], neurons: tuple[Neuron, ...], effect: Effect
     ) -> tuple[tuple[Neuron, ...], Effect]:
-        """Add others to neurons with this effect, if the set is as good with them; returns the set and its effect."""
+        """Add the neurons `others` to a set, if the set is as good with them."""
         taken = {neuron[:2] for neuron in neurons}  # a neuron may be a candidate in several rounds
         added = {neuron[:2]: neuron for neuron in others if neuron[:2] not in taken}
         if not added or self.is_over():
             return neurons, effect
-        together = (*neurons, *added.values())
-        effect_together = self.effect_of(together)
-        return (together, effect_together) if self.is_as_good(effect_together, effect) else (neurons, effect)
+        larger = (*neurons, *added.values())
+        effect_of_larger = self.effect_of(larger)
+        return (larger, effect_of_larger) if self.is_as_good(effect_of_larger, effect) else (neurons, effect)
 
 
 @dataclass
@@ -405,28 +427,28 @@ class _Pruning:
     kept: tuple[Neuron, ...]
     effect: Effect
     """The effect of the neurons that are kept."""
-    same_change: bool
-    """Whether features must change as much after a selective neuron is dropped. This is not asked of unselective ones:
-    they write at other patches too, so that moving them changes features in any case."""
+    must_change_as_much: bool
+    """Whether features must change as much after a selective neuron is dropped. This is not asked of other neurons:
+    they write at all patches, so moving them changes features in any case."""
 
     def __post_init__(self) -> None:
         self.best = self.effect
         self.selective = {neuron for of_round in self.search.selective for neuron in of_round}
 
     def drop_unselective(self) -> None:
-        """Drop unselective neurons as far as possible: all at once, else half of them, a quarter, and so on."""
+        """Drop the neurons that are not selective as far as possible: all at once, else half of them, and so on."""
         untried = [[neuron for neuron in self.kept if neuron not in self.selective]]
         while untried:
             chunk = untried.pop()
-            if not self.drop(chunk) and (half := len(chunk) // 2):
-                untried += [chunk[:half], chunk[half:]]  # the later half first
+            if not self.drop_if_needless(chunk) and (half := len(chunk) // 2):
+                untried += [chunk[:half], chunk[half:]]  # the second half, which is popped next, scores lower
 
-    def drop(self, chunk: Sequence[Neuron]) -> bool:
-        """Drop some neurons if the set is as good without them; returns whether it is."""
-        without = self._without(chunk)
-        if without is None:
+    def drop_if_needless(self, chunk: Sequence[Neuron]) -> bool:
+        """Drop some neurons if the set is as good without them; returns whether they were dropped."""
+        rest = self._without(chunk)
+        if rest is None:
             return False
-        self.kept, self.effect = without
+        self.kept, self.effect = rest
         return True
 
     def is_needless(self, chunk: Sequence[Neuron]) -> bool:
@@ -434,11 +456,12 @@ class _Pruning:
         return self._without(chunk) is not None
 
     def _without(self, chunk: Sequence[Neuron]) -> tuple[tuple[Neuron, ...], Effect] | None:
-        without = tuple(neuron for neuron in self.kept if neuron not in chunk)
-        if not chunk or not without or self.search.is_over():
+        """The set without some neurons, and its effect; None if it is not as good, or if the search is over."""
+        rest = tuple(neuron for neuron in self.kept if neuron not in chunk)
+        if not chunk or not rest or self.search.is_over():
             return None
-        effect = self.search.effect_of(without)
-        must_do_the_same = self.same_change and self.selective.issuperset(chunk)
+        effect = self.search.effect_of(rest)
+        must_do_the_same = self.must_change_as_much and self.selective.issuperset(chunk)
         does_the_same = changes_the_same(effect, self.best) and is_as_clean(effect, self.best)
         if (
             not self.search.is_as_good(effect, self.best)
@@ -446,95 +469,102 @@ class _Pruning:
             or (must_do_the_same and not does_the_same)
         ):
             return None
-        return without, effect
+        return rest, effect
 
 
 @dataclass
 class _Curve:
-    """The effects of moving the best n neurons of a ranking, for several n, on top of those that are moved already."""
+    """What a round measures: the effects of moving the best n neurons of its ranking, for several n.
+
+    The neurons of earlier rounds are always moved as well.
+    """
 
     search: _Search
-    number: int
+    round_number: int
     """The number of the round, from 1."""
-    moved: tuple[Neuron, ...]
+    of_earlier_rounds: tuple[Neuron, ...]
     ranking: Sequence[Neuron]
     effects: list[Effect] = field(default_factory=list)
-    """In the order in which they were measured."""
+    """The effects, in the order in which they were measured."""
 
-    def add(self, number: int) -> Effect:
+    def measure_best(self, number: int) -> Effect:
         """Measure the best `number` neurons of the ranking."""
-        self.effects.append(self.search.effect_of((*self.moved, *self.ranking[:number])))
+        self.effects.append(self.search.effect_of((*self.of_earlier_rounds, *self.ranking[:number])))
         return self.effects[-1]
 
     def bisect(self, low: int, high: int, is_enough: Callable[[Effect], bool]) -> None:
-        """Bisect for the smallest number of neurons that is enough; the number `low` is not enough, and `high` is."""
+        """Measure numbers between `low`, which is not enough, and `high`, which is, to find the smallest that is."""
         while high - low > 1 and not self.search.is_over():
             middle = (low + high) // 2
-            low, high = (low, middle) if is_enough(self.add(middle)) else (middle, high)
+            low, high = (low, middle) if is_enough(self.measure_best(middle)) else (middle, high)
 
-    def grow(self) -> None:
-        """Measure 1, 2, 4, ... neurons, until more of them remove no more, or change features too much."""
-        number, last = 1, self.add(1)
+    def measure_doubling(self) -> None:
+        """Measure the best 1, 2, 4, ... neurons, until more of them remove no more, or change features too much."""
+        number, last = 1, self.measure_best(1)
         if not self.search.is_allowed(last):
-            if not self.moved:
+            if not self.of_earlier_rounds:
                 raise ValueError(
                     f"the first neuron alone changes features by {last.change:.2g}: more than max_change="
                     f"{self.search.max_change:g}"
                 )
             return
-        at_first = self.search.rounds[-1].effect.remaining if self.search.rounds else 1.0
+        at_start = self.search.rounds[-1].effect.remaining if self.search.rounds else 1.0
         while number < len(self.ranking) and not self.is_enough(last) and not self.search.is_over():
             low, number = number, min(2 * number, len(self.ranking))
-            before, last = last, self.add(number)
+            with_half, last = last, self.measure_best(number)
             if not self.search.is_allowed(last):
                 self.bisect(low, number, lambda effect: not self.search.is_allowed(effect))
                 return
-            if before.remaining <= self.search.aim and before.excess - last.excess < TOLERANCE:
+            if with_half.remaining <= self.search.aim and with_half.excess - last.excess < TOLERANCE:
                 return
-            if at_first <= self.search.target and number >= MAX_WITHOUT_HELP and last.remaining > at_first / 2:
+            if at_start <= self.search.target and number >= MAX_WITHOUT_HELP and last.remaining > at_start / 2:
                 return
-            # Most outliers are gone and the rest stays: a ranking of the patched model finds the cause of the rest.
-            if last.remaining < at_first / 2 and self.removes_as_much(before, last):
+            # Most outliers are gone and the rest stays: the next round looks for the cause of the rest.
+            if last.remaining < at_start / 2 and self.removes_as_much(with_half, last):
                 return
 
     def is_enough(self, effect: Effect) -> bool:
-        """Whether a set leaves so little that no more neurons are needed."""
+        """Whether a set with this effect leaves so little of the outliers that no more neurons are needed."""
         return effect.remaining <= self.search.aim and effect.excess < TOLERANCE
 
     def removes_as_much(self, effect: Effect, best: Effect) -> bool:
-        """Whether a set removes as much as the best one, within the tolerance."""
+        """Whether a set with this effect removes as much of the outliers as the best one, within `TOLERANCE`."""
         return effect.remaining <= best.remaining + TOLERANCE and effect.excess <= best.excess + TOLERANCE
 
     def best(self) -> Effect | None:
-        """The effect that comes closest to the target and leaves the least excess; None if none is allowed."""
+        """The effect that comes closest to the aim, and leaves the least excess norm.
+
+        Returns None if all sets change features by more than `max_change`.
+        """
         allowed = filter(self.search.is_allowed, self.effects)
         return min(allowed, key=lambda effect: (max(effect.remaining, self.search.aim), effect.excess), default=None)
 
-    def round(self, effect: Effect) -> Round:
-        """The record of the round, in which the set with this effect was taken."""
-        added = tuple(self.ranking[: effect.neurons - len(self.moved)])
-        return Round(self.number, added, tuple(sorted(self.effects, key=lambda effect: effect.neurons)), effect)
+    def record(self, effect: Effect) -> Round:
+        """The record of the round, if the round ends with the set that has this effect."""
+        added = tuple(self.ranking[: effect.neurons - len(self.of_earlier_rounds)])
+        return Round(self.round_number, added, tuple(sorted(self.effects, key=lambda effect: effect.neurons)), effect)
 
     def fewest_measured(self, best: Effect) -> Effect:
         """The effect of the smallest measured set that is as good as the best one.
 
-        If the best one does not reach the aim, a set need only remove as much: the next round adds to it.
+        If the best set does not reach the aim, the set need only remove as much of the outliers, since the next round
+        adds to it.
         """
         is_enough = self.search.is_as_good if best.remaining <= self.search.aim else self.removes_as_much
         enough = (effect for effect in self.effects if is_enough(effect, best) and self.search.is_allowed(effect))
         return min(enough, key=lambda effect: effect.neurons)
 
     def fewest_by_bisection(self, best: Effect) -> Effect:
-        """The effect of the fewest neurons that are as good as the best, found by bisection.
+        """The effect of the smallest set that is as good as the best one, found by bisection.
 
-        If the best does not reach the aim, it is returned itself.
+        If the best set does not reach the aim, its effect is returned.
         """
-        moved = len(self.moved)
+        num_earlier = len(self.of_earlier_rounds)
         if best.remaining > self.search.aim:
             return best
         high = min(effect.neurons for effect in self.effects if self.search.is_as_good(effect, best))
-        low = max((effect.neurons for effect in self.effects if effect.neurons < high), default=moved)
-        self.bisect(low - moved, high - moved, lambda effect: self.search.is_as_good(effect, best))
+        low = max((effect.neurons for effect in self.effects if effect.neurons < high), default=num_earlier)
+        self.bisect(low - num_earlier, high - num_earlier, lambda effect: self.search.is_as_good(effect, best))
         return min(
             (effect for effect in self.effects if self.search.is_as_good(effect, best)),
             key=lambda effect: effect.neurons,

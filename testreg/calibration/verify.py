@@ -1,4 +1,8 @@
-"""Measure the chosen neurons on images that had no part in the choice."""
+"""Verify the chosen register neurons: measure what moving them does, on held-out images that did not choose them.
+
+A neuron is *moved* when its activation is taken from the patches and placed on extra tokens, the registers. *Outliers*
+are patches with huge norms, which should be gone then.
+"""
 
 from __future__ import annotations
 
@@ -15,31 +19,35 @@ from testreg.records.calibration import PlainAttention, Verification
 
 @dataclass(frozen=True)
 class Checks:
-    """What the chosen neurons do on the images that verify them."""
+    """What moving the chosen neurons does on the images that verify them."""
 
     measured: tuple[Verification, ...]
-    """At each image size."""
+    """What was measured at each image size."""
     target_met: bool
-    on_others: bool
-    """Whether these images had no part in the choice."""
+    """Whether few enough outliers are left, by the option `target`, at each image size."""
+    on_new_images: bool
+    """Whether the images that verify the neurons had no part in choosing them."""
 
     @property
     def verified(self) -> bool:
-        """Whether the target was met, and maps are clean, on enough images, with outliers, that had no part in the
-        choice."""
-        # Images without an outlier would verify any list.
-        enough = all(each.images >= MIN_VERIFYING and each.outlier_fraction > 0 for each in self.measured)
-        are_clean = not any(map(what_is_wrong_with_maps, self.measured))
-        return self.target_met and are_clean and self.on_others and enough
+        """Whether the neurons count as verified: the target is met and attention maps are clean, at each image size, on
+        at least `MIN_VERIFYING` new images."""
+        # Images without outliers would verify any list of neurons.
+        enough_images = all(each.images >= MIN_VERIFYING and each.outlier_fraction > 0 for each in self.measured)
+        maps_are_clean = not any(map(what_is_wrong_with_maps, self.measured))
+        return self.target_met and maps_are_clean and self.on_new_images and enough_images
 
 
 def verify(detected: Sequence[Detected], choice: Choice, meters: Sequence[Meters], options: Options) -> Checks | None:
-    """Measure the chosen neurons at each image size; None if no images are held out."""
+    """Measure what moving the chosen neurons does at each image size.
+
+    Returns None if no images are held out, so that there are no `meters`.
+    """
     if not meters:
         return None
     measured = []
     for each, (_, meter) in zip(detected, meters, strict=True):
-        before = meter.untouched
+        unpatched = meter.effect_of_nothing
         measured.append(
             Verification(
                 image_size=each.image_size,
@@ -48,11 +56,11 @@ def verify(detected: Sequence[Detected], choice: Choice, meters: Sequence[Meters
                 images=meter.num_images,
                 outlier_fraction=meter.outlier_fraction,
                 effect=meter.effect(choice.neurons, choice.num_registers, choice.start),
-                before=PlainAttention(before.sink, before.hottest),
+                before=PlainAttention(unpatched.sink, unpatched.hottest),
             )
         )
     return Checks(
         tuple(measured),
         target_met=worst_of([each.effect for each in measured]).remaining <= options.target,
-        on_others=choice.selection is None or all(each.split.can_verify for each in detected),
+        on_new_images=choice.selection is None or all(each.split.can_verify for each in detected),
     )

@@ -1,4 +1,7 @@
-"""A model at one image size, and the images prepared for it."""
+"""Views of a calibration. A *view* is a model at one image size, with the images prepared for it.
+
+Most calibrations have one view. There are several if the user gives one checkpoint at several image sizes.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from testreg.register import is_patched
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """A model at one image size, and the images prepared for it, which are not read yet."""
+    """A model at one image size, and the stream of the images prepared for it. No image has been read yet."""
 
     model: nn.Module
     tower: Tower
@@ -33,7 +36,7 @@ class View:
 
 
 def views_of(model: nn.Module | Sequence[nn.Module], images: Images, options: Options) -> list[View]:
-    """A view of each model.
+    """Make a view of each model, all with the same options.
 
     Raises:
         RuntimeError: a model is patched.
@@ -56,10 +59,10 @@ def views_of(model: nn.Module | Sequence[nn.Module], images: Images, options: Op
         warn_of_activation(one, tower)
     options = options.with_blocks_of(towers[0].depth)
     views = []
-    for each, tower, own in zip(models, towers, transforms, strict=True):
+    for each, tower, given_transform in zip(models, towers, transforms, strict=True):
         stream = ImageStream(
             images,
-            own or OwnTransform(each),
+            given_transform or OwnTransform(each),
             tower=tower,
             num_images=options.num_images,
             workers=options.workers,
@@ -71,7 +74,7 @@ def views_of(model: nn.Module | Sequence[nn.Module], images: Images, options: Op
 
 @contextmanager
 def evaluating(views: Sequence[View]) -> Iterator[None]:
-    """Within the context the models are in eval mode, and under autocast if the options say so."""
+    """Within the context, all models are in eval mode, and run under autocast if the option `amp` is given."""
     with ExitStack() as stack:
         for view in views:
             stack.enter_context(view.tower.evaluating())

@@ -1,4 +1,12 @@
-"""Attention to the patches, read off any model without touching it."""
+"""The attention that patches draw, read off any vision tower without changing it.
+
+*Prefix tokens* are those in front of the patches, such as CLS. *Registers* are extra tokens: trained ones are the last
+prefix tokens, and a patched model adds others behind the patches.
+
+Some towers pack the tokens of all images in one sequence. Their images are run one by one here.
+
+Shapes: B images of T tokens, N of which are patches and R are registers; n queries.
+"""
 
 from __future__ import annotations
 
@@ -11,188 +19,208 @@ from torch import Tensor
 
 from testreg.families import Tower
 from testreg.families.kernels import attention_kernel
-from testreg.measure.attention_observer import Attention, AttentionObserver, Rows
+from testreg.measure.attention_observer import Attention, AttentionObserver, TokenSelection
 from testreg.measure.hooks import recording_inputs, recording_outputs
 
 Query = Literal["cls", "pool", "mean", "register"]
 To = Literal["patches", "registers"]
-RowsOf = Callable[[int], Rows]  # which of the tokens, from their number T
-# Kernels that do not go through torch.nn.functional.
+SelectTokens = Callable[[int], TokenSelection]
+"""Selects some of the tokens in a block, given how many there are."""
+# transformers' kernels that do not go through torch.nn.functional, so their attention cannot be observed.
 UNSEEN = ("flash_attention_2", "flash_attention_3", "flex_attention")
 
 
 def mean_of_queries(weights: Tensor) -> Tensor:
-    """What some queries give on average: (B, heads, n, T) -> (B, heads, T)."""
+    """Average attention weights (B, heads, n, T) over the queries: (B, heads, T)."""
     return weights.mean(2)
 
 
 def mean_of_heads(weights: Tensor) -> Tensor:
-    """(B, heads, n, T) -> (B, n, T)."""
+    """Average attention weights (B, heads, n, T) over the heads: (B, n, T)."""
     return weights.mean(1)
 
 
-class Recorder(AttentionObserver):
-    """Keeps what some tokens give to all, of every attention of tokens to themselves.
+class AttentionRecorder(AttentionObserver):
+    """Records the attention of some queries to all tokens, in every self-attention that runs.
 
     Args:
-        queries: which tokens these are, from the number of tokens T.
-        reduce: what is kept of their weights (B, heads, n, T).
+        queries: selects the queries among the tokens.
+        reduce: computes what is recorded from the weights (B, heads, n, T) of the queries.
     """
 
-    def __init__(self, queries: RowsOf, reduce: Callable[[Tensor], Tensor] = mean_of_queries) -> None:
-        super().__init__(self._keep)
+    def __init__(self, queries: SelectTokens, reduce: Callable[[Tensor], Tensor] = mean_of_queries) -> None:
+        super().__init__(self._record)
         self.queries, self.reduce = queries, reduce
-        self.rows: list[Tensor] = []
+        self.recorded: list[Tensor] = []
+        """What was recorded of each attention, in the order in which they ran."""
 
-    def _keep(self, attention: Attention) -> None:
-        if attention.is_of_tokens_to_themselves:
-            self.rows.append(self.reduce(attention.weights(self.queries(attention.num_tokens))))
+    def _record(self, attention: Attention) -> None:
+        if attention.is_self_attention:
+            self.recorded.append(self.reduce(attention.weights(self.queries(attention.num_tokens))))
 
 
 @torch.no_grad()
 def attention_to_patches(
     tower: Tower, images: Tensor, block: int = -1, query: Query | Tensor | None = None, *, to: To = "patches"
 ) -> Tensor:
-    """What a query gives to each patch in a block, (B, heads, N), or to each register, (B, heads, R), for images
-    (B, 3, h, w).
+    """The attention that a query gives to each patch in a block, (B, heads, N), or to each register, (B, heads, R).
 
-    Queries are those of `testreg.attention`, or a mask of patches (h, w) or (B, h, w), of which the mean is taken;
-    None: CLS, or in towers without prefix tokens the mean of the patches. Rows do not sum to one: the rest goes to
-    other tokens.
+    The weights do not sum to one, since the rest goes to other tokens.
+
+    Args:
+        images: (B, 3, h, w).
+        query: one of the queries of `testreg.attention`, or a mask (h, w) or (B, h, w) of patches, whose mean is taken.
+            None takes CLS, or the mean of all patches in towers without prefix tokens.
+        to: whether attention to the patches or to the registers is returned.
 
     Raises:
         RuntimeError: the model computes attention in a way that cannot be observed from Python.
-        ValueError: it has no registers, and is asked for them.
+        ValueError: registers are asked for, and the model has none.
     """
     query = default_query(tower) if query is None else query
     with attention_kernel(tower.module, "sdpa", instead_of=UNSEEN):
         if isinstance(query, str) and query == "pool":
-            kept = pooling(tower, images)
-            if not kept:
-                raise _unseen(tower, "by which it pools")
+            recorded = pooling_attention(tower, images)
+            if not recorded:
+                raise _not_observed(tower, "by which it pools")
         elif isinstance(query, Tensor) and query.ndim == 3:
             pairs = zip(images.split(1), query, strict=True)
             return torch.cat([attention_to_patches(tower, image, block, mask, to=to) for image, mask in pairs])
         else:
-            with recorded_attention(tower, [block], Recorder(queries_of(tower, images, query))) as seen:
+            recorder = AttentionRecorder(queries_of(tower, images, query))
+            with recorded_attention(tower, [block], recorder) as of_blocks:
                 tower.run(images)
-            kept = seen[0]
-    if any(len(each) != len(images) for each in kept):  # images that are packed in one sequence
+            recorded = of_blocks[0]
+    if any(len(each) != len(images) for each in recorded):  # the tower packs images in one sequence
         return torch.cat([attention_to_patches(tower, image, block, query, to=to) for image in images.split(1)])
-    attention = torch.cat(kept, 1)  # a block may attend several times, side by side
-    registers = registers_in(tower, images, attention.shape[-1])
+    attention = torch.cat(recorded, 1)  # a block may have several attentions in parallel: all their heads are returned
+    registers = register_numbers(tower, images, attention.shape[-1])
     if not len(registers) and (to == "registers" or (isinstance(query, str) and query == "register")):
-        raise _without_registers(tower)
+        raise _has_no_registers(tower)
     return attention[..., tower.patches(images) if to == "patches" else registers]
 
 
 def default_query(tower: Tower) -> Query:
+    """CLS, or the mean of the patches in towers without prefix tokens."""
     return "cls" if tower.num_prefix else "mean"
 
 
-def queries_of(tower: Tower, images: Tensor, query: Query | Tensor) -> RowsOf:
-    """The tokens that attend: `query` is a name, or a mask (h, w) of patches."""
+def queries_of(tower: Tower, images: Tensor, query: Query | Tensor) -> SelectTokens:
+    """A function that selects the tokens of a query: one that is named, or a mask (h, w) of patches."""
     patches = tower.patches(images)
     if isinstance(query, Tensor):
         numbers = patches.start + query.flatten().nonzero().squeeze(1).to(tower.device)
         return lambda num_tokens: numbers
     if query == "register":
-        return lambda num_tokens: registers_in(tower, images, num_tokens)
+        return lambda num_tokens: register_numbers(tower, images, num_tokens)
     return lambda num_tokens: slice(0, 1) if query == "cls" else patches
 
 
-def registers_in(tower: Tower, images: Tensor, num_tokens: int) -> Tensor:
-    """The numbers (R,), among the tokens in a block, of the registers: trained ones, then those that a patch adds."""
+def register_numbers(tower: Tower, images: Tensor, num_tokens: int) -> Tensor:
+    """The numbers (R,) of the registers among the `num_tokens` tokens in a block.
+
+    The trained registers come first, then those that a patched model adds.
+    """
     trained = range(tower.num_prefix - tower.num_trained_registers, tower.num_prefix)
     added = range(tower.patches(images).stop, num_tokens - tower.family.appended)
     return torch.tensor([*trained, *added], dtype=torch.long, device=tower.device)
 
 
-def _without_registers(tower: Tower) -> ValueError:
+def _has_no_registers(tower: Tower) -> ValueError:
     return ValueError(f"{type(tower.module).__name__} has no registers: call testreg.patch(model, ...) first")
 
 
 @contextmanager
-def recorded_attention(tower: Tower, blocks: Sequence[int], recorder: Recorder) -> Iterator[list[list[Tensor]]]:
-    """Within the context, a forward leaves what the recorder keeps in each of some blocks: of each attention in it.
+def recorded_attention(
+    tower: Tower, blocks: Sequence[int], recorder: AttentionRecorder
+) -> Iterator[list[list[Tensor]]]:
+    """Within the context, a forward fills a list for each of some blocks with what the recorder records in the block.
+
+    Such a list has an element for each attention in the block.
 
     Raises:
-        RuntimeError: attention in one of them cannot be observed from Python.
+        RuntimeError: attention in one of the blocks cannot be observed from Python.
     """
     modules = [tower.blocks[block].module for block in blocks]
-    kept: list[list[Tensor]] = [[] for _ in blocks]
+    of_blocks: list[list[Tensor]] = [[] for _ in blocks]
 
-    def forget(index: int, tokens: Tensor) -> None:
+    def begin_block(index: int, tokens: Tensor) -> None:
         recorder.end()
-        recorder.rows.clear()
+        recorder.recorded.clear()
 
-    def keep(index: int, tokens: Tensor) -> None:
+    def end_block(index: int, tokens: Tensor) -> None:
         recorder.end()
-        kept[index] += recorder.rows
-        recorder.rows.clear()
+        of_blocks[index] += recorder.recorded
+        recorder.recorded.clear()
 
     with (
         recorder,
-        recording_inputs(modules, forget),
-        recording_outputs(modules, keep),
+        recording_inputs(modules, begin_block),
+        recording_outputs(modules, end_block),
     ):
-        yield kept
-    for block, seen in zip(blocks, kept, strict=True):
-        if not seen:
-            raise _unseen(tower, f"in block {block}")
+        yield of_blocks
+    for block, recorded in zip(blocks, of_blocks, strict=True):
+        if not recorded:
+            raise _not_observed(tower, f"in block {block}")
 
 
-def _unseen(tower: Tower, where: str) -> RuntimeError:
+def _not_observed(tower: Tower, where: str) -> RuntimeError:
     return RuntimeError(
         f"saw no attention {where} of {tower.family.name}: compiled or custom attention kernels cannot be observed"
     )
 
 
 @torch.no_grad()
-def rolled_out(tower: Tower, images: Tensor, block: int = -1, query: Query | Tensor | None = None) -> Tensor:
+def attention_rollout(tower: Tower, images: Tensor, block: int = -1, query: Query | Tensor | None = None) -> Tensor:
     """Attention rollout (Abnar and Zuidema, arXiv 2005.00928) from a query to each patch: (B, 1, N).
 
-    The product, from the first block to `block`, of (A + I) / 2, where A (T, T) is the mean of a block's heads and I
-    stands for the residual stream. All tokens take part, prefix tokens and registers too.
+    It is the product of (A + I) / 2 over the blocks from the first one to `block`. A (T, T) is a block's attention,
+    averaged over its heads, and the identity I stands for the residual stream. All tokens take part, prefix tokens and
+    registers too.
     """
     query = default_query(tower) if query is None else query
     if isinstance(query, Tensor) and query.ndim == 3:
         pairs = zip(images.split(1), query, strict=True)
-        return torch.cat([rolled_out(tower, image, block, mask) for image, mask in pairs])
+        return torch.cat([attention_rollout(tower, image, block, mask) for image, mask in pairs])
     blocks = range(block % tower.depth + 1)
+    recorder = AttentionRecorder(lambda num_tokens: slice(None), mean_of_heads)
     with (
         attention_kernel(tower.module, "sdpa", instead_of=UNSEEN),
-        recorded_attention(tower, blocks, Recorder(lambda num_tokens: slice(None), mean_of_heads)) as kept,
+        recorded_attention(tower, blocks, recorder) as of_blocks,
     ):
         tower.run(images)
-    if any(len(each) != len(images) for each in kept[0]):  # images that are packed in one sequence
-        return torch.cat([rolled_out(tower, image, block, query) for image in images.split(1)])
-    flow = torch.eye(kept[0][0].shape[-1], device=kept[0][0].device, dtype=kept[0][0].dtype)
-    if isinstance(query, str) and query == "register" and not len(registers_in(tower, images, flow.shape[-1])):
-        raise _without_registers(tower)
-    for seen in kept:
-        flow = (torch.stack(seen).mean(0) @ flow + flow) / 2
-    rows = flow[:, queries_of(tower, images, query)(flow.shape[-1])]
-    return rows.mean(1, keepdim=True)[..., tower.patches(images)]
+    if any(len(each) != len(images) for each in of_blocks[0]):  # the tower packs images in one sequence
+        return torch.cat([attention_rollout(tower, image, block, query) for image in images.split(1)])
+    first = of_blocks[0][0]
+    rollout = torch.eye(first.shape[-1], device=first.device, dtype=first.dtype)
+    if isinstance(query, str) and query == "register" and not len(register_numbers(tower, images, first.shape[-1])):
+        raise _has_no_registers(tower)
+    for recorded in of_blocks:
+        rollout = (torch.stack(recorded).mean(0) @ rollout + rollout) / 2
+    of_queries = rollout[:, queries_of(tower, images, query)(first.shape[-1])]
+    return of_queries.mean(1, keepdim=True)[..., tower.patches(images)]
 
 
-def pooling(tower: Tower, images: Tensor) -> list[Tensor]:
-    """What the query that pools the last block's tokens by attention gives to each (B, heads, T); empty if there is no
-    such head."""
-    rows: list[Tensor] = []
+def pooling_attention(tower: Tower, images: Tensor) -> list[Tensor]:
+    """The attention of a head that pools the last block's tokens: what its query gives to each token, (B, heads, T).
+
+    Returns a list with this one tensor, or an empty list if the tower has no such head.
+    """
+    recorded: list[Tensor] = []
     num_tokens = tower.patches(images).stop
 
-    def see(attention: Attention) -> None:
-        if not attention.is_of_tokens_to_themselves and attention.num_tokens == num_tokens:
-            rows.append(mean_of_queries(attention.weights(slice(None))))
+    def record(attention: Attention) -> None:
+        if not attention.is_self_attention and attention.num_tokens == num_tokens:
+            recorded.append(mean_of_queries(attention.weights(slice(None))))
 
     last = tower.blocks[-1].module
-    with AttentionObserver(see), recording_outputs([last], lambda index, tokens: rows.clear()):
+    # What was recorded up to the end of the last block is not the head's attention.
+    with AttentionObserver(record), recording_outputs([last], lambda index, tokens: recorded.clear()):
         tower.run_with_head(images)
-    return rows[:1]
+    return recorded[:1]
 
 
 def entropy(attention: Tensor) -> Tensor:
-    """Entropy (...,) in nats of attention (..., N), normalised over the patches: log N if spread evenly."""
+    """The entropy (...,) in nats of attention (..., N), normalised over the N patches: log N if it is spread evenly."""
     share = attention / attention.sum(-1, keepdim=True)
     return -torch.xlogy(share, share).sum(-1)

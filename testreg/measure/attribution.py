@@ -1,13 +1,15 @@
-"""Attribute the outliers to MLP neurons, of all blocks at once, with one backward pass.
+"""Attribute the outliers, patches with huge norms, to MLP neurons of all blocks with one backward pass.
 
-A neuron that triggers others writes little itself. By what it writes it would score next to nothing, and yet it causes
-all that follows. Attribution patching (Nanda 2023; Syed et al., arXiv 2310.10348) counts both effects. It takes the
-derivative of the outliers' excess norm with respect to a neuron's activation, times how far the activation at the
-outlier is from that at normal patches. To first order, that is the excess which outliers would lose if the neuron
-behaved at them as it does elsewhere.
+Some neurons trigger others: they write little to the residual stream themselves, but cause what the others write. Both
+effects must count. Attribution patching (Nanda 2023; Syed et al., arXiv 2310.10348) does that. It takes the derivative
+of the outliers' *excess norm* (how far their norms are above normal) with respect to a neuron's activation. It
+multiplies it by how far this activation at the outlier is from the activation at normal patches. To first order, the
+product is what the outliers would lose of their excess norm if the neuron were as active at them as at normal patches.
 
-The inputs of the triggers are causes as well, such as neurons for a flat background, which the whole network uses. To
-move such a neuron would take it from all patches. So a second figure says how much of its activation is at outliers.
+What makes a trigger fire is a cause as well, such as a neuron for flat background, which the whole network needs. Such
+a neuron must not be moved to a register. So a second figure tells how much of a neuron's activation is at outliers.
+
+Shapes: L blocks with H neurons each; B images with T tokens each, N of which are patches.
 """
 
 from __future__ import annotations
@@ -23,19 +25,23 @@ from testreg.families import Tower
 from testreg.measure.hooks import recording_outputs, replacing_inputs
 from testreg.measure.outliers import Detection, autocast_off, check_finite, token_norms
 
-MEMORY = 2**30  # bytes that the activations of one backward pass may take, roughly
-TENSORS = 24  # tensors as wide as a token that a block keeps for the backward pass, roughly
+MEMORY = 2**30  # roughly how many bytes the activations of one backward pass may take
+TENSORS_PER_BLOCK = 24  # roughly how many tensors (B, T, C) a block keeps for the backward pass
 
 
 @contextmanager
 def recorded_graph(tower: Tower) -> Iterator[tuple[list[Tensor], list[list[Tensor]]]]:
-    """Within the context, a forward can be differentiated. Two lists are filled: the tokens (B, T, C) after each block,
-    and for each block the hidden activations (B, T, H) of its MLPs."""
+    """Within the context, a forward can be differentiated, and fills two lists.
+
+    They are the tokens (B, T, C) after each block, and for each block a list of the hidden activations (B, T, H) of its
+    MLPs.
+    """
     tokens: list[Tensor] = []
     hidden: list[list[Tensor]] = [[] for _ in tower.blocks]
     mlps = [(index, mlp) for index, block in enumerate(tower.blocks) for mlp in block.mlps]
 
     def differentiable(number: int, activation: Tensor) -> Tensor:
+        """Record the input of an MLP's second linear, and make sure that it has a gradient."""
         if not activation.requires_grad:
             activation = activation.detach().requires_grad_()
         hidden[mlps[number][0]].append(activation)
@@ -52,31 +58,32 @@ def recorded_graph(tower: Tower) -> Iterator[tuple[list[Tensor], list[list[Tenso
 
 @dataclass(frozen=True)
 class Attribution:
-    """How far each neuron causes the outliers of B images, for L blocks of H neurons."""
+    """How far each neuron causes the outliers of each image."""
 
     share: Tensor
-    """(B, L, H): the share of the image's excess norm that the neuron makes, to first order, directly and through later
-    blocks; zero for images without outliers."""
+    """The share of the image's excess norm that the neuron causes, to first order, directly and through later blocks,
+    (B, L, H); zero for images without outliers."""
     energy_at_outliers: Tensor
-    """(B, L, H): its squared activation, summed over the patches that are outliers after some block."""
+    """The neuron's squared activation, summed over the patches that are outliers after some block, (B, L, H)."""
     energy: Tensor
-    """(B, L, H): the same over all patches; zero for images without outliers."""
+    """The neuron's squared activation, summed over all patches, (B, L, H); zero for images without outliers."""
     outlier: Tensor
-    """(L, B, N): which patches are outliers after each block; none after blocks that the detection does not count."""
+    """Whether a patch is an outlier after each block, (L, B, N); False after blocks that the detection does not
+    count."""
 
 
 def attribution_of(tower: Tower, images: Tensor, detection: Detection, *, norms: Tensor | None = None) -> Attribution:
     """Attribute the outliers of images (B, 3, h, w) to neurons.
 
-    The excess of a patch is how far its norm is above the normal one of its image (`OutlierRule.normal`), divided by
-    the latter. An image's excess after a block is the sum over its outliers there. A neuron's share is the part of it
-    that is due to the neuron's deviation from normal patches, averaged over the blocks with outliers that the detection
-    counts.
+    The excess of a patch is how far its norm is above the largest normal norm of its image (`OutlierRule.normal`),
+    divided by this norm. An image's excess after a block is the sum over its outliers after this block. A neuron's
+    share is the part of the image's excess that comes from how far the neuron's activation at the outliers is from its
+    activation at normal patches. It is averaged over the blocks after which the image has outliers that count.
 
-    Images without outliers cost no more than a forward, and nothing at all if `norms` are given.
+    Images without outliers take a forward, or no time if `norms` are given.
 
     Args:
-        norms: the norms of the tokens (L, B, T), as `token_norms` gives them; None: they are measured.
+        norms: the norms of the tokens (L, B, T), as `token_norms` returns them; with None, they are measured.
 
     Raises:
         ValueError: norms are not finite; the model cannot be differentiated.
@@ -87,19 +94,19 @@ def attribution_of(tower: Tower, images: Tensor, detection: Detection, *, norms:
     share, energy_at_outliers, energy = torch.zeros(3, len(images), tower.depth, tower.mlp_width)
     attribution = Attribution(share, energy_at_outliers, energy, outlier)
     size = outlier.shape[-1] * tower.depth * tower.width
-    per_batch = max(1, MEMORY // (4 * TENSORS * size))
-    having = outlier.any(0).any(-1).cpu().nonzero().flatten()
-    for part in having.split(per_batch) if len(having) else ():
-        _attribute(tower, images[part], outlier[:, part], detection, attribution, part)
+    batch_size = max(1, MEMORY // (4 * TENSORS_PER_BLOCK * size))
+    with_outliers = outlier.any(0).any(-1).cpu().nonzero().flatten()  # the indices of images with outliers
+    for rows in with_outliers.split(batch_size) if len(with_outliers) else ():
+        _attribute(tower, images[rows], outlier[:, rows], detection, attribution, rows)
     return attribution
 
 
 def counted_outliers(tower: Tower, images: Tensor, norms: Tensor, detection: Detection) -> Tensor:
-    """Which patches (L, B, N) are outliers after each block; none after blocks that the detection does not count.
+    """Whether a patch is an outlier after each block, (L, B, N); False after blocks that the detection does not count.
 
     Args:
         images: (B, 3, h, w).
-        norms: the norms of their tokens, (L, B, T).
+        norms: the norms of the images' tokens after each block, (L, B, T).
     """
     patches = tower.patches(images)
     outlier = detection.outliers(norms[..., : patches.stop], tower.num_prefix, tower.grid(images))[..., patches]
@@ -109,7 +116,13 @@ def counted_outliers(tower: Tower, images: Tensor, norms: Tensor, detection: Det
 def _attribute(
     tower: Tower, images: Tensor, outlier: Tensor, detection: Detection, attribution: Attribution, rows: Tensor
 ) -> None:
-    """Fill these rows (B,) of an attribution, of images (B, 3, h, w) that have outliers (L, B, N)."""
+    """Fill the rows of an attribution that belong to some images, which all have outliers.
+
+    Args:
+        images: (B, 3, h, w).
+        outlier: whether a patch is an outlier, (L, B, N).
+        rows: the index of each image in the attribution, (B,).
+    """
     with recorded_graph(tower) as (tokens, hidden):
         tower.run(images.clone())  # tensors that were made in inference mode cannot be differentiated
         patches = tower.patches(images)
@@ -120,11 +133,13 @@ def _attribute(
         raise _not_differentiable(f"block {cut[0]} passes no gradient on")
     flat = [activation for of_block in hidden for activation in of_block]
     gradients = iter(_gradients(norms, _weight(norms.detach(), outlier, detection), flat))
-    at = outlier.any(0)  # (B, N)
-    image, patch = at.nonzero(as_tuple=True)
-    normal = (~at).float() / (~at).sum(-1, keepdim=True).clamp(min=1)  # weights of the mean over normal patches
-    weights = torch.stack([at.float(), at.any(-1, keepdim=True).expand_as(at).float()], 1)  # (B, 2, N)
-    with autocast_off(at.device):
+    is_outlier = outlier.any(0)  # (B, N), after some block
+    image, patch = is_outlier.nonzero(as_tuple=True)  # (n,) each, for n outliers
+    is_normal = ~is_outlier
+    of_mean = is_normal.float() / is_normal.sum(-1, keepdim=True).clamp(min=1)  # weights of the mean of normal patches
+    # Weights by which squared activations are summed: over outliers, and over all patches.
+    of_energies = torch.stack([is_outlier.float(), is_outlier.any(-1, keepdim=True).expand_as(of_mean).float()], 1)
+    with autocast_off(of_mean.device):
         for i, (block, activations) in enumerate(zip(tower.blocks, hidden, strict=True)):
             shares, energies = [], []
             for mlp, activation in zip(block.mlps, activations, strict=True):
@@ -133,10 +148,10 @@ def _attribute(
                     for each in (activation, next(gradients))
                 )  # (B, N, H)
                 values = values.float()
-                mean = normal.unsqueeze(1) @ values  # (B, 1, H)
+                mean = of_mean.unsqueeze(1) @ values  # (B, 1, H)
                 lost = slopes[image, patch].float() * (values[image, patch] - mean[image, 0])  # (n, H)
                 shares.append(lost.new_zeros(len(images), lost.shape[-1]).index_add_(0, image, lost))
-                energies.append(weights @ values.square())
+                energies.append(of_energies @ values.square())  # (B, 2, H)
             attribution.share[rows, i] = torch.cat(shares, -1).cpu()
             attribution.energy_at_outliers[rows, i], attribution.energy[rows, i] = (
                 torch.cat(energies, -1).cpu().unbind(1)
@@ -144,9 +159,9 @@ def _attribute(
 
 
 def _weight(norms: Tensor, outlier: Tensor, detection: Detection) -> Tensor:
-    """Weights (L, B, N) for the norms of outliers; zero for all other patches.
+    """The weight (L, B, N) of each patch's norm in the sum that is differentiated; zero if the patch is no outlier.
 
-    With these, the weighted sum of an image's norms is, up to a constant, its relative excess: the excess after a block
+    The weighted sum of an image's norms is, up to a constant, its relative excess. This is the excess after a block
     divided by its present value, averaged over the blocks with outliers.
     """
     normal = detection.rule.normal(norms)
@@ -156,7 +171,7 @@ def _weight(norms: Tensor, outlier: Tensor, detection: Detection) -> Tensor:
 
 
 def _gradients(norms: Tensor, weight: Tensor, activations: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The gradients of a weighted sum of norms with respect to activations; zeros for those that it does not use."""
+    """The gradient of a weighted sum of norms with respect to each activation; zeros where the sum does not use it."""
     try:
         gradients = torch.autograd.grad(norms, activations, weight, allow_unused=True)
     except (RuntimeError, NotImplementedError) as error:

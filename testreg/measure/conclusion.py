@@ -1,4 +1,9 @@
-"""The conclusion of a diagnosis: sums over images become figures, which say where the outliers come from."""
+"""Conclude a diagnosis: compute its figures from sums over images, and find where the outliers come from.
+
+*Outliers* are patches whose norm is far above the others' of their image. *Hook points* are the places at which the
+residual stream was measured: 0 in front of the first block, 2i+1 after the attention of block i, 2i+2 after its MLP.
+The *ratio* of a token is its norm over the median norm of the image's patches.
+"""
 
 from __future__ import annotations
 
@@ -34,20 +39,24 @@ from testreg.measure.sampling import NUM_QUERIES
 from testreg.neurons import describe_model
 from testreg.register import is_patched
 
-HIGH_NORM = 5.0  # largest norm over the median: below 2.3 in a model without outliers, 64 in DINOv2-B
-MASSIVE = 10.0  # times the median channel; the largest channel of a Gaussian direction (C = 4096) is at 6 times
-SINK = 2.0  # outliers are a sink if their share of attention is over so many times their share of the patches
-NUM_CHANNELS = 3  # massive channels reported at each hook point
+HIGH_NORM = 5.0  # a prefix token with this ratio is as high as an outlier; DINOv2-B has 64, clean models below 2.3
+# A channel is massive if its magnitude is over this many times that of the median channel. In a random direction of
+# 4096 channels, the largest has 6 times.
+MASSIVE = 10.0
+# Outliers are a *sink* if they draw much attention: more than this many times their share of the patches.
+SINK = 2.0
+NUM_CHANNELS = 3  # at most this many massive channels are reported at each hook point
 
 
 def conclude(
     model: nn.Module, parts: Sequence[Observations], rule: OutlierRule, *, block: int | None = None
 ) -> Diagnosis:
-    """The diagnosis from what was observed of `model` on some images, by this process or by several.
+    """Make the diagnosis of `model` from what was observed on some images, by one process or by several.
 
     Args:
-        parts: the observations of each process, at least one of which has an image. The first is changed in place: the
-            others are added to it.
+        parts: the observations of each process; at least one has an image. The others are added to the first in place.
+        rule: the rule that decided which patches are outliers.
+        block: the block whose outliers are judged; None takes the block after which they stand out most.
     """
     tower = find_tower(model)
     sums = functools.reduce(Observations.add, parts)
@@ -75,6 +84,7 @@ def conclude(
 
 
 def _residual(sums: Sums) -> Residual:
+    """The figures of the residual stream at a hook point, from the sums there."""
     if not all(value.isfinite().all() for value in sums.values()):
         raise ValueError("the norms of the tokens are not finite (or zero): run the model in float32 or bfloat16")
     images, patches, outliers = (float(sums[name]) for name in ("images", "patches", "outliers"))
@@ -97,43 +107,48 @@ def _residual(sums: Sums) -> Residual:
 
 
 def _quantiles(histogram: Tensor) -> list[float]:
-    """The ratios at `QUANTILES`: the middle of the bin in which each lies."""
+    """The quantiles of the ratios at the levels `QUANTILES`: each is the middle of the histogram's bin it lies in."""
     levels = torch.tensor(QUANTILES, dtype=torch.float64) * histogram.sum()
     index = torch.searchsorted(histogram.cumsum(0), levels)
     return (LOWEST + (index + 0.5) * BIN).exp().tolist()
 
 
 def _kurtosis(moments: Tensor) -> float | None:
-    """The kurtosis, from the first four moments about any point; None if there is no variance."""
+    """The kurtosis, from the first four moments about some point; None if the variance is zero."""
     first, second, third, fourth = moments.tolist()
     variance = second - first**2
     central = fourth - 4 * first * third + 6 * first**2 * second - 3 * first**4
     return central / variance**2 if variance > 0 else None
 
 
-def _massive_channels(mean: Tensor, energy: Tensor) -> list[tuple[int, float]]:
-    """Channels that dominate the outliers, from their |sum| (C,) and sum of squares (C,) over the outliers."""
-    values, channels = mean.topk(min(NUM_CHANNELS, len(mean)))
+def _massive_channels(magnitude: Tensor, energy: Tensor) -> list[tuple[int, float]]:
+    """The channels that dominate the outliers, each with its share of their squared norm.
+
+    Args:
+        magnitude: the |sum| of each channel over the outliers, (C,).
+        energy: the sum of squares of each channel over the outliers, (C,).
+    """
+    values, channels = magnitude.topk(min(NUM_CHANNELS, len(magnitude)))
     share = energy / energy.sum()
-    massive = channels[values > MASSIVE * mean.median()].tolist()
+    massive = channels[values > MASSIVE * magnitude.median()].tolist()
     return [(channel, float(share[channel])) for channel in massive]
 
 
 def _blocks(residuals: Sequence[Residual | None], attention: Sequence[Sums]) -> list[BlockDiagnosis]:
-    """The blocks, from the residual stream at all hook points and from sums over attention."""
+    """The diagnosis of each block, from the residual stream at all hook points, and the sums of each attention."""
     blocks = []
-    for before, after, drawn in zip(residuals[1::2], residuals[2::2], attention, strict=True):
-        assert after is not None
+    for after_attention, after_mlp, sums in zip(residuals[1::2], residuals[2::2], attention, strict=True):
+        assert after_mlp is not None
         blocks.append(
-            BlockDiagnosis(after_attention=before, after_mlp=after, **_attention(drawn))
-            if drawn
-            else BlockDiagnosis(before, after, None, None)
+            BlockDiagnosis(after_attention=after_attention, after_mlp=after_mlp, **_attention_figures(sums))
+            if sums
+            else BlockDiagnosis(after_attention, after_mlp, None, None)
         )
     return blocks
 
 
-def _attention(sums: Sums) -> dict[str, Any]:
-    """The fields of a `BlockDiagnosis` that are of attention, by name."""
+def _attention_figures(sums: Sums) -> dict[str, Any]:
+    """The attention figures of a `BlockDiagnosis`, by the name of the field."""
     to_outliers = sums["to_outliers"] / sums["images"]  # (heads,)
     values = ranks = torch.full_like(to_outliers, math.nan)
     if "values" in sums:
@@ -141,6 +156,7 @@ def _attention(sums: Sums) -> dict[str, Any]:
         ranks = torch.stack([_effective_rank(taken) for taken in sums["taken"]])
 
     def mean(of_heads: Tensor) -> float | None:
+        """The mean over heads, weighted by the attention that each gives to outliers."""
         return _if_finite((of_heads * to_outliers).sum() / to_outliers.sum())
 
     return {
@@ -157,9 +173,10 @@ def _attention(sums: Sums) -> dict[str, Any]:
 
 
 def _effective_rank(second_moment: Tensor) -> Tensor:
-    """exp(entropy of the singular values, as shares of their sum) of vectors with this second moment (D, D)."""
-    singular = torch.linalg.eigvalsh(second_moment).clamp(min=0).sqrt()
-    share = singular / singular.sum()
+    """The effective rank of vectors with this second moment (D, D): exp of the entropy of their singular values, taken
+    as shares of their sum."""
+    singular_values = torch.linalg.eigvalsh(second_moment).clamp(min=0).sqrt()
+    share = singular_values / singular_values.sum()
     return (-torch.xlogy(share, share).sum()).exp()
 
 
@@ -168,66 +185,73 @@ def _if_finite(value: Tensor) -> float | None:
 
 
 def _outliers(sums: Observations, blocks: Sequence[BlockDiagnosis], wanted_block: int | None) -> Outliers | None:
-    """The outliers after the wanted block, by default where they stand out most; None if they are too few."""
+    """Judge the outliers after the wanted block; None takes the block after which they stand out most.
+
+    Returns None if there are too few outliers.
+    """
     fraction = torch.tensor([block.after_mlp.outlier_fraction for block in blocks], dtype=torch.float64)
     candidates = fraction >= MIN_FRACTION
     if wanted_block is not None:
         candidates &= torch.arange(len(blocks)) == wanted_block
     if not candidates.any():
         return None
-    excess = sums.excess[:, 2::2]  # (L, L), after blocks
-    d = int(excess.diagonal().masked_fill(~candidates, -math.inf).argmax())
-    path, peak = sums.excess[d, : 2 * d + 3], excess[d, d]
-    onset = int((path >= HALF * peak).float().argmax())  # never a hook point with NaN
-    faded = (excess[d, d + 1 :] < HALF * peak).nonzero()
-    added = (path[2::2] - path[1::2]).sum() / peak  # by MLPs
-    fixed_share, border_share, fixed_positions = _fixed_positions(sums, d)
+    excess = sums.excess[:, 2::2]  # (L, L), after each block
+    block = int(excess.diagonal().masked_fill(~candidates, -math.inf).argmax())
+    # The excess norm of the outliers after this block, at all hook points up to it.
+    course, peak = sums.excess[block, : 2 * block + 3], excess[block, block]
+    onset = int((course >= HALF * peak).float().argmax())  # a hook point; comparisons with NaN are False
+    faded = (excess[block, block + 1 :] < HALF * peak).nonzero()
+    added_by_mlps = (course[2::2] - course[1::2]).sum() / peak
+    fixed_share, border_share, fixed_positions = _fixed_positions(sums, block)
     return Outliers(
-        block=d,
-        fraction=float(fraction[d]),
+        block=block,
+        fraction=float(fraction[block]),
         onset_block=max(onset - 1, 0) // 2,
-        onset_part=_part(onset, path),
-        fade_block=d + 1 + int(faded[0]) if len(faded) else None,
-        mlp_share=None if added.isnan() else float(added),
+        onset_part=_part(onset, course),
+        fade_block=block + 1 + int(faded[0]) if len(faded) else None,
+        mlp_share=None if added_by_mlps.isnan() else float(added_by_mlps),
         fixed_share=fixed_share,
         fixed_positions=fixed_positions,
         border_share=border_share,
         sink=_sink(blocks),
-        first_block=_first_of_run(sums, fraction, d),
-        last_block=_last_of_run(fraction, d),
+        first_block=_first_of_run(sums, fraction, block),
+        last_block=_last_of_run(fraction, block),
     )
 
 
-def _first_of_run(sums: Observations, fraction: Tensor, d: int) -> int | None:
-    """The first block of the run of blocks with outliers that `d` is in; None if it begins in front of block 0."""
-    first = d
+def _first_of_run(sums: Observations, fraction: Tensor, block: int) -> int | None:
+    """The first of the successive blocks with outliers around `block`; None if outliers are in front of block 0.
+
+    `fraction` (L,) is the fraction of the patches that are outliers after each block.
+    """
+    first = block
     while first > 0 and fraction[first - 1] >= MIN_FRACTION:
         first -= 1
     embedding = sums.hook_points[0]
     return None if first == 0 and embedding["outliers"] >= MIN_FRACTION * embedding["patches"] else first
 
 
-def _last_of_run(fraction: Tensor, d: int) -> int:
-    """The last block of the run of blocks with outliers that `d` is in."""
-    last = d
+def _last_of_run(fraction: Tensor, block: int) -> int:
+    """The last of the successive blocks with outliers around `block`."""
+    last = block
     while last + 1 < len(fraction) and fraction[last + 1] >= MIN_FRACTION:
         last += 1
     return last
 
 
 def _sink(blocks: Sequence[BlockDiagnosis]) -> Sink | None:
-    """The block where outliers draw most attention; None if they draw hardly more than other patches."""
-    fractions = [0.0, *(block.after_mlp.outlier_fraction for block in blocks)]  # at the input of each block
-    drawing = [
+    """The attention to outliers in the block where they draw most; None if they draw hardly more than other patches."""
+    fractions = [0.0, *(block.after_mlp.outlier_fraction for block in blocks)]  # of outliers in each block's input
+    sinks = [
         (block.outlier_attention, index)
         for index, block in enumerate(blocks)
         if block.outlier_attention is not None
         and fractions[index] >= MIN_FRACTION
         and block.outlier_attention > SINK * fractions[index]
     ]
-    if not drawing:
+    if not sinks:
         return None
-    drawn, index = max(drawing)
+    drawn, index = max(sinks)
     heads = [head.outlier_attention for head in blocks[index].heads or ()]
     return Sink(
         block=index,
@@ -240,7 +264,7 @@ def _sink(blocks: Sequence[BlockDiagnosis]) -> Sink | None:
 
 
 def _part(hook_point: int, excess: Tensor) -> Part:
-    """The part of the model that a hook point comes after; `excess` is NaN at those that cannot be observed."""
+    """The part of the model in front of a hook point; `excess` is NaN at hook points that cannot be observed."""
     if hook_point == 0:
         return "embedding"
     if hook_point % 2:
@@ -248,65 +272,72 @@ def _part(hook_point: int, excess: Tensor) -> Part:
     return "block" if excess[hook_point - 1].isnan() else "MLP"
 
 
-def _fixed_positions(sums: Observations, d: int) -> tuple[float | None, float | None, list[FixedPosition]]:
-    """Positions that are outliers after block d in at least half of the images.
+def _fixed_positions(sums: Observations, block: int) -> tuple[float | None, float | None, list[FixedPosition]]:
+    """Find the fixed positions: those that are outliers after `block` in at least half of the images.
 
-    If images have several sizes, only those of the most frequent size are compared.
+    If images have several sizes, only images of the most frequent size are compared.
 
     Returns:
-        The share of the outliers at these positions, the share in the border, and the positions.
+        The share of the outliers at these positions; the share in the border; the positions.
     """
-    grid, counts = _most_frequent(sums)
-    images, events = float(counts["images"]), counts["events"][d]  # (N,)
-    if images < MIN_IMAGES or not events.any():
+    grid, at_positions = _most_frequent_grid(sums)
+    num_images, num_outliers = float(at_positions["images"]), at_positions["outliers"][block]  # (N,)
+    if num_images < MIN_IMAGES or not num_outliers.any():
         return None, None, []
-    is_fixed = events >= HALF * images
-    border = _border(grid)
-    standing = {each.position for each in _embedding_positions(sums)}
+    is_fixed = num_outliers >= HALF * num_images
+    is_border = _border(grid)
+    of_embedding = {each.position for each in _embedding_positions(sums)}
     positions = []
-    for n in is_fixed.nonzero().flatten().tolist():
-        time, row, column = _place(n, grid)
-        frequency, ratio = float(events[n]) / images, float(counts["embedding"][n]) / images
-        in_border = border is not None and bool(border[n])
+    for patch in is_fixed.nonzero().flatten().tolist():
+        time, row, column = _place(patch, grid)
+        frequency = float(num_outliers[patch]) / num_images
+        ratio = float(at_positions["embedding"][patch]) / num_images
+        in_border = is_border is not None and bool(is_border[patch])
         each = FixedPosition(row, column, frequency, ratio, in_border, time=time)
-        positions.append(replace(each, is_embedding=each.position in standing))
-    border_share = None if border is None else float(events[border].sum() / events.sum())
-    return float(events[is_fixed].sum() / events.sum()), border_share, positions
+        positions.append(replace(each, is_embedding=each.position in of_embedding))
+    border_share = None if is_border is None else float(num_outliers[is_border].sum() / num_outliers.sum())
+    return float(num_outliers[is_fixed].sum() / num_outliers.sum()), border_share, positions
 
 
 def _place(number: int, grid: Grid) -> tuple[int | None, int, int]:
-    """The time, row and column of a patch by its number; the time is None in an image."""
+    """The time, row and column of the patch with this number in a grid; the time is None in an image."""
     *times, rows, columns = grid
     number, column = divmod(number, columns)
     time, row = divmod(number, rows)
     return time if times else None, row, column
 
 
-def _most_frequent(sums: Observations) -> tuple[Grid, Sums]:
-    """The grid of patches that most images have, and the sums over these images."""
+def _most_frequent_grid(sums: Observations) -> tuple[Grid, Sums]:
+    """The grid of patches that most images have, and the sums over these images at each position of the grid."""
     return max(sums.positions.items(), key=lambda item: float(item[1]["images"]))
 
 
 def _border(grid: Grid) -> Tensor | None:
-    """Which patches (N,) are in the outermost rows and columns; None if these are half of the patches or more."""
+    """Whether a patch is in the border, the outermost rows and columns, (N,).
+
+    Returns None if the border has half of the patches or more.
+    """
     border = torch.ones(grid, dtype=torch.bool)
     border[..., 1:-1, 1:-1] = False
     return border.flatten() if 2 * border.sum() < border.numel() else None
 
 
 def _embedding_positions(sums: Observations) -> list[EmbeddingPosition]:
-    """The positions whose norm in front of the first block stands out, averaged over the images."""
-    grid, counts = _most_frequent(sums)
-    if counts["images"] < MIN_IMAGES:
+    """The positions whose mean ratio in front of the first block stands out by the default outlier rule."""
+    grid, at_positions = _most_frequent_grid(sums)
+    if at_positions["images"] < MIN_IMAGES:
         return []
-    ratios = counts["embedding"] / counts["images"]  # (N,)
-    standing = (ratios > OutlierRule().limit(ratios)).nonzero().flatten().tolist()
-    places = [(n, *_place(n, grid)) for n in standing]
-    return [EmbeddingPosition(row, column, float(ratios[n]), time) for n, time, row, column in places]
+    ratios = at_positions["embedding"] / at_positions["images"]  # (N,)
+    patches = (ratios > OutlierRule().limit(ratios)).nonzero().flatten().tolist()
+    places = [(patch, *_place(patch, grid)) for patch in patches]
+    return [EmbeddingPosition(row, column, float(ratios[patch]), time) for patch, time, row, column in places]
 
 
 def _prefix_roles(blocks: Sequence[BlockDiagnosis], trained_registers: int) -> list[PrefixRole]:
-    """The prefix tokens whose norm is as high as an outlier's; the last prefix tokens are trained registers."""
+    """The prefix tokens (such as CLS) whose norm is as high as an outlier's.
+
+    The last `trained_registers` of the prefix tokens are trained registers.
+    """
     roles, count = [], len(blocks[0].after_mlp.prefix_ratio)
     for token in range(count):
         ratios = [block.after_mlp.prefix_ratio[token] for block in blocks]

@@ -1,4 +1,8 @@
-"""Where the outlier tokens of a model come from, and whether registers would move them: one pass over images."""
+"""Diagnose a model in one pass over images: does it have outliers, where do they come from, can registers remove them?
+
+*Outliers* are patch tokens with huge norms. *Registers* are extra tokens; moving the activations of certain MLP neurons
+onto them removes outliers that these neurons make.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +36,9 @@ def diagnose(
     seed: int = 0,
     progress: bool = True,
 ) -> Diagnosis:
-    """Measure the outlier tokens of `model` in one pass over `images`, and tell whether registers would move them.
+    """Measure the outliers of `model` in one pass over `images`, and tell whether registers can remove them.
 
-    The processes of torch.distributed share the images: all must call this, and all get the same result.
+    The processes of torch.distributed share the images: all must call this function, and all get the same result.
 
     Example:
         >>> diagnosis = testreg.diagnose(model, "photos/", progress=False)
@@ -44,16 +48,22 @@ def diagnose(
         ('movable', 3)
 
     Args:
-        model: a vision tower, or any model that contains one, on the device that it is on. A patched model is
-            measured as it computes, without its registers: there should be no outliers left.
-        images: a folder, a Dataset, or any iterable of PIL images or tensors, or of what the model's own processor
-            returns (see `testreg.io.images.ImageStream`). Of a model for videos, clips.
-        transform: PIL image -> tensor (3, h, w), or frames -> clip (frames, 3, h, w); None takes the preprocessing that
-            the model's own library names.
-        rule: which patches are outliers.
-        block: the block after which the outliers are judged; None for the one where they stand out most.
-        ignored: positions (row, column), of clips (time, row, column), that do not count as outliers, such as the fixed
-            ones of another diagnosis.
+        model: a vision tower, or any model that contains one. It is run on the device that it is on. A patched model
+            is measured with its registers at work, but the registers themselves are not: it should have no outliers
+            left.
+        images: a folder, a Dataset, or any iterable of PIL images or tensors, or of what the model's processor returns
+            (see `testreg.io.images.ImageStream`). A model for videos takes clips in place of images.
+        transform: a function PIL image -> tensor (3, h, w), or frames -> clip (frames, 3, h, w); None takes the
+            preprocessing that the model's library names.
+        batch_size: how many images are run at once.
+        num_images: how many images are read, at most; None reads all.
+        rule: decides which patches are outliers; None uses `testreg.OutlierRule()`.
+        block: the block (0-based) whose outliers are judged; None takes the block after which they stand out most.
+        ignored: positions (row, column), in clips (time, row, column), at which patches never count as outliers, such
+            as the fixed positions of another diagnosis.
+        workers: how many processes decode images; with 0, this process decodes them.
+        seed: the seed of the order in which images are read.
+        progress: whether to show a progress bar.
 
     Raises:
         ValueError: an argument does not fit the model; no image could be read; norms are not finite.
@@ -71,11 +81,11 @@ def diagnose(
     images_here = (image for _, image in stream.numbered(0, rank(), world_size()))
     batches = batched(images_here, batch_size, by_shape=tower.family.keeps_shape)
     with progress_bar("diagnosing", stream.length, progress) as bar:
-        seen = observe(tower, batches, rule, ignored=ignored, on_images=bar.update)
-    seen.unreadable_images = stream.num_skipped
-    all_seen = all_gather(seen)
-    if all(each.image_size is None for each in all_seen):
-        skipped = sum(each.unreadable_images for each in all_seen)
+        observations = observe(tower, batches, rule, ignored=ignored, on_images=bar.update)
+    observations.unreadable_images = stream.num_skipped
+    of_processes = all_gather(observations)
+    if all(each.image_size is None for each in of_processes):
+        skipped = sum(each.unreadable_images for each in of_processes)
         unreadable = f": all {skipped} were unreadable" if skipped else ""
         raise ValueError(f"no image could be read from {stream.source}{unreadable}")
-    return conclude(model, all_seen, rule, block=block)
+    return conclude(model, of_processes, rule, block=block)

@@ -1,4 +1,10 @@
-"""The result of a diagnosis: its records, the verdict and the notes in words, the table, and the JSON."""
+"""The result of a diagnosis: what was measured, the verdict and notes in words, a table, and the JSON.
+
+*Outliers* are patch tokens whose norm is far above the others' of their image. The residual stream is measured at *hook
+points*: in front of the first block, and after the attention and after the MLP of each block. The *ratio* of a token is
+its norm over the median norm of the image's patches. The *excess norm* of outliers is how far their ratios are above 1.
+A *sink* is a set of tokens that draw much attention. *Prefix tokens* are those in front of the patches, such as CLS.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +23,18 @@ if TYPE_CHECKING:
 FORMAT = "testreg-diagnosis"
 VERSION = 1
 
-NO_OP = 0.2  # a sink is a no-op if the norm of the outliers' values is below this share of the patches' median
-HALF = 0.5  # a majority: of the excess norm, for onset, fading and origin; of images and outliers, for fixed positions
-BORDER = 0.9  # a note says so if this share of the outliers is in the outermost rows and columns
-MIN_IMAGES = 8  # if 2 % of the patches are outliers by chance, 1 position in 100,000 is one in half of so many images
-NUM_POSITIONS = 4  # how many fixed positions the verdict and the notes name; the JSON has all
+NO_OP = 0.2  # a sink is a no-op if the norm of its values is below this share of the median norm of the patches' values
+# Outliers begin and end where they have half of their largest excess norm. MLPs make them if they add half of it. A
+# position is fixed if it is an outlier in half of the images. Outliers are fixed if half of them lie at such positions.
+HALF = 0.5
+BORDER = 0.9  # a note tells if at least this share of the outliers is in the border, the outermost rows and columns
+# Fixed positions are looked for in at least this many images. If 2 % of the patches of each image are outliers at
+# random, only 1 position in 100,000 is an outlier in half of 8 images.
+MIN_IMAGES = 8
+NUM_POSITIONS = 4  # the verdict and the notes name at most this many positions; the JSON has all
 
 QUANTILES = (0.01, 0.25, 0.75, 0.99)
+"""The levels of `Residual.quantiles`."""
 
 LEGEND: tuple[tuple[str, str], ...] = (
     ("norm", "length of a patch: median of an image, mean over the images"),
@@ -32,112 +43,120 @@ LEGEND: tuple[tuple[str, str], ...] = (
     ("kurtosis", "of patch norms: 3 if normal, large if a few stand out"),
     ("outliers %", "of the patches, after attention and after the MLP"),
     ("cosine", "to the neighbours: of normal patches, and of outliers"),
-)  # explains the terms in the table
+)
+"""Explains the terms in the table of the residual stream: (term, meaning)."""
 ATTENTION_LEGEND: tuple[tuple[str, str], ...] = (
     ("attention, %", "to prefix tokens; to outliers; that in the head with most"),
     ("column ratio", "attention that a patch draws from afar: largest over median"),
     ("value", "norm of outliers' values over the median: 0 in a no-op sink"),
     ("rank", "dimensions of what tokens take from outliers"),
 )
+"""Explains the terms in the table of attention: (term, meaning)."""
 
 Part = Literal["embedding", "attention", "MLP", "block"]
+"""The part of a model that outliers come from; "block" where attention and MLP cannot be told apart."""
 Kind = Literal["none", "movable", "fixed", "immovable", "left"]
+"""What kind of outliers a model has, see `Outliers.kind` and `Diagnosis.kind`."""
 SinkKind = Literal["no-op", "broadcast"]
+"""Why heads attend to a sink, see `Sink.kind`."""
 
 
 @dataclass(frozen=True)
 class Residual:
-    """The patches at one hook point of the residual stream.
-
-    Ratios are norms over the median norm of the image's patches.
-    """
+    """The residual stream at one hook point."""
 
     median_norm: float
-    """The median norm of the patches, mean over the images."""
+    """The median norm of an image's patches, averaged over the images."""
     quantiles: list[float]
-    """The ratios of all patches at `QUANTILES`; exact to 0.5 %."""
+    """The quantiles of the ratios of all patches, at the levels `QUANTILES`; exact to 0.5 %."""
     max_over_median: float
-    """The largest ratio of an image, mean over the images."""
+    """The largest ratio of an image's patches, averaged over the images."""
     kurtosis: float | None
-    """The kurtosis of the ratios of all patches: 3 for a normal distribution, None if they are all equal."""
+    """The kurtosis of the ratios of all patches: 3 for a normal distribution, None if all ratios are equal."""
     outlier_fraction: float
+    """The fraction of the patches that are outliers here."""
     outlier_ratio: float | None
-    """Mean ratio of the outliers; None if there are none."""
+    """The mean ratio of the outliers; None if there are no outliers."""
     outlier_cosine: float | None
-    """Mean cosine similarity of an outlier to its 4 neighbours in the grid; None if there are none."""
+    """The mean cosine similarity of an outlier to its 4 neighbours in the grid; None if there are no outliers."""
     normal_cosine: float | None
-    """Mean cosine similarity of any other patch to its 4 neighbours."""
+    """The mean cosine similarity of a patch that is no outlier to its 4 neighbours."""
     massive_channels: list[tuple[int, float]]
-    """Channels whose |mean| at the outliers is over `MASSIVE` times the median channel's, the largest first, each with
-    its share of the outliers' squared norm."""
+    """The channels whose |mean| over the outliers is more than 10 times that of the median channel, the largest first.
+    Each comes with its share of the outliers' squared norm."""
     prefix_ratio: list[float]
-    """The ratio of each prefix token, mean over the images."""
+    """The ratio of each prefix token, averaged over the images."""
 
 
 @dataclass(frozen=True)
 class AttentionHead:
-    """What a head of a block does with the patches that are outliers at the block's input.
+    """What an attention head of a block does with the patches that are outliers in the block's input.
 
-    Attention is the mean over the queries; the attention of each query sums to 1.
+    Attention is averaged over the queries; the attention of each query sums to 1.
     """
 
     outlier_attention: float
-    """Share of the head's attention that goes to outliers."""
+    """The share of the head's attention that goes to outliers."""
     value_ratio: float | None
-    """Norm of an outlier's value over the median norm of the patches' values, mean over the outliers; None if there are
-    none, or if values could not be observed."""
+    """The norm of an outlier's value over the median norm of the patches' values, averaged over the outliers; None if
+    there are no outliers, or if values could not be observed."""
     broadcast_rank: float | None
-    """Effective rank (Roy and Vetterli, 2007: the exponential of the entropy of the singular values) of what tokens
-    take from outliers, values times attention: 1 if all take the same direction, at most the size of the head."""
+    """The effective rank of what tokens take from outliers (values times attention): 1 if all tokens take the same
+    direction, at most the width of the head. It is exp of the entropy of the singular values (Roy and Vetterli,
+    2007)."""
 
 
 @dataclass(frozen=True)
 class BlockDiagnosis:
-    """One block. Attention is the mean over its heads and queries; the attention of each query sums to 1.
+    """What was measured in one block.
 
-    Not all patches are queries, but a sample of them: see `Diagnosis.attention_queries`.
+    Attention is averaged over the heads and the queries; the attention of each query sums to 1. Only a sample of the
+    patches are queries (see `Diagnosis.attention_queries`). What could not be observed is None.
     """
 
     after_attention: Residual | None
-    """None where the block does not add attention and MLP to the stream one after the other."""
+    """The residual stream after the attention; None also if the block adds attention and MLP to it at once."""
     after_mlp: Residual
-    """The block's output."""
+    """The residual stream after the MLP, which is the block's output."""
     outlier_attention: float | None
-    """Share of attention that goes to patches that are outliers at the block's input; None if not observable."""
+    """The share of attention that goes to patches that are outliers in the block's input."""
     prefix_attention: list[float] | None
-    """Share of attention that goes to each prefix token; None if not observable."""
+    """The share of attention that goes to each prefix token."""
     column_ratio: float | None = None
-    """The largest attention that a patch of an image draws from afar, over the median; mean over the images; None if
-    not observable. From afar means from all queries but the patch itself and the eight around it."""
+    """The largest attention that a patch of an image draws from afar, over the median of the patches, averaged over the
+    images. "From afar" leaves out the attention of the patch itself and of the eight patches around it."""
     value_ratio: float | None = None
-    """The mean of the heads' `value_ratio`, weighted by the attention that each gives to outliers; None without
-    outliers, or if not observable."""
+    """The mean of the heads' `value_ratio`, weighted by the attention that each head gives to outliers; None also if
+    there are no outliers."""
     broadcast_rank: float | None = None
-    """The mean of the heads' `broadcast_rank`, weighted likewise."""
+    """The mean of the heads' `broadcast_rank`, with the same weights."""
     heads: list[AttentionHead] | None = None
-    """None if not observable."""
+    """What each head does with outliers."""
 
 
 @dataclass(frozen=True)
 class Sink:
-    """The attention to outliers in the block where they draw most."""
+    """The attention to outliers, in the block where they draw most."""
 
     block: int
     attention: float
-    """Share of the block's attention."""
+    """The share of the block's attention that goes to outliers."""
     head: int
-    """The head that gives them most."""
+    """The head that gives most attention to outliers."""
     head_attention: float
-    """Share of that head's attention."""
+    """The share of this head's attention that goes to outliers."""
     value_ratio: float | None
-    """Norm of their values over the median norm of the patches' values, as in `BlockDiagnosis`."""
+    """The norm of the outliers' values over the median norm of the patches' values, as in `BlockDiagnosis`."""
     broadcast_rank: float | None
-    """Effective rank of what tokens take from them, as in `BlockDiagnosis`."""
+    """The effective rank of what tokens take from outliers, as in `BlockDiagnosis`."""
 
     @property
     def kind(self) -> SinkKind | None:
-        """Whether heads attend to outliers to add nothing ("no-op": the outliers' values are next to zero), or to read
-        what these hold ("broadcast"); None if values could not be observed."""
+        """Why heads attend to the outliers; None if values could not be observed.
+
+        "no-op": to add next to nothing, since the outliers' values are near zero. "broadcast": to read what the
+        outliers hold.
+        """
         if self.value_ratio is None:
             return None
         return "no-op" if self.value_ratio < NO_OP else "broadcast"
@@ -160,14 +179,14 @@ class Sink:
 
 @dataclass(frozen=True)
 class EmbeddingPosition:
-    """A position whose norm in front of the first block stands out, averaged over the images."""
+    """A position in the grid of patches whose mean norm in front of the first block stands out."""
 
     row: int
     column: int
     ratio: float
-    """Its norm there over the median norm of the image, mean over the images."""
+    """Its ratio in front of the first block, averaged over the images."""
     time: int | None = None
-    """Its place in time, counted in the frames that a clip's patches take, such as pairs; None in images."""
+    """Its place in time; frames that one patch of a clip spans count as one place. None in images."""
 
     @property
     def position(self) -> tuple[int, ...]:
@@ -177,20 +196,20 @@ class EmbeddingPosition:
 
 @dataclass(frozen=True)
 class FixedPosition:
-    """A patch that is an outlier in at least half of the images."""
+    """A position in the grid of patches that is an outlier in at least half of the images."""
 
     row: int
     column: int
     images: float
-    """Fraction of the images in which it is an outlier."""
+    """The fraction of the images in which it is an outlier."""
     embedding_ratio: float
-    """Its ratio in front of the first block, where position embeddings show; mean over the images."""
+    """Its ratio in front of the first block, averaged over the images; high if its position embedding stands out."""
     in_border: bool = False
-    """Whether it is in the outermost rows and columns; False where these are half of the patches or more."""
+    """Whether it is in the outermost rows or columns; False if these have half of the patches or more."""
     is_embedding: bool = False
-    """Whether its position embedding stands out: see `Diagnosis.embedding_positions`."""
+    """Whether it is among `Diagnosis.embedding_positions`."""
     time: int | None = None
-    """Its place in time, counted in the frames that a clip's patches take, such as pairs; None in images."""
+    """Its place in time; frames that one patch of a clip spans count as one place. None in images."""
 
     @property
     def position(self) -> tuple[int, ...]:
@@ -200,37 +219,43 @@ class FixedPosition:
 
 @dataclass(frozen=True)
 class Outliers:
-    """The outliers of the block at whose output they stand out most, and what becomes of them."""
+    """The outliers after the block at which they stand out most, where they come from, and where they end."""
 
     block: int
+    """The block after which they stand out most: their excess norm is largest there."""
     fraction: float
+    """The fraction of the patches that are outliers after `block`."""
     onset_block: int
-    """The block of `onset_part`; 0 for the embedding."""
+    """The block that has the `onset_part`; 0 if this is the embedding."""
     onset_part: Part
-    """The first part after which they have half of their largest excess norm; "block" where attention and MLP cannot be
-    told apart."""
+    """The first part of the model after which they have half of their largest excess norm."""
     fade_block: int | None
-    """The first block behind `block` after which less than half of it is left; None if they stay to the end."""
+    """The first later block after which less than half of this excess norm is left; None if there is no such block."""
     mlp_share: float | None
-    """Share of that excess that MLPs add; attention and the embedding add the rest. None where they cannot be told
-    apart."""
+    """The share of their largest excess norm that MLPs add; attention and the embedding add the rest. None if attention
+    and MLPs cannot be told apart."""
     fixed_share: float | None
-    """Share of the outliers that lie at fixed positions; None if there are fewer than `MIN_IMAGES` images."""
+    """The share of the outliers that lie at fixed positions; None if there are fewer than `MIN_IMAGES` images."""
     fixed_positions: list[FixedPosition]
     border_share: float | None = None
-    """Share of the outliers that lie in the outermost rows and columns; None if there are fewer than `MIN_IMAGES`
-    images, or if these are half of the patches or more."""
+    """The share of the outliers that lie in the border, the outermost rows and columns. None if there are fewer than
+    `MIN_IMAGES` images, or if the border has half of the patches or more."""
     sink: Sink | None = None
-    """None if they draw hardly more attention than other patches, or if attention was not observed."""
+    """The attention to the outliers. None if they draw hardly more than other patches, or if attention was not
+    observed."""
     first_block: int | None = None
-    """The first of the run of blocks that have outliers, to which `block` belongs; None if there are outliers in front
-    of the blocks already."""
+    """The first of the successive blocks with outliers around `block`; None if there are outliers in front of the first
+    block."""
     last_block: int | None = None
     """The last of these blocks."""
 
     @property
     def kind(self) -> Kind:
-        """Whether registers can move them: "movable" if MLPs make them, at positions that depend on the image."""
+        """Whether registers can remove the outliers: they can if the outliers are "movable".
+
+        "movable": MLPs make them, at positions that depend on the image. "fixed": they lie at fixed positions.
+        "immovable": something else than MLPs makes them.
+        """
         if self.fixed_share is not None and self.fixed_share >= HALF:
             return "fixed"
         by_mlp = self.onset_part != "embedding" and (self.mlp_share is None or self.mlp_share >= HALF)
@@ -238,7 +263,7 @@ class Outliers:
 
     @property
     def summary(self) -> str:
-        """What they are, in one line; not whether registers move them."""
+        """What the outliers are and where they come from, in one line, without a verdict."""
         if self.kind != "fixed":
             return f"outliers from {self.origin}, {100 * self.fraction:.1f} % of patches"
         where = " in the border" if all(each.in_border for each in self.fixed_positions) else ""
@@ -250,7 +275,7 @@ class Outliers:
         return [each.position for each in self.fixed_positions]
 
     def course(self, blocks: Sequence[BlockDiagnosis]) -> str:
-        """Where they appear, are strongest and end, in a sentence; `blocks` are those of the diagnosis."""
+        """Where the outliers appear, are strongest and end, in a sentence; `blocks` are those of the diagnosis."""
         first, last = self.first_block, self.block if self.last_block is None else self.last_block
         parts = [
             "are there in front of the first block" if first is None else f"appear after block {first}",
@@ -269,6 +294,7 @@ class Outliers:
 
     @property
     def origin(self) -> str:
+        """Where the outliers come from, in words."""
         if self.onset_part == "embedding":
             stand_out = self.kind == "fixed" and all(each.is_embedding for each in self.fixed_positions)
             return "position embeddings that stand out" if stand_out else "the embedding"
@@ -278,26 +304,29 @@ class Outliers:
 
 @dataclass(frozen=True)
 class PrefixRole:
-    """A prefix token (CLS, a trained register) with a norm as high as an outlier's, which takes the outliers' role."""
+    """A prefix token with a norm as high as an outlier's: it plays the role that outliers play in other models."""
 
     token: int
+    """The number of the token, from 0."""
     block: int
     """The block after which its norm is highest."""
     ratio: float
+    """Its ratio after this block."""
     attention: float | None
-    """The largest share of attention that it draws in any block; None if not observable."""
+    """The largest share of attention that it draws in any block; None if attention could not be observed."""
     is_register: bool = False
     """Whether it is a trained register."""
 
     @property
     def name(self) -> str:
+        """The token in words."""
         token = f"prefix token {self.token}"
         return f"trained register ({token})" if self.is_register else token
 
 
 @dataclass(frozen=True, repr=False)
 class Diagnosis:
-    """What `diagnose` found. Its length is the number of blocks.
+    """What `diagnose` measured and concluded. Its length is the number of blocks.
 
     Example:
         >>> diagnosis = testreg.diagnose(model, images, progress=False)
@@ -314,25 +343,31 @@ class Diagnosis:
     """
 
     model: Mapping[str, Any]
+    """The checkpoint, as in `RegisterNeurons.model`."""
     patched: bool
+    """Whether the model was patched when it was measured."""
     images: int
+    """How many images were measured."""
     unreadable_images: int
     image_size: list[int]
+    """Height and width in pixels, of the last image."""
     rule: str
+    """The outlier rule, in words."""
     embedding: Residual
-    """The patches in front of the first block."""
+    """The residual stream in front of the first block."""
     blocks: list[BlockDiagnosis]
     outliers: Outliers | None
-    """None if they are fewer than `MIN_FRACTION` of the patches after every block."""
+    """The outliers; None if fewer than 0.1 % of the patches are outliers after every block."""
     prefix_roles: list[PrefixRole]
+    """The prefix tokens whose norm is as high as an outlier's."""
     trained_registers: int = 0
-    """How many of the prefix tokens, counted from the last, are trained registers."""
+    """How many of the prefix tokens are trained registers; these are the last ones."""
     embedding_positions: list[EmbeddingPosition] = field(default_factory=list)
-    """Positions that stand out in front of the first block by the robust rule, whatever the image shows, as position
-    embeddings do. With fewer than `MIN_IMAGES` images the list is empty."""
+    """The positions whose mean norm in front of the first block stands out by the default rule, as it does if position
+    embeddings stand out. The list is empty if there are fewer than `MIN_IMAGES` images."""
     attention_queries: int | None = None
-    """How many patches of an image, at most, were queries when attention was measured: a seeded sample. All tokens that
-    are not patches were queries too. None if attention was not measured."""
+    """How many patches of an image, at most, were queries when attention was measured: a random sample with a fixed
+    seed. All other tokens were queries too. None if attention was not measured."""
     num_frames: int | None = None
     """How many frames a clip has, if clips were measured and not images."""
 
@@ -357,7 +392,7 @@ class Diagnosis:
         return html([f"Diagnosis: {self.verdict}", *self._summary()], heads, rows)
 
     def _summary(self) -> list[str]:
-        """What was measured, and the first of the notes: a line each."""
+        """Two lines: what was measured, and the first note."""
         height, width = self.image_size
         patched = ", patched" if self.patched else ""
         images = "images" if self.num_frames is None else f"clips of {self.num_frames} frames"
@@ -368,7 +403,7 @@ class Diagnosis:
         ]
 
     def plot(self) -> Figure:
-        """The norms and the outliers after each block: a matplotlib figure."""
+        """Draw the norms of patches and the fraction of outliers after each block, as a matplotlib figure."""
         from matplotlib import pyplot as plt
         from matplotlib.ticker import MaxNLocator
 
@@ -391,14 +426,17 @@ class Diagnosis:
 
     @property
     def kind(self) -> Kind:
-        """What the outliers are; "left" if the model is patched and still has outliers that registers could move."""
+        """What kind of outliers the model has: "none", or the kind of its outliers (see `Outliers.kind`).
+
+        "left" takes the place of "movable" if the model is patched: its registers did not remove these outliers.
+        """
         if self.outliers is None:
             return "none"
         return "left" if self.patched and self.outliers.kind == "movable" else self.outliers.kind
 
     @property
     def verdict(self) -> str:
-        """What the outliers are, and whether registers move them, in one line."""
+        """What the outliers are, and whether registers can remove them, in one line."""
         outliers = self.outliers
         if outliers is None:
             roles = [f"{role.name}, {role.ratio:.0f} x the median norm" for role in self.prefix_roles]
@@ -413,7 +451,7 @@ class Diagnosis:
 
     @property
     def notes(self) -> list[str]:
-        """What the verdict leaves out, in sentences."""
+        """What else was measured, in sentences: where outliers begin and end, their attention, fixed positions."""
         outliers, notes = self.outliers, []
         if outliers is not None:
             notes.append(outliers.course(self.blocks))
@@ -456,7 +494,7 @@ class Diagnosis:
         return notes
 
     def _registers_in_words(self) -> str:
-        """Norm and attention of the trained registers, beside those of CLS."""
+        """The norm and the attention of the trained registers, beside those of the other prefix tokens."""
         count = len(self.blocks[0].after_mlp.prefix_ratio)
         first = count - self.trained_registers
         parts = []
@@ -471,9 +509,10 @@ class Diagnosis:
         return f"{'; '.join(parts)}, in the block where that is most."
 
     def table(self) -> str:
-        """The figures as text, a line for each block: of the residual stream, of attention, and what the terms mean.
+        """The figures as text: a table of the residual stream, a table of attention, and what the terms mean.
 
-        Outlier fractions are given after the attention and after the MLP, other figures of the stream after the MLP.
+        Both tables have a line for each block. Fractions of outliers are given after the attention and after the MLP,
+        all other figures of the residual stream after the MLP.
         """
         lines = [
             f"{'':9} {'median':>7} {'norm / median':^17} {'kurt-':>5}  {'outliers %':^11}  {'cosine':^11}",
@@ -482,8 +521,8 @@ class Diagnosis:
             _row("embedding", None, self.embedding),
         ]
         for i, block in enumerate(self.blocks):
-            before = None if block.after_attention is None else block.after_attention.outlier_fraction
-            lines.append(_row(str(i), before, block.after_mlp))
+            after_attention = None if block.after_attention is None else block.after_attention.outlier_fraction
+            lines.append(_row(str(i), after_attention, block.after_mlp))
         legend = LEGEND
         if any(block.outlier_attention is not None for block in self.blocks):
             legend += ATTENTION_LEGEND
@@ -497,11 +536,11 @@ class Diagnosis:
         return "\n".join([*lines, "", *(f"  {term:<{width}}{meaning}" for term, meaning in legend)])
 
     def to_json(self) -> dict[str, Any]:
-        """All figures, and the verdict, as JSON holds them."""
+        """All figures, and the verdict, as an object of JSON."""
         return {"format": FORMAT, "version": VERSION, "verdict": self.verdict, "kind": self.kind, **asdict(self)}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the JSON; an existing file is replaced whole or not at all."""
+        """Write the JSON. An existing file is replaced only once the new one is complete."""
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -511,20 +550,23 @@ def _position(each: EmbeddingPosition | FixedPosition) -> tuple[int, ...]:
 
 
 def positions_in_words(positions: Sequence[tuple[int, ...]]) -> str:
-    """Positions (row, column), or (time, row, column) in clips, in words; of more than a few, the first ones."""
+    """Positions (row, column), or (time, row, column) in clips, as text; at most `NUM_POSITIONS` are named."""
     more = f" and {len(positions) - NUM_POSITIONS} more" if len(positions) > NUM_POSITIONS else ""
     return ", ".join(map(str, positions[:NUM_POSITIONS])) + more
 
 
-def _row(name: str, before: float | None, after: Residual) -> str:
+def _row(name: str, fraction_after_attention: float | None, after: Residual) -> str:
+    """A line of the table of the residual stream, whose other figures are those of `after`."""
     return (
         f"{name:>9} {_short(after.median_norm):>7} {_short(after.quantiles[-1])} {_short(after.max_over_median)} "
-        f"{_short(max(after.prefix_ratio, default=None))} {_short(after.kurtosis)}  {_short(_percent(before))} "
+        f"{_short(max(after.prefix_ratio, default=None))} {_short(after.kurtosis)}  "
+        f"{_short(_percent(fraction_after_attention))} "
         f"{_short(_percent(after.outlier_fraction))}  {_short(after.normal_cosine)} {_short(after.outlier_cosine)}"
     )
 
 
 def _attention_row(name: str, block: BlockDiagnosis) -> str:
+    """A line of the table of attention."""
     to_prefix = None if block.prefix_attention is None else sum(block.prefix_attention)
     most = max((head.outlier_attention for head in block.heads or ()), default=None)
     shares = " ".join(_short(_percent(share)) for share in (to_prefix, block.outlier_attention, most))
@@ -537,7 +579,7 @@ def _percent(share: float | None) -> float | None:
 
 
 def _short(value: float | None) -> str:
-    """A number in five characters."""
+    """A number in five characters, or "-" for None."""
     if value is None:
         return f"{'-':>5}"
     size = abs(value)

@@ -1,4 +1,8 @@
-"""The features of many images, written to one file: in one pass, by one process or several, resumable."""
+"""Extract the features of many images in one pass, and write them to one file.
+
+Several processes can share the images, and an interrupted run can be resumed. *Prefix tokens* are those in front of the
+patches, such as CLS. *Registers* are extra tokens: trained ones, and those that a patched model adds.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +27,10 @@ from testreg.io.rows import FORMATS, Rows, Writer, begin, finish, parquet_librar
 from testreg.io.sources import images_in, is_indexed, named_source, undecoded
 from testreg.measure.attention import (
     UNSEEN,
-    Recorder,
+    AttentionRecorder,
     attention_to_patches,
     default_query,
-    pooling,
+    pooling_attention,
     queries_of,
     recorded_attention,
 )
@@ -36,6 +40,7 @@ from testreg.patching.state import find_patch
 from testreg.register import registers
 
 What = Literal["patches", "cls", "attention", "registers"]
+"""What can be extracted of a block, see `extract`."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +49,9 @@ class Extracted:
 
     path: Path
     arrays: dict[str, tuple[int, ...]]
-    """The shape of each array, by name, such as "patches.11": the first number counts the images."""
+    """The shape of each array, by its name, such as "patches.11". The first dimension is the images."""
     unreadable: list[str]
-    """Images that could not be read: their rows are zeros."""
+    """The names of images that could not be read; their rows are zeros."""
 
 
 def extract(
@@ -63,16 +68,20 @@ def extract(
     workers: int = 0,
     progress: bool = True,
 ) -> Extracted:
-    """Write the features of all `images` to one file, of a model that is patched or not.
+    """Write the features of all `images` to one file. The model may be patched or not.
 
-    For each block i the file has the arrays that `what` names, with a row for each image: "patches.i" (N, C, h, w) as
-    `testreg.features` gives them, "cls.i" (N, C), "attention.i" (N, heads, h, w) as `testreg.attention` gives it, and
-    "registers.i" (N, R, C), the trained registers first, then those of a patch. "read" (N,) is False for images that
-    could not be read, whose rows are zeros. The metadata hold the images' names ("images"), and the model, its register
-    neurons and the options ("testreg").
+    The file has these arrays for each block i, as far as `what` names them, with a row for each of the N images:
 
-    What was written before an interruption stays in a file beside `output`, whose name ends in .unfinished: the same
-    call goes on from there. The processes of torch.distributed share the images, and write into the same file.
+    - "patches.i" (N, C, h, w), as `testreg.features` returns them;
+    - "cls.i" (N, C);
+    - "attention.i" (N, heads, h, w), as `testreg.attention` returns it;
+    - "registers.i" (N, R, C): first the trained registers, then those that a patched model adds.
+
+    The array "read" (N,) is False for images that could not be read; their rows are zeros. The metadata have the names
+    of the images ("images"), and the model, its register neurons and the options ("testreg").
+
+    If a run is interrupted, what it has written stays in a file beside `output` whose name ends in .unfinished. The
+    same call then goes on from there. The processes of torch.distributed share the images, and write into one file.
 
     Example:
         >>> with testreg.patched(model, {2: [5, 77]}):
@@ -85,14 +94,19 @@ def extract(
 
     Args:
         model: a vision tower, or any model that contains one. It is run in eval mode.
-        images: a folder, a list (.txt), or any other source whose images can be counted, in the order of their names.
-        output: a name that ends in .safetensors, .npz or .parquet (which needs pyarrow; each array is a column of flat
-            lists there). An existing file is replaced when all is done.
-        blocks: 0-based; -1 is the last.
-        what: among "patches", "cls", "attention" and "registers". None: patches, and CLS where there is one.
+        images: a folder, a list of paths (.txt), or any other source whose images can be counted. Rows are in the order
+            of the source; that of a folder is the order of names.
+        output: the path of the file, which ends in .safetensors, .npz or .parquet (which needs pyarrow; each array is
+            a column of flat lists there). An existing file is replaced when the new one is complete.
+        blocks: the indices of the blocks, 0-based; -1 is the last.
+        what: some of "patches", "cls", "attention" and "registers". None takes the patches, and CLS if there is one.
         norm: apply the tower's final norm to patches, CLS and registers.
         half: write float16 in place of float32.
-        transform: PIL image -> tensor (3, h, w); None takes the preprocessing that the model's own library names.
+        transform: a function PIL image -> tensor (3, h, w); None takes the preprocessing that the model's library
+            names.
+        batch_size: how many images are run at once.
+        workers: how many processes decode images; with 0, this process decodes them.
+        progress: whether to show a progress bar.
 
     Raises:
         ValueError: an argument does not fit the model; no image could be read; images have different shapes as the
@@ -102,37 +116,37 @@ def extract(
     path = Path(output)
     check_output(path)
     tower = find_tower(model)
-    taker = _Taker(model, tower, _checked(tower, blocks), _known(model, tower, what), norm)
+    extractor = _Extractor(model, tower, _checked_blocks(tower, blocks), _checked_what(model, tower, what), norm)
     if norm and tower.final_norm is None:
         raise ValueError(f"{type(tower.module).__name__} has no norm behind its last block: leave norm out")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     transform = transform or OwnTransform(model)
-    items, names = _items(images)
+    items, names = _items_and_names(images)
     dtype = "float16" if half else "float32"
     with tower.evaluating():
-        rows = all_gather(_first(taker, items, names, transform, dtype) if rank() == 0 else None)[0]
+        rows = all_gather(_rows(extractor, items, names, transform, dtype) if rank() == 0 else None)[0]
         assert rows is not None
-        todo = all_gather(begin(rows, path) if rank() == 0 else None)[0]
-        assert todo is not None
-        stream = ImageStream(cast(Any, Subset(items, todo)), transform, workers=workers)
-        numbered = ((todo[number], image) for number, image in stream.numbered(0, rank(), world_size()))
+        missing = all_gather(begin(rows, path) if rank() == 0 else None)[0]
+        assert missing is not None
+        stream = ImageStream(cast(Any, Subset(items, missing)), transform, workers=workers)
+        numbered = ((missing[number], image) for number, image in stream.numbered(0, rank(), world_size()))
         writer, written = Writer(rows, path), list[int]()
         try:
-            with progress_bar("extracting", len(todo), progress) as bar:
+            with progress_bar("extracting", len(missing), progress) as bar:
                 for numbers, batch in _batches(numbered, batch_size, rows):
-                    arrays = {name: _array(name, value, dtype) for name, value in taker.take(batch).items()}
+                    arrays = {name: _array(name, value, dtype) for name, value in extractor.extract(batch).items()}
                     writer.write(numbers, arrays)
                     written += numbers
                     bar.update(len(numbers))
         finally:
             writer.close()
-    missing = sorted(set(todo).difference(*all_gather(written)))
+    unreadable = sorted(set(missing).difference(*all_gather(written)))
     if rank() == 0:
         finish(rows, path)
-    all_gather(None)  # nobody returns before the file is there
+    all_gather(None)  # no process returns before the first one has finished the file
     shapes = {name: (len(rows), *shape) for name, shape in rows.shapes.items()}
-    return Extracted(path, shapes, [names[number] for number in missing])
+    return Extracted(path, shapes, [names[number] for number in unreadable])
 
 
 def check_output(path: Path) -> None:
@@ -144,8 +158,8 @@ def check_output(path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class _Taker:
-    """Takes what is asked for from a forward."""
+class _Extractor:
+    """Runs images, and extracts what is asked for of some blocks."""
 
     model: nn.Module
     tower: Tower
@@ -154,61 +168,68 @@ class _Taker:
     norm: bool
 
     @torch.no_grad()
-    def take(self, images: Tensor) -> dict[str, Tensor]:
-        """The rows of images (B, 3, h, w), by the name of their array."""
-        tower, recorder = self.tower, Recorder(queries_of(self.tower, images, default_query(self.tower)))
-        pooled = self._is_pooled(images)
-        watched = [block for block in self.blocks if "attention" in self.what and block not in pooled]
+    def extract(self, images: Tensor) -> dict[str, Tensor]:
+        """The rows (B, ...) of images (B, 3, h, w) in each array, by the name of the array."""
+        tower, recorder = self.tower, AttentionRecorder(queries_of(self.tower, images, default_query(self.tower)))
+        pooled = self._pooled_blocks(images)
+        observed = [block for block in self.blocks if "attention" in self.what and block not in pooled]
         with ExitStack() as stack:
-            seen = [stack.enter_context(recorded_tokens(tower, images, block)) for block in self.blocks]
-            added = stack.enter_context(registers(self.model)) if self._has_added else None
-            drawn: list[list[Tensor]] = []
-            if watched:
+            recorded = [stack.enter_context(recorded_tokens(tower, images, block)) for block in self.blocks]
+            added = stack.enter_context(registers(self.model)) if self._has_added_registers else None
+            attention: list[list[Tensor]] = []  # for each observed block, what each of its attentions gives
+            if observed:
                 stack.enter_context(attention_kernel(tower.module, "sdpa", instead_of=UNSEEN))
-                drawn = stack.enter_context(recorded_attention(tower, watched, recorder))
+                attention = stack.enter_context(recorded_attention(tower, observed, recorder))
             tower.run(images)
-        if len(images) > 1 and any(len(tokens[0]) != len(images) for tokens in seen):  # packed in one sequence
-            each = [self.take(image) for image in images.split(1)]
-            return {name: torch.cat([rows[name] for rows in each]) for name in each[0]}
-        patches, grid, made = tower.patches(images), tower.grid(images), dict[str, Tensor]()
-        for block, (tokens,) in zip(self.blocks, seen, strict=True):
+        # The tower packs images in one sequence: they are run one by one.
+        if len(images) > 1 and any(len(tokens[0]) != len(images) for tokens in recorded):
+            of_images = [self.extract(image) for image in images.split(1)]
+            return {name: torch.cat([each[name] for each in of_images]) for name in of_images[0]}
+        patches, grid, rows = tower.patches(images), tower.grid(images), dict[str, Tensor]()
+        for block, (tokens,) in zip(self.blocks, recorded, strict=True):
             tokens = tokens.reshape(len(images), -1, tokens.shape[-1])
             if "patches" in self.what:
-                made[f"patches.{block}"] = self._normed(tokens[:, patches]).mT.unflatten(-1, grid)
+                rows[f"patches.{block}"] = self._normed(tokens[:, patches]).mT.unflatten(-1, grid)
             if "cls" in self.what:
-                made[f"cls.{block}"] = self._normed(tokens[:, 0])
+                rows[f"cls.{block}"] = self._normed(tokens[:, 0])
             if "registers" in self.what:
-                held = tokens[:, tower.num_prefix - tower.num_trained_registers : tower.num_prefix]
-                made[f"registers.{block}"] = self._normed(held if not added else torch.cat([held, added[block]], 1))
-            if block in watched:
-                made[f"attention.{block}"] = torch.cat(drawn[watched.index(block)], 1)[..., patches].unflatten(-1, grid)
+                trained = tokens[:, tower.num_prefix - tower.num_trained_registers : tower.num_prefix]
+                all_registers = torch.cat([trained, added[block]], 1) if added else trained
+                rows[f"registers.{block}"] = self._normed(all_registers)
+            if block in observed:
+                weights = torch.cat(attention[observed.index(block)], 1)[..., patches]
+                rows[f"attention.{block}"] = weights.unflatten(-1, grid)
             elif "attention" in self.what:
                 weights = attention_to_patches(tower, images, block, "pool")
-                made[f"attention.{block}"] = weights.unflatten(-1, grid)
-        return made
+                rows[f"attention.{block}"] = weights.unflatten(-1, grid)
+        return rows
 
     def _normed(self, tokens: Tensor) -> Tensor:
+        """The tokens, with the final norm applied if `norm` is true."""
         return self.tower.final_norm(tokens) if self.norm and self.tower.final_norm is not None else tokens
 
     @property
-    def _has_added(self) -> bool:
+    def _has_added_registers(self) -> bool:
+        """Whether registers are extracted, and the model is patched, so that it adds some."""
         return "registers" in self.what and find_patch(self.model) is not None
 
-    def _is_pooled(self, images: Tensor) -> list[int]:
-        """The last block, if its attention is that of a head which pools its tokens."""
+    def _pooled_blocks(self, images: Tensor) -> list[int]:
+        """The blocks whose attention is that of a head which pools tokens: the last one, if there is such a head."""
         last = self.tower.depth - 1
-        asked = "attention" in self.what and last in self.blocks and not self.tower.num_prefix
-        return [last] if asked and pooling(self.tower, images[:1]) else []
+        may_be_pooled = "attention" in self.what and last in self.blocks and not self.tower.num_prefix
+        return [last] if may_be_pooled and pooling_attention(self.tower, images[:1]) else []
 
 
-def _checked(tower: Tower, blocks: Sequence[int]) -> list[int]:
+def _checked_blocks(tower: Tower, blocks: Sequence[int]) -> list[int]:
+    """The indices of the blocks, counted from the front, without duplicates."""
     tower.check_runs()
     if not blocks or any(not -tower.depth <= block < tower.depth for block in blocks):
         raise ValueError(f"blocks={list(blocks)} do not fit: the model has {tower.depth} blocks")
     return list(dict.fromkeys(block % tower.depth for block in blocks))
 
 
-def _known(model: nn.Module, tower: Tower, what: Sequence[What] | None) -> Sequence[What]:
+def _checked_what(model: nn.Module, tower: Tower, what: Sequence[What] | None) -> Sequence[What]:
+    """What is to be extracted, after a check that the model has it."""
     if not what:
         return ("patches", "cls") if tower.num_prefix else ("patches",)
     if unknown := [each for each in what if each not in get_args(What)]:
@@ -221,8 +242,8 @@ def _known(model: nn.Module, tower: Tower, what: Sequence[What] | None) -> Seque
     return what
 
 
-def _items(images: Images) -> tuple[Any, list[str]]:
-    """The images, that can be indexed, and the name of each."""
+def _items_and_names(images: Images) -> tuple[Any, list[str]]:
+    """The images as a sequence that can be indexed, and the name of each image."""
     name = os.fspath(images) if isinstance(images, str | os.PathLike) else None
     items = undecoded(named_source(name) if name is not None else images_in(images))
     if not is_indexed(items):
@@ -243,26 +264,26 @@ def _items(images: Images) -> tuple[Any, list[str]]:
     return items, [name_of(number) for number in range(len(items))]
 
 
-def _first(taker: _Taker, items: Any, names: list[str], transform: Transform, dtype: str) -> Rows:
-    """What the file will hold: its shapes are those of the first image that can be read."""
+def _rows(extractor: _Extractor, items: Any, names: list[str], transform: Transform, dtype: str) -> Rows:
+    """The description of the file's rows. The first image that can be read is run, to know the shapes."""
     stream = ImageStream(items, transform)
     image = next((image for _, image in stream.numbered()), None)
     if image is None:
         raise stream.nothing_read()
-    made = taker.take(image.unsqueeze(0))
-    patch = find_patch(taker.model)
+    extracted = extractor.extract(image.unsqueeze(0))
+    patch = find_patch(extractor.model)
     facts = {
-        "model": describe_model(taker.model, taker.tower),
+        "model": describe_model(extractor.model, extractor.tower),
         "neurons": None if patch is None else patch.neurons.by_block(),
         "num_registers": None if patch is None else patch.num_registers,
         "image_size": list(image.shape[-2:]),
-        "norm": taker.norm,
+        "norm": extractor.norm,
     }
-    return Rows(names, {name: tuple(value.shape[1:]) for name, value in made.items()}, dtype, facts)
+    return Rows(names, {name: tuple(value.shape[1:]) for name, value in extracted.items()}, dtype, facts)
 
 
 def _batches(numbered: Iterator[tuple[int, Tensor]], batch_size: int, rows: Rows) -> Iterator[tuple[list[int], Tensor]]:
-    """Numbers and tensors (3, h, w) of images as batches (B, 3, h, w)."""
+    """Collect numbered images (3, h, w) in batches: their numbers, and a tensor (B, 3, h, w)."""
     size = rows.facts["image_size"]
     numbers, images = list[int](), list[Tensor]()
     for number, image in numbered:
@@ -281,10 +302,11 @@ def _batches(numbered: Iterator[tuple[int, Tensor]], batch_size: int, rows: Rows
 
 
 def _array(name: str, value: Tensor, dtype: str) -> Any:
-    made = value.float().cpu()
+    """The values of an array in numpy, in the dtype of the file; `name` is the array's, for errors."""
+    array = value.float().cpu()
     if dtype == "float16":
-        made = made.half()
-    if not made.isfinite().all():
+        array = array.half()
+    if not array.isfinite().all():
         fix = "leave half out" if value.isfinite().all() else "run the model in float32 or bfloat16"
         raise ValueError(f"{name} has values that {dtype} cannot hold: {fix}")
-    return made.numpy()
+    return array.numpy()

@@ -1,4 +1,4 @@
-"""The recorder: what modules get and give while a model runs, seen by hooks that are gone afterwards."""
+"""Record what modules take and return while a model runs, by hooks that are removed afterwards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from testreg.families import Tower
 
 @contextmanager
 def recording_inputs(modules: Iterable[nn.Module], record: Callable[[int, Tensor], object]) -> Iterator[None]:
-    """Within the context, `record(i, tokens)` gets the first argument of the i-th module before that is called."""
+    """Within the context, `record(i, tokens)` is called with the first argument of the i-th module before it runs."""
 
     def hook_of(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -29,7 +29,7 @@ def recording_inputs(modules: Iterable[nn.Module], record: Callable[[int, Tensor
 
 @contextmanager
 def replacing_inputs(modules: Iterable[nn.Module], replace: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
-    """Within the context, the i-th module is called with `replace(i, tokens)` in place of its first argument."""
+    """Within the context, the i-th module gets `replace(i, tokens)` in place of its first argument `tokens`."""
 
     def hook_of(index: int) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
         def hook(
@@ -50,7 +50,8 @@ def replacing_inputs(modules: Iterable[nn.Module], replace: Callable[[int, Tenso
 
 @contextmanager
 def recording_outputs(modules: Iterable[nn.Module], record: Callable[[int, Tensor], object]) -> Iterator[None]:
-    """Within the context, `record(i, tokens)` gets what the i-th module returns, or the first of several outputs."""
+    """Within the context, `record(i, tokens)` is called with what the i-th module returns, or the first of several
+    outputs."""
 
     def hook_of(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
@@ -66,15 +67,17 @@ def recording_outputs(modules: Iterable[nn.Module], record: Callable[[int, Tenso
 
 @contextmanager
 def recorded_norms(tower: Tower, images: Tensor) -> Iterator[list[Tensor]]:
-    """Within the context, a forward of the tower on a batch appends the norms (B, T), in float32, of each block's
-    output."""
+    """Within the context, a forward of `images` fills the list with the norms (B, T) of the tokens after each block.
+
+    The norms are in float32.
+    """
     with _recorded_blocks(tower, images, range(tower.depth), lambda tokens: tokens.float().norm(dim=-1)) as norms:
         yield norms
 
 
 @contextmanager
 def recorded_tokens(tower: Tower, images: Tensor, block: int) -> Iterator[list[Tensor]]:
-    """Within the context, a forward of the tower on a batch appends the tokens (B, T, C) that the block gives."""
+    """Within the context, a forward of `images` fills the list with one tensor: the tokens (B, T, C) after a block."""
     with _recorded_blocks(tower, images, [block], lambda tokens: tokens) as tokens:
         yield tokens
 
@@ -83,6 +86,7 @@ def recorded_tokens(tower: Tower, images: Tensor, block: int) -> Iterator[list[T
 def _recorded_blocks(
     tower: Tower, images: Tensor, indices: Sequence[int], reduce: Callable[[Tensor], Tensor]
 ) -> Iterator[list[Tensor]]:
+    """Within the context, a forward fills the list with `reduce(tokens)` of the tokens after each of some blocks."""
     recorded: list[Tensor] = []
 
     def record(index: int, tokens: Tensor) -> None:

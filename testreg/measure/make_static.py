@@ -1,4 +1,8 @@
-"""What registers hold on images, as constants: one pass over images of the patched model."""
+"""Make static registers: constants that replace the registers a patched model computes.
+
+A patched model has *registers*, extra tokens onto which the activations of register neurons are moved. The means of
+their states over images can take their place.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +40,13 @@ def make_static(
     progress: bool = True,
     **options: Any,
 ) -> StaticRegisters:
-    """The mean state of the registers at each block over `images`, to be constants (arXiv 2506.08010, A.2).
+    """Average the states of the registers over `images`, at each block, to use them as constants.
 
-    With them, `patch` moves nothing: the register neurons are silent on the patches, and what they used to write is
-    read from the constants. The model is left as it was. The processes of torch.distributed share the images: all must
-    call this, and all get the same result.
+    This is A.2 of arXiv 2506.08010.
+
+    A model that is patched with these constants computes no registers: the register neurons are silenced at the
+    patches, and the constants stand for what they used to write. This function leaves the model as it was. The
+    processes of torch.distributed share the images: all must call this function, and all get the same result.
 
     Example:
         >>> static = testreg.make_static(model, "photos/", neurons, progress=False)
@@ -48,23 +54,24 @@ def make_static(
 
     Args:
         model: a vision tower, or any model that contains one. If it is patched already, leave `neurons` out.
-        images: as in `testreg.diagnose`; about 1000 in the paper.
+        images: as in `testreg.diagnose`; the paper takes about 1000.
         neurons: as in `testreg.patch`.
-        form: "token" for constant tokens, in every family; "bias" for a key and a value in attention and no token,
-            where that is nn.MultiheadAttention (open_clip, OpenAI CLIP, torchvision). Both give the patches the same.
-        transform, batch_size, num_images, workers, seed: as in `testreg.diagnose`.
-        options: `top_k`, `num_registers`, `split_neurons`, `max_over` and `zero`, as in `testreg.patch`; of the form
-            "bias" there is one register unless `num_registers` says otherwise.
+        form: "token" makes constant tokens, which every family can take. "bias" makes a key and a value in each
+            attention in place of a token, which needs nn.MultiheadAttention (open_clip, OpenAI CLIP, torchvision).
+            The patches come out the same with both.
+        transform, batch_size, num_images, workers, seed, progress: as in `testreg.diagnose`.
+        options: `top_k`, `num_registers`, `split_neurons`, `max_over` and `zero`, as in `testreg.patch`. With the form
+            "bias" there is one register, unless `num_registers` is given.
 
     Raises:
         ValueError: an argument does not fit the model, or its registers are constants already; no image could be read.
     """
-    already = is_patched(model)
-    if form == "bias" and not already:
+    was_patched = is_patched(model)
+    if form == "bias" and not was_patched:
         options = {"num_registers": 1, **options}
-    if already and (neurons is not None or options):
+    if was_patched and (neurons is not None or options):
         raise ValueError("the model is patched already: leave neurons and options out, or call testreg.unpatch first")
-    if already and (patch_of(model).static is not None or not patch_of(model).mode_for_new_forward.has_registers):
+    if was_patched and (patch_of(model).static is not None or not patch_of(model).mode_for_new_forward.has_registers):
         raise ValueError("the model computes no registers: patch it without static and target, and not disabled")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -72,30 +79,30 @@ def make_static(
     batches = batched((image for _, image in stream.numbered(0, rank(), world_size())), batch_size)
     tower = find_tower(model)
     sums: dict[str, Tensor] = {}
-    size: list[int] = []
+    image_size: list[int] = []
     with (
-        nullcontext() if already else patched(model, neurons, **options),
+        nullcontext() if was_patched else patched(model, neurons, **options),
         tower.evaluating(),
         progress_bar("averaging registers", stream.length, progress) as bar,
     ):
-        used = patch_of(model)
+        patch = patch_of(model)
         for batch in batches:
-            with _entering(tower, used) as entering, registers(model) as after_block:
+            with _entering(tower, patch) as entering, registers(model) as after_block:
                 tower.run(batch)
-            states = torch.stack([*entering, *after_block[:-1]])  # (L, B, R, C)
+            states = torch.stack([*entering, *after_block[:-1]])  # (L, B, R, C), in front of each block
             add(sums, {"states": states.double().sum(1), "images": torch.tensor(len(batch))})
-            size = size or list(batch.shape[-2:])
+            image_size = image_size or list(batch.shape[-2:])
             bar.update(len(batch))
-    total = all_reduce_sum(sums)
-    if not total:
+    sums = all_reduce_sum(sums)
+    if not sums:
         raise stream.nothing_read()
-    number = int(total["images"])
+    num_images_read = int(sums["images"])
     return StaticRegisters(
-        states=(total["states"] / number).float(),
-        neurons=used.neurons.by_block(),
+        states=(sums["states"] / num_images_read).float(),
+        neurons=patch.neurons.by_block(),
         form=form,
         model=describe_model(model, tower),
-        images={"number": number, "source": stream.source, "image_size": size},
+        images={"number": num_images_read, "source": stream.source, "image_size": image_size},
     )
 
 

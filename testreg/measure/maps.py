@@ -1,4 +1,10 @@
-"""What a model makes of images, as maps over their patches: without prefix tokens and registers, patched or not."""
+"""Maps over the patches of images: attention and features, without prefix tokens (such as CLS) and registers.
+
+*Registers* are extra tokens: trained ones are among the prefix tokens, and a patched model adds others. All functions
+take models that are patched or not.
+
+Shapes: B images of h x w patches; T tokens without and T+R with the R registers that a patched model adds; C width.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +19,7 @@ from testreg.families.layout import Layout
 from testreg.io.images import Images, ImageStream
 from testreg.io.preprocessing import OwnTransform, Transform
 from testreg.io.sources import images_in, named_source, single_images, undecoded
-from testreg.measure.attention import Query, To, attention_to_patches, pooling, rolled_out
+from testreg.measure.attention import Query, To, attention_rollout, attention_to_patches, pooling_attention
 from testreg.measure.hooks import recorded_tokens
 from testreg.patching.forward import has_no_registers
 from testreg.patching.state import find_patch
@@ -30,15 +36,15 @@ def attention(
     transform: Transform | None = None,
     batch_size: int = 16,
 ) -> Tensor:
-    """What CLS, or whatever `query` says, gives to each patch in a block: (B, heads, h, w), for h x w patches.
+    """The attention that CLS, or another `query`, gives to each patch in a block: (B, heads, h, w), for h x w patches.
 
-    Attention may be computed by any kernel; it is measured in float32 or better. Patched or not, the maps hold the
-    patches alone: they sum to less than one, the rest goes to prefix tokens and registers.
+    The maps hold the attention to patches only. They sum to less than one, since the rest goes to prefix tokens and
+    registers. Attention is measured in float32 or a larger dtype, whichever kernel computes it.
 
     Example:
         >>> testreg.attention(model, images).shape
         torch.Size([45, 4, 4, 4])
-        >>> testreg.attention(model, images, query=(0, 3)).shape  # of the patch in the first row, fourth column
+        >>> testreg.attention(model, images, query=(0, 3)).shape  # what the patch in row 0, column 3 gives
         torch.Size([45, 4, 4, 4])
         >>> with testreg.patched(model, {2: [5, 77]}):
         ...     maps = testreg.attention(model, "photos/", block=2).mean(1)
@@ -48,26 +54,31 @@ def attention(
 
     Args:
         model: a vision tower, or any model that contains one. It is measured in eval mode.
-        images: float tensors (B, 3, h, w) are the model's input as they stand. One or several PIL images or paths, or a
-            folder, of which the order is that of the names, are prepared as the model's own library does.
-        block: 0-based; -1 is the last. A tower may attend several times in a block, side by side: all heads are given.
-        query: whose attention. "cls": the first token. "mean": the mean of the patches. "register": the mean of the
-            registers, trained ones and those that a patch adds. (row, column): that patch. A mask (h, w) or (B, h, w)
-            of patches, bool: their mean. "pool": the query of a head that pools the last block's tokens by attention
-            (SigLIP). None: "cls" if there is a prefix token; else, for the last block, "pool" if there is such a head;
-            else "mean".
-        to: "patches", or "registers": then (B, heads, R), the trained registers first, then those that a patch adds.
+        images: a float tensor (B, 3, H, W) is taken as the model's input. PIL images, paths and folders are prepared as
+            the model's library does; the images of a folder come in the order of their names.
+        block: the index of the block, 0-based; -1 is the last. If a block has several attentions in parallel, the heads
+            of all are returned.
+        query: the token whose attention is returned. "cls" is the first token. "mean" is the mean of the patches.
+            "register" is the mean of all registers. (row, column) is this patch. A bool mask (h, w) or (B, h, w) is the
+            mean of the patches in it. "pool" is the query of a head that pools the last block's tokens by attention
+            (SigLIP). None takes "cls" if there is a prefix token. Otherwise it takes "pool" for the last block if there
+            is such a head, and else "mean".
+        to: "patches"; or "registers" for the attention to each register, (B, heads, R): first the trained ones, then
+            those that a patched model adds.
         rollout: follow attention from the first block to `block` (attention rollout, arXiv 2005.00928), instead of
-            looking at that block alone: (B, 1, h, w), since the mean of the heads is taken in each. Of prefix tokens,
-            patches and registers; not for query="pool".
-        transform: PIL image -> tensor (3, h, w); None takes the preprocessing that the model's own library names.
+            looking at this block alone. The maps are then (B, 1, h, w), since heads are averaged in each block. This is
+            not possible for query="pool".
+        transform: a function PIL image -> tensor (3, H, W); None takes the preprocessing that the model's library
+            names.
+        batch_size: how many images are run at once.
 
     Raises:
-        ValueError: an argument does not fit the model, it has no registers, or an image cannot be read.
+        ValueError: an argument does not fit the model, registers are asked for and there are none, or an image cannot
+            be read.
         RuntimeError: attention cannot be observed from Python (compiled or custom kernels).
     """
     tower = find_tower(model)
-    _check(tower, block)
+    _check_block(tower, block)
     if to not in ("patches", "registers"):
         raise ValueError(f"to must be 'patches' or 'registers', got {to!r}")
     if isinstance(query, str) and query not in ("cls", "pool", "mean", "register"):
@@ -85,16 +96,18 @@ def attention(
         raise ValueError("rollout follows attention to the patches: leave to='registers' out")
     batch = image_batch(model, images, transform)
     grid = tower.rows_and_columns(batch)
-    asked = query if query is None or isinstance(query, str) else _mask(query, grid, len(batch))
+    query_or_mask = query if query is None or isinstance(query, str) else _mask(query, grid, len(batch))
     maps = []
     with tower.evaluating():
         if query is None and not tower.num_prefix and is_last and not rollout and to == "patches":
-            asked = "pool" if pooling(tower, batch) else "mean"
+            query_or_mask = "pool" if pooling_attention(tower, batch) else "mean"
         for first in range(0, len(batch), batch_size):
             part = slice(first, first + batch_size)
-            of_part = asked[part] if isinstance(asked, Tensor) and asked.ndim == 3 else asked
+            of_part = query_or_mask
+            if isinstance(query_or_mask, Tensor) and query_or_mask.ndim == 3:  # a mask for each image
+                of_part = query_or_mask[part]
             if rollout:
-                maps.append(rolled_out(tower, batch[part], block, of_part))
+                maps.append(attention_rollout(tower, batch[part], block, of_part))
             else:
                 maps.append(attention_to_patches(tower, batch[part], block, of_part, to=to))
     attention = torch.cat(maps)
@@ -102,7 +115,7 @@ def attention(
 
 
 def _mask(query: tuple[int, int] | Tensor, grid: tuple[int, int], count: int) -> Tensor:
-    """The patches, (h, w) or (B, h, w) bool, that a query of patches names."""
+    """The bool mask, (h, w) or (B, h, w), of the patches that a query (row, column) or a mask names, checked."""
     if isinstance(query, Tensor):
         if query.dtype != torch.bool or tuple(query.shape) not in (grid, (count, *grid)):
             raise ValueError(
@@ -129,7 +142,7 @@ def features(
     transform: Transform | None = None,
     batch_size: int = 16,
 ) -> Tensor:
-    """The patches behind a block as a feature map (B, C, h, w), for h x w patches; patched or not.
+    """The patches after a block as a feature map (B, C, h, w), for h x w patches.
 
     Example:
         >>> with testreg.patched(model, neurons):
@@ -138,15 +151,15 @@ def features(
         torch.Size([45, 48, 4, 4])
 
     Args:
-        model, images, block, transform: as in `testreg.attention`.
-        norm: apply the tower's final norm, as DINOv2's dense features are used, whichever block is asked for. Some
-            towers themselves apply it to CLS or to the mean of the patches alone.
+        model, images, block, transform, batch_size: as in `testreg.attention`.
+        norm: apply the tower's final norm to the patches, after whichever block, as is usual for DINOv2's features.
+            Some towers themselves apply it only to CLS, or to the mean of the patches.
 
     Raises:
         ValueError: an argument does not fit the model, an image cannot be read, or there is no final norm.
     """
     tower = find_tower(model)
-    _check(tower, block)
+    _check_block(tower, block)
     batch = image_batch(model, images, transform)
     with tower.evaluating():
         maps = [_feature_map(tower, part, block, norm) for part in batch.split(batch_size)]
@@ -154,10 +167,11 @@ def features(
 
 
 def _feature_map(tower: Tower, images: Tensor, block: int, norm: bool) -> Tensor:
+    """The feature map (B, C, h, w) of a batch."""
     with recorded_tokens(tower, images, block) as recorded:
         tower.run(images)
     tokens = recorded[0]
-    if len(tokens) != len(images) or tokens.ndim != 3:  # images that are packed in one sequence
+    if len(tokens) != len(images) or tokens.ndim != 3:  # the tower packs images in one sequence
         if len(images) > 1:
             return torch.cat([_feature_map(tower, image, block, norm) for image in images.split(1)])
         tokens = tokens.reshape(1, -1, tokens.shape[-1])
@@ -170,10 +184,11 @@ def _feature_map(tower: Tower, images: Tensor, block: int, norm: bool) -> Tensor
 
 
 def strip_registers(model: nn.Module, tensor: Tensor, lengths: list[int] | None = None) -> Tensor:
-    """What a hook inside a block of a patched model sees, without the registers.
+    """Remove the registers from a tensor that a hook inside a block of a patched model gets.
 
-    Blocks compute on T+R tokens. What they give has T, and is returned as it is; but the last block's cannot be told
-    from what is inside. A model that is not patched, or disabled, has no registers inside either.
+    A block of a patched model takes and returns T tokens, but computes on T+R tokens, with R registers. Output of a
+    block is returned unchanged, except that of the last block, which cannot be told from a tensor inside a block. If
+    the model is not patched, or `disabled`, the tensor is returned unchanged too.
 
     Example:
         >>> def hook(module, args, output):
@@ -185,13 +200,12 @@ def strip_registers(model: nn.Module, tensor: Tensor, lengths: list[int] | None 
         torch.Size([45, 17, 48])
 
     Args:
-        tensor: tokens (B, T+R, ...), or (T+R, B, ...) in a tower whose blocks see them so, with any number of channels;
-            attention (B, heads, T+R, T+R), of which rows and columns go; or one sequence (S, C) or (1, S, C) of packed
-            images.
-        lengths: tokens T of each image in a packed sequence.
+        tensor: tokens (B, T+R, C), or (T+R, B, C) in a tower whose blocks have the sequence first, with any number C of
+            channels; attention (B, heads, T+R, T+R); or a sequence (S, C) or (1, S, C) of several packed images.
+        lengths: how many tokens T each image has in a packed sequence.
 
     Returns:
-        The same with T tokens. Those of a batch are a view.
+        The tensor with T tokens in place of T+R. Tokens of a batch are a view of it.
 
     Raises:
         ValueError: the tensor has another shape, or a packed sequence comes without its lengths.
@@ -216,10 +230,10 @@ def strip_registers(model: nn.Module, tensor: Tensor, lengths: list[int] | None 
 
 
 def image_batch(model: nn.Module, images: Images, transform: Transform | None = None) -> Tensor:
-    """Images of any source as the model's input (B, 3, h, w), in the order in which they come.
+    """Prepare images from any source as the model's input (B, 3, H, W), in the order of the source.
 
     Raises:
-        FileNotFoundError, ValueError: there is none, one cannot be read, or they differ in shape.
+        FileNotFoundError, ValueError: there are no images, one cannot be read, or their shapes differ.
     """
     if isinstance(images, Tensor) and images.is_floating_point():
         if images.ndim != 4 or not len(images):
@@ -238,16 +252,16 @@ def image_batch(model: nn.Module, images: Images, transform: Transform | None = 
 
 
 def listed_images(images: Images) -> list[Any]:
-    """The images of any source, one by one, as they are; those of a folder in the order of their names.
+    """List the single images of any source, unprepared; those of a folder come in the order of their names.
 
     Raises:
-        FileNotFoundError, ValueError: there is none.
+        FileNotFoundError, ValueError: there are no images.
     """
     items = named_source(os.fspath(images)) if isinstance(images, str | os.PathLike) else images_in(images)
     return list(single_images(undecoded(items)))
 
 
-def _check(tower: Tower, block: int) -> None:
+def _check_block(tower: Tower, block: int) -> None:
     tower.check_runs()
     if not -tower.depth <= block < tower.depth:
         raise ValueError(f"block={block} is out of range: the model has {tower.depth} blocks")

@@ -1,10 +1,16 @@
-"""Measures a tower on batches of images for a diagnosis, and adds the figures up.
+"""Measure a vision tower on batches of images for a diagnosis, and add the figures up.
 
-The residual stream is measured at 2L+1 *hook points*, for L blocks: in front of the blocks, and after the attention and
-after the MLP of each. All figures follow from sums over images. So memory is that of one batch, the batch size does not
-matter, and the sums of several processes add up.
+The residual stream is measured at *hook points*: in front of the first block, and after the attention and after the MLP
+of each block. *Outliers* are patches whose norm is far above the others'. The *ratio* of a patch is its norm over the
+median norm of the image's patches.
 
-Attention is measured in all images, but only for a sample of the tokens as queries (`sampling`).
+Only sums over images are kept, from which all figures can be computed. So memory is needed for one batch only, the
+batch size does not matter, and the sums of several processes can be added up.
+
+Attention is measured in all images, but only that of a sample of the tokens (`sampling`).
+
+Shapes: L blocks, hence 2L+1 hook points; B images or clips; T tokens, P of which are prefix tokens (such as CLS) and N
+are patches; C width; D width of a head; n sampled queries.
 """
 
 from __future__ import annotations
@@ -24,18 +30,19 @@ from testreg.families import Grid, Tower
 from testreg.io.processes import Sums, add
 from testreg.measure.hooks import recording_inputs, recording_outputs
 from testreg.measure.outliers import OutlierRule, Position, autocast_off, check_finite, ignored_patches
-from testreg.measure.sampling import SampledAttention, from_afar
+from testreg.measure.sampling import SampledAttention, far_queries
 
-BIN = math.log(1.01)  # width of a histogram bin: quantiles are exact to half of it, 0.5 %
-LOWEST, HIGHEST = math.log(2.0**-7), math.log(2.0**13)  # the histogram's range of log ratios; others go to its ends
-TINY = 1e-12  # divisors are at least this
-BINS = math.ceil((HIGHEST - LOWEST) / BIN)
+BIN = math.log(1.01)  # the width of a bin in the histogram of log ratios: quantiles are exact to half of it, 0.5 %
+LOWEST, HIGHEST = math.log(2.0**-7), math.log(2.0**13)  # the histogram's range; ratios outside count at its ends
+NUM_BINS = math.ceil((HIGHEST - LOWEST) / BIN)
+TINY = 1e-12  # divisors are at least this, so that nothing is divided by zero
 
 
 class Observations:
-    """Sums over images, in float64 on the CPU.
+    """What was observed of a tower: sums over images, in float64 on the CPU.
 
-    Hook point 0 is in front of the blocks, 2i+1 is after the attention of block i, and 2i+2 after its MLP.
+    Hook point 0 is in front of the first block. Hook point 2i+1 is after the attention of block i, and hook point 2i+2
+    after its MLP.
     """
 
     def __init__(self, depth: int) -> None:
@@ -45,21 +52,23 @@ class Observations:
         """The number of frames of a clip; None for images."""
         self.unreadable_images = 0
         self.hook_points: list[Sums] = [{} for _ in range(2 * depth + 1)]
-        """The sums at each hook point; empty where the stream cannot be observed."""
+        """The sums at each hook point; empty where the residual stream cannot be observed."""
         self.attention: list[Sums] = [{} for _ in range(depth)]
+        """The sums of each block's attention; empty where attention is not measured, or cannot be observed."""
         self.excess = torch.zeros(depth, 2 * depth + 1, dtype=torch.float64)
-        """[d, p] is the sum of (ratio - 1) at hook point p over the outliers after block d; NaN if not observable."""
+        """Where the outliers of each block have their high norms, (L, 2L+1): the element [d, p] is the sum of
+        (ratio - 1) at hook point p, over the patches that are outliers after block d; NaN if it cannot be observed."""
         self.positions: defaultdict[Grid, Sums] = defaultdict(dict)
-        """Sums for each patch position, by the grid of patches, since images may have several sizes."""
+        """Sums for each position of the grid of patches, by the grid, since images may have several sizes."""
 
     def add(self, other: Observations) -> Observations:
-        """Add the sums over other images to these, in place; returns these."""
+        """Add the sums of `other`, over other images, to these in place; returns this object."""
         self.image_size = other.image_size or self.image_size
         self.num_frames = other.num_frames or self.num_frames
         self.unreadable_images += other.unreadable_images
         pairs = zip(self.hook_points + self.attention, other.hook_points + other.attention, strict=True)
-        for mine, theirs in (*pairs, *((self.positions[grid], more) for grid, more in other.positions.items())):
-            add(mine, theirs)
+        for ours, theirs in (*pairs, *((self.positions[grid], more) for grid, more in other.positions.items())):
+            add(ours, theirs)
         self.excess += other.excess
         return self
 
@@ -74,25 +83,26 @@ def observe(
     on_images: Callable[[int], object] = lambda count: None,
     on_norms: Callable[[Tensor], object] = lambda norms: None,
 ) -> Observations:
-    """Measure a tower on batches (B, 3, h, w) of images, or (B, frames, 3, h, w) of clips; there may be no batch.
+    """Measure a tower on batches (B, 3, h, w) of images, or (B, frames, 3, h, w) of clips; there may be no batches.
 
-    The sums are of this process alone.
+    Returns the sums over the images of this process.
 
     Args:
-        ignored: positions that do not count as outliers.
-        attention: whether to measure attention, which takes a tenth of a forward's time, or less.
-        on_images: called after each batch with the number of its images.
+        rule: decides which patches are outliers.
+        ignored: positions at which patches never count as outliers.
+        attention: whether to measure attention, which takes at most a tenth of the time of a forward.
+        on_images: called after each batch with how many images it has.
         on_norms: called after each batch with the norms (B, L, T) of the tokens after each block.
 
     Raises:
         ValueError: norms are not finite.
     """
-    seen = Observations(tower.depth)
+    observations = Observations(tower.depth)
     with tower.evaluating():
         for batch in batches:
-            on_norms(_add_batch(seen, tower, batch, rule, ignored, attention))
+            on_norms(_add_batch(observations, tower, batch, rule, ignored, attention))
             on_images(len(batch))
-    return seen
+    return observations
 
 
 @torch.no_grad()
@@ -104,7 +114,7 @@ def _add_batch(
     ignored: Collection[Position],
     attention: bool,
 ) -> Tensor:
-    """Add one batch to the sums; returns the norms (B, L, T) of its tokens after each block."""
+    """Run one batch, and add what is observed to the sums; returns the norms (B, L, T) of tokens after each block."""
     sums.image_size, sums.num_frames = list(images.shape[-2:]), tower.num_frames
     batch = _BatchObserver(sums, tower, images, rule, ignored)
     with batch.observing(attention):
@@ -114,8 +124,12 @@ def _add_batch(
     outlier = torch.stack(batch.outlier[2::2]).float()  # (L, B, N)
     with autocast_off(outlier.device):
         sums.excess += torch.einsum("dbn,pbn->dp", outlier, ratios - 1).cpu().double()
-    counts = {"events": outlier.sum(1), "embedding": ratios[0].sum(0), "images": torch.tensor(len(images))}
-    add(sums.positions[batch.grid], counts)
+    at_positions = {
+        "outliers": outlier.sum(1),  # (L, N), in how many images a position is an outlier after each block
+        "embedding": ratios[0].sum(0),  # (N,), the ratios in front of the first block
+        "images": torch.tensor(len(images)),
+    }
+    add(sums.positions[batch.grid], at_positions)
     return torch.stack(batch.norms[2::2], 1)
 
 
@@ -131,20 +145,22 @@ class _BatchObserver:
         ignored: Collection[Position],
     ) -> None:
         self.sums, self.tower, self.images, self.rule, self.ignored = sums, tower, images, rule, ignored
-        self.ratios: list[Any] = []  # (B, N) of each hook point passed, or None where it cannot be observed
-        self.outlier: list[Any] = []  # masks of the same shape
-        self.norms: list[Any] = []  # (B, T) of all tokens, likewise
-        self.block_input: Tensor | None = None  # (B, T, C), of the current block
+        # Each list has an element for each hook point that was passed; it is None if this cannot be observed.
+        self.ratios: list[Any] = []  # (B, N)
+        self.outlier: list[Any] = []  # (B, N), whether a patch is an outlier
+        self.norms: list[Any] = []  # (B, T)
+        self.block_input: Tensor | None = None  # the tokens (B, T, C) that the current block got
         self.residual_sum = _ResidualSum()
         self.attention = SampledAttention(tower, images, self._add_attention)
 
     @functools.cached_property
     def grid(self) -> Grid:
-        """The grid of patches. It is computed when a block runs: a tower that takes no images has failed by then."""
+        """The grid of patches. It is computed once a block runs: a model that takes no images has failed by then."""
         return self.tower.grid(self.images)
 
     @contextmanager
     def observing(self, attention: bool) -> Iterator[None]:
+        """Within the context, the forward that runs is measured."""
         blocks = [block.module for block in self.tower.blocks]
         linears = [mlp.fc2 for block in self.tower.blocks for mlp in block.mlps]
         with (
@@ -168,24 +184,24 @@ class _BatchObserver:
         tokens = self.tower.arranged(tokens, self.images)
         assert self.block_input is not None
         stream_before_mlp = self.residual_sum.stream_before_mlp(self.tower, self.images, self.block_input, tokens)
-        self.residual_sum.clear()  # it must not follow what is computed here
+        self.residual_sum.clear()  # so that it does not follow the computations below
         self._measure(stream_before_mlp)
         self._measure(tokens)
 
     def _add_attention(
         self, block: int, weights: Tensor, queries: Tensor, share: Tensor, values: Tensor | None
     ) -> None:
-        """Add the attention (B, heads, n, T) from a sample of the tokens of a block; values are (B, heads, T, D)."""
-        far, where = from_afar(queries, self.grid, self.tower.num_prefix), self.attention.patches
+        """Add the attention of a sample of the tokens in a block, see `OnSample`."""
+        is_far, where = far_queries(queries, self.grid, self.tower.num_prefix), self.attention.patches
         with autocast_off(weights.device):
-            more = _attention_sums(weights, share, far, where, self.outlier[-1])
+            more = _attention_sums(weights, share, is_far, where, self.outlier[-1])
             if values is not None and self.outlier[-1].any():
-                shown = weights[..., where], values[:, :, where].to(weights.dtype)
-                more |= _value_sums(*shown, self.outlier[-1], share)
+                values_of_patches = values[:, :, where].to(weights.dtype)
+                more |= _value_sums(weights[..., where], values_of_patches, self.outlier[-1], share)
         add(self.sums.attention[block], more)
 
     def _measure(self, tokens: Tensor | None) -> None:
-        """Add the figures of the tokens (B, T, C) at the next hook point; `tokens` is None if it cannot be observed."""
+        """Add the figures of the tokens (B, T, C) at the next hook point, if they can be observed (else None)."""
         norms = ratio = outlier = None
         if tokens is not None:
             where = self.attention.patches
@@ -201,12 +217,12 @@ class _BatchObserver:
 
 
 class _ResidualSum(TorchFunctionMode):
-    """Finds the residual stream between attention and MLP, which no module has as its input or output.
+    """Finds the residual stream between attention and MLP, which is not the input or output of any module.
 
-    A block ends with the sum of this stream and the MLP's output, after any LayerScale and norms. So the class follows
-    all that is computed from the MLP's output, up to the first sum with a tensor that does not depend on it. That
-    tensor is the stream, if the block returns the sum. The stream cannot be observed in blocks that add attention and
-    MLP at once, that have a norm after the sum, or that are compiled.
+    A block ends with a sum: the residual stream plus the MLP's output, perhaps after LayerScale or a norm. This class
+    follows everything that is computed from the MLP's output, up to the first sum with a tensor that does not depend on
+    it. If the block returns this sum, the other tensor is the residual stream. The stream cannot be found in blocks
+    that add attention and MLP at once, that have a norm after the sum, or that are compiled.
     """
 
     def __init__(self) -> None:
@@ -214,11 +230,11 @@ class _ResidualSum(TorchFunctionMode):
         self.clear()
 
     def clear(self) -> None:
-        self.computed_from_mlp: list[Tensor] = []  # the output of the second linear, and what depends on it
-        self.sum: tuple[Tensor, Tensor] | None = None  # the sum, and the summand that does not depend on the MLP
+        self.computed_from_mlp: list[Tensor] = []  # the output of the MLP's second linear, and what depends on it
+        self.sum: tuple[Tensor, Tensor] | None = None  # the sum, and its summand that does not depend on the MLP
 
     def follow(self, index: int, output: Tensor) -> None:
-        """Follow what is computed from the output of an MLP's second linear."""
+        """Begin to follow what is computed from `output`, the output of an MLP's second linear."""
         self.computed_from_mlp.append(output)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -228,18 +244,19 @@ class _ResidualSum(TorchFunctionMode):
             self.computed_from_mlp.append(out)
             if self.sum is None and func in (torch.add, Tensor.add) and len(others) == 1:
                 (other,) = others
-                if isinstance(other, Tensor) and other.shape == out.shape:  # so it is no bias
+                if isinstance(other, Tensor) and other.shape == out.shape:  # a bias has fewer dimensions
                     self.sum = out, other
         return out
 
     def _is_computed_from_mlp(self, value: Any) -> bool:
+        """Whether an argument of a function, or an element of it, was computed from the MLP's output."""
         values = value if isinstance(value, list | tuple) else (value,)
         return any(each is known for each in values for known in self.computed_from_mlp)
 
     def stream_before_mlp(
         self, tower: Tower, images: Tensor, block_input: Tensor, block_output: Tensor
     ) -> Tensor | None:
-        """The stream (B, T, C) between attention and MLP; None if it was not found.
+        """The residual stream (B, T, C) between attention and MLP; None if it was not found.
 
         Args:
             block_input: the tokens (B, T, C) that the block got.
@@ -247,22 +264,25 @@ class _ResidualSum(TorchFunctionMode):
         """
         if self.sum is None:
             return None
-        num_tokens = block_output.shape[1]  # test-time registers come after these, and are cut off
-        total, before = (tower.arranged(each, images)[:, :num_tokens] for each in self.sum)
-        is_between = torch.equal(total, block_output) and not torch.equal(before, block_input)
-        return before if is_between else None
+        num_tokens = block_output.shape[1]  # inside a block of a patched model, the registers come after these tokens
+        total, stream = (tower.arranged(each, images)[:, :num_tokens] for each in self.sum)
+        is_between = torch.equal(total, block_output) and not torch.equal(stream, block_input)
+        return stream if is_between else None
 
 
 def _residual_sums(
     prefix_norms: Tensor, patches: Tensor, norms: Tensor, grid: Grid, rule: OutlierRule, counted: Tensor
 ) -> tuple[Sums, Tensor, Tensor]:
-    """Figures of the prefix tokens and the patches (B, N, C) at one hook point, summed over a batch.
+    """The figures of the tokens at one hook point, summed over a batch.
 
-    `prefix_norms` (B, P) are those of the prefix tokens, and `norms` (B, N) those of the patches. Only patches that are
-    `counted` (N,) may be outliers.
+    Args:
+        prefix_norms: the norms of the prefix tokens, (B, P).
+        patches: (B, N, C).
+        norms: the norms of the patches, (B, N).
+        counted: whether a patch may be an outlier, (N,).
 
     Returns:
-        The sums; the norm of each patch (B, N) over the median norm of its image; which patches (B, N) are outliers.
+        The sums; the ratio of each patch, (B, N); whether a patch is an outlier, (B, N).
     """
     median = norms.median(-1, keepdim=True).values  # (B, 1)
     ratio = norms / median
@@ -275,8 +295,8 @@ def _residual_sums(
         "patches": torch.tensor(norms.numel()),
         "median": median.sum(),
         "maximum": exact.amax(1).sum(),
-        "histogram": exact.log().clamp(LOWEST, HIGHEST).histc(BINS, LOWEST, LOWEST + BINS * BIN),
-        # Moments about 1, the median ratio: the mean is close to 1, so central moments follow without cancellation.
+        "histogram": exact.log().clamp(LOWEST, HIGHEST).histc(NUM_BINS, LOWEST, LOWEST + NUM_BINS * BIN),
+        # Moments about 1, the median ratio. The mean is close to 1, so central moments follow with little rounding.
         "moments": torch.stack([(exact - 1).pow(power).sum() for power in range(1, 5)]),
         "outliers": outlier.sum(),
         "outlier_ratio": ratio[outlier].sum(),
@@ -289,41 +309,42 @@ def _residual_sums(
     return sums, ratio, outlier
 
 
-def _attention_sums(weights: Tensor, share: Tensor, far: Tensor, patches: slice, outlier: Tensor) -> Sums:
+def _attention_sums(weights: Tensor, share: Tensor, is_far: Tensor, patches: slice, outlier: Tensor) -> Sums:
     """The attention that tokens draw, summed over a batch.
 
     Args:
-        weights: (B, heads, n, T), from n queries.
+        weights: the attention weights (B, heads, n, T) of n queries.
         share: the share of all tokens that each query stands for, (n,).
-        far: which queries are far from which patches, (n, N).
-        outlier: which patches are outliers, (B, N).
+        is_far: whether a query is far from a patch, (n, N).
+        patches: where the patches are among the tokens.
+        outlier: whether a patch is an outlier, (B, N).
     """
     drawn = torch.einsum("bhqt,q->bht", weights, share.to(weights.dtype))
-    # Queries near a patch are left out: patches attend to their neighbours, and the few that have neighbours in the
-    # sample would look hot.
-    counted = share.unsqueeze(1) * far  # (n, N)
-    column = torch.einsum("bqt,qt->bt", weights[..., patches].mean(1), counted.to(weights.dtype))
-    column = column / counted.sum(0).clamp(min=TINY)  # (B, N)
+    # The column ratio is the largest attention that a patch draws, over the median. Queries near the patch do not
+    # count: patches attend to their neighbours, so a patch with a neighbour in the sample would seem to draw too much.
+    weight_of_query = share.unsqueeze(1) * is_far  # (n, N)
+    drawn_from_afar = torch.einsum("bqt,qt->bt", weights[..., patches].mean(1), weight_of_query.to(weights.dtype))
+    drawn_from_afar = drawn_from_afar / weight_of_query.sum(0).clamp(min=TINY)  # (B, N)
     return {
         "images": torch.tensor(len(weights)),
         "prefix": drawn[..., : patches.start].mean(1).sum(0),
         "to_outliers": (drawn[..., patches] * outlier.unsqueeze(1)).sum((0, 2)),  # (heads,)
-        "column_ratio": (column.amax(1) / column.median(1).values.clamp(min=TINY)).sum(),
+        "column_ratio": (drawn_from_afar.amax(1) / drawn_from_afar.median(1).values.clamp(min=TINY)).sum(),
     }
 
 
-def _value_sums(weights: Tensor, value: Tensor, outlier: Tensor, share: Tensor) -> Sums:
-    """The norms of the outliers' values, and the second moment of what tokens take from them, summed over a batch.
+def _value_sums(weights: Tensor, values: Tensor, outlier: Tensor, share: Tensor) -> Sums:
+    """The norms of the outliers' values, and the second moment of what queries take from them, summed over a batch.
 
     Args:
-        weights: (B, heads, n, N), from n queries to the patches.
-        value: the values of the patches, (B, heads, N, D).
-        outlier: which patches are outliers, (B, N).
+        weights: the attention weights (B, heads, n, N) of n queries to the patches.
+        values: the values of the patches, (B, heads, N, D).
+        outlier: whether a patch is an outlier, (B, N).
         share: the share of all tokens that each query stands for, (n,).
     """
-    norms = value.norm(dim=-1)  # (B, heads, N)
+    norms = values.norm(dim=-1)  # (B, heads, N)
     ratio = norms / norms.median(-1, keepdim=True).values.clamp(min=TINY)
-    taken = ((weights * outlier[:, None, None]) @ value).cpu().double()  # (B, heads, n, D)
+    taken = ((weights * outlier[:, None, None]) @ values).cpu().double()  # (B, heads, n, D)
     return {
         "outliers": outlier.sum(),
         "values": (ratio * outlier.unsqueeze(1)).sum((0, 2)),  # (heads,)
@@ -332,10 +353,13 @@ def _value_sums(weights: Tensor, value: Tensor, outlier: Tensor, share: Tensor) 
 
 
 def neighbour_cosine(patches: Tensor, norms: Tensor, grid: Grid) -> Tensor:
-    """Mean cosine similarity (B, N) of each patch to its neighbours: above, below, left and right; in clips also before
-    and after it.
+    """The mean cosine similarity (B, N) of each patch to its neighbours.
 
-    `patches` is (B, N, C), and `norms` (B, N) are their norms.
+    These are the patches above, below, left and right of it, and in clips those before and after it.
+
+    Args:
+        patches: (B, N, C).
+        norms: the norms of the patches, (B, N).
     """
     patches, norms = patches.unflatten(1, grid), norms.clamp(min=TINY).unflatten(1, grid)
     total, count = torch.zeros_like(norms), torch.zeros_like(norms)
@@ -343,9 +367,9 @@ def neighbour_cosine(patches: Tensor, norms: Tensor, grid: Grid) -> Tensor:
         (one, other), (norm, other_norm) = (
             (each.narrow(dim, 0, size - 1), each.narrow(dim, 1, size - 1)) for each in (patches, norms)
         )
-        # Products are divided by norms, since normalising the patches would copy them.
+        # The products are divided by the norms: dividing the patches first would need a copy of them.
         cosine = (one * other).sum(-1) / (norm * other_norm)
-        for first in (0, 1):  # each is a neighbour of the other
+        for first in (0, 1):  # each of the two is a neighbour of the other
             total.narrow(dim, first, size - 1).add_(cosine)
             count.narrow(dim, first, size - 1).add_(1)
     return (total / count.clamp(min=1)).flatten(1)

@@ -1,11 +1,15 @@
-"""Rank MLP neurons by what they do at outlier tokens, in one pass over images (arXiv 2506.08010, Algorithm 1).
+"""Rank MLP neurons by what they do at outliers, in one pass over images (arXiv 2506.08010, Algorithm 1).
 
-Outlier tokens are known only once the forward has passed the block that shows them; the neurons that make them live
-before it. So the pass keeps the *input* of every MLP, four times smaller than its hidden activation, and recomputes
-the hidden activation afterwards, at the outlier tokens and a few normal ones only. The cost is about that of the plain
-forward, the memory that of one batch.
+*Outliers* are patch tokens with huge norms. A *neuron* is an input channel of an MLP's second linear; its activation is
+the value of this channel at a token.
 
-Only sums over images are kept, so that those of several processes, or of the parts of an interrupted run, add up.
+Which tokens are outliers is known only after the detection block has run, the block after which they are detected. But
+the neurons that cause them are in this block and in earlier ones. So the pass keeps the input of every MLP, which is
+four times smaller than its hidden activations. It recomputes the hidden activations afterwards, only at the outliers
+and at a few normal tokens. This takes about the time of a forward, and the memory of one batch.
+
+Only sums over images are kept (`Statistics`). So the sums of several processes, or of an interrupted run and its
+continuation, can be added up.
 """
 
 from __future__ import annotations
@@ -26,74 +30,80 @@ from testreg.measure.outliers import Detection, autocast_off, check_finite
 from testreg.measure.score import Score
 from testreg.neurons import Neuron
 
-NORMAL_TOKENS = 8  # sampled from each image, for comparison
-SPARSE = 0.5  # activations below it count as silent for the released code's sparsity filter
+NORMAL_TOKENS = 8  # how many normal tokens are sampled from each image, to compare outliers with
+SPARSE = 0.5  # the paper's released code takes an activation for silent if its magnitude is below this
 SELECTIVE = 0.8  # a neuron is selective if at least this share of its squared activation is at outliers
-MATTERS = 0.1  # of the best score: where neurons with less stand in the ranking does not matter
+RELEVANT_SHARE = 0.1  # a neuron is relevant if it has at least this share of the best score
 
 
 @dataclass
 class Statistics(ABC):
-    """Sums over each half of the images; a subclass adds those that its score needs.
+    """Sums over images, for each half of the images apart. A subclass for each score adds the sums that it needs.
 
-    A figure of outliers is the mean over the outliers of an image, summed over the images that have any. So each image
-    counts once, however many outliers it has (Algorithm 1).
+    What is measured at outliers is first averaged over the outliers of an image, and then summed over the images with
+    outliers. So each image counts once, however many outliers it has (Algorithm 1).
 
-    Shapes: S = 2 halves, L blocks, H neurons, C width.
+    Shapes: S = 2 halves, L blocks, H neurons, C width. `total` and `half` return sums without the dimension S.
     """
 
-    num_with_outliers: Tensor  # (S,), images with an outlier
+    num_with_outliers: Tensor  # (S,), how many images have outliers
     num_outliers: Tensor  # (S,)
     num_images: Tensor  # (S,)
     num_patches: Tensor  # (S,)
-    of_neurons: ClassVar[tuple[str, ...]]
-    """The names of the sums that are (S, L, H)."""
+    per_neuron: ClassVar[tuple[str, ...]]
+    """The names of the sums that have a value for each neuron, (S, L, H)."""
 
     @classmethod
     def zeros(cls, tower: Tower) -> Self:
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(cls.of_neurons, (2, tower.depth, tower.mlp_width))
+        """The sums over no images."""
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(cls.per_neuron, (2, tower.depth, tower.mlp_width))
         shapes["direction"] = (2, tower.width)
         return cls(**{each.name: torch.zeros(shapes.get(each.name, (2,))) for each in fields(cls)})
 
     def tensors(self) -> dict[str, Tensor]:
+        """The sums by name."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
     def __add__(self, other: Self) -> Self:
-        mine, theirs = self.tensors(), other.tensors()
-        return type(self)(**{name: mine[name] + theirs[name] for name in mine})
+        ours, theirs = self.tensors(), other.tensors()
+        return type(self)(**{name: ours[name] + theirs[name] for name in ours})
 
     def total(self) -> Self:
-        """The sums over all images, without the axis of halves."""
+        """The sums over all images, without the dimension S."""
         return type(self)(**{name: value.sum(0) for name, value in self.tensors().items()})
 
     def half(self, index: int) -> Self:
-        """The sums over one half of the images, without the axis of halves."""
+        """The sums over one half of the images, without the dimension S."""
         return type(self)(**{name: value[index] for name, value in self.tensors().items()})
 
     @abstractmethod
     def scores(self, tower: Tower) -> Tensor:
-        """The scores (L, H), from sums without the axis of halves."""
+        """The scores (L, H) of the neurons. The sums must have no dimension S."""
 
     @property
     def selectivity(self) -> Tensor:
-        """Shares (L, H) of the neurons' squared activations that are at outliers, in images that have any, from sums
-        without the axis of halves; zero where that is not measured."""
-        return torch.zeros_like(getattr(self, self.of_neurons[0]))
+        """The share (L, H) of each neuron's squared activation that is at outliers, in images that have outliers.
+
+        It is zero where it is not measured. The sums must have no dimension S.
+        """
+        return torch.zeros_like(getattr(self, self.per_neuron[0]))
 
 
 @dataclass
 class AttributionSums(Statistics):
-    """For "attribution": the share of the outliers' excess norm that a neuron makes, times its selectivity.
+    """The sums for the score "attribution": the share of the outliers' excess norm that a neuron causes, times its
+    selectivity.
 
-    The first is the share that outliers would lose, to first order, if the neuron had the activation at them that it
-    has at normal patches (see `testreg.measure.attribution`). Neurons score high that write the outliers or trigger
-    those that do. Neurons score low that are active everywhere, or that fire because of outliers.
+    The excess norm is how far the norms of outliers are above normal. A neuron's share of it is what outliers would
+    lose, to first order, if the neuron were as active at them as at normal patches (see `testreg.measure.attribution`).
+    Neurons score high if they write the outliers, or trigger the neurons that write them. Neurons score low if they are
+    active everywhere, or fire only because there are outliers.
     """
 
-    share: Tensor  # (S, L, H), share of the outliers' excess norm that is attributed to a neuron
-    energy_at_outliers: Tensor  # (S, L, H), squared activation at outliers
-    energy: Tensor  # (S, L, H), squared activation at all patches
-    of_neurons = ("share", "energy_at_outliers", "energy")
+    share: Tensor  # (S, L, H), the share of the outliers' excess norm that is attributed to a neuron
+    energy_at_outliers: Tensor  # (S, L, H), the squared activation, summed over outliers
+    energy: Tensor  # (S, L, H), the squared activation, summed over all patches
+    per_neuron = ("share", "energy_at_outliers", "energy")
 
     def scores(self, tower: Tower) -> Tensor:
         return self.selectivity * self.share / self.num_with_outliers.clamp(min=1)
@@ -105,10 +115,10 @@ class AttributionSums(Statistics):
 
 @dataclass
 class ActivationSums(Statistics):
-    """For "activation": mean |activation| at outliers (Algorithm 1)."""
+    """The sums for the score "activation": the mean |activation| at outliers (Algorithm 1)."""
 
-    magnitude: Tensor  # (S, L, H), |activation| at outliers
-    of_neurons = ("magnitude",)
+    magnitude: Tensor  # (S, L, H), the |activation| at outliers
+    per_neuron = ("magnitude",)
 
     def scores(self, tower: Tower) -> Tensor:
         return self.magnitude / self.num_with_outliers.clamp(min=1)
@@ -116,24 +126,26 @@ class ActivationSums(Statistics):
 
 @dataclass
 class ContributionSums(Statistics):
-    """For "contribution": what the neuron adds at outliers, beyond what it adds at normal tokens, along the direction
-    in which outliers differ from normal tokens, as a fraction of that difference.
+    """The sums for the score "contribution": the fraction of the difference between outliers and normal tokens that a
+    neuron writes.
 
-    The scores of everything that writes to the residual stream sum to one. Neurons that write in another direction, or
-    that are as active at normal tokens, score zero.
+    The difference is the mean outlier minus the mean normal token, after the detection block. The score is what the
+    neuron adds along its direction, more at outliers than at normal tokens, divided by the length of the difference. So
+    the scores of everything that writes to the residual stream sum to one. A neuron scores zero if it writes in another
+    direction, or is as active at normal tokens.
     """
 
-    activation: Tensor  # (S, L, H), activation at outliers, with its sign
-    normal_activation: Tensor  # (S, L, H), activation summed over sampled normal tokens
-    direction: Tensor  # (S, C), mean outlier minus mean normal token, after the detection block
-    num_normal: Tensor  # (S,), sampled normal tokens
-    of_neurons = ("activation", "normal_activation")
+    activation: Tensor  # (S, L, H), the activation at outliers, with its sign
+    normal_activation: Tensor  # (S, L, H), the activation, summed over sampled normal tokens
+    direction: Tensor  # (S, C), the mean outlier minus the mean normal token, after the detection block
+    num_normal: Tensor  # (S,), how many normal tokens were sampled
+    per_neuron = ("activation", "normal_activation")
 
     def scores(self, tower: Tower) -> Tensor:
         with_outliers, num_normal = self.num_with_outliers.clamp(min=1), self.num_normal.clamp(min=1)
         direction = self.direction / with_outliers
         with autocast_off(direction.device):
-            along = torch.stack([direction @ _columns(block) for block in tower.blocks])  # (L, H)
+            along = torch.stack([direction @ _write_directions(block) for block in tower.blocks])  # (L, H)
         along /= direction.square().sum().clamp(min=1e-12)
         return (self.activation / with_outliers - self.normal_activation / num_normal) * along
 
@@ -143,7 +155,7 @@ SUMS: dict[Score, type[Statistics]] = {
     "activation": ActivationSums,
     "contribution": ContributionSums,
 }
-"""The sums that each score is computed from."""
+"""For each score, the class of the sums that it is computed from."""
 
 
 @torch.no_grad()
@@ -158,113 +170,119 @@ def statistics_of(
     seed: int = 0,
     norms: Tensor | None = None,
 ) -> Statistics:
-    """The sums that `score` needs (`SUMS`), over one batch (B, 3, h, w), on the CPU.
+    """The sums that `score` needs (`SUMS`), over a batch of images (B, 3, h, w); they are on the CPU.
 
     Args:
-        numbers: one for each image, which decides to which half it belongs and which of its normal tokens are sampled.
-        norms: the norms (L, B, T) of the tokens after each block, if they are known; "attribution" then runs only the
-            images that have outliers.
+        numbers: the number of each image. It decides to which half the image belongs, and which of its normal tokens
+            are sampled.
+        norms: the norms (L, B, T) of the tokens after each block, if they are known. The score "attribution" then runs
+            only the images that have outliers.
 
     Raises:
         ValueError: norms are not finite; the model cannot be differentiated, as "attribution" needs.
     """
+    # Among the first images, only those with even numbers rank neurons. So halving the number divides them evenly.
     half_of_image = torch.tensor(numbers, device=tower.device) // 2 % 2
-    half = torch.stack([half_of_image == 0, half_of_image == 1]).float()  # (S, B)
+    in_half = torch.stack([half_of_image == 0, half_of_image == 1]).float()  # (S, B), 1 where an image is in a half
     if score == "attribution":
-        return _attribution_statistics(tower, images, half, detection, norms)
+        return _attribution_statistics(tower, images, in_half, detection, norms)
     with (
         recorded_norms(tower, images) as block_norms,
         recorded_tokens(tower, images, detection.block) as block_tokens,
-        _recorded_mlp_inputs(tower, images, sparsity_filter) as (inputs, sparse),
+        _recorded_mlp_inputs(tower, images, sparsity_filter) as (inputs, is_sparse),
     ):
         tower.run(images)
     norms = torch.stack(block_norms)
     check_finite(norms, images)
     num_prefix, patches = tower.num_prefix, tower.patches(images)
     norms, tokens = norms[..., : patches.stop], block_tokens[0][:, : patches.stop]  # (L, B, T), (B, T, C)
-    include_prefix = score == "activation"  # as in the released code
+    include_prefix = score == "activation"  # as in the paper's released code
     outlier = detection.outliers(norms, num_prefix, tower.grid(images), include_prefix=include_prefix)  # (L, B, T)
-    detected = outlier[detection.block]
-    per_image = detected.sum(-1)  # (B,)
+    detected = outlier[detection.block]  # (B, T)
+    num_detected = detected.sum(-1)  # (B,)
 
     normal = torch.zeros_like(detected)
     normal[:, patches] = _sample_normal(outlier[..., patches].any(0), numbers, seed)
-    image, token = (detected | normal).nonzero(as_tuple=True)  # (n,) each
-    at_outliers = half[:, image] * detected[image, token] / per_image[image].clamp(min=1)  # (S, n)
-    at_normal = half[:, image] * normal[image, token]
-    mean_normal = normal / normal.sum(-1, keepdim=True).clamp(min=1)
-    mean_outlier = detected / per_image.clamp(min=1).unsqueeze(-1)
-    difference = mean_outlier - mean_normal * (per_image > 0).unsqueeze(-1)  # (B, T)
+    image, token = (detected | normal).nonzero(as_tuple=True)  # (n,) each, of the n tokens that are looked at
+    # Weights by which activations are summed: at outliers, and at normal tokens.
+    at_outliers = in_half[:, image] * detected[image, token] / num_detected[image].clamp(min=1)  # (S, n)
+    at_normal = in_half[:, image] * normal[image, token]  # (S, n)
+    # Weights by which tokens are summed to the mean outlier minus the mean normal token of an image.
+    of_mean_normal = normal / normal.sum(-1, keepdim=True).clamp(min=1)
+    of_mean_outlier = detected / num_detected.clamp(min=1).unsqueeze(-1)
+    of_difference = of_mean_outlier - of_mean_normal * (num_detected > 0).unsqueeze(-1)  # (B, T)
 
     statistics = SUMS[score].zeros(tower)
     for i, block in enumerate(tower.blocks):
         hidden = _hidden_at(block, [each[image, token] for each in inputs[i]]).float()  # (n, H)
         with autocast_off(norms.device):
             if isinstance(statistics, ActivationSums):
-                magnitude = hidden.abs() * torch.cat(sparse[i], -1)[image] if sparsity_filter else hidden.abs()
+                magnitude = hidden.abs() * torch.cat(is_sparse[i], -1)[image] if sparsity_filter else hidden.abs()
                 statistics.magnitude[:, i] = at_outliers @ magnitude
             elif isinstance(statistics, ContributionSums):
                 statistics.activation[:, i] = at_outliers @ hidden
                 statistics.normal_activation[:, i] = at_normal @ hidden
     if isinstance(statistics, ContributionSums):
         with autocast_off(norms.device):
-            statistics.direction[:] = half @ torch.einsum("bt,btc->bc", difference, tokens.float())
-            statistics.num_normal[:] = half @ normal.sum(-1).float()
-    _count(statistics, half, detected[:, patches], per_image > 0)
+            statistics.direction[:] = in_half @ torch.einsum("bt,btc->bc", of_difference, tokens.float())
+            statistics.num_normal[:] = in_half @ normal.sum(-1).float()
+    _fill_counts(statistics, in_half, detected[:, patches], num_detected > 0)
     return statistics
 
 
 def _attribution_statistics(
-    tower: Tower, images: Tensor, half: Tensor, detection: Detection, norms: Tensor | None
+    tower: Tower, images: Tensor, in_half: Tensor, detection: Detection, norms: Tensor | None
 ) -> Statistics:
+    """The sums for the score "attribution", over a batch of images."""
     attribution = attribution_of(tower, images, detection, norms=norms)
     statistics = AttributionSums.zeros(tower)
     with autocast_off(tower.device):
-        for name in statistics.of_neurons:
-            getattr(statistics, name)[:] = torch.einsum("sb,blh->slh", half.cpu(), getattr(attribution, name))
-    _count(statistics, half, attribution.outlier[detection.block], attribution.outlier.any(0).any(-1))
+        for name in statistics.per_neuron:
+            getattr(statistics, name)[:] = torch.einsum("sb,blh->slh", in_half.cpu(), getattr(attribution, name))
+    _fill_counts(statistics, in_half, attribution.outlier[detection.block], attribution.outlier.any(0).any(-1))
     return statistics
 
 
-def _count(statistics: Statistics, half: Tensor, outlier: Tensor, with_outliers: Tensor) -> None:
-    """Fill in the numbers of images and patches.
+def _fill_counts(statistics: Statistics, in_half: Tensor, outlier: Tensor, has_outliers: Tensor) -> None:
+    """Fill in how many images and patches there are, and how many have or are outliers.
 
     Args:
-        half: which half each image belongs to, (S, B).
-        outlier: which patches are outliers, (B, N).
-        with_outliers: which images have outliers, (B,).
+        in_half: 1 where an image is in a half, (S, B).
+        outlier: whether a patch is an outlier after the detection block, (B, N).
+        has_outliers: whether an image counts as one with outliers, (B,).
     """
     with autocast_off(outlier.device):
-        statistics.num_with_outliers[:] = half @ with_outliers.float()
-        statistics.num_outliers[:] = half @ outlier.sum(-1).float()
-        statistics.num_images[:] = half.sum(-1)
-        statistics.num_patches[:] = half.sum(-1) * outlier.shape[-1]
+        statistics.num_with_outliers[:] = in_half @ has_outliers.float()
+        statistics.num_outliers[:] = in_half @ outlier.sum(-1).float()
+        statistics.num_images[:] = in_half.sum(-1)
+        statistics.num_patches[:] = in_half.sum(-1) * outlier.shape[-1]
 
 
 def _sample_normal(outlier: Tensor, numbers: Sequence[int], seed: int) -> Tensor:
-    """Sample up to NORMAL_TOKENS patches of each image, as a mask (B, N), from those that are not outliers (B, N).
+    """Sample up to `NORMAL_TOKENS` patches of each image that are no outliers; both masks are (B, N).
 
-    Each image has its own generator, so that the sample depends neither on batches nor on processes.
+    Each image has a random generator with a seed of its own, so the sample depends neither on batches nor on processes.
     """
     generators = (torch.Generator().manual_seed(seed + (number << 32)) for number in numbers)
-    order = torch.stack([torch.rand(outlier.shape[1], generator=generator) for generator in generators])
-    order = order.to(outlier.device).masked_fill(outlier, -1)
+    random = torch.stack([torch.rand(outlier.shape[1], generator=generator) for generator in generators])
+    random = random.to(outlier.device).masked_fill(outlier, -1)  # so that outliers come last
     count = min(NORMAL_TOKENS, outlier.shape[1])
-    chosen = torch.zeros_like(outlier).scatter_(1, order.topk(count, dim=1).indices, True)
-    return chosen & ~outlier
+    sampled = torch.zeros_like(outlier).scatter_(1, random.topk(count, dim=1).indices, True)
+    return sampled & ~outlier
 
 
 @contextmanager
 def _recorded_mlp_inputs(
     tower: Tower, images: Tensor, sparsity_filter: bool
 ) -> Iterator[tuple[list[list[Tensor]], list[list[Tensor]]]]:
-    """Within the context, a forward records the inputs (B, T, C) of the MLPs of each block.
+    """Within the context, a forward fills two lists, which have a list for each block with a tensor for each MLP.
 
-    Where an MLP is no module, its hidden activation (B, T, H) is recorded instead. With `sparsity_filter`, it is also
-    recorded which neurons (B, H) of each MLP are silent on half of an image's tokens.
+    The first has the inputs (B, T, C) of the MLPs. If an MLP is no module of its own, its hidden activations (B, T, H)
+    take the place of its input. The second is filled with `sparsity_filter` alone: it tells whether a neuron is silent
+    at half of an image's tokens or more, (B, H).
     """
     inputs: list[list[Tensor]] = [[] for _ in tower.blocks]
-    sparse: list[list[Tensor]] = [[] for _ in tower.blocks]
+    is_sparse: list[list[Tensor]] = [[] for _ in tower.blocks]
     mlps = [(index, mlp) for index, block in enumerate(tower.blocks) for mlp in block.mlps]
 
     def record(number: int, tokens: Tensor) -> None:
@@ -274,35 +292,35 @@ def _recorded_mlp_inputs(
     def record_sparse(number: int, hidden: Tensor) -> None:
         index, mlp = mlps[number]
         hidden = tower.arranged(hidden, images)[..., mlp.first :]
-        sparse[index].append((hidden.abs() < SPARSE).float().mean(1) >= 0.5)
+        is_sparse[index].append((hidden.abs() < SPARSE).float().mean(1) >= 0.5)
 
     with (
         recording_inputs([mlp.module or mlp.fc2 for _, mlp in mlps], record),
         recording_inputs([mlp.fc2 for _, mlp in mlps] if sparsity_filter else [], record_sparse),
     ):
-        yield inputs, sparse
+        yield inputs, is_sparse
 
 
 def _hidden_at(block: Block, selected: Sequence[Tensor]) -> Tensor:
-    """Hidden activations (n, H) of a block at n tokens, from the inputs (n, C) of each of its MLPs."""
+    """The hidden activations (n, H) of a block at n tokens, from the inputs (n, C) of each of its MLPs."""
     return torch.cat([_mlp_hidden_at(*each) for each in zip(block.mlps, selected, strict=True)], -1)
 
 
 def _mlp_hidden_at(mlp: Mlp, selected: Tensor) -> Tensor:
-    """Hidden activations (n, H) of one MLP: the input of its second linear when it is run."""
+    """The hidden activations (n, H) of one MLP at n tokens: the input of its second linear when the MLP is run."""
     if mlp.module is None:
         return selected[:, mlp.first :]
-    kept: list[Tensor] = []
-    with recording_inputs([mlp.fc2], lambda index, hidden: kept.append(hidden)):
+    recorded: list[Tensor] = []
+    with recording_inputs([mlp.fc2], lambda index, hidden: recorded.append(hidden)):
         mlp.module(selected.unsqueeze(0))
-    return kept[0].squeeze(0)
+    return recorded[0].squeeze(0)
 
 
 # From sums to a ranking -----------------------------------------------------------------------------------------------
 
 
-def _columns(block: Block) -> Tensor:
-    """The directions (C, H) in which the neurons write to the residual stream: columns of fc2, times LayerScale."""
+def _write_directions(block: Block) -> Tensor:
+    """The direction in which each neuron writes to the residual stream, (C, H): its column of fc2, times LayerScale."""
     columns = []
     for mlp in block.mlps:
         scale = 1.0 if mlp.scale is None else mlp.scale.detach().float().unsqueeze(-1)
@@ -313,13 +331,14 @@ def _columns(block: Block) -> Tensor:
     return torch.cat(columns, -1).cpu()
 
 
-def best(
+def best_neurons(
     scores: Tensor, last: int, count: int, *, at_least: float = 0.0, without: Collection[Neuron] = ()
 ) -> tuple[Neuron, ...]:
-    """The best `count` neurons of the blocks up to `last`, by scores (L, H); fewer if fewer have a positive score.
+    """The best neurons of the blocks up to `last`, best first, by their scores (L, H).
 
     Args:
-        at_least: leave out those with less than this fraction of the best score.
+        count: how many neurons; fewer are returned if fewer have a positive score.
+        at_least: neurons that score less than this fraction of the best score are left out.
         without: neurons that are left out, whatever they score.
     """
     scores = scores.clone()
@@ -335,17 +354,22 @@ def best(
 
 
 def overlap(first: Tensor, second: Tensor, last: int, count: int | None = None) -> tuple[float, int]:
-    """How far two rankings, by scores (L, H) of disjoint images, agree on which neurons are the best.
+    """How far two rankings of the neurons in the blocks up to `last` agree on which neurons are the best.
+
+    The best n neurons by the mean of both scores are looked for among the best 2n neurons of each ranking. (2n, because
+    neurons with nearly equal scores change places by chance.)
+
+    Args:
+        first, second: the scores (L, H) by one half of the images and by the other.
+        count: the number n; None takes all relevant neurons, which score at least a tenth of the best.
 
     Returns:
-        A share and a number n, which is `count`, or how many neurons score a tenth of the best. The best n neurons by
-        both halves together are compared with the best 2n by each half: the share is how many of the n are among these,
-        averaged over the halves. (2n, because neurons with nearly equal scores change places by chance.)
+        The share of the n neurons that are among the 2n, averaged over both rankings; and n.
     """
     mean = (first + second) / 2
     if count is None:
-        largest = mean[: last + 1].max()
-        count = int((mean[: last + 1] >= MATTERS * largest).sum()) if largest > 0 else 1
-    together = {neuron[:2] for neuron in best(mean, last, count)}
-    common = [together & {neuron[:2] for neuron in best(each, last, 2 * count)} for each in (first, second)]
+        highest = mean[: last + 1].max()
+        count = int((mean[: last + 1] >= RELEVANT_SHARE * highest).sum()) if highest > 0 else 1
+    best_by_mean = {neuron[:2] for neuron in best_neurons(mean, last, count)}
+    common = [best_by_mean & {neuron[:2] for neuron in best_neurons(each, last, 2 * count)} for each in (first, second)]
     return sum(map(len, common)) / (2 * count), count

@@ -1,4 +1,4 @@
-"""The scores that neurons may be ranked by, see `testreg.measure.ranking.SUMS`."""
+"""The names of the scores by which neurons can be ranked; `testreg.measure.ranking.SUMS` says how each is computed."""
 
 from typing import Literal
 

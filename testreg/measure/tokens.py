@@ -1,4 +1,7 @@
-"""Tokens as tasks read them: behind the final norm, and the queries, keys and values of attention."""
+"""What evaluation tasks read off a tower: tokens after the final norm, and the queries, keys and values of attention.
+
+Shapes: B images of T tokens, C width.
+"""
 
 from __future__ import annotations
 
@@ -13,58 +16,63 @@ from testreg.measure.attention_observer import Attention, AttentionObserver
 from testreg.measure.hooks import recording_inputs, recording_outputs
 
 Part = Literal["q", "k", "v"]
+"""Queries, keys or values."""
 
 
 def normed_tokens(tower: Tower, images: Tensor, depth: int = 1) -> list[Tensor]:
-    """The tokens (B, T, C) after each of the last `depth` blocks, behind the final norm, without registers."""
-    kept: list[Tensor] = []
+    """Run images, and return the tokens (B, T, C) after each of the last `depth` blocks, with the final norm applied.
+
+    The registers that a patched model adds are not among them.
+    """
+    recorded: list[Tensor] = []
     blocks = [block.module for block in tower.blocks[-depth:]]
-    with recording_outputs(blocks, lambda index, tokens: kept.append(tower.arranged(tokens, images))):
+    with recording_outputs(blocks, lambda index, tokens: recorded.append(tower.arranged(tokens, images))):
         tower.run(images)
-    return [behind_norm(tower, tokens) for tokens in kept]
+    return [behind_norm(tower, tokens) for tokens in recorded]
 
 
 def behind_norm(tower: Tower, tokens: Tensor) -> Tensor:
-    """The tokens (B, T, C) of a block, behind the tower's final norm if it has one."""
+    """Apply the tower's final norm, if it has one, to the tokens (B, T, C) of a block."""
     norm = tower.final_norm
     return tokens if norm is None else norm(tokens)
 
 
 def global_token(tokens: Tensor, tower: Tower) -> Tensor:
-    """What stands for the image (B, C) among tokens (B, T, C): CLS, or the mean of the patches where there is none."""
+    """The token (B, C) that stands for the whole image: CLS, or the mean of the tokens (B, T, C) if there is no CLS."""
     return tokens[:, 0] if tower.num_prefix else tokens.mean(1)
 
 
 @contextmanager
 def recorded_projections(tower: Tower, blocks: Sequence[int]) -> Iterator[dict[int, dict[Part, Tensor]]]:
-    """Within the context, a forward leaves the queries, keys and values (B, T, C) of some blocks, heads joined.
+    """Within the context, a forward records the queries, keys and values (B, T, C) of some blocks, by block and part.
 
-    Tokens are those inside the block: prefix, patches, registers.
+    All heads are side by side in C. The tokens are those inside the block: prefix tokens, patches, and the registers
+    of a patched model.
 
     Raises:
         RuntimeError: a block computes attention in a way that cannot be observed from Python.
     """
     projections: dict[int, dict[Part, Tensor]] = {}
     modules = [tower.blocks[block].module for block in blocks]
-    seen: list[dict[Part, Tensor]] = []
+    in_block: list[dict[Part, Tensor]] = []  # of each attention in the running block
 
-    def see(attention: Attention) -> None:
-        if attention.is_of_tokens_to_themselves and attention.projections is not None:
+    def record(attention: Attention) -> None:
+        if attention.is_self_attention and attention.projections is not None:
             query, key, value = attention.projections
-            seen.append({"q": query, "k": key, "v": value})
+            in_block.append({"q": query, "k": key, "v": value})
 
-    def keep(index: int, tokens: Tensor) -> None:
-        if not seen:
+    def end_block(index: int, tokens: Tensor) -> None:
+        if not in_block:
             raise RuntimeError(
                 f"saw no attention in block {blocks[index]} of {tower.family.name}: its queries, keys and values are "
                 "read from F.scaled_dot_product_attention and nn.MultiheadAttention (transformers: load the model "
                 'with attn_implementation="sdpa"; do not compile it)'
             )
-        projections[blocks[index]] = seen[-1]
+        projections[blocks[index]] = in_block[-1]
 
     with (
-        AttentionObserver(see),
-        recording_inputs(modules, lambda index, tokens: seen.clear()),
-        recording_outputs(modules, keep),
+        AttentionObserver(record),
+        recording_inputs(modules, lambda index, tokens: in_block.clear()),
+        recording_outputs(modules, end_block),
     ):
         yield projections

@@ -1,4 +1,7 @@
-"""Register neurons: the ranked list (`ranked`), its JSON (`format`), and the lists that come along (`bundle`)."""
+"""Lists of register neurons: the ranked list (`ranked`), its JSON (`format`), and the bundled lists (`bundle`).
+
+*Register neurons* are the MLP neurons that make outliers, patch tokens with huge norms.
+"""
 
 from testreg.neurons.bundle import AnyNeurons, BundledLists, bundled, resolve
 from testreg.neurons.checkpoint import describe_model

@@ -1,4 +1,4 @@
-"""The lists that come with the package, and the list that the `neurons` argument of `patch` stands for."""
+"""The bundled lists of register neurons, which come with the package, and the argument `neurons` of `testreg.patch`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from testreg.neurons.ranked import RegisterNeurons
 
 
 class BundledLists(dict[str, RegisterNeurons]):
-    """The lists that come with the package, by name; printed, they say which models they are for."""
+    """The bundled lists by name. Printed, they say which models they are for."""
 
     def __repr__(self) -> str:
         lines = []
@@ -34,13 +34,13 @@ class BundledLists(dict[str, RegisterNeurons]):
 
 
 def _models_of(neurons: RegisterNeurons) -> list[str]:
-    """The names of the list's checkpoint; those for which it is the default of `patch` are marked."""
+    """The names of the checkpoint that a list is for. A name is marked if `patch` takes the list for it by default."""
     default_for = set(neurons.model.get("default_for", ()))
     return [f"{name}{'  (default)' if name in default_for else ''}" for name in neurons.model.get("names", ())]
 
 
 def bundled() -> BundledLists:
-    """The lists that come with the package, by name, with the models that they are for.
+    """Read the bundled lists, which come with the package. Printed, they say which models they are for.
 
     Example:
         >>> lists = testreg.bundled()
@@ -55,11 +55,12 @@ def bundled() -> BundledLists:
 
 
 AnyNeurons = RegisterNeurons | str | os.PathLike[str] | Mapping[int, Sequence[int]] | None
-"""A list, its path, the name of a bundled list, "hf:ORG/NAME", {block: [units]}, or None: see `patch`."""
+"""What `testreg.patch` takes as its neurons: a list, the path of its JSON, the name of a bundled list, a repository of
+the Hugging Face Hub ("hf:ORG/NAME"), {block: [units]}, or None for the bundled list that is the model's default."""
 
 
 def resolve(neurons: AnyNeurons, model: nn.Module) -> RegisterNeurons:
-    """The list that the `neurons` argument of `patch` stands for.
+    """The list of register neurons that an argument of `patch` stands for.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: there is no such list, or it is not valid.
@@ -69,7 +70,7 @@ def resolve(neurons: AnyNeurons, model: nn.Module) -> RegisterNeurons:
     if isinstance(neurons, Mapping):
         return RegisterNeurons.from_blocks(neurons)
     if neurons is None:
-        return _of_checkpoint(model)
+        return _default_list(model)
     if not isinstance(neurons, str | os.PathLike):
         raise TypeError(
             "neurons must be a RegisterNeurons, a path, a bundled name, hf:ORG/NAME, {block: [units]} or None, "
@@ -78,44 +79,50 @@ def resolve(neurons: AnyNeurons, model: nn.Module) -> RegisterNeurons:
     return RegisterNeurons.load(neurons)
 
 
-def _of_checkpoint(model: nn.Module) -> RegisterNeurons:
-    """The bundled list that is the default for a checkpoint, which is known by its names or else by its weights."""
+def _default_list(model: nn.Module) -> RegisterNeurons:
+    """The bundled list that is the default for a model's checkpoint.
+
+    The checkpoint is recognised by the names that the model gives it, or else by its weights.
+
+    Raises:
+        ValueError: there is no such list.
+    """
     lists, names = bundled(), checkpoint_names(model)
     defaults = [each for each in lists.values() if each.model.get("default_for")]
     for name in names:
         for candidate in defaults:
             if name in candidate.model["default_for"]:
                 return candidate
-    tower, here = find_tower(model), type(model).__name__
+    tower, class_name = find_tower(model), type(model).__name__
     published = [key for key, each in lists.items() if not set(names).isdisjoint(each.model.get("names", ()))]
     if (wrong := mismatch_of(model, tower)) is not None:
         raise ValueError(
-            f"no default register neurons for this {here}: it computes {wrong.own}, but {wrong.checkpoint} was trained "
-            f"with {wrong.trained_with}. Load {wrong.right} instead"
+            f"no default register neurons for this {class_name}: it computes {wrong.own}, but {wrong.checkpoint} was "
+            f"trained with {wrong.trained_with}. Load {wrong.right} instead"
             + (f", or name one of the lists of this checkpoint: {', '.join(published)}" if published else "")
         )
-    likenesses = [
+    similarities = [
         (compare_weights(each.model["fingerprint"], tower), each) for each in defaults if "fingerprint" in each.model
     ]
     for wanted in ("same", "similar"):
-        for likeness, candidate in likenesses:
-            if likeness == wanted:
+        for similarity, candidate in similarities:
+            if similarity == wanted:
                 return candidate
     calibrate = "(testreg.calibrate, or `testreg calibrate MODEL --images DIR -o neurons.json`)"
     if published:
         raise ValueError(
-            f"no default register neurons for this {here} ({', '.join(names)}): nothing shows that this checkpoint "
-            f"needs any. Look with testreg.diagnose, and calibrate it {calibrate}, or name one of the unverified lists "
-            f"that were published for it: {', '.join(published)}"
+            f"no default register neurons for this {class_name} ({', '.join(names)}): nothing shows that this "
+            f"checkpoint needs any. Look with testreg.diagnose, and calibrate it {calibrate}, or name one of the "
+            f"unverified lists that were published for it: {', '.join(published)}"
         )
     says = f"it says it is {', '.join(names)}" if names else "it does not say which checkpoint it is"
     shape = {"depth": tower.depth, "mlp_width": tower.mlp_width}
     if fitting := [key for key, each in lists.items() if shape.items() <= each.model.items()]:
         raise ValueError(
-            f"no bundled register neurons for this {here}: {says}. If it holds the weights of one of these lists, name "
-            f"it: {', '.join(fitting)}. Otherwise calibrate it {calibrate}"
+            f"no bundled register neurons for this {class_name}: {says}. If it holds the weights of one of these "
+            f"lists, name it: {', '.join(fitting)}. Otherwise calibrate it {calibrate}"
         )
     raise ValueError(
-        f"no bundled register neurons for this {here}: {says}. Calibrate it {calibrate}, or name a list from "
+        f"no bundled register neurons for this {class_name}: {says}. Calibrate it {calibrate}, or name a list from "
         "`testreg list`"
     )

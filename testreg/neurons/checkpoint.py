@@ -1,4 +1,4 @@
-"""The description of a checkpoint, which a list of register neurons belongs to."""
+"""Describe a checkpoint, so that it can be recognised as the one that a list of register neurons is for."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from testreg.families import Tower, activation, checkpoint_names, fingerprint
 
 
 def describe_model(model: nn.Module, tower: Tower) -> dict[str, Any]:
-    """The `model` entry of a list found on `model`."""
+    """Describe the checkpoint of a model: the entry "model" in the JSON of a list that is found on it.
+
+    It has the names of the checkpoint, its depth and MLP width, the name of its MLPs' activation function, and a
+    fingerprint of its weights.
+    """
     names = checkpoint_names(model)
-    computed = activation(tower)
+    activation_name = activation(tower)
     return {
         "name": names[0] if names else type(model).__name__,
         "names": names,
         "depth": tower.depth,
         "mlp_width": tower.mlp_width,
-        **({} if computed is None else {"activation": computed}),
+        **({} if activation_name is None else {"activation": activation_name}),
         "fingerprint": fingerprint(tower),
     }

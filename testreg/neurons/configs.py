@@ -1,4 +1,4 @@
-"""The files of the lists that come with the package."""
+"""Find the files of the bundled lists of register neurons."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from testreg.files import shown
 
 
 def config_folder() -> Path:
-    """Where the bundled lists are: in the installed package, or `configs/` of a checkout."""
+    """The folder of the bundled lists: in the installed package, or `configs/` in a checkout of the repository."""
     package = Path(__file__).parent.parent
     return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
 
 
 def bundled_names() -> list[str]:
+    """The names of the bundled lists, sorted."""
     return sorted(path.stem for path in config_folder().glob("*.json"))
 
 
 def bundled_file(name: str) -> Path:
-    """The file of a bundled list; raises ValueError, which names the others, if there is none of that name."""
+    """The file of the bundled list with this name. If there is none, raises ValueError, which names other lists."""
     path = config_folder() / f"{name}.json"
     if path.is_file():
         return path

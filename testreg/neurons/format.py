@@ -1,4 +1,4 @@
-"""The JSON of a list of register neurons: reading, checking and writing it."""
+"""The neuron JSON, which holds a list of register neurons: reading, checking and writing it."""
 
 from __future__ import annotations
 
@@ -12,21 +12,13 @@ from testreg.files import check_format, plain, read_text
 from testreg.records.record import INDEX, TEXT
 
 FORMAT = "testreg-neurons"
-VERSION = 2
-_OLDEST = 2
+VERSION = 2  # of the JSON that is written
+_OLDEST = 2  # the oldest version that can be read
 _KEYS = {
-    "format",
-    "version",
-    "neurons",
-    "top_k",
-    "num_registers",
-    "start",
-    "model",
-    "calibration",
-    "provenance",
-    "verified",
+    *("format", "version", "model", "calibration", "provenance", "verified"),
+    *("top_k", "num_registers", "start", "neurons"),
 }
-_MODEL = {  # the entries of "model" that testreg reads; it only shows the others
+_MODEL = {  # the entries of "model" that testreg uses
     "name": TEXT,
     "names": TEXT.listed(),
     "default_for": TEXT.listed(),
@@ -38,14 +30,14 @@ _MODEL = {  # the entries of "model" that testreg reads; it only shows the other
 
 
 def read_json(path: str | os.PathLike[str], source: str) -> Any:
-    """The parsed JSON of a file.
+    """Read a file, and parse its JSON.
 
     Args:
         source: what the file is called in errors.
 
     Raises:
-        OSError: no such file, or not a regular one.
-        ValueError: not JSON (a truncated file), or a number in it is not finite or has too many digits.
+        OSError: there is no such file, or it is not a regular file.
+        ValueError: the file is not valid JSON, or has a number that is not finite or has too many digits.
     """
     try:
         return json.loads(
@@ -60,10 +52,13 @@ def read_json(path: str | os.PathLike[str], source: str) -> Any:
 
 
 def checked(data: object, source: str) -> dict[str, Any]:
-    """The parsed JSON, after a check of its format, its version and the types of its entries.
+    """Check the format, the version and the types of entries of a parsed neuron JSON, and return it.
+
+    Args:
+        source: what the file is called in errors.
 
     Raises:
-        ValueError: one of these is wrong; `source` names the file in it.
+        ValueError: one of these is wrong.
     """
     data = check_format(data, FORMAT, VERSION, _KEYS, source=source, expected="a register neuron JSON")
     if data["version"] < _OLDEST:
@@ -80,14 +75,15 @@ def checked(data: object, source: str) -> dict[str, Any]:
 
 
 def check_model(model: Mapping[str, Any]) -> None:
-    """Raise ValueError if an entry of a list's `model` that testreg reads has the wrong type."""
+    """Raise ValueError if an entry of a list's `model` has the wrong type; entries that testreg does not use may have
+    any type."""
     for key, kind in _MODEL.items():
         if key in model:
             kind.checked(model[key], key, "the model")
 
 
 def text_of(data: Mapping[str, Any], neurons: Iterable[object]) -> str:
-    """The text of the JSON object `data`, with one neuron a line, so that long lists are easy to read and compare."""
+    """The text of the JSON object `data`, with one neuron on each line, so that lists are easy to read and compare."""
     head = json.dumps({**data, "neurons": []}, indent=1, allow_nan=False).removesuffix("[]\n}")
     rows = ",\n".join("  " + json.dumps(neuron) for neuron in neurons)
     return f"{head}[\n{rows}\n ]\n}}\n"

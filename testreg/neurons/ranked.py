@@ -1,4 +1,8 @@
-"""The ranked list of register neurons."""
+"""The ranked list of register neurons of a checkpoint.
+
+*Outliers* are patch tokens with huge norms; *register neurons* are the MLP neurons that make them. `testreg.patch`
+moves the activations of these neurons from the patches to extra tokens, the *registers*.
+"""
 
 from __future__ import annotations
 
@@ -20,24 +24,26 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FILE = "neurons.json"
-"""The neuron JSON of a repository on the Hugging Face Hub."""
+"""The name of the neuron JSON in a repository of the Hugging Face Hub."""
 
-MAX_REGISTERS = 256  # as many as an image of 224 pixels has patches
-MAX_NAMED = 8  # a summary names at most so many blocks, and image sizes
+MAX_REGISTERS = 256  # an image of 224 pixels has no more patches, at 14 pixels each
+MAX_NAMED = 8  # a summary names at most this many blocks and image sizes
 
 Neuron = tuple[int, int, float | None]
+"""The block and the unit of a neuron, and its score, or None if it is not known."""
 
 
 class UnverifiedNeuronsWarning(UserWarning):
-    """The register neurons in use were not verified on images of the checkpoint."""
+    """Register neurons are used that were not verified on the checkpoint: nobody knows whether they work."""
 
 
 @dataclass(frozen=True, repr=False)
 class RegisterNeurons:
-    """Register neurons of one checkpoint, best first, each a (block, unit, score).
+    """The register neurons of one checkpoint, best first, each as (block, unit, score).
 
-    Blocks count from 0; a unit is an input channel of the second linear (fc2) of the block's MLP. Scores may be None
-    (lists published without any): such a list has no order to truncate by. The length is the number of neurons in use.
+    Blocks and units count from 0; a unit is an input channel of the second linear (fc2) of the block's MLP. Scores may
+    be None, since some lists are published without scores: such a list cannot be truncated to its best neurons. The
+    length of a list is the number of neurons in use.
 
     Example:
         >>> neurons = testreg.RegisterNeurons(((7, 1203, 4.1), (6, 88, 2.9)))
@@ -55,26 +61,28 @@ class RegisterNeurons:
         >>> figure = neurons.plot()
 
     Raises:
-        ValueError: empty list, duplicate neuron, negative index, score that is no finite number, not sorted by score.
+        ValueError: the list is empty, or not sorted by score; a neuron comes twice; an index is negative; a score is
+            not a finite number.
     """
 
     ranking: tuple[Neuron, ...]
+    """All neurons of the list, best first."""
     top_k: int | None = None
-    """How many of the ranking to use; None for all."""
+    """How many neurons of the ranking are used, the best ones; None for all."""
     num_registers: int = 1
-    """How many registers to use, each of which holds all of these neurons."""
+    """How many registers are used. Each register holds the activations of all neurons in use."""
     start: Start = "zeros"
     """What registers hold when they enter block 0: zeros, or the mean of their image's patches."""
     model: Mapping[str, Any] = field(default_factory=dict)
-    """The checkpoint: name, names (aliases), depth, mlp_width, activation, fingerprint. All optional."""
+    """The checkpoint. All entries are optional: name, names (aliases), depth, mlp_width, activation, fingerprint."""
     calibration: Calibration = field(default_factory=Calibration)
-    """How the list was made, and what was measured."""
+    """How the list was found, and what was measured."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """Where a list that testreg did not make comes from."""
+    """Where the list comes from, if testreg did not make it."""
     verified: bool = False
-    """Whether the list was made, or measured, with testreg on the checkpoint itself."""
+    """Whether testreg has measured on the checkpoint itself that the neurons in use remove the outliers."""
     source: str | None = field(default=None, compare=False)
-    """The file or the bundled list that it was read from."""
+    """The file or the bundled list from which the list was read."""
 
     def __post_init__(self) -> None:
         try:
@@ -96,7 +104,8 @@ class RegisterNeurons:
                     raise ValueError(
                         f"the score of block {shown(block)}, unit {shown(unit)} is {shown(score)}, not a finite number"
                     )
-                if score > last and not self.calibration.rounds:  # each round ranks anew
+                # A calibration in rounds ranks the neurons again in each round: its scores need not be sorted.
+                if score > last and not self.calibration.rounds:
                     raise ValueError(
                         f"the ranking is not sorted: block {shown(block)}, unit {shown(unit)} scores {score:g}, "
                         f"the one before it {last:g}"
@@ -119,22 +128,22 @@ class RegisterNeurons:
 
     @property
     def has_to_be_trusted(self) -> bool:
-        """Whether the list claims to have been found, in a file or by a calibration, and is not verified.
+        """Whether `patch` warns about this list: it comes from a file or a calibration, and is not verified.
 
-        Neurons that a user names one by one claim nothing.
+        There is no warning about neurons that a user names one by one.
         """
         return not self.verified and (self.source is not None or self.calibration.is_known)
 
     @classmethod
     def from_blocks(cls, blocks: Mapping[int, Sequence[int]]) -> RegisterNeurons:
-        """Make a list without scores from `{block: [units]}`; numpy and torch integers are accepted."""
+        """Make a list without scores from {block: [units]}; numpy and torch integers are accepted."""
         return cls(tuple((_as_index(block), _as_index(unit), None) for block in blocks for unit in blocks[block]))
 
     def truncate(self, top_k: int | None = None) -> RegisterNeurons:
-        """A list of the best `top_k` alone; None: of as many as this list recommends.
+        """Make a list of the best `top_k` neurons of this list; None takes the neurons in use.
 
         Raises:
-            ValueError: `top_k` is below 1, or fewer than an unscored list holds.
+            ValueError: `top_k` is below 1 or larger than the list; or the list has no scores, and `top_k` is smaller.
         """
         top_k = self.top_k if top_k is None else top_k
         if top_k is None or top_k == len(self.ranking):
@@ -148,7 +157,7 @@ class RegisterNeurons:
         return replace(self, ranking=self.ranking[:top_k], top_k=None)
 
     def by_block(self, top_k: int | None = None) -> dict[int, list[int]]:
-        """`{block: [units, best first]}` of the best `top_k` (None: as many as the list recommends)."""
+        """The best `top_k` neurons by block, {block: [units, best first]}; None takes the neurons in use."""
         blocks: dict[int, list[int]] = {}
         for block, unit, _ in self.truncate(top_k).ranking:
             blocks.setdefault(block, []).append(unit)
@@ -169,7 +178,7 @@ class RegisterNeurons:
         return html([f"Register neurons: {first}", *others], ("block", "neurons", "units, best first"), rows)
 
     def _summary(self) -> list[str]:
-        """The lines of a summary: how many neurons in which blocks, for which model, and whether they are verified."""
+        """Three lines: how many neurons there are in which blocks, for which model, and whether they are verified."""
         blocks = list(self.by_block())
         where = f"block{'s' * (len(blocks) > 1)} {', '.join(map(str, blocks[:MAX_NAMED]))}"
         more = f" and {len(blocks) - MAX_NAMED} more" if len(blocks) > MAX_NAMED else ""
@@ -185,9 +194,9 @@ class RegisterNeurons:
         return lines
 
     def plot(self) -> Figure:
-        """The scores by rank, and the neurons of each block: a matplotlib figure.
+        """Draw the scores by rank, and the number of neurons in each block, as a matplotlib figure.
 
-        Where no neuron has a score, the blocks alone are drawn.
+        If no neuron has a score, only the numbers are drawn.
         """
         from matplotlib import pyplot as plt
         from matplotlib.ticker import MaxNLocator
@@ -196,10 +205,10 @@ class RegisterNeurons:
         figure, axes = plt.subplots(
             1, 2 if scores else 1, figsize=(9 if scores else 4.5, 3.2), layout="constrained", squeeze=False
         )
-        used = {block: len(units) for block, units in self.by_block().items()}
-        axes[0, -1].bar(used.keys(), used.values())
+        counts = {block: len(units) for block, units in self.by_block().items()}
+        axes[0, -1].bar(counts.keys(), counts.values())
         axes[0, -1].set(
-            xlabel="block", ylabel="register neurons", xlim=(-0.5, self.model.get("depth", max(used) + 1) - 0.5)
+            xlabel="block", ylabel="register neurons", xlim=(-0.5, self.model.get("depth", max(counts) + 1) - 0.5)
         )
         for axis in (axes[0, -1].xaxis, axes[0, -1].yaxis):
             axis.set_major_locator(MaxNLocator(integer=True))
@@ -212,7 +221,7 @@ class RegisterNeurons:
         return figure
 
     def check_fits(self, depth: int, mlp_width: int) -> None:
-        """Raise ValueError unless the list belongs to a tower of `depth` blocks with `mlp_width` neurons each."""
+        """Raise ValueError unless the list fits a tower of `depth` blocks with `mlp_width` MLP neurons each."""
         name = plain(self.model.get("name", "the register neurons"))
         if (expected := self.model.get("depth", depth)) != depth:
             raise ValueError(f"{name}: made for {expected} blocks, but this model has {depth}")
@@ -229,7 +238,7 @@ class RegisterNeurons:
                 )
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object with all of the list."""
+        """The whole list as a JSON object."""
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -245,10 +254,10 @@ class RegisterNeurons:
 
     @classmethod
     def from_json(cls, data: object, *, source: str = "the neuron JSON") -> RegisterNeurons:
-        """Make a list from the parsed JSON; `source` names it in errors.
+        """Make a list from a parsed neuron JSON, which is called `source` in errors.
 
         Raises:
-            ValueError: not this format, or a field that does not fit.
+            ValueError: the JSON has another format, or an entry is not valid.
         """
         data = checked(data, source)
         try:
@@ -266,7 +275,7 @@ class RegisterNeurons:
             raise ValueError(f"{source}: {error}") from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the JSON; an existing file is replaced whole or not at all."""
+        """Write the neuron JSON. An existing file is replaced only once the new one is complete."""
         with replacing(path) as temporary:
             temporary.write_text(self._text(), encoding="utf-8")
 
@@ -275,13 +284,15 @@ class RegisterNeurons:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RegisterNeurons:
-        """Read a neuron JSON, a bundled list by its name (`testreg.bundled`), or a list of the Hub: "hf:ORG/NAME".
+        """Read a list from a neuron JSON, from the Hugging Face Hub ("hf:ORG/NAME"), or by its name if it is bundled.
 
-        What has neither a folder nor the suffix .json, and is no file, is taken for the name of a bundled list.
+        `path` is the name of a bundled list (`testreg.bundled`) if there is no such file, and it has neither a folder
+        nor the suffix .json.
 
         Raises:
-            OSError: no such file, or not a regular one; no such repository, or it cannot be reached.
-            ValueError: not JSON (a truncated file), or not a valid list; no bundled list of that name.
+            OSError: there is no such file, or it is not a regular file; there is no such repository, or it cannot be
+                reached.
+            ValueError: the file is not JSON or not a valid list; there is no bundled list with this name.
         """
         from testreg.hub.repository import SCHEME, is_repository
 
@@ -299,19 +310,22 @@ class RegisterNeurons:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], source: str) -> RegisterNeurons:
-        """Read the list in a file; `source` names it in errors, and becomes the list's `source`. Raises as `load`."""
+        """Read the list in a file. `source` is what the file is called in errors, and becomes the list's `source`.
+
+        Raises the errors of `load`.
+        """
         return replace(cls.from_json(read_json(path, source), source=source), source=source)
 
     @classmethod
     def from_pretrained(cls, name: str, *, revision: str | None = None) -> RegisterNeurons:
-        """Read the list in neurons.json of a repository on the Hugging Face Hub, with the checks of `load`.
+        """Read the list in the file neurons.json of a repository of the Hugging Face Hub, with the checks of `load`.
 
         Args:
             name: ORGANISATION/NAME. Private repositories need a login: `hf auth login`, or HF_TOKEN.
-            revision: a branch, a tag or a commit.
+            revision: a branch, a tag or a commit; None takes the main branch.
 
         Raises:
-            OSError: no such repository or file, or it cannot be reached and is not in the cache.
+            OSError: there is no such repository or file; or it cannot be reached, and is not in the cache.
             ValueError: `name` is not ORGANISATION/NAME, or the list is not valid.
         """
         from testreg.hub.repository import SCHEME, fetch_file
@@ -319,19 +333,21 @@ class RegisterNeurons:
         return cls.from_file(fetch_file(name, FILE, revision), f"{SCHEME}{name}")
 
     def push_to_hub(self, name: str, *, private: bool | None = None, commit_message: str | None = None) -> str:
-        """Put the list into a repository on the Hugging Face Hub, as neurons.json, with a model card.
+        """Upload the list to a repository of the Hugging Face Hub, as neurons.json, with a model card.
 
-        The card says which neurons these are, how to use them and what was measured. A card of your own stays.
+        The card says which neurons these are, how to use them and what was measured. A card that you wrote yourself is
+        not replaced.
 
         Args:
-            name: ORGANISATION/NAME; the repository is created if there is none.
-            private: whether a repository that is created is private; None: as your organisation has set.
+            name: ORGANISATION/NAME; the repository is created if it does not exist.
+            private: whether a repository that is created is private; None takes the setting of your organisation.
+            commit_message: the message of the commit; None names the model.
 
         Returns:
             The address of the commit.
 
         Raises:
-            OSError: nobody is logged in, or the Hub refuses, or it cannot be reached.
+            OSError: nobody is logged in, the Hub refuses the upload, or it cannot be reached.
             ValueError: `name` is not ORGANISATION/NAME.
         """
         from testreg.hub.repository import push
@@ -340,10 +356,10 @@ class RegisterNeurons:
         return push(name, {FILE: self._text().encode()}, self.model_card(name), message=message, private=private)
 
     def model_card(self, repository: str, *, is_checkpoint: bool = False) -> str:
-        """The card of a repository with this list, in Markdown.
+        """The model card of a repository with this list, in Markdown.
 
         Args:
-            is_checkpoint: whether a patched checkpoint is in the repository, and not the list alone.
+            is_checkpoint: whether the repository has a patched checkpoint too, and not only the list.
         """
         from testreg.hub.card import model_card
 
@@ -359,12 +375,12 @@ class RegisterNeurons:
 
 
 def unscored(neurons: Iterable[Neuron]) -> RegisterNeurons:
-    """A list of these neurons without their scores, so that they may be in any order."""
+    """Make a list of some neurons without their scores, so that they may be in any order."""
     return RegisterNeurons(tuple((block, unit, None) for block, unit, _ in neurons))
 
 
 def _as_index(value: Any) -> Any:
-    """`value` as an int if it is a whole number; anything else is returned as it is, and is refused by the check."""
+    """Turn a whole number of any type into an int. Anything else is returned as it is; `RegisterNeurons` refuses it."""
     try:
         return value if isinstance(value, bool) else operator.index(value)
     except TypeError:

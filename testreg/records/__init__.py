@@ -1,1 +1,1 @@
-"""What is known of a calibration, as frozen dataclasses that are read from JSON and written to it."""
+"""Records of a calibration: frozen dataclasses that are read from JSON and written to JSON."""

@@ -1,6 +1,12 @@
-"""The records of a calibration: how a list of register neurons was found, as the neuron JSON has it.
+"""The records of a calibration: how a list of register neurons was found, and what was measured.
 
-Most entries may be missing, since lists that others published say less, and have entries of their own.
+The neuron JSON of the list contains them.
+
+*Outliers* are patches with huge norms; the *onset block* is the block after which they first have most of their norm.
+*Register neurons* are MLP neurons that cause outliers. A neuron is *moved* when its activation is taken from the
+patches and placed on extra tokens, the registers. The *plain* model is the model without registers.
+
+Most entries may be missing: lists that others published say less, or have other entries.
 """
 
 from __future__ import annotations
@@ -27,68 +33,73 @@ from testreg.records.record import (
 
 @dataclass(frozen=True)
 class Effect(Record):
-    """What moving some neurons does, on held-out images.
+    """What moving some neurons does, measured on held-out images.
 
-    The *former outliers* are the patches that are outliers of the plain model, after any block from the onset on.
+    *Former outliers* are the patches that are outliers of the plain model after the onset block or a later block.
     """
 
     neurons: Index
+    """How many neurons were moved."""
     remaining: Number
-    """Outliers left after `worst_block`, as a fraction of those before. A patch counts as one if its norm exceeds the
-    limit of the image in the plain model and that in the patched model."""
+    """The number of outliers of the patched model after `worst_block`, as a fraction of those of the plain model. A
+    patch of the patched model is an outlier if its norm exceeds the limit in both models."""
     worst_block: Index
-    """The block, from the onset on, after which the largest fraction of the outliers is left."""
+    """The block, from the onset block on, after which this fraction is largest."""
     excess: Number
-    """Excess norm that the plain model's outliers keep, as a fraction of what they had, after the block from the onset
-    on where this is largest. The excess of a patch is how far its norm is above the normal one of its image (median + 5
-    robust sigma), divided by the latter. Unlike a count, it shows whether neurons are missing that matter."""
+    """The excess norm of the plain model's outliers in the patched model, as a fraction of their excess norm in the
+    plain model, after the block from the onset block on where this fraction is largest. The excess norm of a patch is
+    how far its norm is above the largest normal norm of its image (median + 5 robust sigma), divided by this norm. It
+    shows whether important neurons are missing even when outliers are just below the limit, and no longer counted."""
     change_pooled: Number
-    """1 - cosine between the last block's CLS tokens without and with registers, or between the means of the normal
-    patches where there is no CLS. The mean over all images is subtracted first, since it would hide any change."""
+    """How much the pooled features change: 1 - cosine between the CLS tokens after the last block of the plain and the
+    patched model, averaged over the images. Without CLS, the mean of normal patches takes its place. The mean over all
+    images is subtracted first, since it would hide any change."""
     change_patches: Number
-    """The same between the normal patches without and with registers."""
+    """How much the features of normal patches change: 1 - cosine, as in `change_pooled`."""
     agreement: Number | None = None
-    """Fraction of the images that the user's head gives the same class as before; None without a head."""
+    """The fraction of the images to which the user's head gives the same class as in the plain model; None without a
+    head."""
     num_registers: Index = 1
-    """How many registers the neurons were moved to; each holds all of them."""
+    """How many registers the neurons were moved to. Each register holds the activations of all neurons."""
     sink: Number | None = None
-    """Attention that a former outlier draws from all tokens, over what another patch draws, in the block behind the
-    onset where this is largest. 1 means that it draws as much as any patch. Norms can be normal while attention still
-    sinks into these patches. None where attention cannot be observed."""
+    """The attention that a former outlier draws from all tokens, over what another patch draws, in the block behind the
+    onset block where this is largest. It is 1 if former outliers draw as much as other patches. It can be high even
+    when norms are normal. None if attention cannot be observed."""
     hottest: Number | None = None
-    """Share of CLS' attention to patches that goes to the hottest patch, in the last block; mean over the images. Where
-    there is no CLS, the mean over all patches takes its place."""
+    """The share of CLS' attention to patches that goes to the hottest patch, the one that gets most, in the last block;
+    averaged over the images. Without CLS, the mean attention of all patches takes its place."""
     hotter: Number | None = None
-    """Share of the images whose hottest patch is hotter than without registers."""
+    """The share of the images whose hottest patch gets more attention than in the plain model."""
     unlike: Number | None = None
-    """How unlike their four neighbours the former outliers are (1 - cosine), as a share of the same in the plain model;
-    mean over the blocks from the onset on."""
+    """How little former outliers resemble their four neighbours (1 - cosine), as a fraction of the same in the plain
+    model; averaged over the blocks from the onset block on."""
     start: ListedStart = "zeros"
-    """What the registers held when they entered block 0."""
+    """What the registers held when they entered block 0: zeros, or the mean of their image's patches."""
 
     @property
     def change(self) -> float:
-        """The larger of the two changes."""
+        """The larger of `change_pooled` and `change_patches`."""
         return max(self.change_pooled, self.change_patches)
 
 
 @dataclass(frozen=True)
 class Round(Record):
-    """What was added to the set of neurons in one round, and what was measured to decide it."""
+    """A round of the search for register neurons: which neurons it added, and what was measured to decide it."""
 
     round: Index
     """The number of the round, from 1."""
     added: tuple[ListedNeuron, ...]
+    """The neurons that the round added."""
     curve: tuple[Effect, ...]
-    """Effects of the best 1, 2, 4, ... neurons of the round's ranking, and of numbers between these, together with the
-    neurons of earlier rounds."""
+    """The effects of moving the best 1, 2, 4, ... neurons of the round's ranking, or numbers between these. The neurons
+    of earlier rounds are always moved as well."""
     effect: Annotated[Effect, INLINE]
-    """The effect of all neurons that were moved by the end of the round."""
+    """The effect of moving the neurons that this round and all earlier rounds added."""
 
 
 @dataclass(frozen=True)
 class PlainAttention(Record):
-    """The attention figures of an `Effect`, but of the plain model."""
+    """The attention figures of the plain model, see `Effect.sink` and `Effect.hottest`."""
 
     sink: Number | None = None
     hottest: Number | None = None
@@ -96,44 +107,46 @@ class PlainAttention(Record):
 
 @dataclass(frozen=True)
 class Verification(Record):
-    """What the chosen neurons do at one image size, on images that had no part in the ranking."""
+    """What moving the chosen neurons does at one image size, on images that had no part in the ranking."""
 
     image_size: Size
     """Height and width in pixels."""
     dtype: Text
     """The dtype in which the model computed, e.g. "bfloat16"."""
     grid: GridSize
-    """How many patches there are in rows and columns; of clips, in time, rows and columns."""
+    """How many rows and columns of patches an image has; for clips, how many times, rows and columns."""
     images: Index
+    """How many images were measured."""
     outlier_fraction: Number
-    """Share of the plain model's patches that are outliers after the detection block."""
+    """The fraction of the plain model's patches that are outliers after `Calibration.detection_block`."""
     effect: Annotated[Effect, INLINE]
     before: PlainAttention | None = None
-    """The attention figures of the plain model; None in older lists, which say nothing of attention."""
+    """The attention figures of the plain model; None in older lists, which have none."""
 
 
 @dataclass(frozen=True)
 class Stability(Record):
-    """How far the rankings by two halves of the images agree, see `testreg.measure.ranking.overlap`."""
+    """How far the rankings by two halves of the images agree, as `testreg.measure.ranking.overlap` measures it."""
 
     overlap: Number
-    """Share of the best neurons that both rankings have in common."""
+    """The share of the best neurons that is among the best by either half of the images."""
     neurons: Index
-    """How many best neurons were compared."""
+    """How many of the best neurons were compared."""
 
 
 @dataclass(frozen=True)
 class FixedPositions(Record):
-    """Positions that do not count as outliers: they are outliers whatever the image shows, and no neuron makes them."""
+    """Positions at which patches do not count as outliers: they have high norms whatever the image shows."""
 
     grid: GridSize
+    """The grid of patches, see `Verification.grid`."""
     positions: tuple[Position, ...]
-    """Row and column of each; of clips, time, row and column."""
+    """The row and column of each position; in clips, its time, row and column."""
 
 
 @dataclass(frozen=True)
 class Calibration(Record):
-    """How a list of register neurons was found, and what was measured; unknown entries are None or empty.
+    """How a list of register neurons was found, and what was measured. Entries that are not known are None or empty.
 
     Example:
         >>> calibration = testreg.RegisterNeurons.load("demo").calibration
@@ -146,54 +159,61 @@ class Calibration(Record):
     image_size: Size | None = None
     """Height and width in pixels, of the first image size that shows outliers."""
     rule: Text | None = None
-    """The outlier rule, in words."""
+    """The rule that decided which patches are outliers, in words."""
     score: Text | None = None
-    """The score that the neurons were ranked by."""
+    """The name of the score by which neurons were ranked."""
     sparsity_filter: Flag | None = None
+    """The option of this name, see `testreg.calibrate`."""
     seed: Integer | None = None
+    """The option of this name."""
     dtype: Text | None = None
+    """The dtype in which the model computed, e.g. "bfloat16"."""
     images: Index | None = None
-    """How many images the neurons were ranked by."""
+    """How many images ranked the neurons."""
     held_out: Index | None = None
-    """How many images were held out, for the choice and for the verification."""
+    """How many images were held out, to choose and to verify the neurons."""
     unreadable_images: Index | None = None
     verdict: Text | None = None
-    """The verdict of the diagnosis."""
+    """The verdict of the diagnosis: what the outliers are, and whether moving neurons removes them."""
     ignored: tuple[FixedPositions, ...] = ()
+    """Positions at which patches did not count as outliers, for each grid of patches."""
     detection_block: Index | None = None
     """The block after which outliers were detected."""
     onset_block: Index | None = None
-    """The first block after which the outliers are there."""
+    """The onset block."""
     max_block: Index | None = None
     """The last block whose neurons were ranked."""
     outlier_fraction: Number | None = None
-    """Share of the patches that are outliers."""
+    """The fraction of the patches that are outliers after `detection_block`, in the images that ranked the neurons."""
     images_with_outliers: Index | None = None
+    """How many of the images that ranked the neurons have outliers."""
     stability: Stability | None = None
     out_of_time: tuple[Text, ...] = ()
-    """The steps that the budget cut short, see `testreg.calibration.budget.Cut`."""
+    """The steps that the budget cut short, see `testreg.calibration.budget.Step`."""
     curve: tuple[Effect, ...] = ()
     """The effects that were measured while neurons were added, in all rounds, sorted by the number of neurons."""
     chosen: Effect | None = None
     """The effect of the chosen neurons, with the chosen number of registers."""
     registers: tuple[Effect, ...] = ()
-    """Effects of the chosen neurons with 1, 2, ... registers that start as zeros, as far as they were measured; then
-    that with the chosen number of registers, which start as the mean of their image's patches."""
+    """The effects of moving the chosen neurons to 1, 2, ... registers that start as zeros, as far as they were
+    measured; and, last, to the chosen number of registers that start as the mean of their image's patches."""
     rounds: tuple[Round, ...] = ()
     target: Number | None = None
-    """Outliers that may be left, as a fraction of those before."""
+    """How many outliers may be left, as a fraction of those of the plain model."""
     target_met: Flag | None = None
+    """Whether no more outliers are left, on the images that verify the neurons, at each image size."""
     verified_on_others: Flag | None = None
-    """Whether it was verified on images that had no part in the choice."""
+    """Whether the neurons were verified on images that had no part in choosing them."""
     max_change: Number | None = None
-    """How much features may change; None: without a limit."""
+    """How much features may change (`Effect.change`); None if there is no limit."""
     dropped: tuple[ListedNeuron, ...] = ()
-    """Neurons that were added in a round, and then found to have no effect."""
+    """Neurons that a round added, and that were later found to have no effect."""
     verified_at: tuple[Verification, ...] = ()
-    """What was measured with the chosen neurons, at each image size."""
+    """What verified the chosen neurons, at each image size."""
     made_at: Text | None = None
+    """The time at which the list was made, in UTC and ISO format."""
     versions: Object = field(default_factory=dict[str, Any])
-    """Of Python and of the packages that were used."""
+    """The versions of Python and of the packages that were used, by name."""
     is_sparse: ClassVar[bool] = True
 
     @property

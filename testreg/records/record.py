@@ -1,7 +1,8 @@
-"""Records: frozen dataclasses that are read from parsed JSON, which is checked then, and are written back unchanged.
+"""Records: frozen dataclasses that are read from parsed JSON and written to JSON.
 
-The type of a field says what its entry in the JSON must be: one of the kinds below, another record, or a tuple of
-either. An entry whose field has a default may be missing. Entries without a field are kept in `others`.
+A record has a field for each entry of a JSON object. The type of the field says what the value of the entry must be: a
+`Kind` (such as `Text` or `Number`), another record, or a tuple of either. An entry may be missing if its field has a
+default. Entries for which there is no field are kept, so that a record is written back as it was read.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 from testreg.files import shown
 
 INLINE = "inline"
-"""Marks a field whose record is no object of its own: its entries are among those of the outer record.
-`Annotated[Effect, INLINE]`."""
+"""Marks a field that holds a record whose entries are not in an object of their own, but among the entries of the outer
+record: `Annotated[Effect, INLINE]`."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class Kind:
 
     Args:
         words: the kind in words, for errors.
-        is_valid: tells whether a value is of this kind.
-        plural_words: the words for several of these, in a list; None: `words`.
-        read: turns a value, and the name of its entry, into what the record holds.
+        is_valid: whether a value is of this kind.
+        plural_words: words for several values of this kind, for errors; None takes `words`.
+        read: turns a valid value into what the field holds; its second argument is the name of the entry, for errors.
     """
 
     words: str
@@ -37,13 +38,16 @@ class Kind:
     read: Callable[[Any, str], Any] = lambda value, name: value
 
     def checked(self, value: object, key: str, owner: str) -> Any:
-        """Check a value, and turn it into what the record holds; raises ValueError if it is of another kind."""
+        """Check a value of the entry `key`, and turn it into what the field holds.
+
+        Raises ValueError, which names `owner`, if the value is not of this kind.
+        """
         if not self.is_valid(value):
             raise ValueError(f'"{key}" of {owner} must be {self.words}, got {shown(value)}')
         return self.read(value, f'{owner}\'s "{key}"')
 
     def listed(self) -> Kind:
-        """The kind of a list of these."""
+        """The kind of a list of values of this kind."""
         return Kind(
             f"a list of {self.plural_words or self.words}",
             lambda value: isinstance(value, list | tuple) and all(map(self.is_valid, value)),
@@ -52,30 +56,34 @@ class Kind:
 
 
 def is_index(value: object) -> bool:
+    """Whether a value is a whole number of at least 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def is_finite(value: object) -> bool:
+    """Whether a value is a finite number."""
     try:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # a whole number beyond all floats
+    except OverflowError:  # a whole number that is larger than any float
         return False
 
 
 def _are_indices(value: object, least: int, lengths: tuple[int, ...]) -> bool:
+    """Whether a value is a list of whole numbers of at least `least`, with one of the `lengths`."""
     if not isinstance(value, list | tuple):
         return False
     return len(value) in lengths and all(is_index(each) and each >= least for each in value)
 
 
 def _is_neuron(value: object) -> bool:
+    """Whether a value is a list of a block, a unit, and a score or None."""
     if not isinstance(value, list | tuple) or len(value) != 3:
         return False
     block, unit, score = value
     return is_index(block) and is_index(unit) and (score is None or is_finite(score))
 
 
-def _pair(value: Any, name: str) -> tuple[Any, ...]:
+def _as_tuple(value: Any, name: str) -> tuple[Any, ...]:
     return tuple(value)
 
 
@@ -89,14 +97,14 @@ Flag = Annotated[bool, Kind("true or false", lambda value: isinstance(value, boo
 Object = Annotated[Mapping[str, Any], Kind("an object", lambda value: isinstance(value, Mapping), "objects")]
 Size = Annotated[
     tuple[int, int],
-    Kind("two whole numbers above 0", functools.partial(_are_indices, least=1, lengths=(2,)), read=_pair),
+    Kind("two whole numbers above 0", functools.partial(_are_indices, least=1, lengths=(2,)), read=_as_tuple),
 ]
 GridSize = Annotated[
     tuple[int, ...],
     Kind(
         "two whole numbers above 0, or three of clips",
         functools.partial(_are_indices, least=1, lengths=(2, 3)),
-        read=_pair,
+        read=_as_tuple,
     ),
 ]
 Position = Annotated[
@@ -105,7 +113,7 @@ Position = Annotated[
         "two whole numbers, or three of clips",
         functools.partial(_are_indices, least=0, lengths=(2, 3)),
         "[row, column], or [time, row, column] of clips",
-        _pair,
+        _as_tuple,
     ),
 ]
 Start = Literal["zeros", "mean"]
@@ -113,20 +121,20 @@ Start = Literal["zeros", "mean"]
 ListedStart = Annotated[Start, Kind("'zeros' or 'mean'", lambda value: value in get_args(Start))]
 ListedNeuron = Annotated[
     tuple[int, int, float | None],
-    Kind("[block, unit, score or null]", _is_neuron, read=_pair),
+    Kind("[block, unit, score or null]", _is_neuron, read=_as_tuple),
 ]
 
 
 @dataclass(frozen=True)
 class Record:
-    """An object of JSON; a subclass has a field for each entry that testreg reads."""
+    """A JSON object. A subclass has a field for each entry that testreg reads."""
 
     others: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
-    """Entries that testreg does not read."""
+    """The entries for which there is no field."""
     order: tuple[str, ...] = field(default=(), kw_only=True, repr=False, compare=False)
-    """The keys of the object that the record was read from. All are written again, in this order."""
+    """The keys of the object that the record was read from. They are all written again, in this order."""
     is_sparse: ClassVar[bool] = False
-    """Whether entries that have their default are left out of the JSON, unless they were in the one that was read."""
+    """Whether an entry is left out of the JSON if it has its default, and was not in the object that was read."""
 
     @classmethod
     def from_json(cls, data: Any, name: str = "the record") -> Self:
@@ -144,8 +152,8 @@ class Record:
         missing: list[str] = []
         for entry in _entries(cls):
             if entry.inline is not None:
-                mine = {key: data[key] for key in data if key in _keys(entry.inline)}
-                values[entry.name] = entry.inline.from_json(mine, name)
+                of_inline = {key: data[key] for key in data if key in _keys(entry.inline)}
+                values[entry.name] = entry.inline.from_json(of_inline, name)
             elif entry.name in data:
                 value = data[entry.name]
                 is_null = value is None and entry.is_optional
@@ -158,7 +166,7 @@ class Record:
         return cls(**values, others=others, order=tuple(data))
 
     def to_json(self) -> dict[str, Any]:
-        """The record as an object of JSON."""
+        """The record as a JSON object."""
         values: dict[str, Any] = {}
         for entry in _entries(type(self)):
             value = getattr(self, entry.name)
@@ -171,6 +179,7 @@ class Record:
 
 
 def _json_of(value: object) -> object:
+    """The value of a field as JSON."""
     if isinstance(value, Record):
         return value.to_json()
     return [_json_of(each) for each in value] if isinstance(value, tuple) else value
@@ -178,14 +187,16 @@ def _json_of(value: object) -> object:
 
 @dataclass(frozen=True)
 class _Entry:
-    """What the type and the default of a record's field say of its entry."""
+    """How an entry is read and written, by the type and the default of its field."""
 
     name: str
     kind: Kind
     inline: type[Record] | None
+    """The class of the record, if the field is marked with `INLINE`."""
     is_optional: bool
-    """Whether it may be null."""
+    """Whether the value may be null."""
     is_required: bool
+    """Whether the entry must not be missing, since its field has no default."""
     default: Any
 
 
@@ -193,7 +204,7 @@ _ENTRIES: dict[type[Record], list[_Entry]] = {}
 
 
 def _entries(record: type[Record]) -> list[_Entry]:
-    """The entries of a class of records, which are computed once."""
+    """The entries of a class of records. They are computed once for each class."""
     if record not in _ENTRIES:
         hints = get_type_hints(record, include_extras=True)
         fields = (each for each in dataclasses.fields(record) if each.name not in ("others", "order"))
@@ -202,6 +213,7 @@ def _entries(record: type[Record]) -> list[_Entry]:
 
 
 def _entry(field: dataclasses.Field[Any], hint: Any) -> _Entry:
+    """The entry of a field, which has the type `hint`."""
     is_optional = type(None) in get_args(hint)
     if is_optional:
         (hint,) = (part for part in get_args(hint) if part is not type(None))
@@ -217,7 +229,7 @@ def _entry(field: dataclasses.Field[Any], hint: Any) -> _Entry:
 
 
 def _keys(record: type[Record]) -> set[str]:
-    """The keys of the JSON that a class of records reads, those of inline records included."""
+    """The keys that a class of records reads, with the keys of its inline records."""
     keys: set[str] = set()
     for entry in _entries(record):
         keys |= {entry.name} if entry.inline is None else _keys(entry.inline)
@@ -225,7 +237,7 @@ def _keys(record: type[Record]) -> set[str]:
 
 
 def _kind(hint: Any) -> Kind:
-    """The kind of an entry, from the type of its field."""
+    """The kind of an entry's value, from the type of its field."""
     if get_origin(hint) is tuple:
         return _kind(get_args(hint)[0]).listed()
     for each in get_args(hint):

@@ -87,23 +87,23 @@ def test_blocks_run_once_for_sets_that_have_the_same_neurons_in_front_of_them():
 def test_only_so_much_is_kept():
     meter, neurons = meter_of("timm_clip")  # of blocks 1 and 2
     measured(meter, neurons)
-    one = next(iter(meter.block_cache.kept[0].values())).output.nbytes
+    one = next(iter(meter.block_cache.cached[0].values())).output.nbytes
     meter.block_cache = BlockCache(meter.tower, 2 * one)
     runs = counting_blocks(meter.tower)
     for last in (7, 8):
         measured(meter, [*neurons, (3, last, None)])
     assert runs == [2, 2, 4, 4]
-    kept = meter.block_cache.kept
-    assert [[block for block, _, _ in of_batch] for of_batch in kept.values()] == [[2, 1], [2, 1]]  # not of block 3
+    cached = meter.block_cache.cached
+    assert [[block for block, _, _ in of_batch] for of_batch in cached.values()] == [[2, 1], [2, 1]]  # not of block 3
 
 
 def test_nothing_is_kept_where_sets_are_not_compared():
     meter, neurons = meter_of("timm_clip")
     with meter.comparing():
         measured(meter, neurons)
-        assert [len(of_batch) for of_batch in meter.block_cache.kept.values()] == [3, 3]
+        assert [len(of_batch) for of_batch in meter.block_cache.cached.values()] == [3, 3]
     measured(meter, neurons)
-    assert not any(meter.block_cache.kept.values())
+    assert not any(meter.block_cache.cached.values())
 
 
 def test_a_failure_leaves_nothing_behind():

@@ -34,19 +34,19 @@ def clock(monkeypatch):
 @pytest.mark.filterwarnings("ignore:a budget of")
 def test_an_image_costs_four_forwards(seconds, images, clock):
     spent = Budget(seconds)
-    assert spent.images(144, clock.forward) == images
-    assert spent.cut == ([] if images is None else ["images"])
+    assert spent.affordable_images(144, clock.forward) == images
+    assert spent.cut_steps == ([] if images is None else ["images"])
 
 
 def test_a_budget_that_is_too_small_says_so(clock):
     with pytest.warns(UserWarning, match="of 10 seconds does not pay for 8 images, .* these take 16 or so"):
-        Budget(10.0).images(144, clock.forward)
+        Budget(10.0).affordable_images(144, clock.forward)
 
 
 def test_there_are_no_more_than_there_were(clock):
     spent = Budget(1e-9)
-    assert spent.images(6, clock.forward) is None
-    assert not spent.cut
+    assert spent.affordable_images(6, clock.forward) is None
+    assert not spent.cut_steps
 
 
 def test_what_is_cut_short_is_remembered_once(clock):
@@ -56,14 +56,14 @@ def test_what_is_cut_short_is_remembered_once(clock):
     assert spent.is_spent("ranking")
     assert spent.is_spent("choosing")
     assert spent.is_spent("choosing")
-    assert spent.cut == ["ranking", "choosing"]
+    assert spent.cut_steps == ["ranking", "choosing"]
     clock.now = 1e9
     assert not Budget(None).is_spent("ranking")
 
 
 def test_time_is_kept_for_what_has_to_come(clock):
     spent = Budget(100.0)
-    spent.images(144, clock.forward)  # of half a second each
+    spent.affordable_images(144, clock.forward)  # of half a second each
     clock.now = 60.0
     assert not spent.is_spent("choosing", forwards_to_come=79)
     assert spent.is_spent("choosing", forwards_to_come=81)

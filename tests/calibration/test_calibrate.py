@@ -30,7 +30,7 @@ from testreg.cli.calibrate import summary as described
 from testreg.families import find_tower
 from testreg.measure.diagnosis import Outliers
 from testreg.measure.outliers import Detection, OutlierRule, token_norms
-from testreg.measure.ranking import best, statistics_of
+from testreg.measure.ranking import best_neurons, statistics_of
 from testreg.patching.state import patch_of
 from testreg.records.calibration import FixedPositions
 
@@ -409,9 +409,9 @@ def test_a_budget_cuts_short_what_it_does_not_pay_for(planted, photos, monkeypat
     assert at_once.calibration.out_of_time == ("images", "choosing")
     assert not at_once.verified
     assert "the --budget was too small for: all images but 8; further sets of neurons" in described(at_once)
-    monkeypatch.setattr(Budget, "images", lambda *_: None)
+    monkeypatch.setattr(Budget, "affordable_images", lambda *_: None)
     assert calibrate(model, many, budget=1e-9, progress=False).calibration.out_of_time == ("ranking", "choosing")
-    monkeypatch.setattr(Budget, "images", lambda *_: 40)
+    monkeypatch.setattr(Budget, "affordable_images", lambda *_: 40)
     some = calibrate(model, many, budget=1e9, stability=None, progress=False)
     assert (some.calibration.images, some.calibration.held_out) == (20, 20)
     monkeypatch.undo()
@@ -485,7 +485,7 @@ def test_a_list_under_which_maps_get_hotter_is_not_verified(planted, photos, mon
     many = photos.repeat(2, 1, 1, 1)
     assert calibrate(model, many, progress=False).verified
     effect = EffectMeter.effect
-    hotter = lambda self, *given: replace(effect(self, *given), hottest=2 * self.untouched.hottest)
+    hotter = lambda self, *given: replace(effect(self, *given), hottest=2 * self.effect_of_nothing.hottest)
     monkeypatch.setattr(EffectMeter, "effect", hotter)
     found = calibrate(model, many, progress=False)
     assert found.calibration.target_met
@@ -699,7 +699,7 @@ def test_neurons_of_quantized_weights_are_scored(planted, photos):
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
     tower = find_tower(model)
     sums = statistics_of(tower, photos, range(len(photos)), Detection(OutlierRule(), 2), score="contribution").total()
-    ranking = best(sums.scores(tower), 2, 4)
+    ranking = best_neurons(sums.scores(tower), 2, 4)
     assert as_set(planted_neurons.neurons) >= {neuron[:2] for neuron in ranking if neuron[0] == 2}
     assert ranking[0][:2] in as_set(planted_neurons.neurons)
 
@@ -800,6 +800,6 @@ def test_mechanisms_that_are_spread_over_blocks_are_found(mechanism, photos, tmp
 def test_a_neuron_of_a_later_round_is_listed_once():
     """It has another score in the ranking of the first round, where it may be far behind."""
     first_ranking = ((2, 0, 0.9), (2, 1, 0.5), (3, 7, 0.01), (1, 4, 0.005))
-    selection = Selection(((2, 0, 0.9), (3, 7, 0.6)), None, (), dropped=((1, 4, 0.3),), registers=())
+    selection = Selection(((2, 0, 0.9), (3, 7, 0.6)), None, (), dropped=((1, 4, 0.3),), effects_by_num_registers=())
     choice = Choice(selection.neurons, first_ranking, 3, selection)
-    assert choice.neurons + choice.others == ((2, 0, 0.9), (3, 7, 0.6), (2, 1, 0.5))
+    assert choice.neurons + choice.not_chosen == ((2, 0, 0.9), (3, 7, 0.6), (2, 1, 0.5))

@@ -179,9 +179,9 @@ def test_attention_and_likeness_by_hand(name, num_registers):
         return drawn[former].mean() / drawn[~former].mean(), hottest, torch.stack(unlike)
 
     before, after = by_hand([], 0), by_hand(neurons, num_registers)
-    figures = [meter.untouched.sink, meter.untouched.hottest]
+    figures = [meter.effect_of_nothing.sink, meter.effect_of_nothing.hottest]
     assert figures == pytest.approx([float(before[0]), float(before[1].mean())], rel=1e-4)
-    assert (meter.untouched.hotter, meter.untouched.unlike) == (0, 1)
+    assert (meter.effect_of_nothing.hotter, meter.effect_of_nothing.unlike) == (0, 1)
     assert [effect.sink, effect.hottest] == pytest.approx([float(after[0]), float(after[1].mean())], rel=1e-4)
     assert effect.hotter == pytest.approx(float((after[1] > 1.01 * before[1]).float().mean()))
     assert effect.unlike == pytest.approx(float((after[2] / before[2]).mean()), rel=1e-3)
@@ -322,6 +322,6 @@ def test_figures_under_autocast_are_those_of_its_norms(dtype):
         meter = EffectMeter(model, tower, packed(images), Detection(RULE, 2), 2, batch_size=10)
         effect = meter.effect(neurons)
     assert meter.outlier_fraction == pytest.approx(plain.outlier_fraction, abs=0.01)
-    assert meter.before["excess"][2].item() == pytest.approx(plain.before["excess"][2].item(), rel=0.1)
+    assert meter.plain_sums["excess"][2].item() == pytest.approx(plain.plain_sums["excess"][2].item(), rel=0.1)
     assert effect.remaining == 0
     assert effect.excess < 0.01

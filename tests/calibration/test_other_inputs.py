@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import testreg
 from testreg.families import find_tower
 from testreg.measure.hooks import recording_inputs, recording_outputs
-from testreg.measure.observation import from_afar, neighbour_cosine
+from testreg.measure.observation import far_queries, neighbour_cosine
 from testreg.measure.sampling import SampledAttention
 
 FRAMES, IMAGES = 4, 40
@@ -158,7 +158,7 @@ def test_neighbours_in_space_and_time() -> None:
     expected[0] = 0
     expected[[1, 2, 4]] = 2 / 3
     torch.testing.assert_close(found, expected)
-    far = from_afar(torch.tensor([0, 1, 13]), (3, 2, 2), 1)  # no patch, the first, and one behind the last
+    far = far_queries(torch.tensor([0, 1, 13]), (3, 2, 2), 1)  # no patch, the first, and one behind the last
     assert far[0].all()
     assert far[2].all()
     assert far[1].tolist() == [False] * 8 + [True] * 4

@@ -220,7 +220,7 @@ def test_registers_start_as_the_mean_patch_if_outputs_change_less(change_pooled,
     of_mean = replace(of_zeros, start="mean", change_pooled=change_pooled, **others)
     found = with_best_start(selection, of_mean)
     assert found.effect == (of_mean if taken else of_zeros)
-    assert found.registers == (of_zeros, of_mean)
+    assert found.effects_by_num_registers == (of_zeros, of_mean)
 
 
 def test_of_a_few_neurons_each_must_do_something_alone_or_beside_the_others():
@@ -335,7 +335,7 @@ def test_the_number_of_registers_is_the_one_that_changes_least(best, tried):
     model = Sink({1}, least_change_at=best)
     found = select(once([(5, 0, 1.0), (5, 1, 0.9)], [(5, 0, 1.0), (5, 1, 0.9)]), model, target=0.05)
     assert found.effect.num_registers == min(best, 4)
-    assert [effect.num_registers for effect in found.registers] == list(range(1, tried + 1))
+    assert [effect.num_registers for effect in found.effects_by_num_registers] == list(range(1, tried + 1))
     assert found.effect == model(found.neurons, found.effect.num_registers)
 
 
@@ -355,4 +355,4 @@ def test_more_registers_must_not_bring_outliers_or_a_sink_back():
 
     found = select(once(ranking(3)), measure, target=0.05)
     assert found.effect.num_registers == 2
-    assert len(found.registers) == 4
+    assert len(found.effects_by_num_registers) == 4

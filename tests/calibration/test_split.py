@@ -8,13 +8,13 @@ from tiny import fresh
 
 from testreg.calibration.budget import Budget
 from testreg.calibration.options import Options
-from testreg.calibration.split import Split, Unread, split
+from testreg.calibration.split import Split, UnreadImages, split
 from testreg.calibration.view import views_of
 
 IMAGES = torch.arange(20.0).view(-1, 1, 1, 1).expand(-1, 3, 64, 64)  # each holds its number
 
 
-def numbers(images: Unread, end: float = float("inf")) -> list[int]:
+def numbers(images: UnreadImages, end: float = float("inf")) -> list[int]:
     return [number for number, _ in images.take(end)]
 
 
@@ -25,7 +25,7 @@ def split_of(**options: object) -> Split:
 
 
 def test_images_are_taken_once_and_in_order() -> None:
-    images = Unread((number, torch.zeros(1)) for number in (1, 3, 5, 8))
+    images = UnreadImages((number, torch.zeros(1)) for number in (1, 3, 5, 8))
     assert numbers(images, 4) == [1, 3]
     assert numbers(images, 4) == []
     assert not images.is_empty
@@ -38,10 +38,10 @@ def test_every_other_one_of_the_first_is_held_out(held_out: int) -> None:
     parts = split_of(held_out=held_out, top_k=3)
     expected = [number for number in range(20) if number % 2 and number < 2 * held_out]
     assert [number for number, _ in parts.held_out] == expected
-    assert [number for number, _ in parts.first] == [number for number in range(20) if number not in expected]
-    assert parts.num_first == 20
+    assert [number for number, _ in parts.diagnosed] == [number for number in range(20) if number not in expected]
+    assert parts.num_kept == 20
     assert not parts.can_verify
-    for number, packed in (*parts.first, *parts.held_out):
+    for number, packed in (*parts.diagnosed, *parts.held_out):
         assert packed.image.unique() == number
 
 
@@ -52,6 +52,6 @@ def test_what_is_ranked_begins_where_an_interrupted_run_ended() -> None:
 
 def test_few_images_are_all_that_a_small_budget_uses() -> None:
     parts = split_of(held_out=3).shortened(6)
-    assert [number for number, _ in parts.first] == [0, 2, 4]
+    assert [number for number, _ in parts.diagnosed] == [0, 2, 4]
     assert [number for number, _ in parts.held_out] == [1, 3, 5]
     assert numbers(parts.to_rank(0)) == [0, 2, 4]

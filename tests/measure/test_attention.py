@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import testreg
 from testreg.families import find_tower
-from testreg.measure.attention import Recorder, attention_to_patches
+from testreg.measure.attention import AttentionRecorder, attention_to_patches
 
 BATCH, HEADS, LENGTH, DEPTH = 2, 4, 5, 8
 
@@ -64,28 +64,28 @@ def test_fused_attention(case: str, keyword: bool, of_all: bool) -> None:
     heads = 2 if "enable_gqa" in options else HEADS
     query, key = random(BATCH, HEADS, LENGTH, DEPTH), random(BATCH, heads, LENGTH, DEPTH, seed=1)
     value = torch.eye(LENGTH, dtype=torch.float64).expand(BATCH, heads, -1, -1)
-    with Recorder(lambda num_tokens: slice(None) if of_all else slice(0, 1)) as recorder:
+    with AttentionRecorder(lambda num_tokens: slice(None) if of_all else slice(0, 1)) as recorder:
         if keyword:
             weights = F.scaled_dot_product_attention(query=query, key=key, value=value, **options)
         else:
             weights = F.scaled_dot_product_attention(query, key, value, options.pop("attn_mask", None), **options)
-    (rows,) = recorder.rows
+    (rows,) = recorder.recorded
     torch.testing.assert_close(rows, weights.mean(2) if of_all else weights[:, :, 0])
 
 
 def test_attention_to_other_tokens_is_not_recorded() -> None:
-    with Recorder(lambda num_tokens: slice(None)) as recorder:
+    with AttentionRecorder(lambda num_tokens: slice(None)) as recorder:
         F.scaled_dot_product_attention(random(1, 2, 1, 4), random(1, 2, 5, 4), random(1, 2, 5, 4))
-    assert not recorder.rows
+    assert not recorder.recorded
 
 
 def test_the_weights_are_computed_precisely_within_autocast() -> None:
     query, key, value = (random(BATCH, HEADS, LENGTH, DEPTH, seed=seed).float() for seed in range(3))
-    with torch.autocast("cpu", torch.bfloat16), Recorder(of_the_first) as recorder:
+    with torch.autocast("cpu", torch.bfloat16), AttentionRecorder(of_the_first) as recorder:
         F.scaled_dot_product_attention(query, key, value)
     expected = (query.bfloat16().float() @ key.bfloat16().float().mT * DEPTH**-0.5).softmax(-1)[:, :, 0]
     exact = (query @ key.mT * DEPTH**-0.5).softmax(-1)[:, :, 0]
-    (rows,) = recorder.rows
+    (rows,) = recorder.recorded
     assert rows.dtype == torch.float32
     assert min((rows - each).abs().max() for each in (expected, exact)) < 1e-6
 
@@ -103,9 +103,9 @@ def test_masked_multi_head_attention() -> None:
         {"attn_mask": ~CAUSAL, "is_causal": True},
         {"key_padding_mask": ~shown(3)[:, 0, 0]},
     ):
-        with Recorder(of_the_first) as recorder:
+        with AttentionRecorder(of_the_first) as recorder:
             module(tokens, tokens, tokens, need_weights=False, **options)
-        torch.testing.assert_close(recorder.rows, [multi_head(module, tokens, **options)[:, :, 0]])
+        torch.testing.assert_close(recorder.recorded, [multi_head(module, tokens, **options)[:, :, 0]])
 
 
 # Towers --------------------------------------------------------------------------------------------------------------
@@ -145,12 +145,12 @@ def test_the_maps_of_a_masked_tower_have_its_mask() -> None:
     mask = torch.ones(BATCH, 1, length, length, dtype=torch.bool)
     mask[1, :, :, 4:9] = False
     entered = entering_attention(block)
-    with Recorder(of_the_first) as recorder:
+    with AttentionRecorder(of_the_first) as recorder:
         model.forward_features(images(), attn_mask=mask)
     bias = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -torch.inf)
-    assert len(recorder.rows) == len(model.blocks)
-    torch.testing.assert_close(recorder.rows[2], softmax_of_timm(block.attn, entered[0], bias)[:, :, 0])
-    assert (recorder.rows[2][1, :, 4:9] == 0).all()
+    assert len(recorder.recorded) == len(model.blocks)
+    torch.testing.assert_close(recorder.recorded[2], softmax_of_timm(block.attn, entered[0], bias)[:, :, 0])
+    assert (recorder.recorded[2][1, :, 4:9] == 0).all()
 
 
 @pytest.mark.parametrize("patched", [False, True])

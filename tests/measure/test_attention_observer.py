@@ -45,7 +45,7 @@ def test_of_a_module_the_weights_are_those_that_it_returns(mask, widths):
     _, expected = module(query, key, key, average_attn_weights=False, **kwargs)
     (seen,) = seen_in(lambda: module(query, key, key, need_weights=False, **kwargs))
     torch.testing.assert_close(seen.weights(SOME), expected[:, :, SOME])
-    assert (seen.num_images, seen.num_tokens, seen.is_of_tokens_to_themselves) == (2, 5, False)
+    assert (seen.num_images, seen.num_tokens, seen.is_self_attention) == (2, 5, False)
 
 
 @pytest.mark.parametrize("mask", list(masks(2, 1, 1)))
@@ -60,7 +60,7 @@ def test_keys_that_a_module_appends_are_seen_behind_the_tokens(options, mask):
     _, expected = module(tokens, tokens, tokens, average_attn_weights=False, **kwargs)
     (seen,) = seen_in(lambda: module(tokens, tokens, tokens, **kwargs))
     torch.testing.assert_close(seen.weights(SOME), expected[:, :, SOME])
-    assert (seen.num_queries, seen.num_tokens, seen.is_of_tokens_to_themselves) == (4, 4 + len(options), True)
+    assert (seen.num_queries, seen.num_tokens, seen.is_self_attention) == (4, 4 + len(options), True)
     assert seen.values.shape == (2, 2, 4 + len(options), 4)
 
 

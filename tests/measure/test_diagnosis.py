@@ -18,7 +18,7 @@ from testreg.measure.diagnose import diagnose
 from testreg.measure.diagnosis import ATTENTION_LEGEND, LEGEND, QUANTILES, AttentionHead, BlockDiagnosis
 from testreg.measure.observation import Observations, neighbour_cosine, observe
 from testreg.measure.outliers import OutlierRule
-from testreg.measure.sampling import from_afar, sample
+from testreg.measure.sampling import far_queries, sample
 
 NORM_BEFORE_MLP = {
     "timm_vit": "norm2",
@@ -353,7 +353,7 @@ def test_attention_to_outliers_by_hand(photos):
 
 
 def test_which_queries_are_far_from_which_patches():
-    far = from_afar(torch.tensor([0, 1, 6, 7]), (2, 3), 1)  # CLS, the first and the last patch, a register
+    far = far_queries(torch.tensor([0, 1, 6, 7]), (2, 3), 1)  # CLS, the first and the last patch, a register
     assert far.tolist() == [[True] * 6, [False, False, True] * 2, [True, False, False] * 2, [True] * 6]
 
 
@@ -735,7 +735,7 @@ def hand_made(
     for block, share in enumerate(fractions):
         sums.excess[block, 2 * block + 1 :] = share
     sums.excess[strongest, 2 * strongest + 2] = 2
-    sums.positions[(4, 4)] |= {"images": torch.tensor(1.0), "events": torch.zeros(depth, 16)}
+    sums.positions[(4, 4)] |= {"images": torch.tensor(1.0), "outliers": torch.zeros(depth, 16)}
     return conclude(model, [sums], testreg.OutlierRule())
 
 

@@ -125,8 +125,8 @@ def test_it_goes_on_after_an_interruption(
         taken.append(len(images))
         return plain(self, images)
 
-    plain, stops = extraction._Taker.take, True
-    monkeypatch.setattr(extraction._Taker, "take", take)
+    plain, stops = extraction._Extractor.extract, True
+    monkeypatch.setattr(extraction._Extractor, "extract", take)
     with pytest.raises(KeyboardInterrupt):
         write(model, folder, output)
     assert (taken, output.read_text()) == ([1, 2, 2], "an earlier file")

@@ -11,7 +11,7 @@ from tiny import fresh, photograph_crops
 
 from testreg.families import find_tower
 from testreg.measure.outliers import Detection, OutlierRule
-from testreg.measure.ranking import SUMS, best, statistics_of
+from testreg.measure.ranking import SUMS, best_neurons, statistics_of
 from testreg.measure.score import Score
 
 
@@ -36,7 +36,7 @@ def test_sums_of_parts_add_up(score: Score) -> None:
     scores = total.scores(tower)
     assert scores.shape == total.selectivity.shape == (tower.depth, tower.mlp_width)
     if score != "activation":  # which takes decoys for causes
-        assert {neuron[:2] for neuron in best(scores, 2, 4)} == {
+        assert {neuron[:2] for neuron in best_neurons(scores, 2, 4)} == {
             (block, unit) for block, units in planted.neurons.items() for unit in units
         }
     assert bool(total.selectivity.any()) == (score == "attribution")
