@@ -22,7 +22,7 @@ from testreg.evaluation.clip import embed_images
 from testreg.evaluation.evaluation import Evaluation, Model, Settings, Variant
 from testreg.evaluation.features import Features
 from testreg.evaluation.result import Result
-from testreg.evaluation.samples import drawn, images_under, of_file
+from testreg.evaluation.samples import images_under, random_subset, sample_of_file
 from testreg.families.kernels import attention_kernel
 from testreg.measure.attention import UNSEEN, Recorder, attention_to_patches
 from testreg.measure.hooks import recorded_norms, recorded_tokens
@@ -57,7 +57,9 @@ def evaluate(
         settings: see `testreg.evaluation.evaluation.Settings`.
     """
     settings_ = Settings(**settings)
-    samples = drawn([of_file(file, None) for file in images_under(Path(data))], settings_.num_images, settings_.seed)
+    samples = random_subset(
+        [sample_of_file(file, None) for file in images_under(Path(data))], settings_.num_images, settings_.seed
+    )
     evaluation = Evaluation("shows", model, data, settings_, neurons=neurons, against=against)
     plain, *others = [
         (variant.name, evaluation.features(variant, samples, None, compute, {})) for variant in evaluation.variants
