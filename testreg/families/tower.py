@@ -108,7 +108,7 @@ class Tower:
 
     @property
     def final_norm(self) -> nn.Module | None:
-        """The norm after the last block, which the tower applies to all tokens or to pooled ones; None if there is none.
+        """The norm after the last block, which the tower applies to all tokens or to pooled ones; None if none.
 
         If there are several candidates, it is the least nested one, and the first of these among the tower's modules.
         """
