@@ -50,13 +50,10 @@ def evaluate(
 ) -> Result:
     """What linear models predict from single tokens: the token's position, its pixels, and the image's class.
 
-    The metrics, on val, where * is the kind of token:
-
-    - `position_*`: the share of patches whose position is predicted; `distance_*`: the mean distance, in patches, of
-      the predicted from the true position.
-    - `pixels_*`: the L2 error of the predicted pixels of a patch, after normalisation.
-    - `class_*`: the accuracy of a logistic regression on one token of an image: CLS, a random normal patch, a random
-      outlier, or a register (the test-time one, or the first trained one).
+    `position_*` is the share of patches whose position is predicted, and `distance_*` the mean distance, in patches, of
+    the predicted from the true position. `pixels_*` is the L2 error of the predicted pixels of a patch, after
+    normalisation. `class_*` is the accuracy of a logistic regression on one token of an image: CLS, a random normal
+    patch, a random outlier, or a register (the test-time one, or the first trained one). All are measured on val.
 
     For all variants, outliers are the patches that are outliers in the plain model, so that the same patches are
     compared. If there are none, their metrics are not defined.

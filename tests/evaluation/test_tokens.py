@@ -13,7 +13,7 @@ from tiny import TIMM, photograph_crops
 from torchvision.transforms.v2 import functional as tv
 
 from testreg.evaluation import tokens
-from testreg.evaluation.tokens import _accuracy, _one_token, _mean_over_kind, pixels, position
+from testreg.evaluation.tokens import _accuracy, _mean_over_kind, _one_token, pixels, position
 from testreg.io.loading import LoadedModel
 
 OPTIONS: dict[str, Any] = {"progress": False, "resamples": 5, "size": 64, "num_c": 3, "epochs": 2, "choices": 2}
