@@ -31,8 +31,8 @@ def demo(
     verdict = results.neurons.calibration.verdict
     invocation.say(f"diagnosed:  {verdict}")
     invocation.say(
-        f"calibrated: {results.neurons.top_k} register neurons, {results.recovered} of the {planted} planted ones among "
-        "them"
+        f"calibrated: {results.neurons.top_k} register neurons, {results.recovered} of the {planted} planted ones "
+        "among them"
     )
     invocation.say(f"patched:    one register\n\n{table(results.before, results.after)}\n")
     save_picture(results.picture, output)

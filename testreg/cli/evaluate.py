@@ -55,9 +55,8 @@ def _command(task: str) -> Any:
     ]
     evaluate.__signature__ = inspect.Signature([*first_parameters, *signature_of(task).parameters.values()])  # type: ignore[attr-defined]
     text = (inspect.getdoc(function_of(task)) or "").partition("\n\nArgs:")[0]
-    evaluate.__doc__ = re.sub(
-        r"(?<!\n)\n(?!\n)", " ", text
-    )  # joins lines, so that typer breaks them at the terminal's width
+    # The lines of a paragraph are joined, so that typer can break them at the terminal's width.
+    evaluate.__doc__ = re.sub(r"(?<!\n)\n(?!\n)", " ", text)
     app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["--help", "-h"]})
     add_command(app, evaluate, name=task)
     return typer.main.get_command(app)
