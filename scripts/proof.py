@@ -325,6 +325,7 @@ def chosen_by_calibration(model: nn.Module, images: Tensor, **options: Any) -> s
 
 
 def chosen_by_paper(model: nn.Module, images: Tensor, top_k: int, max_block: int) -> set[Neuron]:
+    """The neurons that the recipe of the paper chooses."""
     tower = find_tower(model)
     norms = token_norms(tower, images)[-1, :, tower.num_prefix :]
     return chosen_by_calibration(
@@ -353,6 +354,7 @@ def recall(score: Score, model: nn.Module, neurons: set[Neuron], images: Tensor)
 def measure(
     family: str, seed: int, way: str, model: nn.Module, planted: Planted, chosen: set[Neuron], images: Tensor
 ) -> Outcome:
+    """Measure outliers and features with the chosen neurons moved."""
     before = observe(model, images)
     with moved(model, chosen):
         after = observe(model, images)
@@ -375,6 +377,7 @@ def measure(
 
 
 def print_outcomes(outcomes: list[Outcome], verdicts: list[Verdict]) -> None:
+    """Print the table of precision, recall and clean models, by family."""
     print(
         "| family | way | precision | recall | decoys chosen | outliers left | change of patches | of CLS or mean "
         "| clean left alone | fixed left alone |\n|---|---|---|---|---|---|---|---|---|---|"
@@ -400,6 +403,7 @@ def print_outcomes(outcomes: list[Outcome], verdicts: list[Verdict]) -> None:
 
 
 def print_fidelities(fidelities_: list[Fidelity], ways: Sequence[str]) -> None:
+    """Print the table of a mechanism by way, and where testreg fell short."""
     print(
         "| way | neurons | outliers left | models under 5 % | decoys chosen | cosine of patches | to that of planted "
         "| cosine of CLS or mean | to that of planted |\n|---|---|---|---|---|---|---|---|---|"
@@ -437,16 +441,19 @@ def print_fidelities(fidelities_: list[Fidelity], ways: Sequence[str]) -> None:
 
 
 def print_decoys(outcomes: list[Outcome]) -> None:
+    """Print which decoys were chosen."""
     for way in WAYS[:2]:
         names = Counter(name for each in outcomes if each.way == way for name in each.decoys_chosen)
         print(f"\nDecoys that {way} chose: {', '.join(f'{name} {n}' for name, n in names.most_common()) or 'none'}.")
 
 
 def mean_and_worst(values: list[float], worst: Callable[[list[float]], float], form: str = ".2f") -> str:
+    """The mean of the values and the worst of them, as text."""
     return f"{sum(values) / len(values):{form}} ({worst(values):{form}})"
 
 
 def fraction(flags: list[bool]) -> str:
+    """How many flags are true, as text."""
     return f"{sum(flags)} of {len(flags)}" if flags else ""
 
 
@@ -458,6 +465,7 @@ def print_recalls(recalls: dict[Score, list[float]]) -> None:
 
 
 def print_shortfalls(outcomes: list[Outcome]) -> None:
+    """Print the models on which testreg missed neurons or chose others."""
     print("\nWhere testreg fell short:")
     for each in outcomes:
         if each.chosen != each.planted or each.outliers_left >= 0.05:

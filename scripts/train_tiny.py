@@ -106,6 +106,7 @@ PHASES = (
 
 
 def load_cifar(path: Path) -> Data:
+    """The images and labels in a parquet file."""
     table = pq.read_table(path, columns=["image", "label"])
     encoded = [torch.frombuffer(bytearray(data.as_py()), dtype=torch.uint8) for data in table["image"]]
     return torch.stack([decode_image(each, "RGB") for each in encoded]), torch.tensor(table["label"].to_pylist())

@@ -67,6 +67,7 @@ def measure_pass(args: argparse.Namespace, side: str, images: Path) -> tuple[flo
 
 
 def plain_pass(model: nn.Module, images: Path, args: argparse.Namespace) -> None:
+    """Run plain forwards of all images."""
     stream = ImageStream(images, tensor_of).numbered()
     with torch.inference_mode():
         for _, image in stream:
@@ -74,10 +75,12 @@ def plain_pass(model: nn.Module, images: Path, args: argparse.Namespace) -> None
 
 
 def testreg_pass(model: nn.Module, images: Path, args: argparse.Namespace, *, score: str) -> None:
+    """Rank neurons with testreg."""
     rank(model, images, transform=tensor_of, score=score)
 
 
 def tensor_of(picture: Image.Image) -> Tensor:
+    """A PIL image as a tensor (3, h, w) in [0, 1]."""
     return tv.to_dtype(tv.pil_to_tensor(picture), torch.float32, scale=True)
 
 

@@ -58,6 +58,7 @@ def memory(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def measure_memory(args: argparse.Namespace, num_images: int) -> Row:
+    """The peak memory of plain forwards, and of a calibration after them."""
     model, batch_size = build(args, torch.float32, with_outliers=True), 16
     with torch.inference_mode():
         model(random_images(batch_size, model))
@@ -151,6 +152,7 @@ def scale(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def measure_scale(settings: str, num_images: int) -> Row:
+    """The CPU time and peak memory of calibrating a small model on so many images."""
     model, images = small_planted(), MadeImages(num_images)
     rank(model, MadeImages(8))  # warms up
     run = rank if settings == "all ranked" else functools.partial(testreg.calibrate, progress=False)

@@ -104,6 +104,7 @@ def this_script(folder: str, victim: int = -1) -> list[str]:
 
 
 def environment() -> dict[str, str]:
+    """The environment variables of the processes."""
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
@@ -115,6 +116,7 @@ def torchrun_variables(rank: int, count: int, port: int) -> dict[str, str]:
 
 
 def free_port() -> int:
+    """A free TCP port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])

@@ -26,6 +26,8 @@ def explicit_register(tower: Tower, neurons: Mapping[int, Sequence[int]]) -> Ite
     dim = 0 if tower.sequence_first else -2
 
     def block(original: Forward, first: bool) -> Forward:
+        """A forward of a block that appends the register, and takes it off again."""
+
         def forward(*args: Any, **kwargs: Any) -> Any:
             tokens = args[0] if args else kwargs[next(iter(kwargs))]
             if first:
@@ -50,6 +52,8 @@ def explicit_register(tower: Tower, neurons: Mapping[int, Sequence[int]]) -> Ite
         return forward
 
     def wrap_linear(original: Forward, units: Sequence[int]) -> Forward:
+        """A forward of an MLP's second linear that moves the neurons' activations onto the register."""
+
         def forward(hidden: Tensor, *args: Any) -> Any:
             hidden = hidden.clone()
             batch = hidden.transpose(0, 1) if tower.sequence_first else hidden.view(-1, *hidden.shape[-2:])
@@ -65,6 +69,8 @@ def explicit_register(tower: Tower, neurons: Mapping[int, Sequence[int]]) -> Ite
         return forward
 
     def attention(original: Forward) -> Forward:
+        """A forward of attention that takes the register out of the weights that are returned."""
+
         def forward(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
             is_pair = isinstance(output, tuple) and len(output) > 1
@@ -80,6 +86,8 @@ def explicit_register(tower: Tower, neurons: Mapping[int, Sequence[int]]) -> Ite
         return forward
 
     def bias(original: Forward) -> Forward:
+        """A method that makes a relative position bias, extended by zeros for the register."""
+
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             if tower.family.bias_count in kwargs:
                 kwargs[tower.family.bias_count] -= 1

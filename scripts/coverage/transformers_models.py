@@ -33,6 +33,7 @@ def architectures() -> Iterator[Architecture]:
 
 
 def _build(name: str, row: Row) -> nn.Module:
+    """The small model of a row."""
     model_class = transformers_class(name)
     return model_class(small_config(model_class.config_class, row.config)).eval()
 
@@ -47,6 +48,7 @@ def _build_refused(name: str, row: Row) -> nn.Module:
 
 
 def _run_refused(row: Row, model: nn.Module, numbers: Sequence[int]) -> Mapping[str, Any]:
+    """Nothing refused may be run: this is an error in the table."""
     raise AssertionError(f"{type(model).__name__} is no longer refused: its row belongs to those that are run")
 
 

@@ -22,7 +22,7 @@ Neuron = tuple[int, int]
 
 
 class Parts(NamedTuple):
-    """Where a family's blocks keep the parts that planting changes: dotted names, of which the first existing counts."""
+    """The parts of blocks that planting changes, as dotted names, of which the first that exists is used."""
 
     fc1: tuple[str, ...]
     """The first linear of the MLP."""

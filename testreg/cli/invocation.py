@@ -151,9 +151,8 @@ def _run_to_exit(function: Callable[..., Exit | None], invocation: Invocation, v
     outputs = [
         Path(path) for key, path in {**values, "json": invocation.json}.items() if key in OUTPUTS and _is_file(path)
     ]
-    unfinished_files = (
-        [Path(f"{values['output']}{UNFINISHED}")] if _is_file(values.get("output")) else []
-    )  # `extract` makes it
+    # `testreg extract` writes into this file until it has all rows.
+    unfinished_files = [Path(f"{values['output']}{UNFINISHED}")] if _is_file(values.get("output")) else []
     outputs += unfinished_files
     states_before = _file_states(outputs)
     try:

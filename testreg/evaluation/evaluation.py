@@ -92,6 +92,7 @@ class Variant:
 
     @functools.cached_property
     def tower(self) -> Tower:
+        """The vision transformer in the model."""
         return find_tower(self.model)
 
     @functools.cached_property
@@ -146,6 +147,7 @@ class Evaluation:
             self.against_name = other.name
 
     def _loaded(self, model: Model, image_size: int | str | None) -> LoadedModel:
+        """The model with its preprocessing. A named model is loaded for images of that size."""
         settings = self.settings
         if isinstance(model, str | os.PathLike):
             load = functools.partial(
@@ -251,6 +253,7 @@ class Evaluation:
         )
 
     def _difference(self, scores: Mapping[str, Scores], name: str) -> dict[str, Difference] | None:
+        """{metric: difference of a variant from the plain one}; None if there is no such variant."""
         if name not in scores:
             return None
         resamples, seed = self.settings.resamples, self.settings.seed
@@ -259,10 +262,12 @@ class Evaluation:
 
 
 def _values(scores: Scores) -> dict[str, float]:
+    """{metric: its value}."""
     return {name: metric.value for name, metric in scores.items()}
 
 
 def _variants(loaded: LoadedModel, neurons: AnyNeurons) -> list[Variant]:
+    """The plain variant of a model, and the patched one if there are neurons or the model is patched already."""
     model, transform = loaded.model, loaded.transform
     if is_patched(model):
         if neurons is not None:
@@ -306,5 +311,6 @@ def _explained(compute: Callable[[Variant, Tensor], Mapping[str, Tensor]], varia
 
 
 def _name_of(model: nn.Module) -> str:
+    """The name under which `testreg.load_model` loaded a model, or else that of its class."""
     source = model.__dict__.get("testreg_source")
     return source if isinstance(source, str) else type(model).__name__

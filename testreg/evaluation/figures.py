@@ -47,6 +47,7 @@ def picture_of_rows(panels: Callable[[int], Sequence[Panel]], count: int, title:
 
 
 def _draw(axis: Axes, panel: Panel) -> None:
+    """Draw one panel."""
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
 

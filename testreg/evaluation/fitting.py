@@ -84,6 +84,7 @@ def kept_batches(
 
 
 def _bar(evaluation: Evaluation, variant: Variant, iterations: int) -> Any:
+    """The progress bar of a fit."""
     return progress_bar(
         f"{evaluation.task}, {variant.name}, fitting", iterations, evaluation.settings.progress, unit="batch"
     )

@@ -116,6 +116,7 @@ def _by_split(files: list[Path]) -> Iterator[tuple[str, list[Path]]]:
 
 
 def _of_parquet(files: Mapping[str, list[Path]]) -> Labelled:
+    """The labelled images in parquet files, by split."""
     datasets = library("datasets")
     named = {split or "whole": [str(file) for file in each] for split, each in files.items()}
     try:

@@ -112,9 +112,7 @@ class Probes(nn.Module):
 
     def __init__(self, width: int, classes: int, batch_size: int) -> None:
         super().__init__()
-        self.inputs = list(
-            product(RATES, (1, BLOCKS), (False, True))
-        )  # (learning rate, number of blocks, with the mean)
+        self.inputs = list(product(RATES, (1, BLOCKS), (False, True)))  # (learning rate, blocks, whether with the mean)
         self.heads = nn.ModuleList(nn.Linear(width * (n + mean), classes) for _, n, mean in self.inputs)
         for head in self.heads:
             assert isinstance(head, nn.Linear)

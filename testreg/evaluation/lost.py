@@ -75,6 +75,7 @@ class LostSettings:
 
     @property
     def name(self) -> str:
+        """The settings in words."""
         return f"block {self.block}, {self.feature}, bias {self.bias:g}{', normalised' if self.normalise else ''}"
 
 

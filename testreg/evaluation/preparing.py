@@ -71,6 +71,7 @@ def normalisation_of(transform: Transform) -> Normalisation:
 
 
 def _plain_image(value: int) -> Image:
+    """An RGB image of one grey value."""
     from PIL import Image
 
     return Image.new("RGB", (256, 256), (value,) * 3)

@@ -104,6 +104,7 @@ class Result:
 
 
 def _interval(difference: Difference) -> str:
+    """A difference with its interval, as text."""
     value, low, high = difference
     return f"{value:+.4f} [{low:+.4f}, {high:+.4f}]"
 

@@ -89,6 +89,7 @@ def is_turned(file: Path) -> bool:
 
 
 def _read(file: Path, read: Callable[[Image], V]) -> V:
+    """Open an image file and return what `read` reads of it; all errors become an OSError."""
     from PIL import Image
 
     try:

@@ -7,9 +7,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
-_KERNEL = (
-    "_attn_implementation"  # the attribute of a configuration of transformers that attention reads in each forward
-)
+_KERNEL = "_attn_implementation"
+"""The attribute of a configuration of transformers that attention reads in each forward."""
 
 
 @contextmanager

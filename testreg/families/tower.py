@@ -225,10 +225,12 @@ class Tower:
 
     @property
     def device(self) -> torch.device:
+        """The device of the first weight that images meet."""
         return self._weight.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the first weight that images meet."""
         return self._weight.dtype
 
     @property

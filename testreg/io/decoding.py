@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """The formats that are read. PIL knows others, some of which run programs: EPS runs Ghostscript."""
-MAX_ASPECT = (
-    50  # the longer side over the shorter: a very oblong image, once its short side is resized, fills the memory
-)
+MAX_ASPECT = 50
+"""The longer side over the shorter one, at most. A transform that resizes the short side of a very oblong image would
+fill the memory."""
 
 
 def open_image(file: str | os.PathLike[str] | IO[bytes]) -> Image:

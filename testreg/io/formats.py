@@ -90,10 +90,9 @@ def read(library: str, folder: Path, *, class_name: str, weights: Sequence[str],
 
 
 def _write_timm(model: nn.Module, stage: Path, model_args: Mapping[str, Any] | None) -> None:
+    """Write a model of timm: config.json and model.safetensors."""
     import timm
-    from timm.models._hub import (
-        save_config_for_hf,  # writes the config only: timm's writer of both refuses channels_last
-    )
+    from timm.models._hub import save_config_for_hf  # timm's function that writes weights too refuses channels_last
 
     path: Any = stage / "config.json"  # timm annotates it as a str, but older releases need a Path
     save_config_for_hf(model, path, model_args=dict(model_args or {}))
@@ -104,6 +103,7 @@ def _write_timm(model: nn.Module, stage: Path, model_args: Mapping[str, Any] | N
 
 
 def _read_timm(folder: Path, weights: Sequence[str]) -> nn.Module:
+    """Rebuild a model of timm."""
     import timm
 
     return fill(timm.create_model(f"local-dir:{folder}", pretrained=False), tensors(folder, weights), folder)
@@ -124,6 +124,7 @@ def transformers_class(name: str) -> Any:
 
 @without_asking()
 def _write_transformers(model: Any, stage: Path) -> None:
+    """Write a model of transformers by its `save_pretrained`."""
     dtypes = {str(value.dtype) for value in model.state_dict().values() if value.is_floating_point()}
     if len(dtypes) > 1:
         raise ValueError(f"transformers checkpoints have one dtype, this model has {', '.join(sorted(dtypes))}")
@@ -135,6 +136,7 @@ def _write_transformers(model: Any, stage: Path) -> None:
 
 @without_asking()
 def _read_transformers(folder: Path, class_name: str) -> nn.Module:
+    """Rebuild a model of transformers by `from_pretrained`."""
     model_class = transformers_class(class_name)
     if model_class is None:
         raise ValueError(f"it has no class {class_name}")
@@ -161,6 +163,7 @@ _OPEN_CLIP_PRECISION = {
 
 @without_asking()
 def _write_open_clip(model: Any, stage: Path, arch: str | Mapping[str, Any] | None) -> None:
+    """Write a model of open_clip: open_clip_config.json and open_clip_model.safetensors."""
     preprocess = {key: value for key, value in getattr(model.visual, "preprocess_cfg", {}).items() if key != "size"}
     config = {"model_cfg": _open_clip_config(model, arch), "preprocess_cfg": preprocess}
     (stage / "open_clip_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
@@ -169,6 +172,7 @@ def _write_open_clip(model: Any, stage: Path, arch: str | Mapping[str, Any] | No
 
 @without_asking()
 def _read_open_clip(folder: Path, weights: Sequence[str]) -> nn.Module:
+    """Rebuild a model of open_clip, in the precision of its weights."""
     import open_clip
 
     with safe_open(folder / weights[0], framework="pt") as file:
@@ -266,10 +270,12 @@ def _torchvision_args(model: Any) -> dict[str, Any]:
 
 
 def _read_torchvision(folder: Path, weights: Sequence[str], args: Mapping[str, Any]) -> nn.Module:
+    """Rebuild a model of torchvision."""
     return fill(_torchvision_model(args), tensors(folder, weights), folder)
 
 
 def _torchvision_model(args: Mapping[str, Any]) -> nn.Module:
+    """Build a model of torchvision with random weights."""
     import torchvision
 
     return torchvision.models.get_model(args["name"], weights=None, **{k: v for k, v in args.items() if k != "name"})

@@ -131,12 +131,14 @@ def demo_model(image_size: int = DEMO_SIZE) -> nn.Module:
 
 
 def _load_demo(options: _LoadOptions) -> nn.Module:
+    """Build the demo model."""
     model = _load_timm("demo", f"local-dir:{DEMO}", options).model
     model.__dict__["testreg_source"] = "demo"
     return model
 
 
 def _load_timm(name: str, rest: str, options: _LoadOptions) -> LoadedModel:
+    """Load `rest`, a name of timm or local-dir:FOLDER. `name` is what the user wrote, for errors."""
     import timm
 
     fix = "The names are those of timm.list_models(pretrained=True)"
@@ -153,6 +155,7 @@ def _load_timm(name: str, rest: str, options: _LoadOptions) -> LoadedModel:
 
 
 def _load_transformers(name: str, rest: str, options: _LoadOptions) -> LoadedModel:
+    """Load `rest`, a name or folder of transformers."""
     import transformers
 
     is_folder = Path(rest).is_dir()
@@ -182,6 +185,7 @@ def _load_transformers(name: str, rest: str, options: _LoadOptions) -> LoadedMod
 
 
 def _load_open_clip(name: str, rest: str, options: _LoadOptions) -> LoadedModel:
+    """Load `rest`, ARCH/PRETRAINED or local-dir:FOLDER of open_clip."""
     import open_clip
 
     arch, tag, quick_gelu, fix = rest, None, False, "The names are those of open_clip.list_pretrained()"
@@ -209,6 +213,7 @@ def _load_open_clip(name: str, rest: str, options: _LoadOptions) -> LoadedModel:
 
 
 def _load_hub(name: str, rest: str, options: _LoadOptions) -> LoadedModel:
+    """Load `rest`, OWNER/REPO/NAME of torch.hub."""
     repository, _, entry = rest.rpartition("/")
     if repository.count("/") != 1 or not entry:
         raise ValueError(f"{name} is not of the form hub:OWNER/REPO/NAME")
@@ -236,6 +241,7 @@ def _hub_trusts(repository: str) -> bool:
 
 
 def _load_torchvision(name: str, rest: str, options: _LoadOptions) -> LoadedModel:
+    """Load `rest`, a name of torchvision."""
     from torchvision import models
     from torchvision.models.vision_transformer import interpolate_embeddings
 
@@ -290,6 +296,7 @@ def _guessed_library(name: str) -> str:
 
 
 def _load_patched(name: str, options: _LoadOptions) -> LoadedModel:
+    """Load a checkpoint that `testreg.save` wrote."""
     model = checkpoints.load(name)
     if getattr(model, "config", None) is not None:
         processor = image_processor(name, options.image_size, options.trust_remote_code)

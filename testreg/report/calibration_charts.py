@@ -147,6 +147,7 @@ def _outlier_percentages(report: Report) -> dict[str, list[float]]:
 
 
 def _outlier_lines(report: Report) -> list[Line]:
+    """The share of outliers after each block, before and after."""
     sides = zip(_outlier_percentages(report).items(), (BEFORE, AFTER), strict=True)
     return [Line(values, colour, side) for (side, values), colour in sides]
 
@@ -192,11 +193,13 @@ CURVE_STYLES = ((THIRD, "o"), (FOURTH, "s"))  # colour and marker of the first a
 
 
 def _plot_removal(axis: Axes, facts: Calibration) -> None:
+    """Plot what is left of outliers and excess norm over the number of neurons."""
     axis.set(ylabel="left (fraction of before)")
     _plot_curves(axis, facts, REMOVAL_LABELS, facts.target, "target")
 
 
 def _plot_change(axis: Axes, facts: Calibration) -> None:
+    """Plot by how much features change over the number of neurons."""
     axis.set(ylabel="change (1 - cosine similarity)")
     _plot_curves(axis, facts, CHANGE_LABELS, facts.max_change, "max change")
 
@@ -266,6 +269,7 @@ def curves_of_rounds(facts: Calibration) -> dict[str, list[Effect]]:
 
 
 def _plot_rounds(axis: Axes, *, curves: Mapping[str, Sequence[Effect]], name: str) -> None:
+    """Plot one attribute of `Effect` over the number of neurons, with a curve for each round."""
     colours = itertools.cycle((BEFORE, AFTER, THIRD, FOURTH))
     for (label, points), colour, marker in zip(curves.items(), colours, itertools.cycle(MARKERS), strict=False):
         neurons, values = [point.neurons for point in points], [getattr(point, name) for point in points]

@@ -181,6 +181,7 @@ def _norms(diagnosis: Diagnosis) -> tuple[list[float], list[float]]:
 
 
 def _norm_lines(diagnosis: Diagnosis) -> list[Line]:
+    """The largest and the median norm of patches after each block, and the norms of prefix tokens."""
     largest, median = _norms(diagnosis)
     after = [block.after_mlp for block in diagnosis.blocks]
     prefix = [
@@ -196,6 +197,7 @@ def _norm_lines(diagnosis: Diagnosis) -> list[Line]:
 
 
 def _norms_in_words(diagnosis: Diagnosis) -> str:
+    """The chart of norms in words."""
     largest, median = _norms(diagnosis)
     block = largest.index(max(largest))
     peak = f"The largest patch norm peaks at {largest[block]:.3g} after block {block}"
@@ -203,6 +205,7 @@ def _norms_in_words(diagnosis: Diagnosis) -> str:
 
 
 def _outlier_lines(diagnosis: Diagnosis) -> list[Line]:
+    """The share of outliers after each block, and the share of attention that they get."""
     lines = [
         Line([100 * block.after_mlp.outlier_fraction for block in diagnosis.blocks], BEFORE, "share of the patches")
     ]
@@ -214,6 +217,7 @@ def _outlier_lines(diagnosis: Diagnosis) -> list[Line]:
 
 
 def _outliers_in_words(diagnosis: Diagnosis) -> str:
+    """The chart of outliers in words."""
     fractions = [block.after_mlp.outlier_fraction for block in diagnosis.blocks]
     if not any(fractions):
         return "There are none after any block."
