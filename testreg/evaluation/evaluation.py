@@ -1,7 +1,11 @@
-"""What all tasks share: they compare a model with its patched self, and with another model, on the same images.
+"""What all tasks share. A task compares models on the same images, each of which is a `Variant`:
 
-Each of these is a `Variant` ("plain", "patched", "against"), and a column of the table in the end. An `Evaluation`
-makes the variants, computes their features of the images, and turns the scores of a task into a `Result`.
+- "plain", the model without registers;
+- "patched", the same model with registers, extra tokens onto which outliers (patches of huge norm) are moved;
+- "against", another model, e.g. one that was trained with registers.
+
+An `Evaluation` makes the variants, computes their features of the images, and turns the scores of a task into a
+`Result`, which has a column for each variant.
 """
 
 from __future__ import annotations

@@ -271,7 +271,7 @@ def single_images(items: Iterable[Any], tower: Tower | None = None) -> Iterator[
 
 
 def image_of(item: Any, clips: bool = False) -> Any:
-    """The image, decoded or not, in an item that is an image, an (image, label) pair or a row; None if a row lacks it.
+    """The image, decoded or not, in an item that is an image, an (image, label) pair or a row; None if it is missing.
 
     If `clips`, it is the clip in the item, and a list of frames is a clip.
     """
