@@ -1,4 +1,4 @@
-"""The same as `testreg calibrate`: find the register neurons of a model and write them as JSON."""
+"""Find the register neurons of a model and write them as JSON. This is the same as `testreg calibrate`."""
 
 import sys
 

@@ -1,9 +1,14 @@
-"""Write the tables of the docs from the results beside them: `python scripts/evaluation_tables.py`.
+"""Write the tables in the docs from the JSON results in docs/evaluations: `python scripts/evaluation_tables.py`.
 
-A table stands between `<!-- table NAME -->`, or `<!-- table NAME part -->`, and `<!-- end -->`, and is that of
-docs/evaluations/NAME.json: what `testreg evaluate --json` wrote; or `scripts/restoration`, whose parts are ways, tasks
-and samples; or `scripts/harmless.py`, whose parts are both and samples; or `scripts/evidence`, whose parts are columns,
-shows, values, intervals and times. Where there is no such file yet, what stands there stays.
+A table is between `<!-- table NAME -->` or `<!-- table NAME PART -->` and `<!-- end -->`. It is made from
+docs/evaluations/NAME.json, which one of these has written:
+
+- `testreg evaluate --json`, without parts;
+- `scripts/restoration`, with the parts ways, tasks and samples;
+- `scripts/harmless.py`, with the parts both and samples;
+- `scripts/evidence`, with the parts columns, shows, values, intervals and times.
+
+If the file does not exist, the table in the docs is kept.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from restoration.tables import interval, markdown, number
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = ("evaluate.md", "evidence.md", "proof.md")
 COLUMNS = ("plain", "patched", "against")
-PARTS = {
+PARTS = {  # {part: function that makes its table from the JSON}
     "ways": tables.of_ways,
     "tasks": tables.of_tasks,
     "both": tables.of_plain_and_patched,
@@ -37,7 +42,7 @@ PARTS = {
 
 
 def table_of(result: dict[str, Any]) -> str:
-    """The metrics of a result of `testreg evaluate`."""
+    """The table of a result of `testreg evaluate`, in Markdown."""
     columns = [name for name in COLUMNS if result[name] is not None]
     head = ["metric", *columns, *(["patched - plain, 95 % interval"] if result["difference"] else [])]
     rows = [head]
@@ -50,21 +55,21 @@ def table_of(result: dict[str, Any]) -> str:
     return markdown(rows)
 
 
-def updated(page: str) -> str:
-    """The page with all its tables as the results have them."""
+def with_new_tables(page: str) -> str:
+    """The text of a page with all its tables made anew."""
 
-    def table(found: re.Match[str]) -> str:
-        name, part = found[1], found[2]
+    def table(match: re.Match[str]) -> str:
+        name, part = match[1], match[2]
         file = DOCS / "evaluations" / f"{name}.json"
         if not file.is_file():
-            return found[0]
+            return match[0]
         result = json.loads(file.read_text(encoding="utf-8"))
-        made = PARTS[part.strip()](result) if part else table_of(result)
-        return f"<!-- table {name}{part or ''} -->\n\n{made}\n\n<!-- end -->"
+        markdown_table = PARTS[part.strip()](result) if part else table_of(result)
+        return f"<!-- table {name}{part or ''} -->\n\n{markdown_table}\n\n<!-- end -->"
 
     return re.sub(r"<!-- table ([\w-]+)( \w+)? -->.*?<!-- end -->", table, page, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
     for file in (DOCS / name for name in PAGES):
-        file.write_text(updated(file.read_text(encoding="utf-8")), encoding="utf-8")
+        file.write_text(with_new_tables(file.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,9 +1,9 @@
-"""What a patch changes that should change nothing: all tasks of a network that needs no registers, plain and patched.
+"""Measure what a patch changes in a network without outliers, where it should change nothing.
 
     python scripts/harmless.py MODEL --data DATASETS --random 10 -o docs/evaluations/harmless.json
 
-The tasks are those of `scripts/restoration`, with its samples. `--random` moves so many random neurons of a network
-without outliers; `--neurons` moves those of a list, such as the demo model's own.
+All tasks of `scripts/restoration` are done with the network as it is and patched. `--random N` moves N random neurons
+to a register; `--neurons` moves those of a list.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     loaded = load_model(args.model)
     neurons = args.neurons or random_neurons(find_tower(loaded.model), args.random, Settings().seed)
-    made: dict[str, Any] = {"format": "testreg-harmless", "model": args.model, "tasks": {}}
+    results: dict[str, Any] = {"format": "testreg-harmless", "model": args.model, "tasks": {}}
     for name in args.tasks:
         task, start = TASKS[name], time.process_time()
-        sized = {"size": args.size} if args.size is not None else {}
+        size_option = {"size": args.size} if args.size is not None else {}
         result = task.evaluate(
-            args.model, args.data / task.data, neurons=neurons, cache=args.cache, **{**task.options, **sized}
+            args.model, args.data / task.data, neurons=neurons, cache=args.cache, **{**task.options, **size_option}
         )
         print(result, flush=True)
-        made["tasks"][name] = result.to_json() | {"cpu_seconds": round(time.process_time() - start)}
-        write(args.output, made)
+        results["tasks"][name] = result.to_json() | {"cpu_seconds": round(time.process_time() - start)}
+        write(args.output, results)
 
 
 def parse_args() -> argparse.Namespace:
@@ -58,12 +58,12 @@ def parse_args() -> argparse.Namespace:
 
 
 def random_neurons(tower: Tower, count: int, seed: int) -> testreg.RegisterNeurons:
-    """So many neurons, each drawn from all blocks but the last: what the last one moves reaches no patch any more."""
+    """`count` random neurons of all blocks but the last, where moving neurons can no longer change patches."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randperm((tower.depth - 1) * tower.mlp_width, generator=generator)[:count].tolist()
+    indices = torch.randperm((tower.depth - 1) * tower.mlp_width, generator=generator)[:count].tolist()
     blocks: dict[int, list[int]] = {}
-    for number in drawn:
-        blocks.setdefault(number // tower.mlp_width, []).append(number % tower.mlp_width)
+    for index in indices:
+        blocks.setdefault(index // tower.mlp_width, []).append(index % tower.mlp_width)
     return testreg.RegisterNeurons.from_blocks(blocks)
 
 

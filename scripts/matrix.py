@@ -1,9 +1,9 @@
-"""Run the README's test command, and the slow tests, with the oldest and the newest releases that testreg works with.
+"""Run all tests with the oldest and the newest releases of the libraries that testreg supports.
 
     python scripts/matrix.py [ROW ...] [--environments FOLDER]
 
-Each row is a fresh virtual environment, so the machine must reach PyPI; one takes about 8 GB of disk while it lasts.
-The rows run one after the other, and a table of results ends the output. It exits with 1 if any row failed.
+A row is a set of releases. Each gets a fresh virtual environment, which needs PyPI and about 8 GB of disk. Rows run one
+after the other. The output ends with a table of results, and the exit code is 1 if any row failed.
 """
 
 from __future__ import annotations
@@ -24,16 +24,20 @@ OLDEST = (
     "transformers==4.56.0",
     "open_clip_torch==3.0.0",
     "safetensors==0.5.0",
-)  # as in pyproject.toml
-TORCH_2_9 = ("torch==2.9.1", "torchvision==0.24.1", "torchao==0.16.0")  # peft wants no older one, torch 2.9 no newer
-ROWS = {
+)  # the same as in pyproject.toml
+TORCH_2_9 = (
+    "torch==2.9.1",
+    "torchvision==0.24.1",
+    "torchao==0.16.0",
+)  # peft needs this torchao, torch 2.9 has no newer
+ROWS = {  # {row: the releases that are pinned}
     "oldest": (*TORCH_2_9, *OLDEST),
     "2.9": TORCH_2_9,
     "2.12": ("torch==2.12.1", "torchvision==0.27.1"),
     "2.14": ("torch==2.14.1", "torchvision==0.29.1"),
     "2.15": ("torch==2.15.0",),
 }
-SHOWN = ("torch", "torchvision", "timm", "transformers", "open_clip_torch")
+LIBRARIES = ("torch", "torchvision", "timm", "transformers", "open_clip_torch")
 
 
 def main() -> int:
@@ -43,7 +47,7 @@ def main() -> int:
     args = parser.parse_args()
     if unknown := set(args.rows) - ROWS.keys():
         parser.error(f"no row {', '.join(sorted(unknown))}: the rows are {', '.join(ROWS)}")
-    lines = [f"| row | {' | '.join(SHOWN)} | result | minutes |", "|---" * (len(SHOWN) + 3) + "|"]
+    lines = [f"| row | {' | '.join(LIBRARIES)} | result | minutes |", "|---" * (len(LIBRARIES) + 3) + "|"]
     failed = False
     for row in args.rows or ROWS:
         with tempfile.TemporaryDirectory() as temporary:
@@ -59,21 +63,21 @@ def main() -> int:
 
 
 def install(environment: Path, pins: tuple[str, ...]) -> None:
-    """An environment with the pinned releases, and the newest of everything else that goes with them."""
+    """Create the environment if it does not exist; install the pinned releases, and testreg with its dependencies."""
     if not environment.exists():
         venv.create(environment, with_pip=True)
-    # The pins are no constraints of the machine, which may cap torch.
+    # Without pip's configuration file, which may restrict torch on this machine.
     pip = [environment / "bin/pip", "install", "-q", *pins, "-e", f"{ROOT}[dev]"]
     subprocess.run(pip, check=True, env={**os.environ, "PIP_CONFIG_FILE": os.devnull})
 
 
 def run_tests(environment: Path) -> tuple[int, str]:
-    """Exit code and last line of the README's test command for all tests, its installation left out."""
+    """Run the README's test command (without its installation) for all tests; returns exit code and last line."""
     command = re.search(r"^pip install .*\[dev\].* && (.*pytest.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert command is not None, "the README has no test command"
     path = f"{environment / 'bin'}{os.pathsep}{os.environ['PATH']}"
     run = subprocess.Popen(
-        f"{command[1]} -m ''",  # the slow ones too
+        f"{command[1]} -m ''",  # all tests, also the slow ones
         shell=True,
         cwd=ROOT,
         env={**os.environ, "PATH": path},
@@ -88,8 +92,8 @@ def run_tests(environment: Path) -> tuple[int, str]:
 
 
 def versions(environment: Path) -> list[str]:
-    """Releases of the libraries in `SHOWN`."""
-    script = f"from importlib.metadata import version\nfor name in {SHOWN}: print(version(name))"
+    """The installed releases of the libraries in `LIBRARIES`."""
+    script = f"from importlib.metadata import version\nfor name in {LIBRARIES}: print(version(name))"
     run = subprocess.run([environment / "bin/python", "-c", script], capture_output=True, text=True, check=True)
     return run.stdout.split()
 

@@ -5,29 +5,28 @@
     python scripts/proof.py --seeds 2 --families "timm ViT" --mechanisms spread fading
     python scripts/proof.py --seeds 1 --patch-size 3 --ways testreg --mechanisms spread       # 1,369 patches
 
-Models are small, random and *planted* (`planting`): their register neurons were set by hand, among decoys. With the
-mechanism `direct` the seeds differ in the block and the number of the planted neurons, in whether these lie in two
-blocks, and in whether one position is an artefact besides, which no neuron makes (where the family has position
-embeddings that can do it). Clean models have nothing planted but decoys, in every other seed; those with an artefact at
-a fixed position, likewise. The other mechanisms are those of `planting/mechanisms.py`, in models of 8 to 10 blocks.
+Models are small, random and *planted* (`planting`): register neurons, which make outliers (patches of huge norm), were
+set by hand. *Decoys* are neurons that fire strongly but make no outliers. In models with the mechanism `direct`, the
+seed decides the block and the number of the planted neurons, whether they are in two blocks, and whether one position
+has an artefact that no neuron makes (in families whose position embeddings can do that). The other mechanisms are
+described in `planting/mechanisms.py`; their models have 8 to 10 blocks. Clean models, and clean models with an artefact
+at a fixed position, have no register neurons; every other seed has decoys.
 
-The report has seeds of its own, on which nothing is to be tuned: `--development` is for that. Lower ones than those of
-the report were looked at while the choice was made.
+The report uses seeds on which nothing may be tuned: use `--development` to tune. The seeds below those of the report
+were used while the choice of neurons was developed.
 
-The rows of the tables:
+The rows of the tables are ways to choose neurons:
 
 - `testreg`: `testreg.calibrate(model, images)` with its defaults. It is told nothing.
 - `paper`: the recipe of arXiv 2506.08010 with the released code's sparsity filter: mean |activation| at the patches
-  whose norm behind the last block exceeds mean + 3 sigma. Two numbers it leaves to whoever uses it, how many neurons
-  and up to which block: it is told the true ones.
-- `contribution` and further scores: as many of the best neurons by that score of `testreg.calibrate` as were planted.
-- `planted`: the planted neurons themselves, as a bound.
-- `untouched`: none are moved.
+  whose norm after the last block exceeds mean + 3 sigma. The recipe leaves open how many neurons to take, and up to
+  which block: it is told the true numbers.
+- `contribution` and other scores of `testreg.calibrate`: the best neurons by that score, as many as were planted.
+- `planted`: the planted neurons, as a bound of what is possible.
+- `untouched`: no neurons are moved.
 
-The truth is the same model in which the planted neurons are silent.
-
-Outliers and changes are measured on crops of parts of the photographs that calibration does not see, by the few lines
-in `measure`.
+The truth is the same model with the planted neurons set to zero. Outliers and changes are measured on crops of parts of
+the photographs that calibration does not see.
 """
 
 from __future__ import annotations
@@ -66,18 +65,22 @@ from testreg.families import find_tower
 from testreg.measure.outliers import token_norms
 from testreg.measure.score import Score
 
-DEPTHS = 8, 9, 10  # of models with the other mechanisms than `direct`
-DEVELOPMENT = 1000  # the first seed; of the report:
-FIRST_SEED = {"direct": 15}
-OTHER_FIRST_SEED = 3
-SEEDS = {"direct": 10}  # models of each family, unless told otherwise; of the other mechanisms:
-OTHER_SEEDS = 2
-NEAR = 0.95  # of the cosine that moving the planted neurons gives
-PAPER_CHOICE = 10, DEPTH // 2  # neurons and last block where there are no true ones: as published for ViT-B/16
+DEPTHS = 8, 9, 10  # numbers of blocks, by seed, of models with other mechanisms than `direct`
+DEVELOPMENT = 1000  # the first seed of --development
+FIRST_SEED = {"direct": 15}  # the first seed of the report
+OTHER_FIRST_SEED = 3  # the same for other mechanisms
+SEEDS = {"direct": 10}  # models of each family, by default
+OTHER_SEEDS = 2  # the same for other mechanisms
+NEAR_SHARE = 0.95  # testreg is near `planted` if it reaches this share of its cosine
+PAPER_CHOICE = 10, DEPTH // 2  # the paper's number of neurons and last block in clean models: as published for ViT-B/16
 
-WITH_POSITIONS = ("timm ViT", "timm Eva", "DINOv2", "SigLIP")  # learned, and no norm behind them
+WITH_POSITIONS = ("timm ViT", "timm Eva", "DINOv2", "SigLIP")
+"""Families with learned position embeddings and no norm after them, which can have an artefact at a fixed position."""
 
-ALL_IMAGES: dict[str, Any] = {"held_out": 0, "stability": None}  # rank by them: nothing has to be chosen
+ALL_IMAGES: dict[str, Any] = {
+    "held_out": 0,
+    "stability": None,
+}  # options to rank on all images, since none have to choose
 SCORES: tuple[Score, ...] = typing.get_args(Score)
 WAYS = ("testreg", "paper", "planted")
 MECHANISM_WAYS = ("testreg", "paper", *(score for score in SCORES if score != "activation"), "planted", "untouched")
@@ -85,7 +88,7 @@ MECHANISM_WAYS = ("testreg", "paper", *(score for score in SCORES if score != "a
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one way of choosing neurons gave on one planted model."""
+    """What one way of choosing neurons gave on one model with the mechanism `direct`."""
 
     family: str
     seed: int
@@ -93,29 +96,33 @@ class Outcome:
     chosen: set[Neuron]
     planted: set[Neuron]
     decoys: dict[Neuron, str]
+    """{decoy: its name}."""
     outliers_left: float
-    """At the worst block, as a fraction of those before."""
+    """Outliers after, as a fraction of those before, after the block where it is largest."""
     change_of_patches: float
-    """Mean 1 - cosine of normal patches behind the last block."""
+    """1 - cosine of normal patches after the last block, to those before; mean."""
     change_of_pooled: float
-    """The same of CLS, or of the mean of the normal patches where there is none."""
+    """The same for CLS, or for the mean of the normal patches in models without CLS."""
 
     @property
     def precision(self) -> float:
+        """The share of the chosen neurons that were planted."""
         return len(self.chosen & self.planted) / max(1, len(self.chosen))
 
     @property
     def recall(self) -> float:
+        """The share of the planted neurons that were chosen."""
         return len(self.chosen & self.planted) / len(self.planted)
 
     @property
     def decoys_chosen(self) -> list[str]:
+        """The names of the decoys that were chosen."""
         return sorted(self.decoys[neuron] for neuron in self.chosen & self.decoys.keys())
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How close one way brought a model to what it would be without the mechanism that was planted."""
+    """How close one way of choosing neurons brought a planted model to the model without the mechanism."""
 
     mechanism: Mechanism
     family: str
@@ -124,22 +131,23 @@ class Fidelity:
     num_chosen: int
     decoys_chosen: list[str]
     outliers_left: float
-    """After the block with the most, as a fraction of those after the block that had the most before."""
+    """Outliers after the block that has most, as a fraction of those after the block that had most before."""
     cosine_of_patches: float
-    """Mean over all patches behind the last block."""
+    """Cosine of the patches after the last block with the truth, mean over patches."""
     cosine_of_pooled: float
-    """Of CLS, or of the mean of the patches where there is none."""
+    """The same for CLS, or for the mean of the patches in models without CLS."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether one way left a model alone that has nothing to move."""
+    """Whether one way of choosing neurons left a model alone that has no register neurons."""
 
     family: str
     way: str
     kind: str
-    """clean or fixed."""
+    """"clean", or "fixed" for an artefact at a fixed position."""
     left_alone: bool
+    """Whether it chose no neurons."""
 
 
 def main() -> None:
@@ -156,16 +164,16 @@ def main() -> None:
         if mechanism == "direct":
             prove_direct(progress, images, unseen)
         else:
-            found = [
+            results = [
                 each
                 for family, seed in progress
                 for each in fidelities(mechanism, family, seed, images, unseen, args.patch_size, args.ways)
             ]
-            print_fidelities(found, args.ways)
+            print_fidelities(results, args.ways)
 
 
 def prove_direct(models: Iterable[tuple[str, int]], images: Tensor, unseen: Tensor) -> None:
-    """Find neurons that make the outliers by themselves, and measure precision and recall; leave clean models alone."""
+    """Measure precision and recall in models with the mechanism `direct`, and whether clean models are left alone."""
     outcomes: list[Outcome] = []
     verdicts: list[Verdict] = []
     recalls: dict[Score, list[float]] = {score: [] for score in SCORES}
@@ -173,17 +181,17 @@ def prove_direct(models: Iterable[tuple[str, int]], images: Tensor, unseen: Tens
         model, planted = planted_model(family, seed, images)
         neurons = as_set(planted.neurons)
         chosen = {
-            "testreg": calibrated(model, images),
-            "paper": by_paper(model, images, len(neurons), max(planted.neurons)),
+            "testreg": chosen_by_calibration(model, images),
+            "paper": chosen_by_paper(model, images, len(neurons), max(planted.neurons)),
             "planted": neurons,
         }
         outcomes += [measure(family, seed, way, model, planted, chosen[way], unseen) for way in WAYS]
-        for score, found in recalls.items():
-            found.append(recall(score, model, neurons, images))
+        for score, values in recalls.items():
+            values.append(recall(score, model, neurons, images))
         for kind in ("clean", "fixed") if family in WITH_POSITIONS else ("clean",):
             model = plain_model(family, seed, images, fixed=kind == "fixed")
-            verdicts.append(Verdict(family, "testreg", kind, not calibrated(model, images)))
-            verdicts.append(Verdict(family, "paper", kind, not by_paper(model, images, *PAPER_CHOICE)))
+            verdicts.append(Verdict(family, "testreg", kind, not chosen_by_calibration(model, images)))
+            verdicts.append(Verdict(family, "paper", kind, not chosen_by_paper(model, images, *PAPER_CHOICE)))
     print_outcomes(outcomes, verdicts)
     print_decoys(outcomes)
     print_recalls(recalls)
@@ -199,7 +207,7 @@ def fidelities(
     patch_size: int,
     ways: Sequence[str],
 ) -> list[Fidelity]:
-    """What each way makes of one model with a mechanism; nothing where it cannot be planted."""
+    """The result of each way on one model with a mechanism; [] if the mechanism cannot be planted into the model."""
     model = random_model(family, seed, DEPTHS[seed % len(DEPTHS)], patch_size)
     fixed_position = FIXED if family in WITH_POSITIONS and seed % 4 >= 2 else None
     try:
@@ -210,17 +218,17 @@ def fidelities(
     neurons = as_set(planted.neurons)
     chosen: dict[str, set[Neuron]] = {"planted": neurons, "untouched": set()}
     if "testreg" in ways:
-        chosen["testreg"] = calibrated(model, images)
+        chosen["testreg"] = chosen_by_calibration(model, images)
     if "paper" in ways:
-        chosen["paper"] = by_paper(model, images, len(neurons), max(planted.neurons))
+        chosen["paper"] = chosen_by_paper(model, images, len(neurons), max(planted.neurons))
     for score in SCORES:
         if score in ways:
-            chosen[score] = calibrated(model, images, score=score, top_k=len(neurons), **ALL_IMAGES)
+            chosen[score] = chosen_by_calibration(model, images, score=score, top_k=len(neurons), **ALL_IMAGES)
     with planted.silenced(model):
         _, *truth = observe(model, unseen)
     outlier, *_ = observe(model, unseen)
     most = outlier.sum((1, 2)).max().clamp(min=1)
-    found = []
+    results = []
     for way in ways:
         with moved(model, chosen[way]):
             outlier, *tokens = observe(model, unseen)
@@ -235,8 +243,8 @@ def fidelities(
             1 - float(distance(patches, true_patches).mean()),
             1 - float(distance(pooled, true_pooled).mean()),
         )
-        found.append(Fidelity(mechanism, family, seed, way, len(chosen[way]), decoys, *figures))
-    return found
+        results.append(Fidelity(mechanism, family, seed, way, len(chosen[way]), decoys, *figures))
+    return results
 
 
 def parse_args() -> argparse.Namespace:
@@ -279,7 +287,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def planted_model(name: str, seed: int, images: Tensor) -> tuple[nn.Module, Planted]:
-    """Each planted neuron writes enough to make outliers by itself, so that none can be left out."""
+    """A model with the mechanism `direct`. Each planted neuron makes outliers by itself: all must be found."""
     num_neurons = 4 + seed % 7
     model = random_model(name, seed)
     planted = plant(
@@ -297,7 +305,7 @@ def planted_model(name: str, seed: int, images: Tensor) -> tuple[nn.Module, Plan
 
 
 def plain_model(name: str, seed: int, images: Tensor, *, fixed: bool) -> nn.Module:
-    """Without register neurons."""
+    """A model without register neurons, with an artefact at a fixed position if `fixed`."""
     model = random_model(name, seed)
     decoys, fixed_position = seed % 2 == 1, FIXED if fixed else None
     plant(model, images, num_neurons=0, decoys=decoys, fixed_position=fixed_position, seed=seed)
@@ -307,8 +315,8 @@ def plain_model(name: str, seed: int, images: Tensor, *, fixed: bool) -> nn.Modu
 # Ways of choosing neurons ---------------------------------------------------------------------------------------------
 
 
-def calibrated(model: nn.Module, images: Tensor, **options: Any) -> set[Neuron]:
-    """The neurons that `calibrate` recommends; none if it says that there is nothing to move."""
+def chosen_by_calibration(model: nn.Module, images: Tensor, **options: Any) -> set[Neuron]:
+    """The neurons that `testreg.calibrate` chooses; none if it says that there is nothing to move."""
     try:
         found = testreg.calibrate(model, images, progress=False, **options)
     except (testreg.NoOutliersError, testreg.ImmovableOutliersError):
@@ -316,10 +324,11 @@ def calibrated(model: nn.Module, images: Tensor, **options: Any) -> set[Neuron]:
     return {(block, unit) for block, unit, _ in found.truncate().ranking}
 
 
-def by_paper(model: nn.Module, images: Tensor, top_k: int, max_block: int) -> set[Neuron]:
+def chosen_by_paper(model: nn.Module, images: Tensor, top_k: int, max_block: int) -> set[Neuron]:
+    """The neurons that the recipe of the paper chooses."""
     tower = find_tower(model)
     norms = token_norms(tower, images)[-1, :, tower.num_prefix :]
-    return calibrated(
+    return chosen_by_calibration(
         model,
         images,
         block=-1,
@@ -333,8 +342,10 @@ def by_paper(model: nn.Module, images: Tensor, top_k: int, max_block: int) -> se
 
 
 def recall(score: Score, model: nn.Module, neurons: set[Neuron], images: Tensor) -> float:
-    """Of the planted neurons, among the first of a ranking, as many as were planted."""
-    return len(calibrated(model, images, score=score, top_k=len(neurons), **ALL_IMAGES) & neurons) / len(neurons)
+    """The share of the n planted neurons that are among the first n of the ranking by a score."""
+    return len(chosen_by_calibration(model, images, score=score, top_k=len(neurons), **ALL_IMAGES) & neurons) / len(
+        neurons
+    )
 
 
 # Measures -------------------------------------------------------------------------------------------------------------
@@ -343,12 +354,13 @@ def recall(score: Score, model: nn.Module, neurons: set[Neuron], images: Tensor)
 def measure(
     family: str, seed: int, way: str, model: nn.Module, planted: Planted, chosen: set[Neuron], images: Tensor
 ) -> Outcome:
+    """Measure outliers and features with the chosen neurons moved."""
     before = observe(model, images)
     with moved(model, chosen):
         after = observe(model, images)
     (outlier, prefix, patches), (outlier_after, prefix_after, patches_after) = before, after
-    made = slice(min(planted.neurons), None)  # blocks
-    left = outlier_after[made].sum((1, 2)) / outlier[made].sum((1, 2)).clamp(min=1)
+    planted_blocks = slice(min(planted.neurons), None)  # blocks
+    outliers_left = outlier_after[planted_blocks].sum((1, 2)) / outlier[planted_blocks].sum((1, 2)).clamp(min=1)
     normal = ~outlier.any(0)  # (B, N)
     change = distance(patches, patches_after)[normal].mean()
     if prefix.shape[1]:
@@ -357,7 +369,7 @@ def measure(
         means = [(each * normal.unsqueeze(-1)).sum(1) for each in (patches, patches_after)]
         change_of_pooled = distance(*means).mean()
     decoys = {neuron: name for name, neuron in planted.named_decoys.items()}
-    figures = (float(left.max()), float(change), float(change_of_pooled))
+    figures = (float(outliers_left.max()), float(change), float(change_of_pooled))
     return Outcome(family, seed, way, chosen, as_set(planted.neurons), decoys, *figures)
 
 
@@ -365,6 +377,7 @@ def measure(
 
 
 def print_outcomes(outcomes: list[Outcome], verdicts: list[Verdict]) -> None:
+    """Print the table of precision, recall and clean models, by family."""
     print(
         "| family | way | precision | recall | decoys chosen | outliers left | change of patches | of CLS or mean "
         "| clean left alone | fixed left alone |\n|---|---|---|---|---|---|---|---|---|---|"
@@ -389,14 +402,15 @@ def print_outcomes(outcomes: list[Outcome], verdicts: list[Verdict]) -> None:
     print("\nMean over the seeds (worst).")
 
 
-def print_fidelities(found: list[Fidelity], ways: Sequence[str]) -> None:
+def print_fidelities(fidelities_: list[Fidelity], ways: Sequence[str]) -> None:
+    """Print the table of a mechanism by way, and where testreg fell short."""
     print(
         "| way | neurons | outliers left | models under 5 % | decoys chosen | cosine of patches | to that of planted "
         "| cosine of CLS or mean | to that of planted |\n|---|---|---|---|---|---|---|---|---|"
     )
-    bounds = {(each.family, each.seed): each for each in found if each.way == "planted"}
+    bounds = {(each.family, each.seed): each for each in fidelities_ if each.way == "planted"}
     for way in ways:
-        rows = [each for each in found if each.way == way]
+        rows = [each for each in fidelities_ if each.way == way]
         best = [bounds[each.family, each.seed] for each in rows]
         patches, pooled = [each.cosine_of_patches for each in rows], [each.cosine_of_pooled for each in rows]
         cells = [
@@ -412,11 +426,11 @@ def print_fidelities(found: list[Fidelity], ways: Sequence[str]) -> None:
         ]
         print(f"| {' | '.join(cells)} |")
     print("\nMean over the models (worst). Where testreg fell short:")
-    for each in found:
+    for each in fidelities_:
         best = bounds[each.family, each.seed]
         is_near = (
-            each.cosine_of_patches >= NEAR * best.cosine_of_patches
-            and each.cosine_of_pooled >= NEAR * best.cosine_of_pooled
+            each.cosine_of_patches >= NEAR_SHARE * best.cosine_of_patches
+            and each.cosine_of_pooled >= NEAR_SHARE * best.cosine_of_pooled
         )
         if each.way == "testreg" and (each.outliers_left >= 0.05 or each.decoys_chosen or not is_near):
             print(
@@ -427,27 +441,31 @@ def print_fidelities(found: list[Fidelity], ways: Sequence[str]) -> None:
 
 
 def print_decoys(outcomes: list[Outcome]) -> None:
+    """Print which decoys were chosen."""
     for way in WAYS[:2]:
         names = Counter(name for each in outcomes if each.way == way for name in each.decoys_chosen)
         print(f"\nDecoys that {way} chose: {', '.join(f'{name} {n}' for name, n in names.most_common()) or 'none'}.")
 
 
 def mean_and_worst(values: list[float], worst: Callable[[list[float]], float], form: str = ".2f") -> str:
+    """The mean of the values and the worst of them, as text."""
     return f"{sum(values) / len(values):{form}} ({worst(values):{form}})"
 
 
 def fraction(flags: list[bool]) -> str:
+    """How many flags are true, as text."""
     return f"{sum(flags)} of {len(flags)}" if flags else ""
 
 
 def print_recalls(recalls: dict[Score, list[float]]) -> None:
-    """Of the scores alone: how many planted neurons are first, if as many are taken."""
+    """Print for each score the share of the n planted neurons that are among the first n of its ranking."""
     print("\n| score | recall | models with all |\n|---|---|---|")
     for score, values in recalls.items():
         print(f"| {score} | {mean_and_worst(values, min)} | {fraction([value == 1 for value in values])} |")
 
 
 def print_shortfalls(outcomes: list[Outcome]) -> None:
+    """Print the models on which testreg missed neurons or chose others."""
     print("\nWhere testreg fell short:")
     for each in outcomes:
         if each.chosen != each.planted or each.outliers_left >= 0.05:

@@ -1,10 +1,10 @@
-"""Which ranking of neurons leaves the cleanest maps? Measured with the patched model, on images that did not rank.
+"""Which ranking of neurons leaves the cleanest maps? Half of the images rank neurons, the other half measure.
 
     python scripts/rankings.py hf:CLIP --images photos/ -o rankings.json
 
-The best neurons by each score, of the blocks up to the onset of the outliers, up to the one where they stand out most,
-or of all, are moved to `--registers` registers. `selective` takes all neurons with more than 80 % of their squared
-activation at outliers, whatever they score otherwise. Half of the images rank, the others measure.
+For each score, the best neurons are moved to `--registers` registers: those of the blocks up to the onset (the first
+block after which there are outliers, patches of huge norm), up to the block where outliers stand out most, or of all
+blocks. `selective` takes all neurons with more than 80 % of their squared activation at outliers.
 """
 
 from __future__ import annotations
@@ -80,27 +80,27 @@ def main() -> None:
 
 
 def rankings_of(tower: Tower, images: Tensor, detection: Detection) -> dict[str, Tensor]:
-    """Scores (L, H) of all neurons."""
+    """{name of a score: the scores of all neurons, (L, H)}, for L blocks of H neurons."""
     numbers = range(len(images))
     sums = {}
     for score in SUMS:
         batches = zip(images.split(BATCH), torch.tensor(numbers).split(BATCH), strict=True)
-        parts = [statistics_of(tower, batch, own.tolist(), detection, score=score) for batch, own in batches]
+        parts = [statistics_of(tower, batch, indices.tolist(), detection, score=score) for batch, indices in batches]
         total = parts[0]
         for part in parts[1:]:
             total += part
         sums[score] = total.total()
-    share = sums["attribution"].selectivity
-    attributed = sums["attribution"].scores(tower) / share.clamp(min=1e-12)
+    selectivity = sums["attribution"].selectivity
+    attributed = sums["attribution"].scores(tower) / selectivity.clamp(min=1e-12)
     z_score = z_scores(tower, images, detection)
     return {
         "attribution": attributed,
-        "attribution x selectivity": attributed * share,
-        "selectivity": share,
+        "attribution x selectivity": attributed * selectivity,
+        "selectivity": selectivity,
         "z-score": z_score,
-        "z-score x selectivity": z_score * share,
-        "|attribution|, selective": attributed.abs() * (share >= SELECTIVE),
-        "selective": (share >= SELECTIVE).float() * (z_score > 1),
+        "z-score x selectivity": z_score * selectivity,
+        "|attribution|, selective": attributed.abs() * (selectivity >= SELECTIVE),
+        "selective": (selectivity >= SELECTIVE).float() * (z_score > 1),
         "activation (paper)": sums["activation"].scores(tower),
         "contribution": sums["contribution"].scores(tower),
     }
@@ -108,20 +108,20 @@ def rankings_of(tower: Tower, images: Tensor, detection: Detection) -> dict[str,
 
 @torch.no_grad()
 def z_scores(tower: Tower, images: Tensor, detection: Detection) -> Tensor:
-    """(mean |a| at outliers - mean |a| elsewhere) / std of |a|, (L, H), over all patches."""
+    """(mean |a| at outliers - mean |a| at other patches) / std of |a| over all patches, (L, H), for activations a."""
     sums = torch.zeros(2, 3, tower.depth, tower.mlp_width, dtype=torch.float64)  # at outliers, elsewhere; n, |a|, a^2
     for batch in images.split(BATCH):
         norms = token_norms(tower, batch)
         patches = tower.patches(batch)
         outlier = detection.outliers(norms[..., : patches.stop], tower.num_prefix, tower.grid(batch))[..., patches]
-        at = outlier[detection.block]
+        outlier_at_block = outlier[detection.block]
         hidden: dict[int, Tensor] = {}
         linears = [block.mlps[0].fc2 for block in tower.blocks]
         with recording_inputs(linears, lambda index, each, hidden=hidden: hidden.__setitem__(index, each)):
             tower.run(batch)
         for index, activation in hidden.items():
             magnitude = tower.batch_first(activation)[:, patches].abs().double()
-            for side, mask in enumerate((at, ~at)):
+            for side, mask in enumerate((outlier_at_block, ~outlier_at_block)):
                 chosen = magnitude[mask]
                 sums[side, :, index] += torch.stack(
                     [torch.full_like(chosen[0], len(chosen)), chosen.sum(0), chosen.square().sum(0)]

@@ -1,12 +1,15 @@
-"""Static registers beside those that a model computes: what they restore in a planted network, and their time.
+"""Compare static registers (constants) with registers that the model computes: what they restore, and their time.
 
     python scripts/static_registers.py MODEL --images PHOTOS --test OTHERS [--mechanisms spread triggers ...]
 
-As in `scripts/restoration`, a mechanism is planted into a network without outliers, and the untouched network is the
-truth; all ways move the planted neurons. `register` is the computed one. `static` is its mean over PHOTOS, with the
-neurons silent on the patches, or (`all`) on all tokens; both forms give the same here. `silent` is no register at all.
-Times are of a torchvision ViT-B/16 of random weights, which has both forms: CPU time, sides in turns in one process,
-the median of the ratios to the plain model. `noise` is the plain model again.
+As in `scripts/restoration`, a mechanism that makes outliers is planted into a network without outliers, and the
+untouched network is the truth. All ways move the planted neurons: `register` to a computed register; `static` to a
+constant, the computed register's mean over PHOTOS. `silent` sets the neurons to zero and adds no register. The neurons
+are zero on patches, or in rows with `all` on all tokens. (The two forms of static registers, token and bias, give the
+same here.)
+
+Times are of a torchvision ViT-B/16 with random weights, which can have both forms: the median of the ratios of CPU time
+to the plain model, measured in turns in one process. `noise` is the plain model a second time.
 """
 
 from __future__ import annotations
@@ -34,14 +37,19 @@ from testreg.io.images import ImageStream
 from testreg.io.loading import load_model
 from testreg.io.preprocessing import OwnTransform
 
-TIMED = {block: list(range(8)) for block in range(3, 9)}  # 48 neurons
+TIMED_NEURONS = {
+    block: list(range(8)) for block in range(3, 9)
+}  # the 48 neurons that are moved when times are measured
 
 
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(1)
     untouched = load_model(args.model).model.eval()
-    photographs, unseen = prepared(untouched, args.images), prepared(untouched, args.test)[: args.num_test]
+    photographs, unseen = (
+        preprocessed_images(untouched, args.images),
+        preprocessed_images(untouched, args.test)[: args.num_test],
+    )
     for mechanism in args.mechanisms:
         rows = restoration(untouched, mechanism, args.seed, photographs, unseen)
         print(f"\n## {mechanism}, seed {args.seed}: planted\n\n{markdown(rows)}", flush=True)
@@ -66,7 +74,7 @@ def parse_args() -> argparse.Namespace:
 def restoration(
     untouched: nn.Module, mechanism: Any, seed: int, photographs: Tensor, unseen: Tensor
 ) -> list[list[str]]:
-    """The head of a table, and a row of figures for each way."""
+    """The header of a table, and a row for each way."""
     model = deepcopy(untouched)
     neurons = plant_into(model, photographs[:NUM_PLANTING], mechanism=mechanism, seed=seed).neurons
     static = testreg.make_static(model, photographs, neurons, progress=False)
@@ -81,31 +89,31 @@ def restoration(
         "silent, all": {"target": empty, "zero": "all"},
     }
     truth, before = observe(untouched, unseen), observe(model, unseen)
-    found = {"untouched network": figures(before, truth, truth), "nothing moved": figures(before, before, truth)}
+    results = {"untouched network": figures(before, truth, truth), "nothing moved": figures(before, before, truth)}
     for way, options in ways.items():
         with testreg.patched(model, neurons, **options):
-            found[way] = figures(before, observe(model, unseen), truth)
-    rows = [[way, *(f"{value:.3f}" for value in each.values())] for way, each in found.items()]
-    return [["way", *found["nothing moved"]], *rows]
+            results[way] = figures(before, observe(model, unseen), truth)
+    rows = [[way, *(f"{value:.3f}" for value in each.values())] for way, each in results.items()]
+    return [["way", *results["nothing moved"]], *rows]
 
 
-def prepared(model: nn.Module, folder: str) -> Tensor:
-    """The images of a folder, (n, 3, h, w), as the model's own library prepares them."""
+def preprocessed_images(model: nn.Module, folder: str) -> Tensor:
+    """The images of a folder, preprocessed as the model's library does, (n, 3, h, w)."""
     return torch.stack([image for _, image in ImageStream(folder, OwnTransform(model)).numbered()])
 
 
 @torch.no_grad()
 def times(batch: int, turns: int) -> dict[str, float]:
-    """The median ratio of each way's CPU time to that of the plain model."""
+    """{way: the median ratio of its CPU time to that of the plain model}."""
     torch.manual_seed(0)
     model, images = torchvision.models.vit_b_16(weights=None).eval(), torch.randn(batch, 3, 224, 224)
-    static = testreg.make_static(model, images, TIMED, progress=False)
+    static = testreg.make_static(model, images, TIMED_NEURONS, progress=False)
     ways: dict[str, Callable[[], AbstractContextManager[object]]] = {
         "plain": nullcontext,
         "noise": nullcontext,
-        "register": lambda: testreg.patched(model, TIMED),
-        "token": lambda: testreg.patched(model, TIMED, static=static),
-        "bias": lambda: testreg.patched(model, TIMED, static=replace(static, form="bias")),
+        "register": lambda: testreg.patched(model, TIMED_NEURONS),
+        "token": lambda: testreg.patched(model, TIMED_NEURONS, static=static),
+        "bias": lambda: testreg.patched(model, TIMED_NEURONS, static=replace(static, form="bias")),
     }
     ratios: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(turns):
@@ -117,7 +125,7 @@ def times(batch: int, turns: int) -> dict[str, float]:
                 spent[way] = time.process_time() - start
         for way, seconds in spent.items():
             ratios[way].append(seconds / spent["plain"])
-    return {way: statistics.median(own) for way, own in ratios.items() if way != "plain"}
+    return {way: statistics.median(values) for way, values in ratios.items() if way != "plain"}
 
 
 if __name__ == "__main__":

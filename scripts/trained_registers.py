@@ -1,13 +1,14 @@
-"""What calibration makes of models with trained registers, where the answer is known.
+"""How calibration deals with models that have trained registers, measured where the answer is known.
 
     python scripts/trained_registers.py            # about ten minutes on one core
 
-Models are small, random and *planted* (`planting`), as in `scripts/proof.py`, with four trained registers each:
+Models are small, random and *planted* (`planting`), as in `scripts/proof.py`. Each has four trained registers, i.e.
+extra tokens that it was trained with, and one of two things is planted:
 
-- a mechanism makes outliers of patches, as if the trained registers had not taken their role. Does `testreg.calibrate`,
-  told nothing, find the neurons, and are the outliers gone on crops that it did not see?
-- neurons make a trained register what outliers are in other models, and heads attend to it. Does `testreg.diagnose`
-  say that there is nothing to fix, and does `testreg.calibrate` leave the model alone?
+- A mechanism makes outliers (patches of huge norm), although there are trained registers. Does `testreg.calibrate`,
+  which is told nothing, find the neurons, and are the outliers gone on crops that it did not see?
+- Neurons give a trained register a huge norm, and heads attend to it: it plays the role of outliers. Does
+  `testreg.diagnose` say that there is nothing to fix, and does `testreg.calibrate` leave the model alone?
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def main() -> None:
 
 
 def on_patches(name: str, mechanism: Mechanism, seed: int, images: Tensor, unseen: Tensor) -> str:
-    """A row of the first table."""
+    """A row of the first table: outliers among the patches."""
     model = with_random_blocks(MODELS[name], seed)
     planted = plant(model, images, mechanism=mechanism, seed=seed)
     chosen = as_set(testreg.calibrate(model, images, progress=False).by_block())
@@ -91,25 +92,25 @@ def on_patches(name: str, mechanism: Mechanism, seed: int, images: Tensor, unsee
     neurons, most = as_set(planted.neurons), before.sum((1, 2)).max()
     cosine = 1 - float(distance(patches, truth).mean())
     fraction, left = float(most / before[0].numel()), float(after.sum((1, 2)).max() / most)
-    own = f"{len(chosen)}, {len(chosen & neurons)}"
-    return f"| {name} | {mechanism} | {seed} | {len(neurons)} | {own} | {fraction:.1%} | {left:.1%} | {cosine:.3f} |"
+    counts = f"{len(chosen)}, {len(chosen & neurons)}"
+    return f"| {name} | {mechanism} | {seed} | {len(neurons)} | {counts} | {fraction:.1%} | {left:.1%} | {cosine:.3f} |"
 
 
 def on_register(name: str, seed: int, images: Tensor) -> str:
-    """A row of the second table."""
+    """A row of the second table: a trained register in the role of outliers."""
     model = with_random_blocks(MODELS[name], seed)
     plant_on_register(model, images, register=seed % 4, seed=seed)
-    found = testreg.diagnose(model, images, progress=False)
+    diagnosis = testreg.diagnose(model, images, progress=False)
     try:
         testreg.calibrate(model, images, progress=False)
-        left_alone = "finds neurons"
+        calibration = "finds neurons"
     except NoOutliersError:
-        left_alone = "leaves it alone"
-    roles = [role for role in found.prefix_roles if role.is_register]
+        calibration = "leaves it alone"
+    roles = [role for role in diagnosis.prefix_roles if role.is_register]
     (role,) = roles or [None]
-    ratios = "-" if role is None else f"{role.ratio:.1f}, {found.blocks[role.block].after_mlp.prefix_ratio[0]:.1f}"
-    drawn = "-" if role is None or role.attention is None else f"{role.attention:.0%}"
-    return f"| {name} | {seed} | {found.verdict} | {left_alone} | {ratios} | {drawn} |"
+    ratios = "-" if role is None else f"{role.ratio:.1f}, {diagnosis.blocks[role.block].after_mlp.prefix_ratio[0]:.1f}"
+    attention = "-" if role is None or role.attention is None else f"{role.attention:.0%}"
+    return f"| {name} | {seed} | {diagnosis.verdict} | {calibration} | {ratios} | {attention} |"
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from torchvision.transforms.v2 import functional as tv
 import testreg
 from testreg.cli import calibrate, main, show
 from testreg.cli.invocation import Invocation
-from testreg.cli.show import _box, _target
+from testreg.cli.show import _box, _touched_patches
 from testreg.io.rows import Writer
 from testreg.measure.score import Score
 from testreg.neurons.notices import warn_of_unverified
@@ -217,10 +217,10 @@ def test_show_of_principal_components(folder, calibrated, tmp_path, monkeypatch,
 
 
 def test_a_box_is_of_patches_that_it_touches():
-    target = _target(_box("0,0.25,0.5,0.3"), (4, 4))
+    target = _touched_patches(_box("0,0.25,0.5,0.3"), (4, 4))
     assert target.shape == (1, 4, 4)
     assert target.nonzero().tolist() == [[0, 1, 0], [0, 1, 1]]
-    assert _target(_box("0,0,1,1"), (3, 5)).all()
+    assert _touched_patches(_box("0,0,1,1"), (3, 5)).all()
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""What testreg costs, measured."""
+"""Measures what testreg costs in time and memory."""

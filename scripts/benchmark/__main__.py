@@ -1,4 +1,4 @@
-"""What testreg costs: a patched model against the plain one, calibration against a plain forward, and the rest.
+"""Measure what testreg costs: patched forwards against plain ones, calibration against plain forwards, and more.
 
     python scripts/benchmark                      # forward, training, calibration, memory: an hour on one CPU core
     python scripts/benchmark --quick              # a first look: batch 1, eager, few repeats
@@ -9,22 +9,22 @@
 
 The parts:
 
-- `forward`, `training`: a forward, and a forward and backward, of the patched model. `one_more_token` is the plain
-  model with one token more: that much a register costs whoever adds it.
-- `operations`: what a patched forward does more than a plain one, from a profile.
-- `calibration`: diagnosis and ranking. `search`: the whole of `calibrate` with its defaults, as CPU time, over that of
-  plain forwards of the images it reads: of a pretrained network without outliers, into which a mechanism is planted.
-- `budget`: the whole of `calibrate`, if it may take so many seconds.
-- `memory`, `scale`: peak memory, and the time of up to 4096 images by a small planted model.
-- `processes`, `killed`: the same calibration by several processes, and what becomes of them when one is killed.
-- `import`: `import testreg` and `testreg --help`.
+- `forward`, `training`: a forward, and a forward with backward, of the patched model. `one_more_token` is the plain
+  model with one more token, the least that any register costs.
+- `operations`: the operations that a patched forward has more than a plain one, from a profile.
+- `calibration`: only diagnosis and ranking. `search`: all of `calibrate` with its defaults, over plain forwards of the
+  images that it reads, for a pretrained network without outliers into which a mechanism is planted.
+- `budget`: all of `calibrate`, limited to a number of seconds.
+- `memory`, `scale`: peak memory, and the time of up to 4096 images with a small planted model.
+- `processes`, `killed`: a calibration by several processes, and how they end if one of them is killed.
+- `import`: the time of `import testreg` and of `testreg --help`.
 - `against`: hooks that keep all activations, and a checkout of the paper's released code.
-- `merging`: token merging, which shows what other patches of the blocks cost.
+- `merging`: token merging, another method that changes the number of tokens, for comparison.
 
-Weights are random: speed does not depend on them. The sides of a comparison run in turns, in one process and on the
-same weights, so that a drifting clock or a busy neighbour meets all of them; a ratio is the median over the turns.
-`noise` is the ratio of another side, which is the first one again: as far as it is from 1, so far is no ratio certain.
-Times of one CPU thread are CPU time.
+Weights are random, since speed does not depend on them. The sides of a comparison run in turns, in one process and with
+the same weights, so that disturbances meet all of them. A ratio is the median over the turns. `noise` is the ratio of
+the first side to itself, measured as if it were another side: ratios are uncertain by as much as it differs from 1.
+With one CPU thread, times are CPU time.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "against": against,
     "merging": merging,
 }
-USUAL = ("forward", "training", "calibration", "memory")
+USUAL = ("forward", "training", "calibration", "memory")  # the parts that run by default
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -118,6 +118,7 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def environment(args: argparse.Namespace) -> dict[str, str | int]:
+    """What was measured, and on what."""
     processor = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).exists():
         names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]

@@ -1,8 +1,8 @@
-"""testreg against hooks that keep all activations, and against a checkout of the paper's released code.
+"""Compares testreg with hooks that keep all activations, and with a checkout of the paper's released code.
 
-The released code is not installable: `--against FOLDER` takes a checkout of github nickjiang2378/test-time-registers
-(commit 860df43), whose folder `shared` does not depend on the model. What a model must provide is told here, as that
-code asks for it: the modules whose outputs are logged or changed, a forward, and a preprocessing.
+The released code cannot be installed: `--against FOLDER` takes a checkout of github nickjiang2378/test-time-registers
+(commit 860df43). Its folder `shared` works for any model, if it is told which modules' outputs to record or change, how
+to run the model, and how to preprocess. That is done here for timm's models.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from benchmark.models import build, neurons, one_more_token, random_images, twin
 from testreg.io.images import ImageStream
 
 SHARED = ("algorithms", "hook_manager")  # the modules of the checkout that are used
-NUM_IMAGES, THRESHOLD = 64, 3.0  # norm of an outlier, over the median of its image's patches
+NUM_IMAGES = 64
+THRESHOLD = 3.0  # a patch is an outlier if its norm is above so many times the median of its image
 
 
 def against(args: argparse.Namespace) -> Iterator[Row]:
-    """A patched forward of one image, and a calibration pass of 64; each pass in a process of its own."""
+    """Compare patched forwards of one image, and passes that rank neurons on 64 images, each in a new process."""
     released = None if args.against is None else modules_of(args.against)
     plain = build(args, torch.float32)
     forwards = {
@@ -60,12 +61,13 @@ def against(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def measure_pass(args: argparse.Namespace, side: str, images: Path) -> tuple[float, float]:
-    """CPU seconds of the pass, and the peak memory of the process in MiB."""
+    """The CPU seconds of a pass, and the peak memory of its process in MiB."""
     model = build(args, torch.float32, with_outliers=True)
     return cpu_seconds(PASSES[side], model, images, args), peak_memory(args.device)
 
 
 def plain_pass(model: nn.Module, images: Path, args: argparse.Namespace) -> None:
+    """Run plain forwards of all images."""
     stream = ImageStream(images, tensor_of).numbered()
     with torch.inference_mode():
         for _, image in stream:
@@ -73,10 +75,12 @@ def plain_pass(model: nn.Module, images: Path, args: argparse.Namespace) -> None
 
 
 def testreg_pass(model: nn.Module, images: Path, args: argparse.Namespace, *, score: str) -> None:
+    """Rank neurons with testreg."""
     rank(model, images, transform=tensor_of, score=score)
 
 
 def tensor_of(picture: Image.Image) -> Tensor:
+    """A PIL image as a tensor (3, h, w) in [0, 1]."""
     return tv.to_dtype(tv.pil_to_tensor(picture), torch.float32, scale=True)
 
 
@@ -84,10 +88,10 @@ def tensor_of(picture: Image.Image) -> Tensor:
 
 
 def scores_by_hooks(model: nn.Module, images: Path, args: argparse.Namespace) -> Tensor:
-    """Mean |activation| (L, H) at outliers, of a timm model, by hooks that keep all activations in numpy.
+    """The mean |activation| (L, H) at outliers in a timm model, by hooks that copy all activations to NumPy.
 
-    As the released code does, it runs one image at a time, and keeps the attention maps, block outputs and hidden
-    activations of all blocks; this is a straightforward programme of that kind, and not the released one.
+    Like the released code, it runs one image at a time, and keeps the attention maps, block outputs and hidden
+    activations of all blocks. It stands for programs of that kind, and is not the released code.
     """
     kept: dict[str, list[np.ndarray]] = {"maps": [], "outputs": [], "hidden": []}
     for block in with_attention_maps(model).blocks:
@@ -107,7 +111,7 @@ def scores_by_hooks(model: nn.Module, images: Path, args: argparse.Namespace) ->
 
 
 def with_attention_maps(model: nn.Module) -> nn.Module:
-    """`model`, whose attention is computed step by step, so that its maps exist."""
+    """Switch off fused attention in `model`, in place, so that it computes attention maps. Returns the model."""
     for block in model.blocks:
         block.attn.fused_attn = False
     return model
@@ -117,10 +121,10 @@ def with_attention_maps(model: nn.Module) -> nn.Module:
 
 
 def modules_of(folder: Path) -> dict[str, ModuleType]:
-    """The modules of a checkout that are used, by their names.
+    """Import the modules of a checkout that are used: {name: module}.
 
     Raises:
-        SystemExit: it is no such checkout.
+        SystemExit: the folder is not such a checkout.
     """
     looked_for = " and ".join(f"shared/{name}.py" for name in SHARED)
     missing = [name for name in SHARED if not (folder / "shared" / f"{name}.py").is_file()]
@@ -156,7 +160,7 @@ def manager_of(released: dict[str, ModuleType], model: nn.Module) -> Any:
 
 
 def patched_by(released: dict[str, ModuleType], model: nn.Module, neurons: dict[int, list[int]]) -> nn.Module:
-    """`model` with one register by the checkout's hooks, which change the first image of a batch only."""
+    """Patch `model` with one register by the checkout's hooks, which only change the first image of a batch."""
     manager = manager_of(released, one_more_token(model))
     manager.reinit(mode=released["hook_manager"].HookMode.INTERVENE)
     manager.intervene_register_neurons(num_registers=1, neurons_to_ablate=neurons)
@@ -165,7 +169,7 @@ def patched_by(released: dict[str, ModuleType], model: nn.Module, neurons: dict[
 
 
 def released_pass(model: nn.Module, images: Path, args: argparse.Namespace) -> list[tuple[int, int, float]]:
-    """The checkout's ranking: (block, unit, score), the best first."""
+    """The checkout's ranking of neurons as (block, unit, score), beginning with the best."""
     released = modules_of(args.against)
 
     def run(model: nn.Module, image: Tensor) -> Tensor:

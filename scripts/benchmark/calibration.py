@@ -1,4 +1,4 @@
-"""Calibration against plain forwards: a pass, its memory, the whole of it, and many images."""
+"""Compares calibration with plain forwards: the time of ranking and of everything, its memory, and many images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from testreg.io.preprocessing import OwnTransform
 
 
 def calibration(args: argparse.Namespace) -> Iterator[Row]:
-    """A calibration pass against plain forwards of the same preprocessed images in the same batches."""
+    """Compare diagnosis and ranking with plain forwards of the same images in the same batches."""
     num_images, batch_size, turns = (16, 8, 3) if args.quick else (32, 16, max(3, args.repeats // 3))
     for dtype in args.dtype[:1] if args.quick else args.dtype:
         model = build(args, DTYPES[dtype], with_outliers=True)
@@ -47,30 +47,31 @@ def calibration(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def rank(model: nn.Module, images: Any, **options: Any) -> testreg.RegisterNeurons:
-    """Diagnosis and ranking; choosing neurons is forwards of the patched model, whose cost is measured elsewhere."""
+    """Calibrate without choosing neurons: only diagnosis and ranking."""
     return testreg.calibrate(model, images, top_k=NUM_NEURONS, held_out=0, stability=None, progress=False, **options)
 
 
 def memory(args: argparse.Namespace) -> Iterator[Row]:
-    """Peak memory of calibration, each in a process of its own."""
+    """Measure the peak memory of calibration, each time in a new process."""
     for num_images in (16, 160):
         yield in_own_process(measure_memory, args, num_images)
 
 
 def measure_memory(args: argparse.Namespace, num_images: int) -> Row:
+    """The peak memory of plain forwards, and of a calibration after them."""
     model, batch_size = build(args, torch.float32, with_outliers=True), 16
     with torch.inference_mode():
         model(random_images(batch_size, model))
     plain = peak_memory(args.device)
-    # made one batch at a time, so that the images themselves do not count
+    # a generator, so that the memory of the images does not count
     images = (random_images(batch_size, model) for _ in range(num_images // batch_size))
     rank(model, images, batch_size=batch_size)
     peak = peak_memory(args.device)
     return {"images": num_images, "batch": batch_size, "plain_MiB": round(plain), "calibration_MiB": round(peak)}
 
 
-class Counted(torch.utils.data.Dataset[Tensor]):
-    """Images (3, h, w), and how many of them were read."""
+class CountingImages(torch.utils.data.Dataset[Tensor]):
+    """A data set of images (3, h, w) that records which of them were read."""
 
     def __init__(self, images: Tensor) -> None:
         self.images, self.read = images, set[int]()
@@ -84,8 +85,11 @@ class Counted(torch.utils.data.Dataset[Tensor]):
 
 
 def search(args: argparse.Namespace) -> Iterator[Row]:
-    """The whole of a calibration with its defaults against plain forwards of the images it reads: in operations, which
-    are the same on every machine, and in CPU time, of which the plain side is measured before and after each turn."""
+    """Compare all of a calibration, with its defaults, with plain forwards of the images that it reads.
+
+    It is compared by the number of operations, which does not depend on the machine, and by CPU time; plain forwards
+    are timed before and after each calibration.
+    """
     untouched = load_model(args.pretrained).model.eval().to(args.device)
     images = torch.stack([image for _, image in ImageStream(args.images, OwnTransform(untouched)).numbered()])
     some = images[:64]
@@ -97,7 +101,7 @@ def search(args: argparse.Namespace) -> Iterator[Row]:
 
     calibrate = functools.partial(testreg.calibrate, progress=False)
     for mechanism in args.mechanisms:
-        model, counted = copy.deepcopy(untouched), Counted(images)
+        model, counted = copy.deepcopy(untouched), CountingImages(images)
         plant_into(model, some, mechanism=mechanism)
         neurons, operations = count_operations(calibrate, model, counted)
         parts = len(counted.read) / len(some)
@@ -122,7 +126,7 @@ def search(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def budget(args: argparse.Namespace) -> Iterator[Row]:
-    """The seconds that a calibration takes, and what it did in them, where it may take so many."""
+    """Measure how long a calibration with a budget takes, and what it did in that time."""
     model = build(args, torch.float32, with_outliers=True)
     images = (random_images(1, model)[0] for _ in range(200))
     start = time.perf_counter()
@@ -141,13 +145,14 @@ def budget(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def scale(args: argparse.Namespace) -> Iterator[Row]:
-    """Calibration on ever more images, by a small model: CPU time, and the peak memory of a process of its own."""
+    """Measure CPU time and peak memory of calibrating a small model on more and more images, each in a new process."""
     for settings in ("all ranked", "defaults"):
         for num_images in (16, 64) if args.quick else (16, 64, 256, 1024, 4096):
             yield {"settings": settings, **in_own_process(measure_scale, settings, num_images)}
 
 
 def measure_scale(settings: str, num_images: int) -> Row:
+    """The CPU time and peak memory of calibrating a small model on so many images."""
     model, images = small_planted(), MadeImages(num_images)
     rank(model, MadeImages(8))  # warms up
     run = rank if settings == "all ranked" else functools.partial(testreg.calibrate, progress=False)

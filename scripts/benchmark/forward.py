@@ -1,4 +1,4 @@
-"""A patched model against the plain one: its forward, and a training step."""
+"""Compares forwards and training steps of a patched model with those of the plain model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TRAINING_BATCH = 8
 
 
 def forward(args: argparse.Namespace) -> Iterator[Row]:
-    """A patched forward against a plain one."""
+    """Compare a forward of the patched model with one of the plain model."""
     for dtype in args.dtype:
         models = sides_of(build(args, DTYPES[dtype]))
         for mode in args.mode:
@@ -33,7 +33,7 @@ def forward(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def training(args: argparse.Namespace) -> Iterator[Row]:
-    """Forward and backward of a patched model against those of a plain one, without an optimizer."""
+    """Compare a forward with backward, without an optimizer, of the patched and of the plain model."""
 
     def step(model: nn.Module, images: Tensor) -> None:
         torch.autograd.grad(model(images).sum(), tuple(model.parameters()))
@@ -47,6 +47,7 @@ def training(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def sides_of(plain: nn.Module) -> dict[str, nn.Module]:
+    """The models that are compared, which share the plain model's weights."""
     return {
         "plain": plain,
         "patched": testreg.patch(twin(plain), neurons(plain)),

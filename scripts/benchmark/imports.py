@@ -1,4 +1,4 @@
-"""How long the package takes to import."""
+"""Measures how long the package takes to import."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from collections.abc import Iterator
 
 from benchmark.measuring import Row
 
-IN_TURN = (  # of each line, a fresh process runs one statement after the other, and each is measured
+STATEMENTS = (  # a new process runs the statements of a line one after the other, and measures each
     ("import torch", "import testreg", "testreg.patch"),
     ("from testreg.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass",),
 )
-MEASURED = """
+SCRIPT = """
 import json, sys, time
 seen = []
 for statement in sys.argv[1:]:
@@ -28,14 +28,14 @@ print(json.dumps(seen))
 
 
 def imports(args: argparse.Namespace) -> Iterator[Row]:
-    """Medians over five fresh processes; the interpreter's own start is left out."""
-    for statements in IN_TURN:
-        seen = []
+    """Yield the medians over five new processes, without the start of the interpreter."""
+    for statements in STATEMENTS:
+        times_of_runs = []
         for _ in range(5):
-            command = [sys.executable, "-c", MEASURED, *statements]
+            command = [sys.executable, "-c", SCRIPT, *statements]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            seen.append(json.loads(output.splitlines()[-1]))
-        for statement, measured in zip(statements, zip(*seen, strict=True), strict=True):
+            times_of_runs.append(json.loads(output.splitlines()[-1]))
+        for statement, measured in zip(statements, zip(*times_of_runs, strict=True), strict=True):
             wall, cpu, has_torch = zip(*measured, strict=True)
             yield {
                 "statement": f"{'testreg --help' if 'main' in statement else statement:14}",

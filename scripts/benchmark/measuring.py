@@ -1,4 +1,7 @@
-"""How things are measured: side by side in turns, or each in a process of its own."""
+"""Measures time, operations and memory: several sides in turns, or each in a new process.
+
+A *side* is one of the things that are compared, e.g. the plain model.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,9 @@ T = TypeVar("T")
 Row = dict[str, Any]
 Run = Callable[[], object]
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # constants of glibc's malloc.h
 
-ATTENTION_ON_CPU = {  # which torch does not count by itself
+ATTENTION_ON_CPU = {  # operations of attention on a CPU, which torch's counter leaves out
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
         lambda query, key, value, *others, **options: sdpa_flop_count(query, key, value)
     ),
@@ -35,9 +38,10 @@ ATTENTION_ON_CPU = {  # which torch does not count by itself
 
 
 def in_turns(sides: dict[str, Run], device: str, turns: int) -> dict[str, list[float]]:
-    """Seconds of each side in each turn. Its order is random, as what ran before leaves its traces in caches and heap.
+    """Run the sides in turns. Returns {side: its seconds in each turn}.
 
-    On one thread of a CPU they are CPU time, which busy neighbours disturb less.
+    The order in a turn is random, since the state of caches and memory depends on what ran before. With one CPU thread,
+    CPU time is measured, which other programs disturb less.
     """
     keep_freed_memory()
     on_gpu = torch.device(device).type == "cuda"
@@ -51,10 +55,10 @@ def in_turns(sides: dict[str, Run], device: str, turns: int) -> dict[str, list[f
             torch.cuda.synchronize()
         return (clock() - start) / calls
 
-    once = 0.0
-    for run in [*sides.values()] * 2:  # warm-up: compilation, caches, clocks
-        once = seconds(run, 1)
-    calls = max(1, min(100, round(0.1 / once)))  # a short call is repeated, so that the clock's grain does not show
+    seconds_once = 0.0
+    for run in [*sides.values()] * 2:  # a warm-up, which e.g. compiles
+        seconds_once = seconds(run, 1)
+    calls = max(1, min(100, round(0.1 / seconds_once)))  # short calls are repeated, since a clock is not exact
     names = list(sides)
     times: dict[str, list[float]] = {name: [] for name in names}
     generator = random.Random(0)
@@ -65,9 +69,9 @@ def in_turns(sides: dict[str, Run], device: str, turns: int) -> dict[str, list[f
 
 
 def keep_freed_memory() -> None:
-    """Let the process keep the memory that it frees: else a side pays for getting back what another has given away.
+    """Make the process keep memory that it frees, instead of returning it to the system (only with glibc).
 
-    That can be thousands of page faults in one forward and none in the next. Only glibc is known to do it.
+    Else one side may return memory, and the next one spends time to get it back.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -76,10 +80,10 @@ def keep_freed_memory() -> None:
 
 
 def compared(times: dict[str, list[float]]) -> Row:
-    """Median times of the first two sides, the ratio between them, and those of all other sides to the first.
+    """A row with the median times of the first two sides, their ratio, and the ratios of all others to the first.
 
-    `interval_95` is the confidence interval of the ratio. It goes by ranks, so that it holds for any distribution. Of
-    fewer than 6 turns it is from the least to the greatest, which is less sure than 95 %.
+    `interval_95` is the confidence interval of the ratio. It is computed from ranks, so it does not depend on the
+    distribution. With fewer than 6 turns it is the whole range, which covers less than 95 %.
     """
     base, other, *more = times
     ratios = sorted(_ratios(times, base, other))
@@ -95,36 +99,38 @@ def compared(times: dict[str, list[float]]) -> Row:
 
 
 def _ratios(times: dict[str, list[float]], base: str, side: str) -> list[float]:
+    """The ratio of a side's time to that of the side `base`, in each turn."""
     return [b / a for a, b in zip(times[base], times[side], strict=True)]
 
 
 def cpu_seconds(run: Callable[..., object], *arguments: object) -> float:
-    """CPU time of `run(*arguments)`, of all threads."""
+    """The CPU time of `run(*arguments)` in seconds, summed over all threads."""
     start = time.process_time()
     run(*arguments)
     return time.process_time() - start
 
 
 def count_operations(run: Callable[..., T], *arguments: object) -> tuple[T, float]:
-    """What `run(*arguments)` returns, and the floating-point operations of its matrix products, convolutions and
-    attention."""
+    """The result of `run(*arguments)`, and the number of floating-point operations of its matrix products, convolutions
+    and attention.
+    """
     with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
         returned = run(*arguments)
     return returned, float(counter.get_total_flops())
 
 
 def in_own_process(measure: Callable[..., Any], *arguments: object) -> Any:
-    """What `measure(*arguments)` returns in a new process, with as many threads as this one."""
+    """The result of `measure(*arguments)` in a new process, which uses as many threads as this one."""
     threads, spawn = torch.get_num_threads(), multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, initializer=torch.set_num_threads, initargs=(threads,)) as process:
         return process.submit(measure, *arguments).result()
 
 
 def peak_memory(device: str) -> float:
-    """The most memory that this process has had so far, in MiB."""
+    """The peak memory of this process so far, in MiB."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    # Not ru_maxrss where it can be helped: Linux hands the parent's peak down to a child.
+    # VmHWM is better than ru_maxrss, since on Linux a child inherits its parent's ru_maxrss.
     if (status := Path("/proc/self/status")).exists():
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if "VmHWM" in line) / 2**10
     import resource
@@ -134,12 +140,12 @@ def peak_memory(device: str) -> float:
 
 
 def printed(rows: Iterator[Row]) -> Iterator[Row]:
-    """Passes the rows on, and prints them as they come, with a head wherever the columns change."""
-    head: list[str] = []
+    """Yield the rows, and print each, with a header wherever the columns change."""
+    header: list[str] = []
     widths: list[int] = []
     for row in rows:
-        if head != list(row):
-            head = list(row)
+        if header != list(row):
+            header = list(row)
             widths = [max(len(key), len(str(value)), 8) for key, value in row.items()]
             print("  ".join(f"{key:>{width}}" for key, width in zip(row, widths, strict=True)))
         print("  ".join(f"{value!s:>{width}}" for value, width in zip(row.values(), widths, strict=True)), flush=True)

@@ -1,8 +1,8 @@
-"""A patched model against token merging, another patch that changes how many tokens the blocks see.
+"""Compares a patched model with token merging, another method that changes how many tokens the blocks get.
 
-tomesd (arXiv 2303.17604) merges similar patches before attention and takes them apart behind it. Plain token merging
-(arXiv 2210.09461) merges a few after each block for good. Both find what to merge anew in each block. The matching is
-tomesd's; it is put around the attention of a ViT here.
+tomesd (arXiv 2303.17604) merges similar patches before attention and unmerges them after it. Plain token merging (arXiv
+2210.09461) merges a few patches after each block, which stay merged. Both match patches anew in each block. The
+functions that match are those of tomesd; they are put around the attention of a ViT here.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from benchmark.measuring import Row, compared, in_turns
 from benchmark.models import build, neurons, random_images, twin
 from testreg.families import find_tower
 
-FOR_GOOD = 8  # patches that plain token merging merges in each block
+MERGED_FOR_GOOD = 8  # patches that plain token merging merges in each block
 
 
 def merging(args: argparse.Namespace) -> Iterator[Row]:
-    """A patched forward, and forwards that merge one patch, half of the patches, and some for good."""
+    """Compare a patched forward with forwards that merge one patch or half of them for attention, or some for good."""
     for dtype in args.dtype:
         plain = build(args, DTYPES[dtype])
         num_patches = plain.patch_embed.num_patches
@@ -34,7 +34,7 @@ def merging(args: argparse.Namespace) -> Iterator[Row]:
             "patched": testreg.patch(twin(plain), neurons(plain)),
             "one_merged": merge_for_attention(twin(plain), 1),
             "half_merged": merge_for_attention(twin(plain), num_patches // 2),
-            f"{FOR_GOOD}_for_good": merge_for_good(twin(plain), FOR_GOOD),
+            f"{MERGED_FOR_GOOD}_for_good": merge_for_good(twin(plain), MERGED_FOR_GOOD),
             "noise": twin(plain),
         }
         for batch in args.batch:
@@ -45,20 +45,20 @@ def merging(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def merge_for_attention(model: nn.Module, count: int) -> nn.Module:
-    """`model`, each attention of which sees `count` patches fewer; the others of a merged pair get what it gives."""
+    """Make each attention of `model` run on `count` fewer patches, in place. Merged patches get the same output."""
 
     def merge(attention: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         prefix, patches = inputs[0].tensor_split([num_prefix], dim=1)
         side = math.isqrt(patches.shape[1])
-        merged, apart[attention] = matched(patches, side, side, count)
+        merged, unmerge_of[attention] = merge_functions(patches, side, side, count)
         return torch.cat([prefix, merged(patches)], 1), *inputs[1:]
 
     def unmerge(attention: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         prefix, patches = output.tensor_split([num_prefix], dim=1)
-        return torch.cat([prefix, apart.pop(attention)(patches)], 1)
+        return torch.cat([prefix, unmerge_of.pop(attention)(patches)], 1)
 
     tower = find_tower(model)
-    num_prefix, apart = tower.num_prefix, {}
+    num_prefix, unmerge_of = tower.num_prefix, {}
     for block in tower.blocks:
         block.module.attn.register_forward_pre_hook(merge)
         block.module.attn.register_forward_hook(unmerge)
@@ -66,11 +66,11 @@ def merge_for_attention(model: nn.Module, count: int) -> nn.Module:
 
 
 def merge_for_good(model: nn.Module, count: int) -> nn.Module:
-    """`model`, each block of which hands on `count` patches fewer than it got."""
+    """Make each block of `model` return `count` fewer patches than it gets, in place."""
 
     def merge(block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         prefix, patches = output.tensor_split([num_prefix], dim=1)
-        merged, _ = matched(patches, 1, patches.shape[1], count)
+        merged, _ = merge_functions(patches, 1, patches.shape[1], count)
         return torch.cat([prefix, merged(patches)], 1)
 
     tower = find_tower(model)
@@ -80,10 +80,10 @@ def merge_for_good(model: nn.Module, count: int) -> nn.Module:
     return model
 
 
-def matched(patches: Tensor, height: int, width: int, count: int) -> tuple[Callable[[Tensor], Tensor], ...]:
-    """What merges `count` of the patches (B, height * width, C) with those most similar to them, and its inverse.
+def merge_functions(patches: Tensor, height: int, width: int, count: int) -> tuple[Callable[[Tensor], Tensor], ...]:
+    """Two functions: one merges `count` of the patches (B, height * width, C) into similar ones, one is its inverse.
 
-    One patch of each 2 x 2, or of two in a row, stays; the others may join one of these.
+    One patch of each 2 x 2 (or of each two, if the height is 1) stays; the others may be merged into one of these.
     """
     try:
         from tomesd.merge import bipartite_soft_matching_random2d

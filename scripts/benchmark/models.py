@@ -1,4 +1,4 @@
-"""The models that are measured, with random weights, and their images."""
+"""The models that are measured, which have random weights, and their images."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from torch.utils.data import Dataset
 
 from testreg.families import find_tower
 
-NUM_NEURONS, BLOCKS = 50, (3, 4, 5, 6, 7, 8)
+NUM_NEURONS, BLOCKS = 50, (3, 4, 5, 6, 7, 8)  # how many neurons are moved, and in which blocks
 SMALL = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 6, "num_heads": 4, "num_classes": 0}
 
 
 def build(args: argparse.Namespace, dtype: torch.dtype, *, with_outliers: bool = False) -> nn.Module:
+    """The model that the arguments name, with planted outliers if calibration needs them."""
     torch.manual_seed(0)
     model = timm.create_model(args.model, pretrained=False)
     if with_outliers:
@@ -26,7 +27,7 @@ def build(args: argparse.Namespace, dtype: torch.dtype, *, with_outliers: bool =
 
 
 def small_planted() -> nn.Module:
-    """A ViT of 6 blocks and 65 tokens, with outliers, for what is measured on many images."""
+    """A ViT of 6 blocks and 65 tokens with planted outliers, for measurements on many images."""
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", **SMALL).eval()
     made = MadeImages(32)
@@ -35,12 +36,12 @@ def small_planted() -> nn.Module:
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """Another model with the very same weights: copies would lie elsewhere in memory, which shows in the times."""
+    """A copy of a model that shares its weights. (Weights elsewhere in memory could change the times.)"""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def one_more_token(model: nn.Module) -> nn.Module:
-    """`model`, in whose blocks a zero token comes last: the least that a register can cost."""
+    """Append a zero token to the input of the first block of `model`, in place: the least that a register can cost."""
 
     def append(block: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         tokens, *others = inputs
@@ -53,7 +54,7 @@ def one_more_token(model: nn.Module) -> nn.Module:
 
 
 def neurons(model: nn.Module) -> dict[int, list[int]]:
-    """Random ones, as many as a list for a large network has."""
+    """Random neurons {block: [units]}, as many as a list for a large network has."""
     generator, width = torch.Generator().manual_seed(0), find_tower(model).mlp_width
     units: dict[int, list[int]] = {block: [] for block in BLOCKS}
     for i, unit in enumerate(torch.randperm(width, generator=generator)[:NUM_NEURONS].tolist()):
@@ -62,15 +63,16 @@ def neurons(model: nn.Module) -> dict[int, list[int]]:
 
 
 def random_images(count: int, model: nn.Module) -> Tensor:
+    """Random images of the model's input size, on its device and in its dtype."""
     weight = next(model.parameters())
     return torch.rand(count, *model.default_cfg["input_size"]).to(weight.device, weight.dtype)
 
 
 class MadeImages(Dataset[Tensor]):
-    """Images (3, 64, 64) that are made when they are read, the same ones each time, so that they take no memory.
+    """A data set of images (3, 64, 64) that are made when they are read, always the same, so that they take no memory.
 
     Attributes:
-        read: the numbers of those that were read.
+        read: the indices of the images that were read.
     """
 
     def __init__(self, count: int) -> None:

@@ -1,4 +1,4 @@
-"""What a patched forward does that a plain one does not, operation by operation."""
+"""Lists the operations that a patched forward has more than a plain one."""
 
 from __future__ import annotations
 
@@ -19,26 +19,29 @@ SIDES = ("plain", "patched")
 
 
 def operations(args: argparse.Namespace) -> Iterator[Row]:
-    """The calls of each operation in a plain and in a patched forward, and the time of the calls in the latter.
+    """Yield for each operation how many more calls a patched forward has, and their time on the processor.
 
-    The few milliseconds that a register costs drown in the noise of whole forwards. These are the operations
-    themselves, on the processor: calls that the plain forward makes as well count with the mean time of all calls. The
-    profiler adds a microsecond or so to each. What the calls that both make have to do more, for one token more, is
-    the last row, as a share of the arithmetic.
+    The cost of a register is too small to be seen in the times of whole forwards. An operation that the plain forward
+    calls too counts with the mean time of all its calls. The profiler adds about a microsecond to each call. The last
+    row is the time that operations of both forwards take longer because of one more token, estimated from the number of
+    floating-point operations.
     """
     for dtype in args.dtype:
         models = sides_of(build(args, DTYPES[dtype]))
         images = random_images(args.batch[0], models["plain"])
         with torch.inference_mode():
-            found = {side: profiled(functools.partial(models[side], images), args.repeats) for side in SIDES}
+            profiles = {side: profiled(functools.partial(models[side], images), args.repeats) for side in SIDES}
             plain_sums, sums = (count_operations(models[side], images)[1] for side in SIDES)
-        (plain_calls, plain_ms), (calls, ms) = (found[side] for side in SIDES)
-        more = {name: number for name in calls if (number := calls[name] - plain_calls.get(name, 0)) > 0}
-        own = {name: ms[name] * number / calls[name] for name, number in more.items()}
-        rows = sorted(((name, more[name], own[name]) for name in own), key=lambda row: -row[2])
+        (plain_calls, plain_ms), (calls, ms) = (profiles[side] for side in SIDES)
+        extra_calls = {name: number for name in calls if (number := calls[name] - plain_calls.get(name, 0)) > 0}
+        extra_ms = {name: ms[name] * number / calls[name] for name, number in extra_calls.items()}
+        rows = sorted(((name, extra_calls[name], extra_ms[name]) for name in extra_ms), key=lambda row: -row[2])
         total = sum(plain_ms.values())
         token = total * (sums / plain_sums - 1)
-        rows += [("all of them", sum(more.values()), sum(own.values())), ("arithmetic of a token", 0, token)]
+        rows += [
+            ("all of them", sum(extra_calls.values()), sum(extra_ms.values())),
+            ("arithmetic of a token", 0, token),
+        ]
         for name, number, milliseconds in rows:
             yield {
                 "dtype": dtype,
@@ -50,7 +53,7 @@ def operations(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def profiled(run: Callable[[], object], repeats: int) -> tuple[dict[str, int], dict[str, float]]:
-    """Calls of each operation in one forward, and their time in milliseconds: the median over the forwards."""
+    """{operation: its calls in a forward}, and {operation: their time in milliseconds, the median over forwards}."""
     times: dict[str, list[float]] = defaultdict(list)
     calls: dict[str, int] = {}
     run()  # warms up

@@ -1,4 +1,4 @@
-"""One calibration by several processes: their time, their scores, and how they end when one of them is killed."""
+"""Calibrates with several processes: measures their time and scores, and how they end if one of them is killed."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ from benchmark.measuring import Row
 from benchmark.models import MadeImages, small_planted
 from testreg.io.processes import process_group
 
-NUM_IMAGES, KILLED_AT = 512, 300  # the number of the image at which a process is killed: ranking has begun
-DEADLINE = 600.0  # seconds after which processes that did not end are killed
+NUM_IMAGES = 512
+KILLED_AT = 300  # the index of the image at which a process is killed, when ranking has begun
+DEADLINE = 600.0  # seconds after which processes that have not ended are killed
 
 
 def processes(args: argparse.Namespace) -> Iterator[Row]:
-    """The same calibration by 1, 2 and 4 processes, as torchrun starts them."""
+    """Run the same calibration with 1, 2 and 4 processes, which torchrun starts."""
     alone: dict[tuple[int, int], float] = {}
     for count in (1, 2, 4):
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            subprocess.run([*torchrun(count), *this(folder)], check=True, env=environment(), timeout=DEADLINE)
+            subprocess.run([*torchrun(count), *this_script(folder)], check=True, env=environment(), timeout=DEADLINE)
             wall = time.perf_counter() - start
             ranks = [json.loads(path.read_text()) for path in Path(folder).glob("rank*.json")]
             ranking = testreg.RegisterNeurons.load(Path(folder, "neurons.json")).ranking
@@ -54,14 +55,16 @@ def processes(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def killed(args: argparse.Namespace) -> Iterator[Row]:
-    """Seconds from the SIGKILL of one of 3 processes, while they rank, until all are gone."""
+    """Kill one of 3 processes while they rank, and measure the seconds until all have ended."""
     for started, victim in (("torchrun", 1), ("by hand", 0), ("by hand", 1)):
         with tempfile.TemporaryDirectory() as name:
-            folder, command, port = Path(name), this(name, victim), free_port()
+            folder, command, port = Path(name), this_script(name, victim), free_port()
             if started == "torchrun":
                 commands = [([*torchrun(3), *command], environment())]
             else:
-                commands = [([sys.executable, *command], environment() | told(rank, 3, port)) for rank in range(3)]
+                commands = [
+                    ([sys.executable, *command], environment() | torchrun_variables(rank, 3, port)) for rank in range(3)
+                ]
             running = []
             for index, (each, variables) in enumerate(commands):
                 with (folder / f"{index}.err").open("w") as log:
@@ -80,42 +83,47 @@ def killed(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def half_written(folder: Path) -> list[Path]:
-    """The temporary files in it, and a state that cannot be read."""
-    left = list(folder.glob("*part*"))
+    """The temporary files in a folder, and the file of the state if it cannot be read."""
+    half_written_files = list(folder.glob("*part*"))
     try:
         with safe_open(folder / "state.safetensors", "pt") as state:
             state.keys()
     except Exception:
-        left.append(folder / "state.safetensors")
-    return left
+        half_written_files.append(folder / "state.safetensors")
+    return half_written_files
 
 
 def torchrun(count: int) -> list[str]:
+    """The command that starts `count` processes, without the script."""
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
 
 
-def this(folder: str, victim: int = -1) -> list[str]:
+def this_script(folder: str, victim: int = -1) -> list[str]:
+    """The arguments of Python that run this module; `victim` is the rank to be killed, -1 for none."""
     return ["-m", "benchmark.processes", folder, str(victim)]
 
 
 def environment() -> dict[str, str]:
+    """The environment variables of the processes."""
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-def told(rank: int, count: int, port: int) -> dict[str, str]:
-    """What torchrun would tell a process."""
+def torchrun_variables(rank: int, count: int, port: int) -> dict[str, str]:
+    """The environment variables that torchrun would set for a process."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
     return {"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in numbers.items()}}
 
 
 def free_port() -> int:
+    """A free TCP port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
 
 
 def _code_of(process: subprocess.Popen[bytes]) -> int | str:
+    """The exit code of a process, which is killed if it does not end in time."""
     try:
         return process.wait(DEADLINE)
     except subprocess.TimeoutExpired:
@@ -124,7 +132,7 @@ def _code_of(process: subprocess.Popen[bytes]) -> int | str:
 
 
 class DeadlyImages(MadeImages):
-    """Images at one of which the process that reads it is killed."""
+    """Images that kill the process which reads one from `KILLED_AT` on."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(NUM_IMAGES)
@@ -137,19 +145,19 @@ class DeadlyImages(MadeImages):
         return super().__getitem__(index)
 
 
-def one_of_them(folder: Path, victim: int) -> None:
-    """What each process does."""
+def run_process(folder: Path, victim: int) -> None:
+    """Calibrate in one of the processes, and write its times, and in the first process the neurons."""
     torch.set_num_threads(1)
-    own_rank, model = int(os.environ["RANK"]), small_planted()
-    images = DeadlyImages(folder) if own_rank == victim else MadeImages(NUM_IMAGES)
+    rank_, model = int(os.environ["RANK"]), small_planted()
+    images = DeadlyImages(folder) if rank_ == victim else MadeImages(NUM_IMAGES)
     wall, cpu = time.perf_counter(), time.process_time()
     with process_group("cpu"):
-        found = rank(model, images, resume=folder / "state.safetensors" if victim >= 0 else None)
+        neurons = rank(model, images, resume=folder / "state.safetensors" if victim >= 0 else None)
     spent = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-    (folder / f"rank{own_rank}.json").write_text(json.dumps(spent))
-    if own_rank == 0:
-        found.save(folder / "neurons.json")
+    (folder / f"rank{rank_}.json").write_text(json.dumps(spent))
+    if rank_ == 0:
+        neurons.save(folder / "neurons.json")
 
 
 if __name__ == "__main__":
-    one_of_them(Path(sys.argv[1]), int(sys.argv[2]))
+    run_process(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,1 +1,1 @@
-"""Which Vision Transformers testreg supports: `python scripts/coverage`, and for tests `check` and `registry`."""
+"""Checks which Vision Transformers testreg supports: `python scripts/coverage`. Tests use `check` and `registry`."""

@@ -1,9 +1,9 @@
-"""Which Vision Transformers testreg supports: every one that the libraries can build, checked and counted.
+"""Check every Vision Transformer that the libraries can build, and count those that testreg supports.
 
     python scripts/coverage                        # all: some minutes on two cores, nothing is downloaded
     python scripts/coverage --library timm --match dinov2
 
-What supported, refused, absent and failed mean is said in check.py.
+check.py says what supported, refused, absent and failed mean.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries are imported
+os.environ["HF_HUB_OFFLINE"] = "1"  # set before the libraries are imported, which read it
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tqdm import tqdm

@@ -1,13 +1,13 @@
-"""The check of one architecture: is it supported, refused, absent, or does it fail?
+"""Checks one architecture: is it supported, refused, absent, or does it fail?
 
-It is built with random weights, and patched with three neurons in two blocks. It is *supported* if
+The model is built with random weights, and patched with three neurons in two blocks. It is *supported* if
 
-- every public output has the shape that it has without the patch, and the state_dict the same keys;
-- every public output of a batch equals the reference's (explicit_register.py), and those of its images one by one;
-- the patch changes something, and after `unpatch` every output is bit for bit what it was.
+- every public output has the same shape with the patch as without, and the state_dict has the same keys;
+- every public output for a batch equals that of the reference (explicit_register.py), and those for single images;
+- the patch changes something, and after `unpatch` every output is the same as before, bit for bit.
 
-It is *refused* if testreg has a reason why the method does not fit, and *absent* if the installed release of the
-library does not have it. Anything else counts as failed.
+It is *refused* if testreg says why the method does not fit, and *absent* if the installed release of the library does
+not have it. Anything else is a failure.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ from coverage.registry import Absent, Architecture, randomise, registry
 from testreg.families import Tower, find_tower
 from testreg.measure.hooks import recording_inputs
 
-TOLERANCE = 1e-4  # in float32, of the largest value of an output
-LOUDNESS = 20.0
+TOLERANCE = 1e-4  # allowed difference in float32, as a fraction of an output's largest value
+LOUDNESS = 20.0  # the columns of the neurons that are moved are scaled by this, so that errors show
 
 
 @dataclass(frozen=True)
 class Verdict:
+    """The result of the check of one architecture."""
+
     library: str
     name: str
     word: str
@@ -45,7 +47,7 @@ class Verdict:
 
 
 def check(architecture: Architecture) -> Verdict:
-    """The verdict on one architecture."""
+    """Check one architecture."""
     verdict = lambda word, reason="": Verdict(architecture.library, architecture.name, word, reason)
     try:
         refusal = _check(architecture)
@@ -58,7 +60,7 @@ def check(architecture: Architecture) -> Verdict:
 
 
 def start_worker() -> None:
-    """One thread and no warnings, in a process that checks (of spawned ones, none has this package's `__main__`)."""
+    """Prepare a process that checks: one thread, and no warnings. (It is here since spawned processes import it.)"""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
@@ -66,13 +68,13 @@ def start_worker() -> None:
 
 
 def check_named(key: tuple[str, str]) -> Verdict:
-    """As `check`, of a library and a name, which other processes can be sent."""
+    """Check the architecture of a library and name. (An `Architecture` cannot be sent to other processes.)"""
     return check(registry()[key])
 
 
 @torch.no_grad()
 def _check(architecture: Architecture) -> str:
-    """The reason for which the architecture is refused, or "" if it is supported; raises if it fails."""
+    """The reason why the architecture is refused, or "" if it is supported. Raises an error if it fails."""
     torch.manual_seed(0)
     model = randomise(architecture.build()).eval()
     try:
@@ -88,7 +90,7 @@ def _check(architecture: Architecture) -> str:
     plain = run(0, 1)
     with explicit_register(tower, neurons):
         references = [run(0), run(1)]
-    _same("the reference left something", run(0, 1), plain, exactly=True)
+    _assert_same("the reference left something", run(0, 1), plain, exactly=True)
 
     testreg.patch(model, neurons)
     patched = run(0, 1)
@@ -100,19 +102,19 @@ def _check(architecture: Architecture) -> str:
     if all(torch.equal(patched[name], plain[name]) for name in plain):
         raise AssertionError("the patch changes nothing")
     singles = [run(0), run(1)]
-    _same("a batch differs from its images one by one", patched, _joined(singles))
-    _same("differs from the explicit register", patched, _joined(references))
+    _assert_same("a batch differs from its images one by one", patched, _concatenated(singles))
+    _assert_same("differs from the explicit register", patched, _concatenated(references))
 
     testreg.unpatch(model)
-    _same("unpatch is not exact", run(0, 1), plain, exactly=True)
+    _assert_same("unpatch is not exact", run(0, 1), plain, exactly=True)
     return ""
 
 
 def _loud_neurons(tower: Tower, run: Callable[[], Any]) -> dict[int, list[int]]:
-    """Three neurons in two blocks, made to write much, as register neurons do: what happens to them must show.
+    """Three neurons in two blocks, whose columns are scaled up, so that it shows in the outputs how they are moved.
 
-    They are those that are loudest on the last token, so that padding is seen to be left out. Where a block has
-    several MLPs, the two of the first block are in different ones.
+    Neurons are chosen whose activation is largest on the last token: if padding were not left out, that would show. If
+    a block has several MLPs, the two neurons of the first block are in different ones.
     """
     mlps = [tower.blocks[block].mlps[index] for block, index in ((0, 0), (0, -1), (1, 0))]
     scores: list[Any] = [0, 0, 0]
@@ -131,13 +133,13 @@ def _loud_neurons(tower: Tower, run: Callable[[], Any]) -> dict[int, list[int]]:
         first, second = int(scores[0].argmax()), mlps[0].width + int(scores[1].argmax())
     neurons = {0: [first, second], 1: [int(scores[2].argmax())]}
     for block, units in neurons.items():
-        for mlp, own in tower.blocks[block].units_by_mlp(units):
-            mlp.columns[:, list(own.values())] *= LOUDNESS
+        for mlp, units_of_mlp in tower.blocks[block].units_by_mlp(units):
+            mlp.columns[:, list(units_of_mlp.values())] *= LOUDNESS
     return neurons
 
 
 def _tensors(output: Any, name: str = "") -> dict[str, Tensor]:
-    """The tensors that are nested in an output, by their path."""
+    """The tensors in a nested output, {path: tensor}."""
     if isinstance(output, Tensor):
         return {name: output.detach().clone()}
     if isinstance(output, Mapping):
@@ -149,14 +151,16 @@ def _tensors(output: Any, name: str = "") -> dict[str, Tensor]:
     return {path: tensor for key, part in parts for path, tensor in _tensors(part, f"{name}.{key}").items()}
 
 
-def _joined(singles: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The outputs of some images, one behind the other."""
+def _concatenated(singles: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The outputs for single images, concatenated."""
     first = singles[0]
     return {name: torch.cat([each[name] for each in singles]) if first[name].ndim else first[name] for name in first}
 
 
-def _same(what: str, ours: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, exactly: bool = False) -> None:
-    """Raise unless the tensors are equal, or differ by little of the largest value of each."""
+def _assert_same(
+    what: str, ours: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, exactly: bool = False
+) -> None:
+    """Raise AssertionError, with `what` went wrong, unless the tensors are equal, exactly or within `TOLERANCE`."""
     for name, tensor in ours.items():
         other = expected[name]
         largest = float(other.double().abs().max().clamp(min=1e-3)) if other.numel() else 0.0

@@ -1,4 +1,4 @@
-"""The reference: one image at a time, and an explicit token behind all others."""
+"""The reference that patched models are compared with: one image at a time, with an explicit register token."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ Forward = Callable[..., Any]
 
 @contextmanager
 def explicit_register(tower: Tower, neurons: Mapping[int, Sequence[int]]) -> Iterator[None]:
-    """While active, the blocks of the unpatched tower run with one more token, which is a plain variable here.
+    """Within the `with` block, the blocks of the unpatched tower run with a register, which is a local variable here.
 
-    For one image, so that there is neither padding nor packing: whatever goes beside the tokens gets one more row by
-    its shape alone. Shares no code with `testreg.patch`; where the parts of the tower are comes from the same table.
+    It works for one image at a time, without padding and packing. Masks and other arguments of blocks get one more row,
+    which is decided by their shapes alone. It shares no code with `testreg.patch`, except the table of families.
     """
     register: list[Tensor] = []
     padding: list[int] = []
     dim = 0 if tower.sequence_first else -2
 
     def block(original: Forward, first: bool) -> Forward:
+        """A forward of a block that appends the register, and takes it off again."""
+
         def forward(*args: Any, **kwargs: Any) -> Any:
             tokens = args[0] if args else kwargs[next(iter(kwargs))]
             if first:
@@ -38,22 +40,24 @@ def explicit_register(tower: Tower, neurons: Mapping[int, Sequence[int]]) -> Ite
             longer = torch.cat([tokens, register[0]], dim)
             count = tokens.shape[dim]
             padding[:] = _padding((*args, *kwargs.values()), count)
-            extend = lambda extra: longer if extra is tokens else _one_more(extra, count, tower.num_prefix)
+            extend = lambda extra: longer if extra is tokens else _with_one_more_row(extra, count, tower.num_prefix)
             output = original(*map(extend, args), **{name: extend(extra) for name, extra in kwargs.items()})
-            grown = output[0] if isinstance(output, tuple) else output
-            if grown.shape != longer.shape:  # DINO's block, asked for its attention weights
+            output_tokens = output[0] if isinstance(output, tuple) else output
+            if output_tokens.shape != longer.shape:  # DINO's block returns attention weights instead, if asked to
                 return output
-            register[:] = [grown.narrow(dim, count, 1)]
-            tokens = grown.narrow(dim, 0, count)
+            register[:] = [output_tokens.narrow(dim, count, 1)]
+            tokens = output_tokens.narrow(dim, 0, count)
             return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
 
         return forward
 
-    def reader(original: Forward, units: Sequence[int]) -> Forward:
+    def wrap_linear(original: Forward, units: Sequence[int]) -> Forward:
+        """A forward of an MLP's second linear that moves the neurons' activations onto the register."""
+
         def forward(hidden: Tensor, *args: Any) -> Any:
             hidden = hidden.clone()
             batch = hidden.transpose(0, 1) if tower.sequence_first else hidden.view(-1, *hidden.shape[-2:])
-            for sequence in batch:  # (T+1, H): one image may be several crops or frames
+            for sequence in batch:  # (T+1, H); an image may have several sequences: tiles or frames
                 for unit in units:
                     magnitude = sequence[:, unit].abs()
                     magnitude[padding] = -1
@@ -65,6 +69,8 @@ def explicit_register(tower: Tower, neurons: Mapping[int, Sequence[int]]) -> Ite
         return forward
 
     def attention(original: Forward) -> Forward:
+        """A forward of attention that takes the register out of the weights that are returned."""
+
         def forward(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
             is_pair = isinstance(output, tuple) and len(output) > 1
@@ -80,6 +86,8 @@ def explicit_register(tower: Tower, neurons: Mapping[int, Sequence[int]]) -> Ite
         return forward
 
     def bias(original: Forward) -> Forward:
+        """A method that makes a relative position bias, extended by zeros for the register."""
+
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             if tower.family.bias_count in kwargs:
                 kwargs[tower.family.bias_count] -= 1
@@ -99,7 +107,7 @@ def explicit_register(tower: Tower, neurons: Mapping[int, Sequence[int]]) -> Ite
             for mlp in each.mlps:
                 units = [mlp.first + unit - start for unit in neurons.get(i, ()) if start <= unit < start + mlp.width]
                 for module in mlp.consumers:
-                    replace(module, reader, units)
+                    replace(module, wrap_linear, units)
                 start += mlp.width
             if each.attention is not None:
                 replace(each.attention, attention)
@@ -109,10 +117,10 @@ def explicit_register(tower: Tower, neurons: Mapping[int, Sequence[int]]) -> Ite
 
 
 def _patches(tower: Tower, count: int) -> list[int]:
-    """Which of the `count` tokens are patches: nearly everywhere those behind the prefix."""
-    if tower.family.name == "transformers Llama 4":  # CLS comes last
+    """The indices of the patches among `count` tokens. In nearly all families they come after the prefix."""
+    if tower.family.name == "transformers Llama 4":  # CLS is the last token
         return list(range(count - 1))
-    if tower.family.name == "transformers Mllama":  # tiles side by side: CLS, patches, padding
+    if tower.family.name == "transformers Mllama":  # tiles in a row, each with CLS, patches and padding
         config = tower.module.config
         num_patches, tile = (config.image_size // config.patch_size) ** 2, count // config.max_num_tiles
         return [token for token in range(count) if 1 <= token % tile <= num_patches]
@@ -120,28 +128,33 @@ def _patches(tower: Tower, count: int) -> list[int]:
 
 
 def _padding(extras: Sequence[Any], count: int) -> list[int]:
-    """The tokens that a mask hides from themselves: a model may pad a single image too."""
+    """The indices of padding, i.e. of tokens that a mask hides even from themselves. (A single image may have some.)"""
     for extra in extras:
-        if isinstance(extra, Tensor) and extra.shape == (1, count):  # for flash attention, and in transformers 4
+        if isinstance(extra, Tensor) and extra.shape == (1, count):  # a mask for flash attention, or of transformers 4
             return (extra[0] == 0).nonzero().flatten().tolist()
         if isinstance(extra, Tensor) and extra.ndim == 4 and extra.shape[-1] == count:
             square = extra.shape[-2] == count
-            return (~_shown(extra[0, 0].diagonal() if square else extra[0, 0, 0])).nonzero().flatten().tolist()
+            return (~_is_visible(extra[0, 0].diagonal() if square else extra[0, 0, 0])).nonzero().flatten().tolist()
     return []
 
 
-def _shown(mask: Tensor) -> Tensor:
+def _is_visible(mask: Tensor) -> Tensor:
+    """Where a mask allows attention; masks are boolean, or numbers that are added to logits."""
     return mask if mask.dtype is torch.bool else mask > -1e30
 
 
-def _one_more(extra: Any, count: int, num_prefix: int) -> Any:
-    """An argument with a row for each of `count` tokens, with a row for one more: no mask, no bias, no rotation."""
+def _with_one_more_row(extra: Any, count: int, num_prefix: int) -> Any:
+    """An argument of a block, with a row for one more token if it has one for each of `count` tokens.
+
+    The new row is neutral: nothing is masked, the bias is 0, and the rotation is by 0. Other arguments stay as they
+    are.
+    """
     if isinstance(extra, tuple | list) and len(extra) == 2 and all(isinstance(part, Tensor) for part in extra):
         cosine, sine = extra
         return torch.cat([cosine, torch.ones_like(cosine[..., :1, :])], -2), _padded_row(sine)
     if not isinstance(extra, Tensor):
         return extra + 1 if type(extra) is int and extra == count else extra
-    if extra.ndim == 1 and extra.numel() == 2 and extra.tolist() == [0, count]:  # where a packed sequence ends
+    if extra.ndim == 1 and extra.numel() == 2 and extra.tolist() == [0, count]:  # cumulative lengths of packed images
         return extra + torch.tensor([0, 1]).to(extra)
     if extra.shape == (1, count):
         return nn.functional.pad(extra, (0, 1), value=1)
@@ -149,17 +162,18 @@ def _one_more(extra: Any, count: int, num_prefix: int) -> Any:
         neutral = float(extra.dtype is torch.bool)
         if extra.ndim > 1 and extra.shape[-2] == count:
             row = extra[..., :1, :]
-            extra = torch.cat([extra, torch.where(_shown(row), torch.full_like(row, neutral), row)], -2)
+            extra = torch.cat([extra, torch.where(_is_visible(row), torch.full_like(row, neutral), row)], -2)
         return nn.functional.pad(extra, (0, 1), value=neutral)
     if extra.is_complex():
         return torch.cat([extra, torch.ones_like(extra[:1])])
-    if not extra.is_floating_point():  # rows and columns
+    if not extra.is_floating_point():  # the row and column of each patch
         return nn.functional.pad(extra, (0, 0, 0, 1)) if extra.ndim > 1 and extra.shape[-2] == count else extra
-    if extra.ndim >= 2 and extra.shape[-2] in (count, count - num_prefix):  # sines, then cosines
+    if extra.ndim >= 2 and extra.shape[-2] in (count, count - num_prefix):  # rotary embeddings: sines, then cosines
         sine, cosine = extra.chunk(2, -1)
         return torch.cat([_padded_row(sine), torch.cat([cosine, torch.ones_like(cosine[..., :1, :])], -2)], -1)
     return extra
 
 
 def _padded_row(rows: Tensor) -> Tensor:
+    """The rows and a row of zeros."""
     return torch.cat([rows, torch.zeros_like(rows[..., :1, :])], -2)

@@ -1,4 +1,4 @@
-"""open_clip's models with a ViT for images, from their configurations: native towers, timm's, and CoCa's."""
+"""open_clip's models with a ViT for images: with towers of its own, with timm's, and CoCa."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ OPTIONS: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("coca_ViT-B-32", {"attentional_pool": "parallel"}),
     ("coca_ViT-B-32", {"attentional_pool": "cascade"}),
 )
-"""Fields of the vision configuration that no configuration of the library sets (`scaled_cosine_attn` cannot run)."""
+"""Options of towers that no configuration of the library uses. (`scaled_cosine_attn` is left out: it cannot run.)"""
 WIDTH, VOCABULARY, CONTEXT = 32, 64, 8
 SMALL_TEXT = {"width": WIDTH, "heads": 2, "layers": 1, "vocab_size": VOCABULARY, "context_length": CONTEXT}
 
 
 def architectures() -> Iterator[Architecture]:
-    """Every configuration with a ViT for images, then the options."""
+    """Yield every configuration with a ViT for images, then those with options."""
     transformers = {name for module in MODULES for name in timm.list_models(module=module)}
     transformers |= set(timm.list_models(module="vitamin"))
     names: list[tuple[str, Mapping[str, Any]]] = []
@@ -49,14 +49,14 @@ def _build(name: str, options: Mapping[str, Any]) -> nn.Module:
     config = _small_config(open_clip.get_model_config(name), options)
     with mock.patch.object(timm_of_open_clip, "create_model", partial(_small_trunk, timm.create_model)):
         model = open_clip.create_model(name, load_weights=False, **config)
-    model.visual.image_size = _size(config["vision_cfg"])  # TimmModel was not told how small its trunk is
+    model.visual.image_size = _size(config["vision_cfg"])  # TimmModel does not know that its trunk was made small
     return model
 
 
 def _small_config(config: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes a model small, with an image tower of the same kind and a native text tower.
+    """The configuration of a small model with the same kind of image tower, and a text tower of open_clip.
 
-    A text tower from transformers would need a download, and is no matter of this project.
+    (A text tower of transformers would need a download, and does not matter here.)
     """
     vision = {**config["vision_cfg"], **options, "width": WIDTH, "head_width": WIDTH // 2, "layers": 3}
     if "timm_model_name" not in vision:
@@ -70,7 +70,7 @@ def _small_config(config: dict[str, Any], options: Mapping[str, Any]) -> dict[st
 
 
 def _size(vision: Mapping[str, Any]) -> tuple[int, int]:
-    """Height and width of the small images. Fixed sine embeddings (CLIPA) want squares."""
+    """Height and width of the small images. They are squares for CLIPA, whose sine position embeddings need that."""
     if "timm_model_name" in vision:
         return image_size(vision["timm_model_name"])
     patch = vision["patch_size"]
@@ -79,7 +79,7 @@ def _size(vision: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _small_trunk(create_model: Any, name: str, **arguments: Any) -> nn.Module:
-    """What TimmModel builds, made small: it takes the trunk's name, and passes no sizes on."""
+    """Build the timm trunk of an open_clip model, but small. open_clip itself would pass no sizes on to timm."""
     sizes = small(name)
     if name.startswith("vitamin"):  # two stages of convolutions in front of the transformer
         norms = VitConvCfg(norm_layer="layernorm2d", norm_eps=1e-6)
@@ -89,7 +89,7 @@ def _small_trunk(create_model: Any, name: str, **arguments: Any) -> nn.Module:
 
 
 def run(model: nn.Module, numbers: Sequence[int]) -> dict[str, Any]:
-    """What a model gives for pairs of an image and a text. Similarities are left out: they mix the pairs."""
+    """All outputs for pairs of an image and a text, except similarities, which depend on several pairs."""
     batch, text = images(numbers, *model.visual.image_size), _texts(numbers)
     outputs = {
         "encode_image": model.encode_image(batch),
@@ -111,21 +111,21 @@ def run(model: nn.Module, numbers: Sequence[int]) -> dict[str, Any]:
 
 
 def _texts(numbers: Sequence[int]) -> Tensor:
-    """Token ids (B, L), the same for a number in whatever batch; none is padding, and the last one ends the text."""
+    """Token ids (B, L). A text depends on its number only, not on the batch; its last token ends it."""
     texts = torch.stack([torch.arange(3 + number, 3 + number + CONTEXT) for number in numbers])
     texts[:, -1] = 2
     return texts
 
 
 def _pairs(output: Any) -> Any:
-    """The part of a forward's output that is one row for each pair."""
+    """The parts of a forward's output that have one row for each pair."""
     if isinstance(output, tuple):
         return output[:2]
     return {name: output[name] for name in ("image_features", "text_features", "logits")}
 
 
 def _options(visual: nn.Module) -> dict[str, Any]:
-    """Options of `forward_intermediates` that this tower has: an attentional pool's norm does not fit the blocks."""
+    """Options of `forward_intermediates` that this tower supports."""
     trunk = getattr(visual, "trunk", None)
     return {
         "output_fmt": "NLC",

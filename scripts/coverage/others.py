@@ -1,4 +1,4 @@
-"""torchvision's ViTs, and those of repositories that are no package (imitated): DINO, DINOv2, OpenAI's CLIP, RADIO."""
+"""torchvision's ViTs, and imitations of those that are not on PyPI: DINO, DINOv2, OpenAI's CLIP, RADIO."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CONTEXT, VOCABULARY = 8, 64
 
 
 def architectures() -> Iterator[Architecture]:
-    """The library's five, then the imitations."""
+    """Yield torchvision's five models, then the imitations."""
     for name, patch in TORCHVISION.items():
         yield _architecture("torchvision", name, partial(_torchvision, patch), _run_torchvision, SIDE * patch)
     for name, patch in DINO.items():
@@ -56,7 +56,7 @@ def _torchvision(patch: int) -> nn.Module:
 
 
 def _run_torchvision(model: Any, batch: Tensor) -> dict[str, Any]:
-    """The logits, and the encoder's tokens, which users take from the library's own steps."""
+    """The logits, and the encoder's tokens, which users get by calling the steps of the forward themselves."""
     tokens = model._process_input(batch)
     tokens = torch.cat([model.class_token.expand(len(tokens), -1, -1), tokens], 1)
     return {"forward": model(batch), "encoder": model.encoder(tokens)}

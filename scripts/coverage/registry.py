@@ -1,4 +1,4 @@
-"""The registry: every architecture that is checked, built with random weights and without a download."""
+"""The registry of all architectures that are checked. They are built with random weights, without a download."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ class Absent(Exception):
 
 @dataclass(frozen=True)
 class Architecture:
-    """One model that a user can build by name."""
+    """A model that users can build by name."""
 
     library: str
     """timm, open_clip, transformers, torchvision or hub."""
     name: str
-    """What the library calls it."""
+    """Its name in the library, with options that set it apart."""
     build: Callable[[], nn.Module]
-    """The model with random weights, at reduced depth and size where the library lets one."""
+    """Builds the model with random weights, with fewer and smaller blocks if the library allows it."""
     run: Callable[[nn.Module, Sequence[int]], Mapping[str, Any]]
-    """Every public output of the model for the images of these numbers: name -> tensors, nested in anything."""
+    """Runs the model on the images with these numbers. Returns {name: a public output}, which may be nested."""
 
 
 @functools.cache
 def registry() -> dict[tuple[str, str], Architecture]:
-    """All architectures, by library and name."""
-    known: dict[tuple[str, str], Architecture] = {}
+    """All architectures, {(library, name): architecture}."""
+    architectures_: dict[tuple[str, str], Architecture] = {}
     for module in MODULES:
         for each in importlib.import_module(f"coverage.{module}").architectures():
-            assert known.setdefault((each.library, each.name), each) is each, f"two are called {each.name}"
-    return known
+            assert architectures_.setdefault((each.library, each.name), each) is each, f"two are called {each.name}"
+    return architectures_
 
 
 def label(name: str, options: Mapping[str, Any]) -> str:
-    """The name, and the options that set a model apart from others of that name."""
+    """The name of a model with its options, in words."""
 
     def word(value: Any) -> str:
-        if isinstance(value, functools.partial):  # a block class, and what is pre-set on it
+        if isinstance(value, functools.partial):  # a class of blocks with preset arguments
             return f"{value.func.__name__}({', '.join(value.keywords)})"
         return getattr(value, "__name__", str(value))
 
@@ -56,7 +56,7 @@ def label(name: str, options: Mapping[str, Any]) -> str:
 
 
 def image(number: int, height: int, width: int | None = None) -> Tensor:
-    """The random image (3, h, w) of this number: the same one in whatever batch it is."""
+    """The random image (3, h, w) of this number. It is the same in all batches."""
     return torch.randn(3, height, width or height, generator=torch.Generator().manual_seed(number))
 
 
@@ -66,10 +66,11 @@ def images(numbers: Sequence[int], height: int, width: int | None = None) -> Ten
 
 
 def padded_patches(pictures: Iterable[Tensor], side: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Images of different sizes as patches (B, N, p * p * 3), padded to the longest.
+    """Images of different sizes as patches of `side` pixels, padded to the largest number of patches.
 
     Returns:
-        The patches; their rows and columns (B, N, 2), -1 where there is none; and which of them (B, N) there are.
+        The pixels of the patches (B, N, p * p * 3); their rows and columns (B, N, 2), -1 for padding; and which of them
+        are no padding (B, N).
     """
     patches, places = [], []
     for picture in pictures:
@@ -82,11 +83,10 @@ def padded_patches(pictures: Iterable[Tensor], side: int) -> tuple[Tensor, Tenso
 
 @torch.no_grad()
 def randomise(model: nn.Module) -> nn.Module:
-    """Give every parameter a value that matters.
+    """Give every parameter a random value that has an effect on the outputs. Returns the model.
 
-    Libraries start layer scales at 1e-5, and biases, position tables and class tokens at zero: a block would add next
-    to nothing, and a part that is handled wrongly would not be seen in the outputs. CoCa leaves one matrix as it found
-    it in memory.
+    Libraries initialise layer scales with 1e-5, and biases, position embeddings and class tokens with zero. With these,
+    blocks would add next to nothing, and errors would not show in the outputs. (CoCa leaves one matrix uninitialised.)
     """
     for parameter in model.parameters():
         if parameter.ndim < 2:

@@ -1,4 +1,4 @@
-"""timm's Vision Transformers: every name of its eight ViT modules, and options that no name turns on."""
+"""timm's Vision Transformers: every model name of its eight modules with ViTs, and options that no name uses."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ OPTIONS: tuple[tuple[str, Mapping[str, Any]], ...] = (
 )
 RELEASE = tuple(map(int, timm.__version__.split(".")[:3]))
 SMALL = {"depth": 3, "embed_dim": 32, "num_heads": 2}
-GRID = (4, 5)
+GRID = (4, 5)  # rows and columns of patches
 
 
 def architectures() -> Iterator[Architecture]:
-    """Every ViT of timm, then the options."""
+    """Yield every ViT of timm, then those with options."""
     for module in MODULES:
         for name in timm.list_models(module=module):
             yield _architecture(name, {})
@@ -77,13 +77,13 @@ def _build(name: str, options: Mapping[str, Any]) -> nn.Module:
 
 
 def small(name: str) -> dict[str, Any]:
-    """Arguments that make the model of this name small, and keep what its name stands for."""
+    """Arguments of `timm.create_model` that make the model of this name small without changing its architecture."""
     if name.startswith("naflexvit"):
         return {**SMALL, "pos_embed_grid_size": (6, 6)}
     arguments = {**SMALL, "img_size": image_size(name)}
-    if name == "vit_base_mci_224":  # its convolutions make tokens of this width, without a projection
+    if name == "vit_base_mci_224":  # its convolutions have a fixed width, which tokens must have too
         arguments |= {"embed_dim": 768, "num_heads": 12}
-    if name.startswith("samvit"):  # windows that do not divide the grid, as in the original; one block is global
+    if name.startswith("samvit"):  # as in the original, windows do not divide the grid, and some blocks are global
         arguments |= {"window_size": 3, "global_attn_indexes": (2,)}
     if name.endswith("sapiens2"):  # fewer key heads in the middle blocks, of which the base model has none
         arguments |= {"num_heads": 4, "num_kv_heads": (4, 4 if "base" in name else 2, 4), "embed_dim": 64}
@@ -91,16 +91,16 @@ def small(name: str) -> dict[str, Any]:
 
 
 def image_size(name: str) -> tuple[int, int]:
-    """Height and width of few patches. Images are not square, so that rows and columns cannot be mixed up."""
+    """Height and width of images of few patches. They are not square, so that a mix-up of rows and columns shows."""
     if patch := re.search(r"patch(\d+)", name):
         return GRID[0] * int(patch[1]), GRID[1] * int(patch[1])
-    if "resnet" in name or "_r" in name:  # convolutions of stride 16 or 32, and costly
+    if "resnet" in name or "_r" in name:  # hybrids, whose convolutions have stride 16 or 32 and are slow
         return 64, 96
     return GRID[0] * 16, GRID[1] * 16
 
 
 def run(model: nn.Module, numbers: Sequence[int], *, height: int, width: int) -> dict[str, Any]:
-    """What a timm model gives for images of one size and, where it takes them, of other sizes."""
+    """All outputs of a timm model for images of one size, and for images of other sizes if it takes them."""
     outputs = _outputs(model, images(numbers, height, width))
     if getattr(model, "dynamic_img_size", False):
         outputs["other size"] = model.forward_intermediates(images(numbers, 2 * height, width))
@@ -110,7 +110,7 @@ def run(model: nn.Module, numbers: Sequence[int], *, height: int, width: int) ->
 
 
 def _outputs(model: nn.Module, batch: Tensor) -> dict[str, Any]:
-    """Every way to the features. Hybrids, whose convolutions take long, leave out what all VisionTransformers have."""
+    """The outputs of all methods that give features. Hybrids, which are slow, leave out some common ones."""
     features = model.forward_features(batch)
     outputs = {
         "forward": model(batch),
@@ -129,11 +129,12 @@ def _outputs(model: nn.Module, batch: Tensor) -> dict[str, Any]:
 
 
 def _is_hybrid(model: nn.Module) -> bool:
+    """Whether a convolutional network embeds the patches."""
     return hasattr(getattr(model, "patch_embed", None), "backbone")
 
 
 def _intermediates(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Options of `forward_intermediates` that this model has: SAM knows no tokens, and not all have prefix tokens."""
+    """{name: options of `forward_intermediates`} that this model supports: not all have prefix tokens, for example."""
     ways: dict[str, dict[str, Any]] = {
         "NCHW": {},
         "stop early": {"indices": [0, 1], "stop_early": True, "intermediates_only": True, "norm": True},
@@ -149,9 +150,9 @@ def _intermediates(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def _naflex_outputs(model: nn.Module, numbers: Sequence[int]) -> dict[str, Any]:
-    """What NaFlexVit gives for images of different sizes, padded into one batch: all but what it gives for padding.
+    """All outputs of NaFlexVit for images of different sizes, padded into one batch, without those for padding.
 
-    The valid tokens of all images follow each other, so that a batch is its images' outputs in a row.
+    The tokens of all images are concatenated, so that the output of a batch is those of its images in a row.
     """
     padded = naflex_batch(model, numbers)
     valid = padded["patch_valid"]
@@ -162,7 +163,7 @@ def _naflex_outputs(model: nn.Module, numbers: Sequence[int]) -> dict[str, Any]:
         "padded, arguments": model(padded["patches"], padded["patch_coord"], valid),
         "padded, forward_features": model.forward_features(**padded)["patches"][torch.cat([prefix, valid], 1)],
     }
-    if RELEASE >= (1, 0, 28):  # before, forward_intermediates takes no padded batch
+    if RELEASE >= (1, 0, 28):  # before that release, forward_intermediates takes no padded batch
         between = model.forward_intermediates(padded, **options)
         outputs["padded, forward_intermediates"] = [tokens[valid] for tokens in between["image_intermediates"]]
         outputs["padded, prefix"] = between.get("image_intermediates_prefix")
@@ -170,7 +171,7 @@ def _naflex_outputs(model: nn.Module, numbers: Sequence[int]) -> dict[str, Any]:
 
 
 def naflex_batch(model: nn.Module, numbers: Sequence[int]) -> dict[str, Tensor]:
-    """Images of different sizes as patches with coordinates, padded to the longest, as timm's collator makes them."""
+    """Images of different sizes as padded patches with coordinates, in the form that timm's collator makes."""
     side, _ = model.embeds.patch_size
     sizes = [((3, 5), (4, 3))[number % 2] for number in numbers]
     pictures = [image(number, *(side * size for size in grid)) for number, grid in zip(numbers, sizes, strict=True)]

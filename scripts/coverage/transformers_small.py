@@ -1,4 +1,4 @@
-"""A row of the table of transformers' models, and configurations made small."""
+"""`Row`: a row of the table of transformers' models. `small_config`: their configurations, made small."""
 
 from __future__ import annotations
 
@@ -33,41 +33,43 @@ SIZES = (
     (4 * SIDE, "image_size"),
 )
 SMALL = {name: size for size, names in SIZES for name in names.split()}
+"""{field of a configuration: its value in small models}."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Models whose configurations and inputs need the same."""
+    """Model classes that need the same settings and inputs."""
 
     names: str
-    """Public classes, with a space between; * stands for ForConditionalGeneration. Behind them, in brackets, what sets
-    this row apart from others of the classes."""
+    """The names of public classes, separated by spaces, where * stands for ForConditionalGeneration. In brackets at the
+    end is what distinguishes this row from other rows with the same classes."""
     config: Settings = field(default_factory=dict)
-    """What the configuration needs besides its size."""
+    """Settings of the configuration beside its sizes."""
     inputs: MakeInputs = inputs.squares
+    """Makes the inputs."""
     extras: Sequence[str] = ("hidden_states", "attentions")
-    """Optional outputs to ask for, where the model has them and they do not depend on other images or on chance."""
+    """Optional outputs to ask for. Those that depend on other images or on chance are left out."""
     packed: bool = False
-    """Whether the tower gives one sequence (1, S, C) with the tokens of all images."""
+    """Whether the tower returns one sequence (1, S, C) with the tokens of all images."""
     shared: str = ""
-    """An output that does not belong to any one image."""
+    """The name of an output that does not belong to a single image."""
 
     def each(self) -> Iterator[tuple[str, str]]:
-        """The name of every class, without and with what is in brackets."""
+        """Yield (class, class with the text in brackets) for each class."""
         names, bracket, variant = re.split(r"( ?\[|$)", self.names, maxsplit=1)
         for name in names.replace("*", "ForConditionalGeneration").split():
             yield name, name + bracket + variant
 
 
 def transformers_class(name: str) -> type[Any]:
-    """The public class of transformers of this name."""
+    """The public class of this name in transformers. Raises Absent if the installed release does not have it."""
     if not hasattr(transformers, name):
         raise Absent(f"transformers {transformers.__version__} has no {name}")
     return getattr(transformers, name)
 
 
 def small_config(config_class: type[PretrainedConfig], overrides: Settings) -> PretrainedConfig:
-    """The default configuration at the sizes of `SMALL`, and its parts likewise."""
+    """The default configuration with the sizes of `SMALL` and with `overrides`; the same for its parts."""
     default = config_class()
     known = default.to_dict()
     values = {**{name: size for name, size in SMALL.items() if isinstance(known.get(name), int)}, **overrides}
@@ -77,7 +79,7 @@ def small_config(config_class: type[PretrainedConfig], overrides: Settings) -> P
             values[name] = small_config(CONFIG_MAPPING[changes.pop("model_type")], changes).to_dict()
         elif isinstance(part, PretrainedConfig):
             given = getattr(getattr(config_class, "sub_configs_defaults", {}).get(name), "init_kwargs", {})
-            # Of what the model gives to this part, all that is not a size stays.
+            # Settings that the model gives to this part are kept, except sizes.
             switches = {key: value for key, value in given.items() if key not in SMALL and not isinstance(value, dict)}
             values[name] = small_config(type(part), switches | changes).to_dict()  # transformers 4 wants dictionaries
     return config_class(**values)

@@ -1,8 +1,8 @@
-"""The table: every Vision Transformer of transformers, a row for the classes that need the same.
+"""The table of all Vision Transformers of transformers, with a row for classes that need the same settings and inputs.
 
-Models are made small: what is checked is the code of an architecture, which does not depend on its size. The
-configurations of vision-language models are the library's defaults otherwise, so that every switch of the vision tower
-stays as it is in the released models. Every flag that changes the blocks has a row of its own.
+Models are made small, since the code of an architecture does not depend on its size. All other settings of
+vision-language models are the library's defaults, so that their vision towers are as in the released models. Every flag
+that changes the blocks has its own row.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from coverage.transformers_inputs import SIDE
 from coverage.transformers_small import Row, Settings
 
 TIMM = {"embed_dim": 32, "depth": 3, "num_heads": 4, "img_size": 4 * SIDE, "patch_size": SIDE}
-"""The sizes of a tower that timm makes."""
+"""The sizes of a tower that timm builds."""
 
 # All but the generative vision-language models ------------------------------------------------------------------------
 
@@ -25,10 +25,10 @@ _WIDE, _TALL = inputs.grid(4, 6), inputs.grid(8, 6)
 _RESIZED = inputs.grid(4, 6, interpolate_pos_encoding=True)
 _PAIRS, _CAPTIONED = inputs.grid(**inputs.TWO_TEXTS), inputs.grid(**inputs.TEXT_EACH)
 _HIDDEN = ("hidden_states",)
-_PLACES = torch.tensor([0, 1, 1, 0, 0, 0])  # in the text, of what Kosmos' resampler makes of the image
+_PLACES = torch.tensor([0, 1, 1, 0, 0, 0])  # 1 for the tokens of the text that Kosmos replaces by image features
 _KOSMOS = inputs.grid(**inputs.TEXT_EACH, image_embeds_position_mask=lambda number: _PLACES, use_cache=False)
 _DECODED = inputs.grid(decoder_input_ids=lambda number: inputs.TOKENS, use_cache=False)
-# ViT-MAE keeps the patches of smallest noise, which it would draw itself: here the first ones, in their order.
+# ViT-MAE keeps the patches with the smallest random noise. With this noise, it keeps the first ones in their order.
 _IN_ORDER = inputs.grid(noise=lambda number: torch.arange(16.0))
 _VIDEO = inputs.inputs(pixel_values=inputs.video)
 _VIDEO_OF_PRISM = inputs.inputs(pixel_values_videos=inputs.video)
@@ -36,7 +36,7 @@ _MASKED_VIDEO = inputs.inputs(pixel_values=inputs.video, bool_masked_pos=lambda 
 _WITH_EXPERTS = inputs.grid(8, 6, dataset_index=lambda number: torch.tensor(number % 3))
 _RELATIVE = {"use_relative_position_bias": True}
 _SHARED = {"use_shared_relative_position_bias": True}
-_EAGER = {"attn_implementation": "eager"}  # for models that choose it when they are built
+_EAGER = {"attn_implementation": "eager"}  # for models that choose the implementation when they are built
 _SWIGLU = {"use_swiglu_ffn": True}
 _TAPS = {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]}
 _TWO = {"out_indices": [1, 3]}
@@ -62,7 +62,7 @@ _PRISM |= {"num_spatial_layers": 3, "num_temporal_layers": 2, "num_auxiliary_lay
 
 
 def _dense(backbone: str = "dinov2", flags: Settings | None = None, **head: Any) -> Settings:
-    """A head with a small convolutional neck on the four taps of a backbone."""
+    """Settings of a model whose head has a small convolutional neck on four outputs of a backbone."""
     taps = {"model_type": backbone, **_TAPS, "reshape_hidden_states": False, **(flags or {})}
     return {"backbone_config": taps, **_NECK, "head_hidden_size": 8, "reassemble_hidden_size": 32, **head}
 
@@ -275,7 +275,7 @@ VLM = (
     Row("Molmo2*", MOLMO, inputs.molmo),
 )
 
-# Refused, at the library's own sizes ----------------------------------------------------------------------------------
+# Refused, in the library's default sizes ------------------------------------------------------------------------------
 
 _ONE_LAYER = {"num_hidden_layers": 1, "mlp_layer_types": ["dense"]}
 _VITDET = {"model_type": "vitdet", "out_features": ["stage12"]}

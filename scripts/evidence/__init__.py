@@ -1,1 +1,1 @@
-"""What registers do for a network whose outliers emerged by themselves, and what they do not."""
+"""Measures what registers do for a real network that has outliers (patches of huge norm), and what they do not."""

@@ -1,18 +1,18 @@
-"""What registers do for a real network whose outliers emerged by themselves, and what they do not.
+"""Measure what registers do for a real network that has outliers (patches of huge norm), and what they do not.
 
     python scripts/evidence MODEL --images PHOTOS --data DATASETS --note NOTE -o JSON [--neurons FILE]
 
-Columns are the network as it is, testreg's neurons, other ways to choose neurons or to move them, and controls:
-columns.py says which. Rows are what the network shows of its outliers (shows.py), and the tasks of `testreg evaluate`
-on samples that two cores manage: rows.py says on which, and for which columns. The data and the probes, and their
-seeds, are the same for all columns. Each value has its difference from the plain network, with a 95 % interval by the
-paired bootstrap over images.
+The results are a table. Its columns (columns.py) are the network as it is, the network with testreg's neurons moved to
+registers, other ways to choose or move neurons, and controls. Its rows (rows.py) are `shows`, which measures outliers
+and what they do to attention and embeddings, and the tasks of `testreg evaluate` on small samples. Data, probes and
+seeds are the same for all columns. Each value comes with its difference from the plain network, and its 95 % interval
+by the paired bootstrap over images.
 
-DATASETS holds coco256, livingroom-rgbd and CIFAR-10 as parquet files; PHOTOS are others, on which nothing is evaluated:
-the paper's score and static registers are made on these.
+DATASETS is a folder with coco256, livingroom-rgbd, and CIFAR-10 as parquet files. PHOTOS is a folder of other images,
+on which the paper's score ranks neurons and static registers are averaged; nothing is evaluated on them.
 
-What the network gives for images is kept in `--work`, and what the JSON has already is not computed anew, if it is of
-the same neurons: so a run that was interrupted goes on, and rows and columns can be done one after the other.
+Features are cached in `--work`, and results that the JSON already has for the same neurons are kept. So an interrupted
+run can be continued, and rows and columns can be computed in several runs.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PUBLISHED = "openai-clip-vitb16-jroth-224"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_args(arguments)
-    warnings.simplefilter("ignore", UnverifiedNeuronsWarning)  # here they are measured
+    warnings.simplefilter("ignore", UnverifiedNeuronsWarning)  # this script measures what the neurons do
     torch.set_num_threads(args.threads)
     loaded = load_model(args.model, any_size=True)
     columns = Columns(
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         kept=args.work,
     )
     args.work.mkdir(parents=True, exist_ok=True)
-    made: dict[str, Any] = {
+    results: dict[str, Any] = {
         "format": "testreg-evidence",
         "model": args.model,
         "note": args.note,
@@ -65,11 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "columns": {name: columns.facts(name) for name in COLUMNS},
         "tasks": {},
     }
-    made["tasks"] = done_before(args.output, made)
+    results["tasks"] = unchanged_results(args.output, results)
     for name in args.rows:
         row, task = ROWS[name], limited(ROWS[name], args.limit)
         dtype = "bfloat16" if args.bfloat16 and not row.exact else "float32"
-        result = made["tasks"].setdefault(name, {})
+        result = results["tasks"].setdefault(name, {})
         wanted = [each for each in args.columns or row.columns if each not in result.get("metrics", {})]
         with in_bfloat16(loaded.model) if dtype == "bfloat16" else nullcontext():
             for moved, other in pairs(columns, wanted):
@@ -77,10 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 others = {} if other is None else {other: columns.network_of(other)}
                 cache = args.work / f"features-{dtype}"
                 add(result, evaluated(task, columns.network, by_neurons, others, args.data, cache=cache), dtype)
-                made["tasks"] = {each: made["tasks"][each] for each in ROWS if made["tasks"].get(each)}
-                write(args.output, made)
-        print(tables.of_intervals({**made, "tasks": {name: result}}), flush=True)
-    print(tables.of_times(made))
+                results["tasks"] = {each: results["tasks"][each] for each in ROWS if results["tasks"].get(each)}
+                write(args.output, results)
+        print(tables.of_intervals({**results, "tasks": {name: result}}), flush=True)
+    print(tables.of_times(results))
 
 
 def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -105,32 +105,34 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def done_before(file: Path, made: dict[str, Any]) -> dict[str, Any]:
-    """The tasks that a file of results has, with those of its columns that are still what they were."""
+def unchanged_results(file: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """The tasks in an earlier file of results, with those of their columns that have not changed since."""
     if not file.is_file():
         return {}
-    before = json.loads(file.read_text(encoding="utf-8"))
-    if any(before.get(key) != made[key] for key in ("format", "model", "limit", "bfloat16")):
+    earlier = json.loads(file.read_text(encoding="utf-8"))
+    if any(earlier.get(key) != results[key] for key in ("format", "model", "limit", "bfloat16")):
         return {}
-    same = {PLAIN} | {name for name, facts in before["columns"].items() if facts == made["columns"].get(name)}
+    same = {PLAIN} | {name for name, facts in earlier["columns"].items() if facts == results["columns"].get(name)}
     by_column = ("metrics", "difference", "cpu_seconds")
     return {
         task: result | {key: {name: each for name, each in result[key].items() if name in same} for key in by_column}
-        for task, result in before["tasks"].items()
+        for task, result in earlier["tasks"].items()
         if task in ROWS and len(same & set(result["metrics"])) > 1
     }
 
 
-def add(result: dict[str, Any], found: dict[str, Any], dtype: str) -> None:
-    """Add what a task says of some more columns, whose time is shared out among them."""
-    seconds = {name: round(found["cpu_seconds"] / len(found["difference"])) for name in found["difference"]}
+def add(result: dict[str, Any], task_result: dict[str, Any], dtype: str) -> None:
+    """Add to the result of a task its values for more columns. Their time is divided equally among them."""
+    seconds = {
+        name: round(task_result["cpu_seconds"] / len(task_result["difference"])) for name in task_result["difference"]
+    }
     for key in ("metrics", "difference"):
-        result.setdefault(key, {}).update(found[key])
+        result.setdefault(key, {}).update(task_result[key])
     result.setdefault("cpu_seconds", {}).update(seconds)
     result |= {
-        "data": found["data"],
-        "protocol": {**found["protocol"], "dtype": dtype},
-        "baselines": found["baselines"],
+        "data": task_result["data"],
+        "protocol": {**task_result["protocol"], "dtype": dtype},
+        "baselines": task_result["baselines"],
     }
 
 

@@ -1,4 +1,4 @@
-"""The columns: a network as it is, and what its outliers are taken out of it with."""
+"""The columns of the table: a network without registers, and variants of it with registers or without neurons."""
 
 from __future__ import annotations
 
@@ -41,22 +41,22 @@ COLUMNS: Mapping[str, str] = {
     "random": "as many random neurons of the same blocks, on as many registers",
     "bare": "as many registers, to which nothing is moved",
 }
-"""Each but the plain network, and what it is."""
+"""{column: what it is}, for all columns but the plain network."""
 
-NUM_IMAGES = 100  # that the paper's score is ranked on, and static registers are the mean over
-PAPER: dict[str, Any] = {"score": "activation", "max_block": 5, "top_k": 10}  # arXiv 2506.08010, of a ViT-B/16
+NUM_IMAGES = 100  # images on which the paper's score ranks, and over which static registers are averaged
+PAPER: dict[str, Any] = {"score": "activation", "max_block": 5, "top_k": 10}  # as arXiv 2506.08010 says for a ViT-B/16
 
 
 @dataclass(frozen=True)
 class Columns:
-    """All columns of a network. What takes long to make is kept in a folder.
+    """Makes the columns of a network. What takes long is kept in a folder.
 
     Args:
-        network: not patched; its name is `PLAIN`.
+        network: the network, not patched, under the name `PLAIN`.
         chosen: testreg's neurons.
-        published: the list that others published.
-        images: photographs that nothing is evaluated on: for the paper's score and static registers.
-        kept: a folder of this network alone.
+        published: the list of neurons that others published.
+        images: the folder of photographs for the paper's score and for static registers.
+        kept: a folder for results that belong to this network only.
     """
 
     network: LoadedModel
@@ -66,36 +66,37 @@ class Columns:
     kept: Path
 
     def moved(self, name: str) -> RegisterNeurons | None:
-        """The neurons of a column that is no more than neurons and a number of registers; None of another."""
+        """The neurons and number of registers of a column that is a plain patch with these; None for others."""
         match name:
             case "testreg":
                 return self.chosen
             case "from zeros":
                 return self.from_zeros
             case "one register":
-                return self.one
+                return self.one_register
             case "paper":
                 return self.paper
             case "jroth":
                 return self.published
             case "random":
                 width = find_tower(self.network.model).mlp_width
-                drawn = random_like(self.chosen.by_block(), width, 0, but=self.chosen.by_block())
-                return replace(RegisterNeurons.from_blocks(drawn), num_registers=self.chosen.num_registers)
+                random_neurons = random_like(self.chosen.by_block(), width, 0, but=self.chosen.by_block())
+                return replace(RegisterNeurons.from_blocks(random_neurons), num_registers=self.chosen.num_registers)
         return None
 
     @property
     def from_zeros(self) -> RegisterNeurons:
-        """The chosen neurons, on registers that start as zeros, as those of all other columns do."""
+        """testreg's neurons, for registers that start as zeros, as those of all other columns do."""
         return replace(self.chosen, start="zeros")
 
     @property
-    def one(self) -> RegisterNeurons:
+    def one_register(self) -> RegisterNeurons:
+        """testreg's neurons, for one register that starts as zeros."""
         return replace(self.from_zeros, num_registers=1)
 
     @cached_property
     def paper(self) -> RegisterNeurons:
-        """What the paper's recipe finds, told where to look and how many to take."""
+        """The neurons that the paper's recipe finds, with the paper's blocks and number of neurons."""
         file = self.kept / f"paper-{hashed([self.images, NUM_IMAGES, PAPER])[:12]}.json"
         if not file.is_file():
             testreg.calibrate(
@@ -110,9 +111,9 @@ class Columns:
         return RegisterNeurons.load(file).truncate()
 
     def facts(self, name: str) -> dict[str, Any]:
-        """What a column is, for JSON: two that differ have different facts."""
-        used = self.moved(name) or {"joint": self.one}.get(name, self.from_zeros)
-        neurons = {block: sorted(units) for block, units in used.by_block().items()}  # their order does not matter
+        """What a column is, for JSON. Columns that differ have different facts, so that old results are recognised."""
+        used = self.moved(name) or {"joint": self.one_register}.get(name, self.from_zeros)
+        neurons = {block: sorted(units) for block, units in used.by_block().items()}
         facts = {"what": COLUMNS[name], "neurons": neurons, "num_registers": used.num_registers}
         if used.start != "zeros":
             facts["start"] = used.start
@@ -123,37 +124,38 @@ class Columns:
         return json.loads(json.dumps(facts))
 
     def network_of(self, name: str) -> LoadedModel:
-        """The network of a column by itself, patched as it is there."""
+        """A copy of the network, patched or changed as the column says."""
         plain = self.network.model
         if (neurons := self.moved(name)) is not None:
-            made = testreg.patch(twin(plain), neurons)
+            network = testreg.patch(twin(plain), neurons)
         elif name == "joint":
-            made = testreg.patch(twin(plain), self.one, max_over="layer")
+            network = testreg.patch(twin(plain), self.one_register, max_over="layer")
         elif name == "static":
-            made = testreg.patch(twin(plain), self.from_zeros, static=self._static())
+            network = testreg.patch(twin(plain), self.from_zeros, static=self._static())
         elif name == "zeroed":
-            made = zeroed_copy(plain, self.chosen.by_block())
+            network = zeroed_copy(plain, self.chosen.by_block())
         else:
-            made = with_bare_registers(plain, self.chosen.num_registers)
-        return LoadedModel(made, self.network.transform, name)
+            network = with_bare_registers(plain, self.chosen.num_registers)
+        return LoadedModel(network, self.network.transform, name)
 
     def _static(self) -> StaticRegisters:
+        """Static registers for testreg's neurons."""
         facts = self.facts("static")
         file = self.kept / f"{hashed([self.images, NUM_IMAGES, facts])[:12]}.static.safetensors"
         if not file.is_file():
             transform = self.network.transform
-            made = testreg.make_static(
+            registers = testreg.make_static(
                 twin(self.network.model), self.images, self.from_zeros, transform=transform, num_images=NUM_IMAGES
             )
-            made.save(file)
+            registers.save(file)
         return StaticRegisters.load(file)
 
 
 @contextmanager
 def in_bfloat16(model: nn.Module) -> Iterator[None]:
-    """Within the context a network, and copies that are made of it there, compute under bfloat16 autocast.
+    """Within the `with` block, the network and copies that are made of it there compute under bfloat16 autocast.
 
-    Weights, the residual stream and what leaves the tower stay float32.
+    Weights, the residual stream and the tower's outputs stay float32.
     """
     tower, entered = find_tower(model).module, list[torch.autocast]()
 
@@ -169,9 +171,9 @@ def in_bfloat16(model: nn.Module) -> Iterator[None]:
 
 
 def pairs(columns: Columns, names: Sequence[str]) -> list[tuple[str | None, str | None]]:
-    """Columns, two by two, as an evaluation takes them: one whose neurons it moves, and one that comes as a network.
+    """The columns in pairs, each of which one evaluation computes: as its patched variant, and as its other model.
 
-    Each evaluation does the plain network as well, so that few are best.
+    Either may be None. Pairs save time, since each evaluation also computes the plain network.
     """
     moved = [name for name in names if columns.moved(name) is not None]
     others = [name for name in names if name not in moved]
@@ -181,18 +183,19 @@ def pairs(columns: Columns, names: Sequence[str]) -> list[tuple[str | None, str 
 
 
 def with_bare_registers(model: nn.Module, count: int) -> nn.Module:
-    """A copy with registers that nothing is moved to: each block has a neuron more, which never fires, and that of
-    block 0 is moved.
+    """A copy of a network with registers to which nothing is moved, as a control.
+
+    A patch needs neurons to move. So each block gets one more neuron, which never fires, and that of block 0 is moved.
 
     Raises:
-        ValueError: planting does not know the first linear of this family's MLP.
+        ValueError: the first linear of this family's MLP is not known.
     """
     longer = deepcopy(model)
     tower = find_tower(longer)
     if tower.family.name not in PARTS:
         raise ValueError(f"the first linear of {tower.family.name} is not known: it needs a row in planting's PARTS")
     silent = tower.mlp_width
-    for block in tower.blocks:  # all are of one width
+    for block in tower.blocks:  # all of them, since the blocks of a tower must have the same width
         fc1, fc2 = find_part(block.module, PARTS[tower.family.name].fc1), block.mlps[0].fc2_linear
         assert isinstance(fc1, nn.Linear)
         fc1.weight, fc1.out_features = nn.Parameter(F.pad(fc1.weight, (0, 0, 0, 1))), silent + 1

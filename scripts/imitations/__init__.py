@@ -1,4 +1,5 @@
-"""Models whose code cannot be installed, imitated: their classes, modules and outputs, for tests and the coverage.
+"""Imitations of models whose code cannot be installed from PyPI, for tests and `scripts/coverage`.
 
-Weights do not load into them, and nothing here shows that the originals compute the same numbers.
+They have the originals' names of classes and modules, and the same forms of output. They do not compute the same
+numbers, and the originals' weights do not load into them (except OpenAI's CLIP, see `clip.visual_state`).
 """

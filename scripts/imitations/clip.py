@@ -1,4 +1,4 @@
-"""An imitation of OpenAI's CLIP, in which open_clip's parts stand in."""
+"""An imitation of OpenAI's CLIP, made of parts of open_clip."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 
 class ResidualAttentionBlock(nn.Module):
-    """Of openai/CLIP, `clip/model.py`."""
+    """The block of openai/CLIP, `clip/model.py`."""
 
     def __init__(self, d_model: int, n_head: int, attn_mask: Tensor | None) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class ResidualAttentionBlock(nn.Module):
         self.ln_1, self.ln_2 = LayerNormFp32(d_model), LayerNormFp32(d_model)
         fc1, fc2 = nn.Linear(d_model, 4 * d_model), nn.Linear(4 * d_model, d_model)
         self.mlp = nn.Sequential(OrderedDict(c_fc=fc1, gelu=QuickGELU(), c_proj=fc2))
-        self.attn_mask = attn_mask  # no buffer, in the original
+        self.attn_mask = attn_mask  # not a buffer, as in the original
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (T, B, C)."""
@@ -59,7 +59,7 @@ class VisionTransformer(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Its text tower is a causal transformer of the same class as that for images, and as wide."""
+    """The whole model. Its text tower is a causal transformer of the same class and width as the image tower."""
 
     def __init__(self, visual: VisionTransformer, context_length: int, vocab_size: int) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class CLIP(nn.Module):
         return logits, logits.t()
 
 
-_NAMES = {  # transformers': OpenAI's
+_NAMES = {  # {name in transformers: name in OpenAI's code}
     "embeddings.class_embedding": "class_embedding",
     "embeddings.patch_embedding.weight": "conv1.weight",
     "embeddings.position_embedding.weight": "positional_embedding",

@@ -1,4 +1,4 @@
-"""Imitations of facebookresearch/dino and dinov2, in which timm's parts stand in where they have the same modules."""
+"""Imitations of facebookresearch/dino and dinov2, made of parts of timm where these have the same modules."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
 class _Transformer(nn.Module):
-    """What both have."""
+    """What the towers of DINO and DINOv2 have in common."""
 
     def __init__(self, blocks: Sequence[nn.Module], width: int, img_size: int, patch_size: int) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class _Transformer(nn.Module):
         return torch.cat([self.cls_token.expand(x.shape[0], -1, -1), self.patch_embed(x)], 1) + positions
 
     def _normed(self, x: Tensor) -> Iterator[Tensor]:
-        """The tokens after each block, behind the norm."""
+        """Yield the tokens after each block, normalised by the final norm."""
         x = self.prepare_tokens(x)
         for block in self.blocks.modules():
             if isinstance(block, Block):
@@ -56,7 +56,7 @@ class DinoBlock(Block):
         self.attn = DinoAttention(width, num_heads, qkv_bias=True)
 
     def forward(self, x: Tensor, return_attention: bool = False) -> Tensor:
-        """The tokens; or, instead of them, the attention weights."""
+        """The tokens, or the attention weights if `return_attention`."""
         y, attn = self.attn(self.norm1(x))
         if return_attention:
             return attn
@@ -65,7 +65,7 @@ class DinoBlock(Block):
 
 
 class VisionTransformer(_Transformer):
-    """DINO's."""
+    """The tower of DINO."""
 
     def __init__(self, img_size: int, patch_size: int, embed_dim: int, depth: int, num_heads: int) -> None:
         super().__init__([DinoBlock(embed_dim, num_heads) for _ in range(depth)], embed_dim, img_size, patch_size)
@@ -95,7 +95,7 @@ class SwiGLUFFN(nn.Module):
 
 
 class NestedTensorBlock(Block):
-    """Takes a tensor, or (as in training on crops of several sizes) a list of them."""
+    """A block that takes a tensor, or a list of tensors (as in training on crops of several sizes)."""
 
     def __init__(self, swiglu: bool) -> None:
         super().__init__(WIDTH, 4, MLP_WIDTH / WIDTH, qkv_bias=True, init_values=0.5, norm_layer=LayerNorm)
@@ -115,12 +115,12 @@ class BlockChunk(nn.ModuleList):
 
 
 class DinoVisionTransformer(_Transformer):
-    """DINOv2's."""
+    """The tower of DINOv2."""
 
     def __init__(self, *, num_register_tokens: int = 0, swiglu: bool = False, chunks: int = 0) -> None:
         blocks: list[nn.Module] = [NestedTensorBlock(swiglu) for _ in range(DEPTH)]
         if chunks:
-            # Each chunk is padded in front with Identity, so that a block keeps its number in the state dict.
+            # Identity modules in front of a chunk's blocks keep the blocks' numbers in the state_dict.
             size = DEPTH // chunks
             starts = range(0, DEPTH, size)
             blocks = [BlockChunk([nn.Identity()] * start + blocks[start : start + size]) for start in starts]

@@ -1,4 +1,4 @@
-"""An imitation of NVlabs' RADIO, in which timm's parts stand in."""
+"""An imitation of NVlabs' RADIO, made of parts of timm."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 class Radio(nn.Module):
-    """NVlabs/RADIO: timm's VisionTransformer, with a generator of summary and patch tokens as its embedding."""
+    """timm's VisionTransformer, whose embedding is replaced by a generator of summary tokens and patch tokens."""
 
     class PatchGenerator(nn.Module):
         def __init__(self, width: int, patch_size: int, num_skip: int) -> None:

@@ -1,7 +1,8 @@
-"""Plants register neurons, which are then known: into random models, and into pretrained networks.
+"""Plants register neurons, i.e. neurons that make outliers (patches of huge norm), into networks by setting weights.
 
-`plant` and `plant_on_register` are for tests, `scripts/proof.py` and `scripts/trained_registers.py`, `plant_into` for
-networks whose other weights are real. `mechanisms` says what can be planted.
+So it is known which neurons calibration should find. `plant` and `plant_on_register` plant into random models, for
+tests, `scripts/proof.py` and `scripts/trained_registers.py`; `plant_into` plants into pretrained networks. `mechanisms`
+says what can be planted.
 """
 
 from planting.mechanisms import Mechanism, Planted

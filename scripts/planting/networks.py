@@ -1,6 +1,5 @@
-"""Small random networks to plant into, the photographs that they are shown, and what is seen of them.
-
-For `scripts/proof.py` and `scripts/trained_registers.py`.
+"""Small random networks to plant into, crops of photographs for them, and measurements, all for `scripts/proof.py` and
+`scripts/trained_registers.py`.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ from testreg.io.decoding import open_image
 from testreg.io.sources import image_paths
 
 DEPTH, WIDTH, HEADS, PATCH, IMAGE = 6, 64, 4, 8, 112  # 14 x 14 patches
-STRENGTH = 0.7  # of the random weights of blocks, in units of 1 / sqrt(inputs): blocks matter, and make no outliers
+STRENGTH = 0.7  # standard deviation of blocks' random weights, times sqrt(inputs): they matter, but make no outliers
 FIXED = (3, 9)  # row and column of the position that may be an artefact
-SPLIT = 224  # of 384 columns of a photograph, those in front are for calibration
-CALIBRATION_CROPS, TEST_CROPS = 12, 8  # of each of the five photographs
+SPLIT = 224  # the first so many of a photograph's 384 columns are for calibration, the others for tests
+CALIBRATION_CROPS, TEST_CROPS = 12, 8  # crops of each of the five photographs
 
 TIMM = {"embed_dim": WIDTH, "num_heads": HEADS, "num_classes": 0}
 HF = {"hidden_size": WIDTH, "num_attention_heads": HEADS}
@@ -36,7 +35,7 @@ HF_MLP = {**HF, "intermediate_size": 4 * WIDTH}
 OPEN_CLIP_VISION = {"width": WIDTH, "head_width": WIDTH // HEADS}
 OPEN_CLIP_TEXT = {"context_length": 16, "vocab_size": 99, "width": 32, "heads": 4, "layers": 1}
 
-FAMILIES: dict[str, Callable[[int, int, int], nn.Module]] = {  # of depth, image size and patch size
+FAMILIES: dict[str, Callable[[int, int, int], nn.Module]] = {  # {name: maps depth, image size, patch size to a model}
     "timm ViT": lambda depth, image, patch: timm.create_model(
         "vit_base_patch16_224", depth=depth, img_size=image, patch_size=patch, **TIMM
     ),
@@ -75,12 +74,12 @@ Neuron = tuple[int, int]
 
 
 def image_size(patch_size: int) -> int:
-    """The side of the images in pixels: IMAGE, cut to whole patches."""
+    """The side of the images in pixels: the largest multiple of the patch size that is at most IMAGE."""
     return IMAGE // patch_size * patch_size
 
 
 def crops(left: int, right: int, count: int, size: int = IMAGE) -> Tensor:
-    """Random crops (5 * count, 3, h, w) between two columns of the photographs, equalised, some of them mirrored."""
+    """Random crops (5 * count, 3, size, size) of the photographs between two columns, equalised, half mirrored."""
     generator = torch.Generator().manual_seed(left)
 
     def below(limit: int) -> int:
@@ -98,12 +97,13 @@ def crops(left: int, right: int, count: int, size: int = IMAGE) -> Tensor:
 
 
 def random_model(name: str, seed: int, depth: int = DEPTH, patch_size: int = PATCH) -> nn.Module:
+    """A model of a family in `FAMILIES` with random weights."""
     return with_random_blocks(functools.partial(FAMILIES[name], depth, image_size(patch_size), patch_size), seed)
 
 
 @torch.no_grad()
 def with_random_blocks(build: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """A model whose weights are random, those of the blocks as large as trained ones."""
+    """A model with random weights, which in blocks are as large as trained weights."""
     torch.manual_seed(seed)
     model = build().eval()
     for block in find_tower(model).blocks:
@@ -114,21 +114,22 @@ def with_random_blocks(build: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 
 def as_set(neurons: dict[int, list[int]]) -> set[Neuron]:
+    """Neurons {block: [units]} as a set of (block, unit)."""
     return {(block, unit) for block, units in neurons.items() for unit in units}
 
 
 def moved(model: nn.Module, chosen: set[Neuron]) -> AbstractContextManager[object]:
-    """Within the context these neurons, if any, are moved onto a register."""
+    """A context manager in which these neurons, if there are any, are moved to a register."""
     neurons = {block: [unit for i, unit in chosen if i == block] for block, _ in chosen}
     return testreg.patched(model, neurons) if chosen else nullcontext()
 
 
 @torch.no_grad()
 def observe(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Which patches (L, B, N) are outliers, and prefix tokens (B, P, C) and patches (B, N, C) behind the last block.
+    """Which patches are outliers (L, B, N), and the prefix tokens (B, P, C) and patches (B, N, C) after the last block.
 
-    The rule is written out here: norm > max(median + 5 * 1.4826 * MAD, 2 * median) of the image's patches. The position
-    that may be an artefact is left out.
+    The rule does not use testreg's code: norm > max(median + 5 * 1.4826 * MAD, 2 * median) over the image's patches.
+    The position `FIXED`, which may be an artefact, is left out.
     """
     tower = find_tower(model)
     tokens: list[Tensor] = []
@@ -142,13 +143,14 @@ def observe(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         tower.run(images)
     num_patches = tokens[0].shape[1] - tower.num_prefix
     columns = math.isqrt(num_patches)
-    kept = [i for i in range(num_patches) if i != FIXED[0] * columns + FIXED[1]]
-    patches = [each[:, tower.num_prefix :][:, kept] for each in tokens]
+    counted = [i for i in range(num_patches) if i != FIXED[0] * columns + FIXED[1]]
+    patches = [each[:, tower.num_prefix :][:, counted] for each in tokens]
     norms = torch.stack(patches).norm(dim=-1)  # (L, B, N)
     median = norms.median(-1, keepdim=True).values
-    spread = 1.4826 * (norms - median).abs().median(-1, keepdim=True).values
-    return norms > torch.maximum(median + 5 * spread, 2 * median), tokens[-1][:, : tower.num_prefix], patches[-1]
+    deviation = 1.4826 * (norms - median).abs().median(-1, keepdim=True).values
+    return norms > torch.maximum(median + 5 * deviation, 2 * median), tokens[-1][:, : tower.num_prefix], patches[-1]
 
 
 def distance(before: Tensor, after: Tensor) -> Tensor:
+    """1 - cosine of vectors (..., C)."""
     return (1 - F.cosine_similarity(before, after, dim=-1)).clamp(min=0)

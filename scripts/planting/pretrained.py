@@ -1,8 +1,9 @@
-"""A pretrained network, into which register neurons are planted: all else in it is real.
+"""Plants register neurons into a pretrained network. All other weights stay.
 
-The units of a block that the network uses least are replaced: triggers fire at flat patches, as a linear probe of their
-MLP's input tells them, and amplifiers at those that have what the triggers wrote. So the untouched network is the truth
-that moving them should restore. Where its results are shown, such a network is to be called planted.
+The neurons that the network uses least are replaced. Triggers fire at flat patches, which a linear probe of their MLP's
+input tells, and amplifiers fire at patches with what the triggers wrote (see `mechanisms`). The untouched network is
+the truth that moving the neurons should restore. Wherever results of such a network are shown, it must be called
+planted.
 """
 
 from __future__ import annotations
@@ -21,23 +22,23 @@ from planting.mechanisms import (
     Role,
     Writers,
     plant_population,
-    written_in,
+    writers_in_blocks,
 )
 from planting.site import BATCH, Neuron, Site, by_block, silenced
 from testreg.measure.hooks import recording_inputs
 
-PROBE_RIDGE = 0.01  # of the probe, as a fraction of the mean eigenvalue of its inputs' covariance
+PROBE_RIDGE = 0.01  # the probe's ridge penalty, as a fraction of the mean variance of its inputs
 
 PLANS: dict[Mechanism, tuple[Population, ...]] = {
     "direct": (Population(Writers(5, 6, 20.0)),),
-    "triggers": (Population(Writers(3, 2), written_in((5, 6), 3, 25.0)),),
-    "spread": (Population(Writers(3, 4), written_in(range(4, 10), 4, 180.0)),),
+    "triggers": (Population(Writers(3, 2), writers_in_blocks((5, 6), 3, 25.0)),),
+    "spread": (Population(Writers(3, 4), writers_in_blocks(range(4, 10), 4, 180.0)),),
     "two_populations": (
-        Population(Writers(2, 2), written_in((4,), 3, 25.0), share=0.7),
-        Population(Writers(6, 2), written_in((8, 9), 3, 10.0), features=("dark", "bright")),
+        Population(Writers(2, 2), writers_in_blocks((4,), 3, 25.0), share=0.7),
+        Population(Writers(6, 2), writers_in_blocks((8, 9), 3, 10.0), features=("dark", "bright")),
     ),
-    "weak": (Population(Writers(3, 2), written_in((5, 6), 3, 3.0)),),
-    "rare": (Population(Writers(3, 2), written_in((5, 6), 3, 25.0), one_image_of=20, share=0.75),),
+    "weak": (Population(Writers(3, 2), writers_in_blocks((5, 6), 3, 3.0)),),
+    "rare": (Population(Writers(3, 2), writers_in_blocks((5, 6), 3, 25.0), one_image_of=20, share=0.75),),
     "fading": (
         Population(
             Writers(3, 2),
@@ -46,7 +47,7 @@ PLANS: dict[Mechanism, tuple[Population, ...]] = {
         ),
     ),
 }
-"""Of a network of 12 blocks or more."""
+"""{mechanism: its populations}, for networks of 12 blocks or more."""
 
 
 @torch.no_grad()
@@ -58,14 +59,14 @@ def plant_into(
     outlier_fraction: float = 0.02,
     seed: int = 0,
 ) -> Planted:
-    """Plant register neurons into a pretrained `model`, in place, and keep all else.
+    """Plant register neurons into a pretrained `model`, in place. All other weights stay.
 
     Args:
-        images: (B, 3, h, w), preprocessed for the model; 64 photographs do. They say which units are used least, fit
-            the probes and set the thresholds.
-        mechanism: what is planted where: `PLANS`.
+        images: preprocessed images (B, 3, h, w); 64 photographs are enough. By them, the least used neurons are found,
+            the probes are fitted, and the thresholds are set.
+        mechanism: what is planted, see `PLANS`.
         outlier_fraction: share of the images' patches that become outliers.
-        seed: of what the neurons write.
+        seed: seed of the vectors that the neurons write.
 
     Raises:
         ValueError: fewer than 12 blocks; a family that `PARTS` does not list, or an MLP without a first linear of the
@@ -78,28 +79,28 @@ def plant_into(
     generator = torch.Generator().manual_seed(seed)
     free = least_used(site)
     neurons = [population.pick(free) for population in plan]
-    for neuron in (each for own in neurons for each in own):
+    for neuron in (each for population_neurons in neurons for each in population_neurons):
         site.set(neuron)
     flatness, brightness = pixels(site)
-    wanted = {"bright": flatness + brightness, "dark": flatness - brightness}
+    targets = {"bright": flatness + brightness, "dark": flatness - brightness}
 
     def probe(feature: Feature, inputs: Tensor) -> Tensor:
-        return ridge(inputs.flatten(0, 1), wanted[feature].flatten())
+        return ridge(inputs.flatten(0, 1), targets[feature].flatten())
 
     directions = torch.randn(site.width, 2 * len(plan), generator=generator)
-    directions = torch.linalg.qr(directions - directions.mean(0)).Q  # LayerNorm keeps what has zero mean
+    directions = torch.linalg.qr(directions - directions.mean(0)).Q  # of zero mean, so that LayerNorm keeps them
     roles: dict[Neuron, Role] = {}
-    for number, (population, own) in enumerate(zip(plan, neurons, strict=True)):
+    for number, (population, population_neurons) in enumerate(zip(plan, neurons, strict=True)):
         marker, outlier = directions[:, 2 * number : 2 * number + 2].T
         pair = (marker if population.amplifiers else outlier, outlier)
         with silenced(site.tower, by_block(roles)):
-            plant_population(site, population, own, probe, pair, outlier_fraction, generator)
-        roles |= own
+            plant_population(site, population, population_neurons, probe, pair, outlier_fraction, generator)
+        roles |= population_neurons
     return Planted(by_block(neuron for neuron, role in roles.items() if role != "eraser"), roles=roles)
 
 
 def least_used(site: Site) -> list[Iterator[int]]:
-    """The units of each block, from those that write least on the images: mean |activation| times length of column."""
+    """The units of each block, beginning with the least used: by mean |activation| times the length of their column."""
     sums = [torch.zeros(mlp.width) for mlp in site.mlps]
 
     def record(index: int, hidden: Tensor) -> None:
@@ -113,7 +114,7 @@ def least_used(site: Site) -> list[Iterator[int]]:
 
 
 def pixels(site: Site) -> tuple[Tensor, Tensor]:
-    """How flat and how bright the patches of the images are, (B, N) each, of mean 0 and deviation 1."""
+    """How flat and how bright each patch of the images is, (B, N) each, scaled to mean 0 and standard deviation 1."""
     size = site.tower.patch_size
     patches = F.unfold(site.images.mean(1, keepdim=True), size, stride=size)  # (B, pixels, N)
     flatness, brightness = -(patches.var(1) + 1e-4).log(), patches.mean(1)
@@ -121,9 +122,9 @@ def pixels(site: Site) -> tuple[Tensor, Tensor]:
     return flatness, brightness
 
 
-def ridge(inputs: Tensor, wanted: Tensor) -> Tensor:
-    """The direction (C,) along which inputs (n, C) tell best what is wanted (n,), by ridge regression."""
+def ridge(inputs: Tensor, targets: Tensor) -> Tensor:
+    """The weights (C,) of a ridge regression that predicts `wanted` (n,) from inputs (n, C)."""
     centred = inputs - inputs.mean(0)
     covariance = centred.T @ centred / len(centred)
     penalty = PROBE_RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance))
-    return torch.linalg.solve(covariance + penalty, centred.T @ (wanted - wanted.mean()) / len(centred))
+    return torch.linalg.solve(covariance + penalty, centred.T @ (targets - targets.mean()) / len(centred))

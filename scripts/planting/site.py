@@ -1,4 +1,4 @@
-"""Where neurons are set: the MLPs of a model, what they see, and how a neuron is given weights by hand."""
+"""`Site`: a model into which neurons are planted; it sets their weights, and records what the model computes."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ from torch import Tensor, nn
 from testreg.families import Mlp, Tower, find_part, find_tower
 from testreg.measure.hooks import recording_inputs, recording_outputs
 
-ACTIVATION = 4.0  # of a neuron of gain 1 at the outliers, on average
+ACTIVATION = 4.0  # mean activation, at outliers, of a planted neuron of gain 1
 SILENT = -10.0  # a bias with which a neuron never fires
-BATCH = 64  # images of a forward
+BATCH = 64  # images in a forward
 
 Neuron = tuple[int, int]
+"""Block and unit."""
 
 
 class Parts(NamedTuple):
-    """Where a family's blocks keep what planting writes to, as dotted names: the first that exists, where several."""
+    """The parts of blocks that planting changes, as dotted names, of which the first that exists is used."""
 
     fc1: tuple[str, ...]
+    """The first linear of the MLP."""
     query_key: tuple[str, ...]
-    """One packed weight (3C, C), or the weights of query and key."""
+    """One weight (3C, C) for query, key and value, or the weights of query and key."""
     num_heads: tuple[str, ...]
 
 
 _TIMM = Parts(("mlp.fc1",), ("attn.qkv.weight",), ("attn.num_heads",))
 _CLIP = Parts(("mlp.fc1",), ("self_attn.q_proj.weight", "self_attn.k_proj.weight"), ("self_attn.num_heads",))
 _VIT = Parts(
-    ("mlp.fc1", "intermediate.dense"),  # the latter, here and below, in transformers 4
+    ("mlp.fc1", "intermediate.dense"),  # here and below, the second name is that of transformers 4
     (
         *("attention.q_proj.weight", "attention.k_proj.weight"),
         *("attention.attention.query.weight", "attention.attention.key.weight"),
@@ -63,26 +65,26 @@ PARTS = {
         ("mlp.0",), ("self_attention.in_proj_weight",), ("self_attention.num_heads",)
     ),
 }
-"""By the name of the family."""
+"""{name of a family: its parts}."""
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What one forward of the images showed, of their patches. L blocks, K directions."""
+class Observed:
+    """What was recorded in a forward of the images, for L blocks and K directions."""
 
     inputs: list[Tensor]
-    """Of the MLP of each block, (B, N, C)."""
+    """The inputs of each block's MLP for patches, (B, N, C)."""
     prefix: list[Tensor]
-    """How the prefix tokens differ there from the patches, in the mean over the images (P, C)."""
+    """The inputs of each block's MLP for prefix tokens minus the mean over patches, mean over images, (P, C)."""
     norms: Tensor
-    """Behind each block, (L, B, N)."""
+    """The norms of the patches after each block, (L, B, N)."""
     along: Tensor
-    """What a patch behind each block has of each direction, (L, B, N, K)."""
+    """The product of each patch after each block with each direction, (L, B, N, K)."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """A model that neurons are planted into, and the images that set their thresholds."""
+    """A model into which neurons are planted, and the images by which their thresholds are set."""
 
     tower: Tower
     parts: Parts
@@ -92,8 +94,11 @@ class Site:
 
     @classmethod
     def of(cls, model: nn.Module, images: Tensor) -> Site:
-        """Raises ValueError for a family that `PARTS` does not list, and an MLP without a first linear of the hidden
-        width (SwiGLU)."""
+        """The site of a model.
+
+        Raises:
+            ValueError: the family is not in `PARTS`, or the MLP has no first linear of the hidden width (SwiGLU).
+        """
         tower = find_tower(model)
         if tower.family.name not in PARTS:
             raise ValueError(f"planting does not know {tower.family.name}: it needs a row in PARTS")
@@ -107,7 +112,7 @@ class Site:
 
     @property
     def width(self) -> int:
-        """C, of the residual stream."""
+        """C, the width of a token."""
         return len(self.mlps[0].columns)
 
     def set(
@@ -117,7 +122,7 @@ class Site:
         bias: Tensor | float = SILENT,
         writes: Tensor | float = 0.0,
     ) -> None:
-        """Make a neuron the activation of reads @ input + bias, that adds so many times `writes` to the stream."""
+        """Set a neuron's weights: its activation is act(reads @ input + bias), and it adds activation * writes."""
         block, unit = neuron
         self.fc1[block].weight[unit] = reads
         self.fc1[block].bias[unit] = bias
@@ -125,8 +130,8 @@ class Site:
         self.mlps[block].columns[:, unit] = writes if scale is None else writes / scale
 
     @torch.no_grad()
-    def look(self, directions: Sequence[Tensor] = ()) -> Seen:
-        """Run the images, with the neurons that are planted so far."""
+    def observe(self, directions: Sequence[Tensor] = ()) -> Observed:
+        """Run the images through the model as it is now, and record inputs, norms, and products with the directions."""
         tower = self.tower
         basis = torch.stack(list(directions), -1) if directions else torch.zeros(self.width, 0)  # (C, K)
         inputs: list[list[Tensor]] = [[] for _ in self.mlps]
@@ -148,7 +153,7 @@ class Site:
             for batch in self.images.split(BATCH):
                 tower.run(batch)
         tokens = [torch.cat(each) for each in inputs]
-        return Seen(
+        return Observed(
             [each[:, tower.num_prefix :] for each in tokens],
             [each[:, : tower.num_prefix].mean(0) - each[:, tower.num_prefix :].mean((0, 1)) for each in tokens],
             torch.stack([torch.cat(each) for each in norms]),
@@ -158,17 +163,17 @@ class Site:
 
 @contextmanager
 def silenced(tower: Tower, neurons: Mapping[int, Sequence[int]]) -> Iterator[None]:
-    """Within the context, neurons {block: [units]} write nothing."""
+    """Within the `with` block, neurons {block: [units]} write nothing: their columns are zero."""
     with torch.no_grad():
-        kept = [(tower.blocks[block].mlps[0].columns, list(units)) for block, units in neurons.items()]
-        values = [columns[:, units].clone() for columns, units in kept]
-        for columns, units in kept:
+        columns_and_units = [(tower.blocks[block].mlps[0].columns, list(units)) for block, units in neurons.items()]
+        values = [columns[:, units].clone() for columns, units in columns_and_units]
+        for columns, units in columns_and_units:
             columns[:, units] = 0.0
     try:
         yield
     finally:
         with torch.no_grad():
-            for (columns, units), value in zip(kept, values, strict=True):
+            for (columns, units), value in zip(columns_and_units, values, strict=True):
                 columns[:, units] = value
 
 
@@ -181,7 +186,10 @@ def by_block(neurons: Iterable[Neuron]) -> dict[int, list[int]]:
 
 
 def threshold(values: Tensor, fraction: float, one_image_of: int = 1) -> Tensor:
-    """Of values (B, N), what a fraction of the patches exceeds; or as many patches, in one image of so many."""
+    """The threshold that a `fraction` of the values (B, N) exceeds.
+
+    If `one_image_of` is above 1, only one image of so many has that fraction of its values above the threshold.
+    """
     if one_image_of == 1:
         return values.flatten().quantile(1 - fraction)
     largest = values.topk(max(1, round(fraction * values.shape[1])), dim=1).values[:, -1]
@@ -189,15 +197,15 @@ def threshold(values: Tensor, fraction: float, one_image_of: int = 1) -> Tensor:
 
 
 def detector(values: Tensor, reads: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights and bias of a neuron that fires where the values, which `reads` reads, exceed a threshold.
+    """The input weights and bias of a neuron that fires where values = inputs @ reads exceed the threshold.
 
-    There its activation is ACTIVATION on average.
+    Its mean activation there is ACTIVATION.
     """
     steepness = ACTIVATION / (values[values > threshold].mean() - threshold)
     return steepness * reads, -steepness * threshold
 
 
 def without(reads: Tensor, tokens: Tensor) -> Tensor:
-    """The part of directions (C,) or (C, k) that tokens (n, C) have nothing of."""
+    """The part of directions (C,) or (C, k) that is orthogonal to all tokens (n, C)."""
     basis = torch.linalg.qr(tokens.T).Q  # (C, n)
     return reads - basis @ (basis.T @ reads)

@@ -1,1 +1,1 @@
-"""What registers restore in a real pretrained network into which register neurons are planted."""
+"""Measures what registers restore in a real pretrained network into which register neurons were planted."""

@@ -1,20 +1,21 @@
-"""What registers restore in a real pretrained network into which register neurons are planted.
+"""Measure what registers restore in a real pretrained network into which register neurons were planted.
 
-The network is one without outliers of its own. A mechanism is planted into it (`scripts/planting`), and `calibrate`,
-told nothing, looks for the neurons. The untouched network is the truth.
+The network has no outliers (patches of huge norm) by itself. A mechanism that makes outliers is planted into it
+(`scripts/planting`), and `testreg.calibrate`, which is told nothing, looks for its neurons. The untouched network is
+the truth.
 
     python scripts/restoration MODEL --images PHOTOS --test OTHERS -o JSON [--tasks all --data DATASETS] [--picture PNG]
 
-Ways: `testreg` moves what calibration chooses by itself; `paper` what the paper's score (mean |activation|) ranks
-first, told the true number of neurons; `random` as many random neurons of the same blocks as testreg chose; `zeroing`
-silences what testreg moves. Of each way the first table says how many outliers are left, and how near CLS and patches
-come to the untouched network, on images that neither planting nor calibration has seen; `planted neurons` moves all
-that were planted. `--scores` adds what other scores rank first, told the true number.
+Ways to remove the outliers: `testreg` moves the neurons that calibration chooses; `paper` moves those that the paper's
+score (mean |activation|) ranks first, as many as were planted; `random` moves random neurons of the same blocks, as
+many as testreg chose; `zeroing` sets testreg's neurons to zero at all tokens; `planted neurons` moves all that were
+planted. `--scores` adds those that other scores rank first, as many as were planted. The first table says for each way
+how many outliers are left, and how near CLS and patches are to those of the untouched network, on images that neither
+planting nor calibration has seen.
 
-With `--tasks`, the tasks of `testreg evaluate` are done by all of these, as tasks.py says: DATASETS holds the folders
-that it names, and CIFAR-10 as parquet files. Planted networks, neurons and features are kept in `--work`, so that a run
-that was interrupted goes on. All of this is of a planted network: it says nothing about how often real ones have such
-neurons.
+With `--tasks`, these networks also do tasks of `testreg evaluate`, see tasks.py. DATASETS is a folder with the data
+sets that it names, and with CIFAR-10 as parquet files. Planted networks, neurons and features are kept in `--work`, so
+that an interrupted run can be continued. The results do not say how often real networks have such neurons.
 """
 
 from __future__ import annotations
@@ -49,33 +50,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     untouched = load_model(args.model).model.eval()
     work = args.work / f"{args.mechanism}-{args.seed}"
     work.mkdir(parents=True, exist_ok=True)
-    networks = Networks(args.model, untouched, prepared(untouched, args.images), args.mechanism, args.seed, work)
-    made: dict[str, Any] = {
+    networks = Networks(
+        args.model, untouched, preprocessed_images(untouched, args.images), args.mechanism, args.seed, work
+    )
+    results: dict[str, Any] = {
         "format": "testreg-restoration",
         "model": args.model,
         "mechanism": args.mechanism,
         "seed": args.seed,
         "calibrated_on": len(networks.photographs),
         "compared_on": args.num_test,
-        "ways": ways(networks, prepared(untouched, args.test)[: args.num_test], args.scores),
+        "ways": ways(networks, preprocessed_images(untouched, args.test)[: args.num_test], args.scores),
         "tasks": {},
     }
-    write(args.output, made)
-    print(tables.of_ways(made), flush=True)
+    write(args.output, results)
+    print(tables.of_ways(results), flush=True)
     if args.picture:
         picture.save(networks, args.picture)
     others = {"untouched": untouched}
     if args.tasks:
         others["zeroing"] = zeroed_copy(networks.planted, networks.chosen)
-    named = {name: LoadedModel(model, OwnTransform(model), name) for name, model in others.items()}
+    models = {name: LoadedModel(model, OwnTransform(model), name) for name, model in others.items()}
     planted = LoadedModel(networks.planted, OwnTransform(networks.planted), "planted")
     moved, settings = networks.moved(["activation"]), {"cache": args.work / "features"}
     if args.num_images is not None:
         settings["num_images"] = args.num_images
     for name in args.tasks:
-        made["tasks"][name] = tasks.evaluated(tasks.TASKS[name], planted, moved, named, args.data, **settings)
-        write(args.output, made)
-        print(tables.of_tasks(made), flush=True)
+        results["tasks"][name] = tasks.evaluated(tasks.TASKS[name], planted, moved, models, args.data, **settings)
+        write(args.output, results)
+        print(tables.of_tasks(results), flush=True)
 
 
 def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -104,27 +107,27 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def prepared(model: nn.Module, folder: str) -> Tensor:
-    """The images of a folder, (n, 3, h, w), as the model's own library prepares them."""
+def preprocessed_images(model: nn.Module, folder: str) -> Tensor:
+    """The images of a folder, preprocessed as the model's library does, (n, 3, h, w)."""
     return torch.stack([image for _, image in ImageStream(folder, OwnTransform(model)).numbered()])
 
 
 def ways(networks: Networks, unseen: Tensor, scores: list[Score]) -> dict[str, Any]:
-    """Of each network, how near it comes to the untouched one on images that nobody has seen."""
+    """{way: numbers of neurons, and how near its network is to the untouched one on unseen images}."""
     model, planted = networks.planted, networks.planted_neurons
     untouched, before = closeness.observe(networks.untouched, unseen), closeness.observe(model, unseen)
-    made = {
+    results = {
         "nothing moved": closeness.counts({}, planted) | closeness.figures(before, before, untouched),
         "untouched network": closeness.counts({}, planted) | closeness.figures(before, untouched, untouched),
     }
     for way, neurons in {**networks.moved(scores), "planted neurons": planted}.items():
         with testreg.patched(model, neurons):
             after = closeness.observe(model, unseen)
-        made[way] = closeness.counts(neurons, planted) | closeness.figures(before, after, untouched)
+        results[way] = closeness.counts(neurons, planted) | closeness.figures(before, after, untouched)
     with networks.zeroed():
         after = closeness.observe(model, unseen)
-    made["zeroing"] = closeness.counts(networks.chosen, planted) | closeness.figures(before, after, untouched)
-    return made
+    results["zeroing"] = closeness.counts(networks.chosen, planted) | closeness.figures(before, after, untouched)
+    return results
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How near a network comes to the untouched one, and how many outliers it has."""
+"""Measures how near a network is to the untouched one, and how many outliers (patches of huge norm) it has."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ RULE = OutlierRule()
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a network made of images."""
+class Recorded:
+    """Norms and tokens of a network on images."""
 
     norms: Tensor
-    """Of the patches behind each block, (L, B, N)."""
+    """The norms of the patches after each block, (L, B, N)."""
     tokens: Tensor
-    """Behind the last block, without registers, (B, P + N, C)."""
+    """The tokens after the last block without registers, (B, P + N, C), for P prefix tokens and N patches."""
 
 
 @torch.no_grad()
-def observe(model: nn.Module, images: Tensor) -> Seen:
-    """What a network makes of images (B, 3, h, w)."""
+def observe(model: nn.Module, images: Tensor) -> Recorded:
+    """Run a network on images (B, 3, h, w) and record its norms and tokens."""
     tower = find_tower(model)
     norms, tokens = [], []
     for batch in images.split(BATCH):
@@ -39,28 +39,33 @@ def observe(model: nn.Module, images: Tensor) -> Seen:
         patches = tower.patches(batch)
         norms.append(torch.stack(of_blocks)[..., patches])
         tokens.append(last[0][:, : patches.stop])
-    return Seen(torch.cat(norms, 1), torch.cat(tokens))
+    return Recorded(torch.cat(norms, 1), torch.cat(tokens))
 
 
-def figures(before: Seen, after: Seen, untouched: Seen) -> dict[str, float]:
-    """Outliers that are left at the worst block, as a share of those of the fullest block before, and the largest norm
-    over the median there; mean cosine with the untouched network of CLS, patches, and those that were outliers."""
+def figures(before: Recorded, after: Recorded, untouched: Recorded) -> dict[str, float]:
+    """How many outliers a way leaves, and how near it comes to the untouched network.
+
+    "outliers": the share of the patches that were outliers before, after the block with most. "outliers_left": outliers
+    after the block that has most, over the same before. "max_over_median": the largest norm over the median norm, after
+    the block where the ratio is largest. "cosine_*": the mean cosine with the untouched network of CLS, of all patches,
+    and of patches that were outliers before.
+    """
     outlier = before.norms > RULE.limit(before.norms)
     limit = torch.maximum(RULE.limit(before.norms), RULE.limit(after.norms))
-    left = (after.norms > limit).sum((1, 2)).max() / outlier.sum((1, 2)).max().clamp(min=1)
+    outliers_left = (after.norms > limit).sum((1, 2)).max() / outlier.sum((1, 2)).max().clamp(min=1)
     cosine = F.cosine_similarity(after.tokens, untouched.tokens, dim=-1)  # (B, P + N)
-    of_patches = cosine[:, -outlier.shape[-1] :]
+    patch_cosine = cosine[:, -outlier.shape[-1] :]
     return {
         "outliers": float(outlier.float().mean((1, 2)).max()),
         "max_over_median": float((after.norms.amax(-1) / after.norms.median(-1).values).mean(1).max()),
-        "outliers_left": float(left),
+        "outliers_left": float(outliers_left),
         "cosine_cls": float(cosine[:, 0].mean()),
-        "cosine_patches": float(of_patches.mean()),
-        "cosine_outliers": float(of_patches[outlier.any(0)].mean()),
+        "cosine_patches": float(patch_cosine.mean()),
+        "cosine_outliers": float(patch_cosine[outlier.any(0)].mean()),
     }
 
 
 def counts(moved: Mapping[int, list[int]], planted: Mapping[int, list[int]]) -> dict[str, Any]:
-    """How many neurons are moved, and how many of them were planted."""
-    of_planted = [unit for block, units in moved.items() for unit in units if unit in planted.get(block, ())]
-    return {"neurons": sum(map(len, moved.values())), "of_planted": len(of_planted)}
+    """How many neurons are moved ("neurons"), and how many of these were planted ("of_planted")."""
+    planted_units = [unit for block, units in moved.items() for unit in units if unit in planted.get(block, ())]
+    return {"neurons": sum(map(len, moved.values())), "of_planted": len(planted_units)}

@@ -1,4 +1,4 @@
-"""A picture of a few photographs as the untouched, the planted, and the planted and patched network see them."""
+"""A picture of maps of a few photographs: of the network untouched, planted, and planted and patched."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from testreg.measure.hooks import recorded_norms, recorded_tokens
 from testreg.measure.maps import image_batch
 from testreg.measure.tokens import behind_norm, recorded_projections
 
-SHOWN = ("astronaut", "camera", "coffee", "rocket")  # neither planted nor calibrated on
+PHOTOGRAPH_NAMES = ("astronaut", "camera", "coffee", "rocket")  # not used for planting or calibration
 SIZE = 448
 STATES = ("untouched", "planted", "patched")
 GROUPS = ("norms, block before the last", "attention of CLS", "features (PCA)", "LOST")
@@ -31,32 +31,33 @@ GROUPS = ("norms, block before the last", "attention of CLS", "features (PCA)", 
 
 @dataclass(frozen=True)
 class Maps:
-    """What a network makes of photographs: maps of h x w patches."""
+    """Maps of a network on B photographs with h x w patches."""
 
     norms: Tensor
-    """After the block before the last, (B, h, w)."""
+    """The norms of the patches after the last block but one, (B, h, w)."""
     attention: Tensor
-    """Of CLS in the last block, mean of the heads, (B, h, w)."""
+    """The attention of CLS to the patches in the last block, mean over heads, (B, h, w)."""
     features: Tensor
-    """Behind the final norm, (B, h, w, C)."""
+    """The patches after the final norm, (B, h, w, C)."""
     boxes: list[list[float]]
-    """Of LOST on values, (left, top, right, bottom) in patches."""
+    """The boxes of LOST on values of the last block: left, top, right, bottom in patches."""
 
 
 def save(networks: Networks, file: Path) -> None:
     """Draw the picture and write it."""
-    fine = testreg.load_model(networks.name, image_size=SIZE).transform
-    paths = [PHOTOGRAPHS / f"{name}.jpg" for name in SHOWN]
-    photographs = image_batch(networks.untouched, paths, fine)
-    seen = [maps_of(networks.untouched, photographs), maps_of(networks.planted, photographs)]
+    transform = testreg.load_model(networks.name, image_size=SIZE).transform
+    paths = [PHOTOGRAPHS / f"{name}.jpg" for name in PHOTOGRAPH_NAMES]
+    photographs = image_batch(networks.untouched, paths, transform)
+    all_maps = [maps_of(networks.untouched, photographs), maps_of(networks.planted, photographs)]
     with testreg.patched(networks.planted, networks.chosen):
-        seen.append(maps_of(networks.planted, photographs))
+        all_maps.append(maps_of(networks.planted, photographs))
     with replacing(file) as temporary:
-        picture(photographs, seen).savefig(temporary, format="png", dpi=110)
+        picture(photographs, all_maps).savefig(temporary, format="png", dpi=110)
 
 
 @torch.no_grad()
 def maps_of(model: nn.Module, photographs: Tensor) -> Maps:
+    """The maps of a network on photographs (B, 3, h, w)."""
     tower = find_tower(model)
     grid, patches, last = tower.grid(photographs), tower.patches(photographs), tower.depth - 1
     with (
@@ -74,14 +75,14 @@ def maps_of(model: nn.Module, photographs: Tensor) -> Maps:
     )
 
 
-def picture(photographs: Tensor, seen: list[Maps]) -> Figure:
-    """A row for each photograph; of each kind of map, the three networks side by side."""
+def picture(photographs: Tensor, all_maps: list[Maps]) -> Figure:
+    """A figure with a row for each photograph, and for each kind of map the three networks side by side."""
     rows, columns = len(photographs), 1 + len(GROUPS) * len(STATES)
     figure = Figure(figsize=(1.12 * columns, 1.16 * rows + 0.5), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)  # type: ignore[union-attr]
     parts = figure.subfigures(1, 1 + len(GROUPS), width_ratios=[1, *[len(STATES)] * len(GROUPS)], wspace=0.012)
-    colours = colouring(seen[0].features)
-    pixels = [shown(photograph) for photograph in photographs]
+    colours = colouring(all_maps[0].features)
+    pixels = [as_picture(photograph) for photograph in photographs]
     axes = parts[0].subplots(rows, 1)
     parts[0].suptitle(" ", fontsize=9)
     for i in range(rows):
@@ -90,7 +91,7 @@ def picture(photographs: Tensor, seen: list[Maps]) -> Figure:
         part.suptitle(group, fontsize=9)
         axes = part.subplots(rows, len(STATES))
         for i in range(rows):
-            for axis, state, maps in zip(axes[i], STATES, seen, strict=True):
+            for axis, state, maps in zip(axes[i], STATES, all_maps, strict=True):
                 title = state if i == 0 else ""
                 match group:
                     case "attention of CLS":
@@ -105,12 +106,14 @@ def picture(photographs: Tensor, seen: list[Maps]) -> Figure:
     return figure
 
 
-def shown(photograph: Tensor) -> np.ndarray:
+def as_picture(photograph: Tensor) -> np.ndarray:
+    """A preprocessed photograph (3, h, w) as a picture (h, w, 3) in [0, 1]."""
     low, high = photograph.amin(), photograph.amax()
     return ((photograph - low) / (high - low)).permute(1, 2, 0).numpy()
 
 
 def draw(axis: Axes, pixels: object, title: str, **options: object) -> None:
+    """Draw a map or photograph without a frame."""
     axis.imshow(np.asarray(pixels), **options)
     axis.set(xticks=[], yticks=[])
     axis.set_title(title, fontsize=8)
@@ -118,13 +121,14 @@ def draw(axis: Axes, pixels: object, title: str, **options: object) -> None:
 
 
 def outline(axis: Axes, box: list[float], patch: float) -> None:
+    """Draw a box, given in patches of `patch` pixels."""
     left, top, right, bottom = (edge * patch for edge in box)
     width, height = right - left, bottom - top
     axis.add_patch(Rectangle((left, top), width, height, fill=False, edgecolor="#00e5ff", lw=1.8, clip_on=False))
 
 
 def colouring(features: Tensor) -> Callable[[Tensor], Tensor]:
-    """Colours of features (h, w, C): their three principal components in the untouched network."""
+    """A function that turns features (h, w, C) into colours: their first three principal components in `features`."""
     tokens = features.flatten(0, 2)
     mean = tokens.mean(0)
     components = torch.linalg.eigh((tokens - mean).T @ (tokens - mean)).eigenvectors[:, -3:].flip(1)

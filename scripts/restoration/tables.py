@@ -1,4 +1,4 @@
-"""The results, as JSON and in Markdown."""
+"""Writes the results as JSON, and makes tables of them in Markdown."""
 
 from __future__ import annotations
 
@@ -9,67 +9,67 @@ from typing import Any
 
 from testreg.files import replacing
 
-SHOWN = ("untouched", "planted", "testreg", "paper", "zeroing", "random")
-HIDDEN = ("outliers",)  # which the heading says
+WAYS_SHOWN = ("untouched", "planted", "testreg", "paper", "zeroing", "random")
+LEFT_OUT = ("outliers",)  # no column of the table, since its heading says it
 
 
-def write(file: Path, made: dict[str, Any]) -> None:
-    """Write the results as JSON; an existing file is replaced whole or not at all."""
+def write(file: Path, results: dict[str, Any]) -> None:
+    """Write the results as JSON. An existing file is replaced only once the new one is complete."""
     with replacing(file) as temporary:
-        temporary.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
-def of_ways(made: dict[str, Any]) -> str:
-    """How near each way comes to the untouched network."""
-    ways = made["ways"]
-    names = [name for name in ways["nothing moved"] if name not in HIDDEN]
+def of_ways(results: dict[str, Any]) -> str:
+    """A table of how near each way comes to the untouched network."""
+    ways = results["ways"]
+    names = [name for name in ways["nothing moved"] if name not in LEFT_OUT]
     rows = [[way, *(number(row[name], 3) for name in names)] for way, row in ways.items()]
     share = ways["nothing moved"]["outliers"]
     return (
-        f"**{made['mechanism']}, seed {made['seed']}: planted, {share:.1%} of the patches are outliers**\n\n"
+        f"**{results['mechanism']}, seed {results['seed']}: planted, {share:.1%} of the patches are outliers**\n\n"
         + markdown([["way", *names], *rows])
     )
 
 
-def of_tasks(made: dict[str, Any]) -> str:
-    """The metrics of all tasks by way, and how testreg differs from the planted network."""
-    rows = [["task", "metric", *SHOWN, "testreg - planted, 95 % interval"]]
-    for task, result in made["tasks"].items():
+def of_tasks(results: dict[str, Any]) -> str:
+    """A table of the metrics of all tasks for each way, with the difference of testreg from the planted network."""
+    rows = [["task", "metric", *WAYS_SHOWN, "testreg - planted, 95 % interval"]]
+    for task, result in results["tasks"].items():
         for metric in result["metrics"]["planted"]:
-            values = [number(result["metrics"][way][metric]) for way in SHOWN]
+            values = [number(result["metrics"][way][metric]) for way in WAYS_SHOWN]
             rows.append([task, f"`{metric}`", *values, interval(result["difference"]["testreg"][metric])])
     return markdown(rows)
 
 
-def of_plain_and_patched(made: dict[str, Any]) -> str:
-    """The metrics of all tasks of `scripts/harmless.py`, plain and patched."""
+def of_plain_and_patched(results: dict[str, Any]) -> str:
+    """A table of the metrics of all tasks of `scripts/harmless.py`, plain and patched."""
     rows = [["task", "metric", "plain", "patched", "patched - plain, 95 % interval"]]
-    for task, result in made["tasks"].items():
+    for task, result in results["tasks"].items():
         for metric, plain in result["plain"].items():
             values = [number(plain), number(result["patched"][metric])]
             rows.append([task, f"`{metric}`", *values, interval(result["difference"][metric])])
     return markdown(rows)
 
 
-def of_samples(made: dict[str, Any]) -> str:
-    """What each task was done with, and how long it took."""
+def of_samples(results: dict[str, Any]) -> str:
+    """A table of each task's protocol and CPU time."""
     rows = [["task", "protocol", "CPU minutes"]]
-    for task, result in made["tasks"].items():
+    for task, result in results["tasks"].items():
         protocol = {key: value for key, value in result["protocol"].items() if key not in ("neurons", "against")}
-        said = ", ".join(f"{key} {value}" for key, value in protocol.items() if value is not None)
-        rows.append([task, said, f"{result['cpu_seconds'] / 60:.1f}"])
+        protocol_in_words = ", ".join(f"{key} {value}" for key, value in protocol.items() if value is not None)
+        rows.append([task, protocol_in_words, f"{result['cpu_seconds'] / 60:.1f}"])
     return markdown(rows)
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table; its first row is the head."""
+    """A table in Markdown, from its rows, of which the first is the header."""
     head, *body = rows
     ruled = [head, ["---", *["---:"] * (len(head) - 1)], *body]
     return "\n".join(f"| {' | '.join(row)} |" for row in ruled)
 
 
 def interval(difference: Sequence[float | None], digits: int = 4) -> str:
-    """A difference with its bounds."""
+    """A difference with the bounds of its interval, as text; "" if it is not defined."""
     value, low, high = difference
     if value is None or low is None:
         return ""
@@ -77,7 +77,7 @@ def interval(difference: Sequence[float | None], digits: int = 4) -> str:
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A value as tables show it."""
+    """A value as text."""
     if value is None:
         return "not defined"
     return str(value) if isinstance(value, int) else f"{value:.{digits}f}"

@@ -1,6 +1,6 @@
-"""The tasks of `testreg evaluate` that a network without text can do, on samples that one core manages.
+"""The tasks of `testreg evaluate` that need no text, on samples small enough for one core.
 
-A CLIP would be needed for zeroshot and typographic.
+The tasks zeroshot and typographic are missing, since they need a CLIP.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from testreg.neurons import AnyNeurons
 
 @dataclass(frozen=True)
 class Task:
-    """A task, its data and its sample. What an option does not say is as the task has it."""
+    """A task with its data set and options."""
 
     evaluate: Callable[..., Result]
     data: str
-    """The folder among the data sets."""
+    """The folder of the data set, in the folder of all data sets."""
     options: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of `evaluate`; all others keep their defaults."""
 
 
-SHORT = {"augment": False, "fit_batch": 4}  # the features of each image are computed once
+SHORT = {"augment": False, "fit_batch": 4}  # options that make fits fast: features of an image are computed only once
 
 TASKS: dict[str, Task] = {
     "attention-seg": Task(attention_seg.evaluate, "coco256", {"num_images": 100, "foreground": "1-90", "ignore": 0}),
@@ -56,15 +57,17 @@ def evaluated(
     data: Path,
     **settings: Any,
 ) -> dict[str, Any]:
-    """What a task says of a network, of each way to move neurons in it, and of other networks.
+    """Evaluate a task for a network, for ways to move neurons in it, and for other networks.
 
     Args:
-        plain: the network that differences are from, under the name of its column.
-        moved: the neurons of each way.
-        others: networks as they come, by what they are called.
+        plain: the network, under the name of its column. Differences are computed from it.
+        moved: {way: the neurons that it moves in the network}.
+        others: {name of a column: another network, which is evaluated as it is}.
+        data: the folder of all data sets.
+        settings: further arguments of the task.
 
     Returns:
-        `metrics` and `difference` (from the plain network, with the bounds of the interval) by way, for JSON.
+        The results for JSON, with "metrics" and "difference" (from the plain network, with the interval) by column.
     """
     start = time.process_time()
     metrics: dict[str, Any] = {}
@@ -75,9 +78,9 @@ def evaluated(
             plain, data / task.data, neurons=neurons, against=against, **{**task.options, **settings}
         ).to_json()
         metrics[plain.name] = result["plain"]
-        for column, own, changed in (("patched", way, "difference"), ("against", other, "difference_against")):
-            if own is not None:
-                metrics[own], difference[own] = result[column], result[changed]
+        for column, name, changed in (("patched", way, "difference"), ("against", other, "difference_against")):
+            if name is not None:
+                metrics[name], difference[name] = result[column], result[changed]
     protocol = {key: value for key, value in result["protocol"].items() if key not in ("neurons", "against")}
     if protocol.get("sweep"):
         protocol["sweep"] = f"chosen on {protocol['sweep']['images']} others"

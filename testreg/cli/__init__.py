@@ -1,7 +1,7 @@
 """The command line: testreg demo | list | diagnose | calibrate | apply | show | extract | evaluate.
 
-`app` is the table of the commands, one file each; `invocation` is what all of them have in common. A command imports
-what it needs when it runs, so that --help is there at once, and an interrupt at any time is one line.
+`app` lists the commands, each of which has a file; `invocation` runs them. A command imports what it needs inside its
+function, so that --help is fast, and an interrupt at any time prints one line instead of a traceback.
 """
 
 from testreg.cli.app import main as main

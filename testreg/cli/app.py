@@ -1,4 +1,4 @@
-"""The program: its commands, in the order of the help."""
+"""The program `testreg` and its commands, in the order in which the help shows them."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ app.add_typer(tasks, name="evaluate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code of the command, one of `Exit`.
+    """Run the command line `argv` (None: that of the process), and return the command's exit code, one of `Exit`.
 
     Raises:
-        SystemExit: it was asked for help or for the version, or used wrongly.
+        SystemExit: help or the version was asked for, or the command line was wrong.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are no text
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold bytes that are no valid text
     try:
         typer.main.get_command(app).main(arguments, prog_name="testreg", obj=arguments)
     except SystemExit as ended:
@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _print_version(is_asked: bool) -> None:
+    """Print the version and end, if --version was given."""
     if is_asked:
         from importlib.metadata import version
 

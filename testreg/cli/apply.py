@@ -1,4 +1,4 @@
-"""testreg apply"""
+"""The command `testreg apply`, which saves a patched checkpoint."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def apply(
 
     check_replaceable(output)
     check_writable_folder(output)
-    check_writable_folder(output.resolve().parent)  # where it is made
+    check_writable_folder(output.resolve().parent)  # in which `save` creates the folder
     loaded = load(invocation, model, loading)
-    used = patch(loaded, patching)
+    neurons = patch(loaded, patching)
     with invocation.waiting(f"writing {output}"):
         save(loaded.model, output, processor=loaded.processor)
     invocation.answer(f"{output}: patched checkpoint of {loaded.name}")
     invocation.write(
-        {"output": str(output), "model": loaded.name, "neurons": used.by_block(), "verified": used.verified}
+        {"output": str(output), "model": loaded.name, "neurons": neurons.by_block(), "verified": neurons.verified}
     )

@@ -1,4 +1,8 @@
-"""testreg calibrate"""
+"""The command `testreg calibrate`, which finds the register neurons of a model.
+
+Register neurons make *outliers* (patches of huge norm). Calibration ranks neurons on some images, then chooses how many
+of them to move to registers on other images, which are held out.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +40,9 @@ if TYPE_CHECKING:
     from testreg.neurons import RegisterNeurons
     from testreg.records.calibration import Effect, Verification
 
-NUM_IMAGES = 500  # of a folder, which may hold millions; in Python all that are given
-REPORT_IMAGES = 32
-HIGH_AGREEMENT = 0.99  # of a head with itself, which needs no mention
+NUM_IMAGES = 500  # the default, since a folder may hold millions; in Python, all images are used by default
+REPORT_IMAGES = 32  # held-out images that the report measures
+HIGH_AGREEMENT = 0.99  # if registers leave the head's class the same on so many images, the summary does not mention it
 
 
 def calibrate(
@@ -87,10 +91,12 @@ def calibrate(
     check_file(resume)
     if figures is not None:
         check_writable_folder(figures)
-    check_images(images)  # before a model is loaded for nothing
+    check_images(images)  # so that an error comes before a model is loaded
     sizes: list[int | None] = [*image_size] if image_size else [None]
-    with process_group(chosen_device(device)) as own:
-        loaded = [load(invocation, model, Loading(size, device, dtype, trust_remote_code), own) for size in sizes]
+    with process_group(chosen_device(device)) as own_device:
+        loaded = [
+            load(invocation, model, Loading(size, device, dtype, trust_remote_code), own_device) for size in sizes
+        ]
         if report is not None or figures is not None:
             check_drawn(loaded[0])
         neurons = calibration.calibrate(
@@ -128,12 +134,12 @@ def calibrate(
 
             with invocation.phase("measuring for the report"):
                 transform = loaded[0].transform
-                shown = held_out_images(images, transform, held_out=held_out, num_images=num_images, seed=seed)
+                images_shown = held_out_images(images, transform, held_out=held_out, num_images=num_images, seed=seed)
                 write_report(
                     report,
                     loaded[0].model,
                     neurons,
-                    shown[-REPORT_IMAGES:],  # the last were not chosen on
+                    images_shown[-REPORT_IMAGES:],  # the last ones had no part in the choice of neurons
                     command=invocation.command,
                     file=str(output),
                     figures=figures,
@@ -146,15 +152,15 @@ def calibrate(
 
 
 def summary(neurons: RegisterNeurons) -> str:
-    """What calibration found, in a few lines."""
+    """The results of a calibration, in a few lines of text."""
     from testreg.calibration.effects import what_is_wrong_with_maps
 
     facts = neurons.calibration
     lines = [str(facts.verdict)]
     skipped = f", {facts.unreadable_images} unreadable" if facts.unreadable_images else ""
     if facts.stability is not None:
-        agree = f"halves of them agree on {facts.stability.overlap:.0%} of the neurons"
-        lines.append(f"ranked on {facts.images} images{skipped}; {agree}")
+        agreement_in_words = f"halves of them agree on {facts.stability.overlap:.0%} of the neurons"
+        lines.append(f"ranked on {facts.images} images{skipped}; {agreement_in_words}")
     if facts.curve:
         columns = ("neurons", "outliers left", "excess norm left", "change, pooled", "change, patches")
         lines.append(f"chosen on held-out images:\n{'  '.join(columns)}")
@@ -202,7 +208,7 @@ def summary(neurons: RegisterNeurons) -> str:
 
 
 def not_verified() -> str:
-    """What a list that is not verified lacks."""
+    """Why a list of neurons is not verified, in words."""
     from testreg.calibration.split import MIN_VERIFYING, NUM_CHOOSING
 
     return (
@@ -212,7 +218,7 @@ def not_verified() -> str:
 
 
 def _registers_in_words(registers: Sequence[Effect], neurons: RegisterNeurons) -> str:
-    """How many registers were chosen and how they start, and what each number of them changes."""
+    """How many registers were chosen and how they start, and by how much each measured choice changes the features."""
     number, starts = neurons.num_registers, {"zeros": "", "mean": " that start as the mean patch"}
     changes = ", ".join(
         f"{each.change_pooled:.3f} and {each.change_patches:.3f} with {each.num_registers}{starts[each.start]}"
@@ -225,20 +231,20 @@ def _registers_in_words(registers: Sequence[Effect], neurons: RegisterNeurons) -
 
 
 def _attention_in_words(check: Verification) -> list[str]:
-    """What became of the attention to the patches that were outliers, where it can be seen."""
-    now, before = check.effect, check.before
-    if before is None or None in (now.sink, now.hottest, now.hotter, now.unlike, before.sink, before.hottest):
+    """How attention to the former outliers changed, as lines of text; [] if attention was not measured."""
+    after, before = check.effect, check.before
+    if before is None or None in (after.sink, after.hottest, after.hotter, after.unlike, before.sink, before.hottest):
         return []
     return [
-        f"attention to a former outlier, over that to another patch: {before.sink:.1f} before, {now.sink:.1f} "
-        f"now; share of the hottest patch: {before.hottest:.1%} before, {now.hottest:.1%} now (hotter in "
-        f"{now.hotter:.0%} of the images); former outliers are {now.unlike:.0%} as unlike their neighbours "
+        f"attention to a former outlier, over that to another patch: {before.sink:.1f} before, {after.sink:.1f} "
+        f"now; share of the hottest patch: {before.hottest:.1%} before, {after.hottest:.1%} now (hotter in "
+        f"{after.hotter:.0%} of the images); former outliers are {after.unlike:.0%} as unlike their neighbours "
         "as before"
     ]
 
 
 def _result(neurons: RegisterNeurons, output: Path, report: Path | None, figures: Path | None) -> dict[str, Any]:
-    """What --json writes: where everything is, and what was found, without the ranking."""
+    """The result for --json: the paths of the files that were written, and the results without the ranking."""
     return {
         "output": str(output),
         "report": None if report is None else str(report),

@@ -1,4 +1,4 @@
-"""testreg demo"""
+"""The command `testreg demo`, which calibrates and patches the small model that comes with the package."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def demo(
     ),
 ) -> None:
     """The whole job on a small model, offline."""
-    check_file(output, *PICTURES)  # before all that the demo needs is imported
+    check_file(output, *PICTURES)  # before the slow imports, so that an error comes at once
 
     from testreg.demo.run import run_demo
     from testreg.report.map_figures import figures_of, table
@@ -26,24 +26,25 @@ def demo(
     invocation.say(
         "A small ViT, trained on CIFAR-10 around a planted outlier mechanism: see testreg/demo/model/README.md."
     )
-    done = run_demo(progress=not invocation.quiet)
-    planted = sum(map(len, done.planted.values()))
-    verdict = done.neurons.calibration.verdict
+    results = run_demo(progress=not invocation.quiet)
+    planted = sum(map(len, results.planted.values()))
+    verdict = results.neurons.calibration.verdict
     invocation.say(f"diagnosed:  {verdict}")
     invocation.say(
-        f"calibrated: {done.neurons.top_k} register neurons, {done.recovered} of the {planted} planted ones among them"
+        f"calibrated: {results.neurons.top_k} register neurons, {results.recovered} of the {planted} planted ones "
+        "among them"
     )
-    invocation.say(f"patched:    one register\n\n{table(done.before, done.after)}\n")
-    save_picture(done.picture, output)
+    invocation.say(f"patched:    one register\n\n{table(results.before, results.after)}\n")
+    save_picture(results.picture, output)
     invocation.answer(f"picture:    {output}")
     invocation.write(
         {
             "picture": str(output),
             "verdict": verdict,
-            "neurons": done.neurons.by_block(),
-            "planted": done.planted,
-            "recovered": done.recovered,
-            "before": figures_of(done.before),
-            "after": figures_of(done.after),
+            "neurons": results.neurons.by_block(),
+            "planted": results.planted,
+            "recovered": results.recovered,
+            "before": figures_of(results.before),
+            "after": figures_of(results.after),
         }
     )

@@ -1,4 +1,4 @@
-"""testreg diagnose"""
+"""The command `testreg diagnose`, which tells where a model has outliers, and whether registers fix them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from testreg.cli.outputs import PAGES, check_file
 if TYPE_CHECKING:
     from testreg.measure.diagnosis import Diagnosis
 
-REPORT_IMAGES = 32
+REPORT_IMAGES = 32  # images that the report measures
 
 
 def diagnose(
@@ -44,7 +44,7 @@ def diagnose(
 ) -> Exit:
     """Where a model's outliers are, and whether registers fix them.
 
-    Of several models: one table, each model with its own preprocessing of the same images.
+    Several models are compared in one table, on the same images, each with its own preprocessing.
     """
     from testreg.io.processes import process_group, rank
     from testreg.io.sources import check_images
@@ -55,11 +55,11 @@ def diagnose(
     if report is not None and len(models) > 1:
         raise ValueError("a report shows one model: name one, or leave --report out")
     check_file(report, *PAGES)
-    check_images(images)  # before a model is loaded for nothing
+    check_images(images)  # so that an error comes before a model is loaded
     diagnoses: dict[str, Diagnosis] = {}
-    with process_group(chosen_device(loading.device)) as own:
+    with process_group(chosen_device(loading.device)) as own_device:
         for model in dict.fromkeys(models):
-            loaded = load(invocation, model, loading, own)
+            loaded = load(invocation, model, loading, own_device)
             if report is not None:
                 check_drawn(loaded)
             diagnoses[model] = measure.diagnose(
@@ -91,9 +91,9 @@ def diagnose(
 
             with invocation.phase("measuring for the report"):
                 stream = ImageStream(images, loaded.transform, num_images=num_images, seed=seed)
-                shown = [image for _, image in itertools.islice(stream.numbered(), REPORT_IMAGES)]
+                images_shown = [image for _, image in itertools.islice(stream.numbered(), REPORT_IMAGES)]
                 write_diagnosis_report(
-                    report, first, loaded.model, shown, command=invocation.command, rule=outlier_rule
+                    report, first, loaded.model, images_shown, command=invocation.command, rule=outlier_rule
                 )
             invocation.answer(str(report))
     if len(diagnoses) > 1:

@@ -1,4 +1,7 @@
-"""testreg evaluate: a command for each task, made when it is asked for, since its options are the task's arguments."""
+"""The command `testreg evaluate TASK`. The options of a task are the arguments of its function in testreg/evaluation.
+
+So the command of a task is made only when that task is asked for: `testreg --help` need not import it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from testreg.files import check_writable_folder
 
 
 class Tasks(TyperGroup):
-    """The tasks as commands: `testreg --help` need not import what they need."""
+    """The group of the tasks' commands, whose names are known without making the commands."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(TASKS)
@@ -28,7 +31,7 @@ class Tasks(TyperGroup):
 
 
 def _command(task: str) -> Any:
-    """The command of a task."""
+    """Make the command of a task, from the task's function `evaluate`."""
     from testreg.evaluation.commands import function_of, signature_of
 
     def evaluate(invocation: Invocation, model: str, **options: Any) -> None:
@@ -37,8 +40,8 @@ def _command(task: str) -> Any:
         figures, device = options.pop("figures"), options.pop("device")
         if figures is not None:
             check_writable_folder(figures)
-        with process_group(chosen_device(device)) as own:
-            result = function_of(task)(model, **options, device=str(own), progress=not invocation.quiet)
+        with process_group(chosen_device(device)) as own_device:
+            result = function_of(task)(model, **options, device=str(own_device), progress=not invocation.quiet)
             is_first = rank() == 0
         if is_first:
             invocation.answer(str(result).rstrip())
@@ -46,13 +49,14 @@ def _command(task: str) -> Any:
                 invocation.answer("\n".join(map(str, result.save_figures(figures))))
             invocation.write(result.to_json())
 
-    leading = [
+    first_parameters = [
         Parameter("invocation", Parameter.KEYWORD_ONLY, annotation=Invocation),
         Parameter("model", Parameter.KEYWORD_ONLY, annotation=Model),
     ]
-    evaluate.__signature__ = inspect.Signature([*leading, *signature_of(task).parameters.values()])  # type: ignore[attr-defined]
+    evaluate.__signature__ = inspect.Signature([*first_parameters, *signature_of(task).parameters.values()])  # type: ignore[attr-defined]
     text = (inspect.getdoc(function_of(task)) or "").partition("\n\nArgs:")[0]
-    evaluate.__doc__ = re.sub(r"(?<!\n)\n(?!\n)", " ", text)  # lines are broken anew, to the width of the terminal
+    # The lines of a paragraph are joined, so that typer can break them at the terminal's width.
+    evaluate.__doc__ = re.sub(r"(?<!\n)\n(?!\n)", " ", text)
     app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["--help", "-h"]})
     add_command(app, evaluate, name=task)
     return typer.main.get_command(app)

@@ -1,4 +1,4 @@
-"""The exit codes."""
+"""The exit codes of the command line."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from enum import IntEnum
 
 
 class Exit(IntEnum):
-    """The exit codes, each with what it means."""
+    """The exit codes of the command line."""
 
     meaning: str
+    """What the exit code means, for the help."""
 
     def __new__(cls, code: int, meaning: str) -> Exit:
         member = int.__new__(cls, code)
@@ -18,7 +19,7 @@ class Exit(IntEnum):
 
     DONE = 0, "done"
     ERROR = 1, "error"
-    USAGE = 2, "wrong usage"  # which typer exits with
+    USAGE = 2, "wrong usage"  # typer itself exits with this code
     NOTHING_TO_FIX = 3, "no outliers: nothing to fix"
     NOT_FIXABLE = (
         4,
@@ -32,7 +33,7 @@ class Exit(IntEnum):
 
 
 def exit_codes(*others: Exit, done: str = Exit.DONE.meaning) -> str:
-    """The exit codes that every command has, and `others`, for the help."""
+    """A sentence for the help: the exit codes that every command has, and `others`; `done` is what 0 means."""
     codes = sorted({Exit.DONE, Exit.ERROR, Exit.USAGE, Exit.INTERRUPTED, *others})
     meanings = (f"{code.value} {done if code is Exit.DONE else code.meaning}" for code in codes)
     return f"Exit codes: {'; '.join(meanings)}."

@@ -1,4 +1,4 @@
-"""testreg extract"""
+"""The command `testreg extract`, which writes a model's features of images to a file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from testreg.cli.outputs import check_file
 
 
 class What(StrEnum):
-    """What is written of each block."""
+    """What can be written for each block."""
 
     PATCHES = "patches"
     CLS = "cls"
@@ -48,32 +48,32 @@ def extract(
 ) -> None:
     """Write the features of a folder of images to one file.
 
-    After an interruption, the same command goes on where it was.
+    After an interruption, the same command continues where it stopped.
     """
     from testreg.io.processes import process_group, rank
     from testreg.io.sources import check_images
     from testreg.measure.extraction import check_output
-    from testreg.measure.extraction import extract as written_by
+    from testreg.measure.extraction import extract as extract_to_file
     from testreg.register import is_patched, unpatch
 
-    asked: Any = [each.value for each in what or ()]
+    kinds: Any = [each.value for each in what or ()]
     if plain and patching.neurons is not None:
         raise ValueError("--plain takes the model as it is: leave --neurons out")
     check_file(output)
     check_output(output)
-    check_images(images)  # before a model is loaded for nothing
-    with process_group(chosen_device(loading.device)) as own:
-        loaded = load(invocation, model, loading, own)
+    check_images(images)  # so that an error comes before a model is loaded
+    with process_group(chosen_device(loading.device)) as own_device:
+        loaded = load(invocation, model, loading, own_device)
         if not plain:
             patch(loaded, patching)
         elif is_patched(loaded.model):
             unpatch(loaded.model)
-        done = written_by(
+        result = extract_to_file(
             loaded.model,
             images,
             output,
             blocks=block or [-1],
-            what=asked,
+            what=kinds,
             norm=norm,
             half=half,
             transform=loaded.transform,
@@ -83,11 +83,11 @@ def extract(
         )
         is_first = rank() == 0
     if is_first:
-        count = next(iter(done.arrays.values()))[0]
-        if done.unreadable:
+        count = next(iter(result.arrays.values()))[0]
+        if result.unreadable:
             invocation.answer(
-                f"{len(done.unreadable)} of {count} images could not be read: {', '.join(done.unreadable[:3])}"
+                f"{len(result.unreadable)} of {count} images could not be read: {', '.join(result.unreadable[:3])}"
             )
-        invocation.say("\n".join(f"{name:<14} {' x '.join(map(str, shape))}" for name, shape in done.arrays.items()))
+        invocation.say("\n".join(f"{name:<14} {' x '.join(map(str, shape))}" for name, shape in result.arrays.items()))
         invocation.answer(f"{output}: {count} images")
-        invocation.write({"output": str(output), "arrays": done.arrays, "unreadable": done.unreadable})
+        invocation.write({"output": str(output), "arrays": result.arrays, "unreadable": result.unreadable})

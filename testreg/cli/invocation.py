@@ -1,4 +1,4 @@
-"""What all commands have in common: how they run and end, what they say, and where to."""
+"""Runs commands: their common options, their output as text or JSON, their errors and exit codes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from testreg.cli.exits import Exit, exit_codes
 from testreg.cli.libraries import muted
 from testreg.files import UNFINISHED, check_writable, replacing
 
-OUTPUTS = ("output", "report", "figures", "resume", "json")  # parameters that name what a command writes
-TO_OUTPUT = "-"  # in place of a file
+OUTPUTS = ("output", "report", "figures", "resume", "json")  # parameters of commands that name files to be written
+STDOUT = "-"  # stands for stdout where a file is named
 
 _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="show the result alone")]
 _Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="show the libraries' bars, warnings and logs too")]
@@ -37,31 +37,32 @@ _Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an 
 
 @dataclass(frozen=True)
 class Invocation:
-    """One run of a command: what its user wants to see, and in which form."""
+    """One run of a command: the options that all commands have, and how the command prints."""
 
     argv: Sequence[str]
-    """The arguments, of the program, as they were given."""
+    """The arguments of the program, as they were given."""
     quiet: bool
     verbose: bool
     json: str | None
+    """The file for the result as JSON; `STDOUT` for stdout; None for no JSON."""
     debug: bool
 
     def say(self, text: str) -> None:
-        """Something to know about the result, for people who want to read."""
+        """Print explanations of the result, unless --quiet was given."""
         if not self.quiet:
             self.answer(text)
 
     def answer(self, text: str) -> None:
-        """The result in words, unless it is wanted as JSON in their place."""
-        if self.json != TO_OUTPUT:
+        """Print the result as text, unless JSON is printed in its place."""
+        if self.json != STDOUT:
             print(text)
 
     def write(self, result: object) -> None:
-        """The result as JSON, if it is wanted."""
+        """Write the result as JSON, if --json was given."""
         if self.json is None:
             return
         text = json.dumps(result, indent=1, allow_nan=False)
-        if self.json == TO_OUTPUT:
+        if self.json == STDOUT:
             print(text)
             return
         with replacing(self.json) as temporary:
@@ -69,7 +70,7 @@ class Invocation:
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Within the context, a terminal shows that this is under way."""
+        """Within the `with` block, a terminal shows that `what` is being done."""
         if self.quiet or not is_first_process() or not sys.stderr.isatty():
             yield
             return
@@ -80,14 +81,14 @@ class Invocation:
             yield
 
     def phase(self, what: str) -> AbstractContextManager[None]:
-        """As `waiting`; without a terminal, one line says that this has begun."""
+        """The same as `waiting`, but without a terminal it prints one line, that `what` has begun."""
         if not self.quiet and is_first_process() and not sys.stderr.isatty():
             print(f"testreg: {what}", file=sys.stderr, flush=True)
         return self.waiting(what)
 
     @property
     def command(self) -> str:
-        """The command line, to be run again."""
+        """The command line as it was typed."""
         return shlex.join(["testreg", *self.argv])
 
 
@@ -98,20 +99,27 @@ def add_command(
     name: str | None = None,
     done: str = Exit.DONE.meaning,
 ) -> None:
-    """Make `function` a command: its first parameter is the `Invocation`, the others are its own.
-
-    The fields of a parameter that is a dataclass (`options.Loading`) are options each.
+    """Add a command to the program.
 
     Args:
-        others: its exit codes beside those that every command has.
-        done: what it means there that the command is done.
+        function: runs the command. Its first parameter is the `Invocation`, the others become arguments and options. If
+            a parameter is a dataclass (e.g. `options.Loading`), each of its fields becomes an option.
+        others: exit codes that the command has beside those of all commands, for the help.
+        name: the command's name; None for the name of the function.
+        done: what the exit code 0 means for this command.
     """
-    own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
-    grouped = {each.name: _fields(each.annotation) for each in own if dataclasses.is_dataclass(each.annotation)}
+    own_parameters = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+    dataclass_fields = {
+        each.name: _fields_of(each.annotation) for each in own_parameters if dataclasses.is_dataclass(each.annotation)
+    }
     common = {"quiet": _Quiet, "verbose": _Verbose, "json": _Json, "debug": _Debug}
     parameters = [
         Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context),
-        *(part.replace(kind=Parameter.KEYWORD_ONLY) for each in own for part in grouped.get(each.name, [each])),
+        *(
+            part.replace(kind=Parameter.KEYWORD_ONLY)
+            for each in own_parameters
+            for part in dataclass_fields.get(each.name, [each])
+        ),
         *(
             Parameter(key, Parameter.KEYWORD_ONLY, annotation=kind, default=None if kind is _Json else False)
             for key, kind in common.items()
@@ -121,45 +129,48 @@ def add_command(
     @functools.wraps(function)
     def command(*, context: typer.Context, **values: Any) -> None:
         invocation = Invocation(context.obj, **{key: values.pop(key) for key in common})
-        for each in own:
-            if each.name in grouped:
-                values[each.name] = each.annotation(**{part.name: values.pop(part.name) for part in grouped[each.name]})
-        raise SystemExit(_ended(function, invocation, values))
+        for each in own_parameters:
+            if each.name in dataclass_fields:
+                values[each.name] = each.annotation(
+                    **{part.name: values.pop(part.name) for part in dataclass_fields[each.name]}
+                )
+        raise SystemExit(_run_to_exit(function, invocation, values))
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {each.name: each.annotation for each in parameters}
     app.command(name or function.__name__, epilog=exit_codes(*others, done=done))(command)
 
 
-def _fields(group: Any) -> list[Parameter]:
-    """The fields of a dataclass, as parameters."""
+def _fields_of(group: Any) -> list[Parameter]:
+    """The fields of a dataclass as parameters."""
     return list(inspect.signature(group, eval_str=True).parameters.values())
 
 
-def _ended(function: Callable[..., Exit | None], invocation: Invocation, values: Mapping[str, Any]) -> Exit:
-    """Run a command; returns how it ended."""
+def _run_to_exit(function: Callable[..., Exit | None], invocation: Invocation, values: Mapping[str, Any]) -> Exit:
+    """Run a command, print its errors, and return its exit code."""
     outputs = [
         Path(path) for key, path in {**values, "json": invocation.json}.items() if key in OUTPUTS and _is_file(path)
     ]
-    begun = [Path(f"{values['output']}{UNFINISHED}")] if _is_file(values.get("output")) else []  # of `extract`
-    outputs += begun
-    before = _written(outputs)
+    # `testreg extract` writes into this file until it has all rows.
+    unfinished_files = [Path(f"{values['output']}{UNFINISHED}")] if _is_file(values.get("output")) else []
+    outputs += unfinished_files
+    states_before = _file_states(outputs)
     try:
         with muted(verbose=invocation.verbose):
             if _is_file(invocation.json):
                 check_writable(invocation.json)
             return function(invocation, **values) or Exit.DONE
-    except (NoOutliersError, ImmovableOutliersError) as not_fixable:  # raised in every process
+    except (NoOutliersError, ImmovableOutliersError) as not_fixable:  # all processes raise it
         if is_first_process():
             print(not_fixable, file=sys.stderr)
         return Exit.NOTHING_TO_FIX if isinstance(not_fixable, NoOutliersError) else Exit.NOT_FIXABLE
-    except BrokenPipeError:  # the reader (head, less) has seen enough
+    except BrokenPipeError:  # the reader of stdout (head, less) has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Exit.DONE
     except KeyboardInterrupt:
         if is_first_process():
-            resume = [path for path in (values.get("resume"), *begun) if path is not None and path.is_file()]
-            print(_interrupted(outputs, before, resume), file=sys.stderr)
+            resume = [path for path in (values.get("resume"), *unfinished_files) if path is not None and path.is_file()]
+            print(_interrupted(outputs, states_before, resume), file=sys.stderr)
         return Exit.INTERRUPTED
     except Exception as error:
         if invocation.debug:
@@ -169,23 +180,24 @@ def _ended(function: Callable[..., Exit | None], invocation: Invocation, values:
 
 
 def is_first_process() -> bool:
-    """Whether this is the first process, also outside of the process group, where `rank()` says it of all."""
+    """Whether this process is the first of those that torchrun started. It also works before they form a group."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK") == "0"
 
 
 def _is_file(path: str | Path | None) -> TypeGuard[str | Path]:
-    return path not in (None, TO_OUTPUT)
+    """Whether an option names a file, not stdout or nothing."""
+    return path not in (None, STDOUT)
 
 
-def _written(outputs: Sequence[Path]) -> dict[Path, tuple[int, int]]:
-    """The files that the command writes, as far as they exist, each with what tells it from one written anew."""
-    # Not the methods of Path, which raise errors for a name that is too long.
+def _file_states(outputs: Sequence[Path]) -> dict[Path, tuple[int, int]]:
+    """{existing file that the command writes: its inode and time}, which change when the file is written."""
+    # os.path.isdir, since Path.is_dir raises an error for a name that is too long.
     files = [file for path in outputs for file in (sorted(path.glob("*")) if os.path.isdir(path) else [path])]
     return {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in files if os.path.isfile(file)}
 
 
-def _interrupted(outputs: Sequence[Path], before: Mapping[Path, tuple[int, int]], resume: Sequence[Path]) -> str:
-    """What an interrupted command has written, and whether it can go on from there."""
-    written = [str(file) for file, state in _written(outputs).items() if state != before.get(file)]
+def _interrupted(outputs: Sequence[Path], states_before: Mapping[Path, tuple[int, int]], resume: Sequence[Path]) -> str:
+    """The message of an interrupted command: which files it has written, and whether it can be continued."""
+    written = [str(file) for file, state in _file_states(outputs).items() if state != states_before.get(file)]
     message = "interrupted; " + (f"written before: {', '.join(written)}" if written else "nothing was written")
     return message + "".join(f"; the same command goes on from {file}" for file in resume)

@@ -1,4 +1,4 @@
-"""testreg list"""
+"""The command `testreg list`, which lists the bundled register neurons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model that the arguments name, on its device, and patched."""
+"""Loads and patches the model that a command's arguments name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def chosen_device(name: str | None) -> torch.device:
-    """The device that was asked for, or the best there is."""
+    """The device of that name; for None, the best that there is: cuda, then mps, then cpu."""
     import torch
 
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -24,7 +24,7 @@ def chosen_device(name: str | None) -> torch.device:
 
 
 def load(invocation: Invocation, name: str, loading: Loading, device: torch.device | None = None) -> LoadedModel:
-    """The model of that name, on this device, or on the one that its user asked for."""
+    """Load the model of that name, on `device`, or on the device that the options say if it is None."""
     import torch
 
     from testreg.io.loading import load_model
@@ -42,7 +42,7 @@ def load(invocation: Invocation, name: str, loading: Loading, device: torch.devi
 
 
 def check_drawn(loaded: LoadedModel) -> None:
-    """Raise ValueError unless a report can draw maps of the model."""
+    """Raise ValueError if a report cannot draw maps of the model."""
     from testreg.families import find_tower
 
     try:
@@ -52,7 +52,7 @@ def check_drawn(loaded: LoadedModel) -> None:
 
 
 def patch(loaded: LoadedModel, patching: Patching) -> RegisterNeurons:
-    """Patch the model, unless it is a patched checkpoint already; returns its register neurons."""
+    """Patch the model, unless it is a patched checkpoint already, and return its register neurons."""
     from testreg import register
     from testreg.patching.state import patch_of
 

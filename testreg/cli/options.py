@@ -1,4 +1,4 @@
-"""The arguments and options that several commands have."""
+"""Arguments and options that several commands share, as annotations for typer."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ ReportFile = Annotated[
 
 @dataclass(frozen=True)
 class Loading:
-    """How the model is loaded."""
+    """The options that say how a model is loaded."""
 
     image_size: ImageSize = None
     device: Device = None
@@ -76,7 +76,7 @@ class Loading:
 
 @dataclass(frozen=True)
 class Patching:
-    """The arguments of `testreg.patch`."""
+    """The options that say how a model is patched: the arguments of `testreg.patch`."""
 
     neurons: Neurons = None
     top_k: TopK = None

@@ -1,4 +1,4 @@
-"""The files that commands write, which are checked before the work."""
+"""Files that commands write: they are checked before the work begins."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from testreg.files import check_writable, replacing
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PAGES = (".html", ".htm")
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
+PAGES = (".html", ".htm")  # suffixes of reports
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")  # suffixes of pictures that matplotlib writes
 
 
 def check_file(path: Path | None, *suffixes: str) -> None:
-    """Raise at once what writing the file would raise after the work, and if its name ends in none of `suffixes`."""
+    """Raise an error if the file cannot be written, or has none of the `suffixes` (if any are given)."""
     if path is None:
         return
     check_writable(path)
@@ -24,5 +24,6 @@ def check_file(path: Path | None, *suffixes: str) -> None:
 
 
 def save_picture(picture: Figure, path: Path) -> None:
+    """Write a picture in the format of its suffix. An existing file is replaced only once the new one is complete."""
     with replacing(path) as temporary:
         picture.savefig(temporary, format=path.suffix[1:].lower(), dpi=150)

@@ -1,4 +1,4 @@
-"""testreg show"""
+"""The command `testreg show`, which draws a model's maps of images before and after it is patched."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from testreg.io.loading import LoadedModel
 
-MAX_SHOWN = 64  # images in one picture, each of which is a row of it
+MAX_SHOWN = 64  # images in one picture, which has a row for each
 
 
 def show(
@@ -66,58 +66,63 @@ def show(
     from testreg.patching.steering import steered
     from testreg.report.map_figures import figure, figures_of, maps_before_and_after, table
 
-    photos = _photos(images)
+    photographs = _photographs(images)
     loaded = load(invocation, model, loading)
-    used = patch(loaded, patching)
+    neurons = patch(loaded, patching)
     tower = find_tower(loaded.model)
-    detected = used.calibration.detection_block
-    drawn = block if block is not None else -1 if pca or detected is None else detected
-    if not -tower.depth <= drawn < tower.depth:
-        raise ValueError(f"--block {drawn} is out of range: {loaded.name} has {tower.depth} blocks")
-    batch = torch.stack([loaded.transform(photo) for photo in photos])
-    steering = nullcontext() if box is None else steered(loaded.model, _target(box, tower.rows_and_columns(batch)))
-    onto = "" if steer is None else f", steered onto {steer}"
-    with invocation.phase(f"measuring {len(photos)} images"), steering:
+    detected = neurons.calibration.detection_block
+    block_drawn = block if block is not None else -1 if pca or detected is None else detected
+    if not -tower.depth <= block_drawn < tower.depth:
+        raise ValueError(f"--block {block_drawn} is out of range: {loaded.name} has {tower.depth} blocks")
+    batch = torch.stack([loaded.transform(photo) for photo in photographs])
+    steering = (
+        nullcontext() if box is None else steered(loaded.model, _touched_patches(box, tower.rows_and_columns(batch)))
+    )
+    steering_in_words = "" if steer is None else f", steered onto {steer}"
+    with invocation.phase(f"measuring {len(photographs)} images"), steering:
         if pca:
-            made, facts = _principal(loaded, batch, drawn, onto, foreground), {}
+            picture, facts = _features_figure(loaded, batch, block_drawn, steering_in_words, foreground), {}
         else:
-            before, after = maps_before_and_after(loaded.model, batch, drawn)
+            before, after = maps_before_and_after(loaded.model, batch, block_drawn)
             invocation.say(table(before, after))
-            made = figure(batch, before, after, f"{loaded.name}, norms after block {drawn}{onto}")
+            picture = figure(batch, before, after, f"{loaded.name}, norms after block {block_drawn}{steering_in_words}")
             facts = {"before": figures_of(before), "after": figures_of(after)}
-    save_picture(made, output)
+    save_picture(picture, output)
     invocation.answer(f"picture:    {output}")
     invocation.write(
         {
             "picture": str(output),
             "model": loaded.name,
-            "neurons": used.by_block(),
-            "block": drawn,
+            "neurons": neurons.by_block(),
+            "block": block_drawn,
             "steered_onto": box,
             **facts,
         }
     )
 
 
-def _principal(loaded: LoadedModel, images: Tensor, block: int, onto: str, foreground: bool) -> Figure:
-    """The features of images (B, 3, h, w), without and with registers, as colours."""
+def _features_figure(
+    loaded: LoadedModel, images: Tensor, block: int, steering_in_words: str, foreground: bool
+) -> Figure:
+    """A picture of the features of images (B, 3, h, w) as colours, without and with registers."""
     from testreg.families import find_tower
     from testreg.measure.maps import features
     from testreg.register import disabled
     from testreg.report.map_figures import principal_figure
 
-    def taken() -> Tensor:
+    def current_features() -> Tensor:
+        """(B, rows, columns, C), of the model in its current state."""
         return features(loaded.model, images, block).permute(0, 2, 3, 1)
 
     with disabled(loaded.model):
-        before = taken()
+        before = current_features()
     last = block % find_tower(loaded.model).depth
-    title = f"{loaded.name}, principal components of the patches after block {last}{onto}"
-    return principal_figure(images, {"before": before, "after": taken()}, title, foreground=foreground)
+    title = f"{loaded.name}, principal components of the patches after block {last}{steering_in_words}"
+    return principal_figure(images, {"before": before, "after": current_features()}, title, foreground=foreground)
 
 
 def _box(text: str) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of a box, as fractions of a picture's width and height."""
+    """Left, top, right and bottom of the box in --steer, as fractions of the image's width and height."""
     parts = text.split(",")
     try:
         left, top, right, bottom = (float(part) for part in parts)
@@ -130,8 +135,8 @@ def _box(text: str) -> tuple[float, float, float, float]:
     return left, top, right, bottom
 
 
-def _target(box: tuple[float, float, float, float], grid: tuple[int, int]) -> Tensor:
-    """The patches (1, h, w) that a box touches."""
+def _touched_patches(box: tuple[float, float, float, float], grid: tuple[int, int]) -> Tensor:
+    """Which patches a box touches, (1, rows, columns)."""
     import torch
 
     (left, top, right, bottom), (rows, columns) = box, grid
@@ -140,8 +145,8 @@ def _target(box: tuple[float, float, float, float], grid: tuple[int, int]) -> Te
     return target
 
 
-def _photos(paths: Sequence[Path]) -> list[Image]:
-    """The images in files, in folders and in lists."""
+def _photographs(paths: Sequence[Path]) -> list[Image]:
+    """Read the images that the paths of files, folders and lists stand for."""
     from testreg.io.decoding import open_image
     from testreg.io.sources import image_paths
 

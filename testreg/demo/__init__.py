@@ -1,1 +1,1 @@
-"""The main job on the model that comes with the package."""
+"""`testreg demo`: calibrates and patches the small model that comes with the package."""

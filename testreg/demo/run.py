@@ -1,4 +1,7 @@
-"""The main job on the model that comes with the package: calibrate, patch, compare. No download is needed."""
+"""`testreg demo`: calibrates, patches and compares the small model that comes with the package, without a download.
+
+Register neurons were *planted* into the demo model, so it is known which neurons calibration should find.
+"""
 
 from __future__ import annotations
 
@@ -22,43 +25,47 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PHOTOGRAPHS = Path(__file__).parent / "photographs"
-IMAGE_SIZE, CROP_SIZE = 128, 96  # 32 x 32 patches are drawn, 24 x 24 calibrate
-STRIDE = 32  # of the crops: 80, which is what it takes to choose neurons on some and to verify them on others
+IMAGE_SIZE, CROP_SIZE = 128, 96  # pixels of the images that are drawn, and of the crops that calibration gets
+STRIDE = 32  # pixels between crops: it gives 80 crops, enough to choose neurons on some and verify them on others
 
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo found and drew."""
+    """The results of the demo."""
 
     planted: dict[int, list[int]]
-    """What makes the outliers, as it was planted before the network was trained around it."""
+    """The neurons that were planted before the model was trained, and make its outliers: `{block: [units]}`."""
     neurons: RegisterNeurons
+    """The neurons that calibration found."""
     before: Maps
+    """Maps of the photographs without registers."""
     after: Maps
+    """Maps of the photographs with registers."""
     picture: Figure
+    """Both, drawn."""
 
     @property
     def recovered(self) -> int:
-        """How many of the planted neurons were found."""
+        """How many of the planted neurons calibration found."""
         chosen = self.neurons.by_block()
         return sum(unit in chosen.get(block, ()) for block, units in self.planted.items() for unit in units)
 
 
 def run_demo(*, progress: bool = True) -> Demo:
-    """Let calibration find the demo model's register neurons without being told, patch them, and compare."""
+    """Calibrate the demo model without telling which neurons were planted, patch it, and draw it before and after."""
     model = demo_model(IMAGE_SIZE)
     neurons = calibrate(model, crops(photographs(2 * CROP_SIZE), CROP_SIZE, STRIDE), progress=progress)
     images = photographs(IMAGE_SIZE)
     patch(model, neurons)
     block = neurons.calibration.detection_block
-    assert block is not None  # calibration says it
+    assert block is not None  # a calibration that has run always sets it
     before, after = maps_before_and_after(model, images, block=block)
     picture = figure(images, before, after, "testreg's demo model: trained on CIFAR-10 around planted outliers")
     return Demo(planted_neurons(), neurons, before, after, picture)
 
 
 def photographs(size: int) -> Tensor:
-    """The public-domain photographs that come with the package: (5, 3, size, size), in [-1, 1]."""
+    """The five public-domain photographs of the package, squashed to squares: (5, 3, size, size) in [-1, 1]."""
     from torchvision.transforms.v2 import functional as tv
 
     images = [tv.pil_to_tensor(open_image(path)) for path in image_paths(PHOTOGRAPHS)]
@@ -66,12 +73,12 @@ def photographs(size: int) -> Tensor:
 
 
 def crops(images: Tensor, size: int, stride: int) -> Tensor:
-    """All crops (n, 3, size, size) at a stride of images (B, 3, h, w)."""
+    """All square crops (n, 3, size, size) of images (B, 3, h, w), `stride` pixels apart."""
     windows = images.unfold(2, size, stride).unfold(3, size, stride)  # (B, 3, rows, columns, size, size)
     return windows.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
 
 
 def planted_neurons() -> dict[int, list[int]]:
-    """The register neurons of the demo model, `{block: [units]}`."""
+    """The neurons that were planted into the demo model, `{block: [units]}`."""
     planted = json.loads((DEMO / "config.json").read_text(encoding="utf-8"))["testreg"]
     return {planted["block"]: planted["units"]}

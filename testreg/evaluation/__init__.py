@@ -1,1 +1,4 @@
-"""The tables by which registers are judged, each as a command: object discovery, probes, zero-shot, segmentation."""
+"""The tasks by which papers judge registers: object discovery, linear probes, zero-shot classification, segmentation.
+
+Each task is a module with a function `evaluate`, which `testreg evaluate TASK` runs.
+"""

@@ -1,4 +1,7 @@
-"""Segmentation by attention: is what CLS attends to the object? (ImageNet-segmentation, arXiv 2012.09838)"""
+"""Segmentation by attention: do the patches that CLS attends to cover the object?
+
+This is the task ImageNet-segmentation of arXiv 2012.09838.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,13 @@ from torchvision.transforms.v2 import functional as tv
 from testreg.evaluation.bootstrap import Array, Scores, mean_iou_of, mean_of, ratio_of
 from testreg.evaluation.evaluation import Evaluation, Model, Settings, Variant
 from testreg.evaluation.features import Features
-from testreg.evaluation.figures import Panel, rows_of
+from testreg.evaluation.figures import Panel, picture_of_rows
 from testreg.evaluation.libraries import library
 from testreg.evaluation.overlap import IGNORED, overlap
 from testreg.evaluation.pixel_maps import Map, MapFile, mapped_images, one_split
 from testreg.evaluation.preparing import AS_THEY_ARE, Fit, Square, normalisation_of
 from testreg.evaluation.result import Result
-from testreg.evaluation.samples import Sample, drawn
+from testreg.evaluation.samples import Sample, random_subset
 from testreg.files import plain
 from testreg.measure.attention import attention_to_patches
 from testreg.neurons import AnyNeurons
@@ -42,23 +45,23 @@ def evaluate(
 ) -> Result:
     """Segmentation by attention: mIoU of background and foreground, pixel accuracy, and mean average precision.
 
-    What CLS gives to the patches, mean of the heads, is resized to the mask (bilinear), scaled to [0, 1], and is
-    foreground where it exceeds its own mean.
+    The attention of CLS to the patches is averaged over heads, resized to the mask (bilinear), and scaled to [0, 1].
+    Pixels whose attention exceeds the mean over the image are predicted as foreground.
 
     Args:
-        data: a folder with images/ and annotations/, masks/, semantic/ or labels/ (of several, the first in this order
-            that holds masks; of several splits, val), or ImageNet-segmentation (gtsegs_ijcv.mat).
-        block: the block whose attention is taken, negative from the end.
-        size: side of the square that images and masks are made to.
-        align: squash images and masks alike. If not, images are cropped and masks are squashed, as in the released
-            code: they do not lie over each other then, unless images are square.
+        data: a folder with images/ and annotations/, masks/, semantic/ or labels/ (if there are several, the first in
+            this order that holds masks; if there are splits, val), or ImageNet-segmentation (gtsegs_ijcv.mat).
+        block: the block whose attention is taken; negative numbers count from the end.
+        size: side of the square that images and masks are resized to, in pixels.
+        align: squash images and masks in the same way. If not, images are cropped but masks are squashed, as in the
+            released code; unless images are square, the masks then do not lie where the objects are.
         foreground: the values of masks that are foreground, FIRST-LAST; None for all but 0.
-        ignore: a value of masks whose pixels do not count.
+        ignore: the value of pixels in masks that are left out.
         settings: see `testreg.evaluation.evaluation.Settings`.
     """
     settings_ = Settings(**settings)
     first, last = _range(foreground)
-    samples = drawn(one_split(mapped_images(data)), settings_.num_images, settings_.seed)
+    samples = random_subset(one_split(mapped_images(data)), settings_.num_images, settings_.seed)
     fit: Fit = "squash" if align else "crop"
     truths: list[Array] = []
     for sample in samples:
@@ -102,17 +105,18 @@ def evaluate(
         },
         details={"foreground_share": share, "masks": folder},
         notes=[f"foreground: {100 * share:.1f} % of the pixels that count, of {len(samples)} masks in {plain(folder)}"],
-        pictures={"attention": lambda: rows_of(panels, len(samples), "attention of CLS")},
+        pictures={"attention": lambda: picture_of_rows(panels, len(samples), "attention of CLS")},
     )
 
 
 def _folder_of(samples: Sequence[Sample[Map]]) -> str:
-    """The folder that holds all of the masks, or the one file of ImageNet-segmentation."""
+    """The folder that holds all masks, or the file of ImageNet-segmentation, which holds all of them."""
     files = {str(sample.target.file.parent) for sample in samples if isinstance(sample.target, MapFile)}
     return os.path.commonpath(files) if files else samples[0].target.name.partition(",")[0]
 
 
 def _range(foreground: str | None) -> tuple[int, int]:
+    """The first and the last value of masks that are foreground, from "FIRST-LAST"."""
     if foreground is None:
         return 1, np.iinfo(np.int32).max
     first, _, last = foreground.partition("-")
@@ -122,15 +126,16 @@ def _range(foreground: str | None) -> tuple[int, int]:
 
 
 def scaled(attention: Tensor, size: int) -> Tensor:
-    """Attention (rows, columns) to patches as a map (size, size) in [0, 1]."""
+    """The attention to patches (rows, columns) resized to (size, size) pixels, and scaled to [0, 1]."""
     full = F.interpolate(attention.float()[None, None], (size, size), mode="bilinear")[0, 0].clamp(min=0)
     return (full - full.min()) / (full.max() - full.min()).clamp(min=1e-12)
 
 
 def score(attention: list[Tensor], truths: list[Array]) -> Scores:
-    """The metrics of attention maps (rows, columns), one for each truth (h, w): 1 foreground, 0 background, -1 neither.
+    """The metrics of attention maps (rows, columns) against true masks (size, size), one for each map.
 
-    Images without foreground, or without background, have no average precision.
+    Masks have 1 for foreground, 0 for background, and -1 for pixels that are left out. The mean average precision
+    leaves out images that have no foreground or no background.
     """
     precision = library("sklearn.metrics").average_precision_score
     rows, precisions = [], []

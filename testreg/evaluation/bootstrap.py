@@ -1,4 +1,4 @@
-"""Metrics over images, and the interval of the difference between two models on the same images."""
+"""Metrics over a set of images, and bootstrap intervals for the difference between two models on the same images."""
 
 from __future__ import annotations
 
@@ -10,27 +10,33 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 Difference = tuple[float, float, float]
+"""A difference, and the lower and upper bound of its 95 % interval."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric that follows from a sum over images, so that images can be drawn anew without computing them anew."""
+    """A metric that is a function of sums over images, as a mean or a global IoU is.
+
+    The bootstrap draws images anew, and needs only new sums for that, no new forward of a model.
+    """
 
     rows: Array
-    """(n, k), what each of n images adds."""
+    """(n, k): the k numbers that each of n images adds to the sums."""
     of_sum: Callable[[Array], Array]
-    """Sums (..., k) over images -> the metric (...,)."""
+    """Maps sums (..., k) over images to the metric (...,)."""
 
     @property
     def value(self) -> float:
+        """The metric over all images."""
         return float(self.of_sum(self.rows.sum(0)))
 
 
 Scores = Mapping[str, Metric]
+"""The metrics of one model by name."""
 
 
 def mean_of(values: Any) -> Metric:
-    """The mean of the values (n,) of images; those that are NaN do not count."""
+    """The metric that is the mean of a value for each image, (n,). Values that are NaN are left out."""
     values = np.asarray(values, dtype=np.float64)
     counts = np.isfinite(values)
     rows = np.stack([np.where(counts, values, 0.0), counts], axis=1)
@@ -38,15 +44,15 @@ def mean_of(values: Any) -> Metric:
 
 
 def ratio_of(numerators: Any, denominators: Any) -> Metric:
-    """The sum of the numerators (n,) over the sum of the denominators (n,), e.g. right pixels over pixels."""
+    """The metric that is the sum of numerators (n,) over the sum of denominators (n,), e.g. pixel accuracy."""
     rows = np.stack([np.asarray(numerators), np.asarray(denominators)], axis=1).astype(np.float64)
     return Metric(rows, lambda sums: ratio(sums[..., 0], sums[..., 1]))
 
 
 def mean_iou_of(intersections: Any, unions: Any) -> Metric:
-    """The mean over classes of the global intersection (n, classes) over the global union (n, classes).
+    """The mIoU: intersections and unions (n, classes) are summed over images, divided, and averaged over classes.
 
-    Classes without a pixel, neither true nor predicted, do not count.
+    Classes without a true or predicted pixel are left out.
     """
     classes = np.shape(intersections)[1]
     rows = np.concatenate([np.asarray(intersections), np.asarray(unions)], axis=1).astype(np.float64)
@@ -66,9 +72,13 @@ def ratio(numerator: Array, denominator: Array) -> Array:
 
 
 def difference(before: Metric, after: Metric, resamples: int, seed: int) -> Difference:
-    """`after` less `before`, with the bounds of its 95 % interval by the paired bootstrap over images.
+    """`after` minus `before`, with the bounds of its 95 % interval by the paired bootstrap over images.
 
-    The same images are drawn for both. An interval of one image, or of a metric that is not defined, is NaN.
+    Paired: the same images are drawn for both metrics. The bounds are NaN if there is only one image, or if the metric
+    is not defined.
+
+    Raises:
+        ValueError: the metrics are of different numbers of images.
     """
     if len(before.rows) != len(after.rows):
         raise ValueError(f"the metrics are of {len(before.rows)} and of {len(after.rows)} images, not of the same")

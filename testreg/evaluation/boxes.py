@@ -1,4 +1,4 @@
-"""Data sets of images with boxes: Pascal VOC and COCO."""
+"""Reads data sets of images with boxes around objects: Pascal VOC and COCO."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import torch
 from torch import Tensor
 
-from testreg.evaluation.samples import Sample, is_turned, of_file, size_of
+from testreg.evaluation.samples import Sample, is_turned, sample_of_file, size_of
 from testreg.files import plain, read_text
 from testreg.io.decoding import FORMATS
 
@@ -27,7 +27,7 @@ LAYOUTS = (
 
 @dataclass(frozen=True)
 class Objects:
-    """The objects in an image."""
+    """The true boxes of the objects in an image."""
 
     boxes: Tensor
     """(n, 4) float64: left, top, right, bottom in pixels."""
@@ -36,29 +36,30 @@ class Objects:
 
 
 def boxed_images(data: str | os.PathLike[str], names: str | os.PathLike[str] | None = None) -> list[Sample[Objects]]:
-    """The images in a folder that have at least one true box, with all their boxes.
+    """The images of a data set that have at least one box, with all their boxes.
 
-    VOC: difficult and truncated objects count, and boxes start at 0, not 1. COCO: crowds do not count; all
-    annotations/instances_*.json are read.
+    VOC: difficult and truncated objects are included; coordinates, which start at 1 in VOC, are made to start at 0.
+    COCO: crowds are left out; all files annotations/instances_*.json are read.
 
     Args:
-        names: a list of the images to take, a name a line: its folders do not count, nor need it have a suffix.
-            For COCO20k, the 19,817 names that LOST comes with. None takes ImageSets/Main/trainval.txt of VOC where
-            that is there, and otherwise all.
+        data: the folder of the data set.
+        names: a file that lists the images to take, one name on each line; folders and suffixes in it are ignored. For
+            COCO20k, take the 19,817 names that come with LOST. None takes VOC's ImageSets/Main/trainval.txt if it
+            exists, and otherwise all images.
 
     Raises:
         FileNotFoundError: there is no such folder, image, annotation or list.
-        ValueError: the layout is not known, an annotation is not valid, or no image is left.
+        ValueError: the layout is not known, an annotation is not valid, or no image has a box.
     """
     folder = Path(data)
     if not folder.is_dir():
         raise FileNotFoundError(f"no data folder at {folder}: boxes are read from {LAYOUTS}")
     if (folder / "JPEGImages").is_dir():
-        usual = folder / "ImageSets" / "Main" / "trainval.txt"
-        chosen = _listed(Path(names) if names is not None else usual if usual.is_file() else None)
+        default_list = folder / "ImageSets" / "Main" / "trainval.txt"
+        chosen = _names_in_list(Path(names) if names is not None else default_list if default_list.is_file() else None)
         samples = _voc(folder, chosen)
     elif files := sorted((folder / "annotations").glob("instances_*.json")):
-        chosen = _listed(None if names is None else Path(names))
+        chosen = _names_in_list(None if names is None else Path(names))
         pairs = [pair for file in files for pair in _coco(folder, file, chosen)]
         if missing := (chosen or set()) - {stem for stem, _ in pairs}:
             raise ValueError(f"{names} names {plain(min(missing))}, which has no annotations in {folder}")
@@ -71,8 +72,8 @@ def boxed_images(data: str | os.PathLike[str], names: str | os.PathLike[str] | N
     return samples
 
 
-def _listed(file: Path | None) -> set[str] | None:
-    """The names in a list, without folder and suffix; further words of a line, as VOC has them, do not count."""
+def _names_in_list(file: Path | None) -> set[str] | None:
+    """The first word of each line of a list, without folder and suffix. (VOC's lists have more words on a line.)"""
     if file is None:
         return None
     names = {Path(line.split()[0]).stem for line in read_text(file).splitlines() if line.strip()}
@@ -82,6 +83,7 @@ def _listed(file: Path | None) -> set[str] | None:
 
 
 def _voc(folder: Path, chosen: set[str] | None) -> list[Sample[Objects]]:
+    """The chosen images (their names without suffix; None for all) of VOC, with their boxes."""
     images = {path.stem: path for path in sorted((folder / "JPEGImages").iterdir()) if path.suffix.lower() == ".jpg"}
     stems = sorted(images) if chosen is None else sorted(chosen)
     samples = []
@@ -96,20 +98,21 @@ def _voc(folder: Path, chosen: set[str] | None) -> list[Sample[Objects]]:
 
 
 def _voc_objects(file: Path) -> Objects:
+    """The boxes in an annotation file of VOC."""
     try:
         root = ElementTree.fromstring(read_text(file))
         size = (int(root.findtext("size/height", "")), int(root.findtext("size/width", "")))
         boxes = [[float(each.findtext(f"bndbox/{edge}", "")) for edge in _EDGES] for each in root.iter("object")]
     except (ElementTree.ParseError, ValueError) as error:
         raise ValueError(f"{file} is not an annotation of Pascal VOC: {error}") from None
-    return Objects(_checked(boxes, str(file)) - torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64), size)
+    return Objects(_boxes_tensor(boxes, str(file)) - torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64), size)
 
 
 _EDGES = ("xmin", "ymin", "xmax", "ymax")
 
 
 def _coco(folder: Path, file: Path, chosen: set[str] | None) -> list[tuple[str, Sample[Objects]]]:
-    """The chosen images of a list of instances, each behind its name without suffix."""
+    """The chosen images in one file annotations/instances_*.json, as (name without suffix, sample)."""
     split = file.stem.removeprefix("instances_")
     try:
         data = json.loads(read_text(file))
@@ -132,15 +135,15 @@ def _coco(folder: Path, file: Path, chosen: set[str] | None) -> list[tuple[str, 
     if root is None:
         raise FileNotFoundError(f"no images for {file}: there is no folder {folders[0]} or {folders[1]}")
     return [
-        (Path(name).stem, _annotated(root / name, Objects(_checked(boxes, f"{file}, {plain(name)}"), size), file))
+        (Path(name).stem, _annotated(root / name, Objects(_boxes_tensor(boxes, f"{file}, {plain(name)}"), size), file))
         for name, size, boxes in named
         if chosen is None or Path(name).stem in chosen
     ]
 
 
 @dataclass(frozen=True)
-class _Unturned:
-    """An image file as its pixels lie, whatever its EXIF tag says: as those saw it who drew the boxes."""
+class _WithoutExifTurn:
+    """An image file that is read without its EXIF rotation, since its boxes were drawn without it."""
 
     file: Path
 
@@ -152,24 +155,25 @@ class _Unturned:
 
 
 def _annotated(image: Path, objects: Objects, annotations: Path) -> Sample[Objects]:
-    """The sample of an image, its pixels as the boxes count them.
+    """The sample of an image file with its boxes; read without its EXIF rotation if the boxes only fit it then.
 
     Raises:
-        OSError: there is no such image, or it is not readable.
-        ValueError: its size is not that of the annotations.
+        OSError: the image does not exist, or is not readable.
+        ValueError: the image has another size than the file `annotations` says.
     """
-    sample, size = of_file(image, objects), size_of(image)
+    sample, size = sample_of_file(image, objects), size_of(image)
     if size == objects.size:
         return sample
     if is_turned(image) and size == objects.size[::-1]:
-        return replace(sample, image=_Unturned(image))
+        return replace(sample, image=_WithoutExifTurn(image))
     raise ValueError(
         f"{image} has {size[0]} x {size[1]} pixels, but {annotations} says {objects.size[0]} x {objects.size[1]}"
     )
 
 
-def _checked(boxes: Sequence[Sequence[float]], where: str) -> Tensor:
-    made = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4)
-    if not (made.isfinite().all() and (made[:, 2:] > made[:, :2]).all()):
+def _boxes_tensor(boxes: Sequence[Sequence[float]], where: str) -> Tensor:
+    """The boxes as a tensor (n, 4). `where` is named in the error for a box that is empty or not finite."""
+    tensor = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4)
+    if not (tensor.isfinite().all() and (tensor[:, 2:] > tensor[:, :2]).all()):
         raise ValueError(f"{where} has a box that is empty or not finite")
-    return made
+    return tensor

@@ -1,4 +1,7 @@
-"""Dense features: the patches of the last block as maps, of images that are padded around to whole patches."""
+"""Dense features: the patch tokens of the last block as a map, for images of any size.
+
+An image whose sides are no multiples of the patch size is padded with zeros on all sides.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,20 @@ from testreg.families import Tower
 from testreg.measure.tokens import global_token, normed_tokens
 
 Edges = tuple[int, int, int, int]
+"""Pixels at the left, right, top and bottom."""
 
 
 def edges_around(height: int, width: int, patch: tuple[int, int]) -> Edges:
-    """Pixels to add at the left, right, top and bottom of an image so that it has whole patches."""
+    """How many pixels to add on each side of an image so that its sides are multiples of the patch size."""
     rows, columns = -height % patch[0], -width % patch[1]
     return columns // 2, columns - columns // 2, rows // 2, rows - rows // 2
 
 
 def dense_features(tower: Tower, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The patches (B, C, rows, columns) behind the final norm, and the global token (B, C), of images of any size."""
+    """The patch tokens (B, C, rows, columns) and the global token (B, C) after the final norm.
+
+    The global token is CLS, or the mean of the patches in models without CLS.
+    """
     height, width = images.shape[-2:]
     padded = F.pad(images, edges_around(height, width, tower.patch_size))
     tokens = normed_tokens(tower, padded)[0].float()
@@ -27,7 +34,12 @@ def dense_features(tower: Tower, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def resized(values: Tensor, size: tuple[int, int], patch: tuple[int, int]) -> Tensor:
-    """Maps (B, channels, rows, columns) of padded images of a size, as pixels (B, channels, height, width) of it."""
+    """Resize maps (B, channels, rows, columns) of patches to the pixels of the images, and cut off the padding.
+
+    Args:
+        size: height and width of the images before they were padded; the result is (B, channels, height, width).
+        patch: height and width of a patch in pixels.
+    """
     height, width = size
     left, right, top, bottom = edges_around(height, width, patch)
     full = F.interpolate(values, (height + top + bottom, width + left + right), mode="bilinear", align_corners=False)

@@ -1,4 +1,12 @@
-"""The frame of every task: the model as it is, patched, and another one, on the same images, and the result."""
+"""What all tasks share. A task compares models on the same images, each of which is a `Variant`:
+
+- "plain", the model without registers;
+- "patched", the same model with registers, extra tokens onto which outliers (patches of huge norm) are moved;
+- "against", another model, e.g. one that was trained with registers.
+
+An `Evaluation` makes the variants, computes their features of the images, and turns the scores of a task into a
+`Result`, which has a column for each variant.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +24,7 @@ from torch import Tensor, nn
 
 from testreg.evaluation.bootstrap import Difference, Scores, difference
 from testreg.evaluation.features import Compute, Features, cache_folder, extract
-from testreg.evaluation.preparing import Own, Preparation, hashed
+from testreg.evaluation.preparing import ModelPreprocessing, Preparation, hashed
 from testreg.evaluation.result import Result
 from testreg.evaluation.samples import Sample
 from testreg.families import Tower, find_tower
@@ -31,25 +39,25 @@ from testreg.register import disabled, is_patched, patched
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FEATURES_VERSION = 1  # goes up where a task computes other features from the same images and arguments
+FEATURES_VERSION = 1  # part of the cache's key: raise it if the code of a task computes other features than before
 
 Model = str | os.PathLike[str] | nn.Module | LoadedModel
-"""A name or folder (see `testreg.load_model`), a module, or what `testreg.load_model` gave."""
+"""The name or folder of a model (see `testreg.load_model`), a module, or what `testreg.load_model` returned."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What every task takes beside its own arguments.
+    """The arguments that all tasks have in common.
 
     Args:
-        num_images: at most so many images, of each split: a seeded sample; None for all.
-        batch_size: images of one size that the model is given at a time.
+        num_images: use at most so many images of each split, drawn at random with the seed; None for all.
+        batch_size: how many images the model is given at a time.
         workers: processes that read images.
         device: cpu, cuda, cuda:1, mps; None leaves a module where it is, and loads named models to the CPU.
         cache: folder in which features are kept; None for ~/.cache/testreg/evaluation.
-        resamples: times that the images are drawn anew for the 95 % intervals.
-        seed: of the samples, the probes, and the intervals.
-        progress: whether to show bars.
+        resamples: how often the images are drawn anew for the 95 % intervals (bootstrap).
+        seed: seed of the drawn images, the probes, and the intervals.
+        progress: whether to show progress bars.
         trust_remote_code: run the Python code that a model's repository or folder brings along.
 
     Raises:
@@ -75,24 +83,25 @@ class Settings:
 
 @dataclass(frozen=True)
 class Variant:
-    """A model in one state: as it is, patched, or another one."""
+    """A model in the state in which it is evaluated: without registers, patched, or the other model of a comparison."""
 
     name: str
     """"plain", "patched" or "against"."""
     model: nn.Module
     transform: Transform
     state: Callable[[], AbstractContextManager[object]]
-    """The context in which the model is in that state."""
+    """Makes a context manager; inside it, the model is in this state."""
     patch: Mapping[str, Any] | None
-    """The neurons and options of its registers; None if it has none."""
+    """The neurons that are moved to registers, and the options of `testreg.patch`; None without registers."""
 
     @functools.cached_property
     def tower(self) -> Tower:
+        """The vision transformer in the model."""
         return find_tower(self.model)
 
     @functools.cached_property
     def weights(self) -> str:
-        """A hash of the model's weights, every bit of them: a fingerprint would miss a neuron that was planted."""
+        """A hash of all weights. (`testreg.families.fingerprint` is faster, but may miss changes of single neurons.)"""
         digest = hashlib.sha256(type(self.model).__name__.encode())
         for name, tensor in self.model.state_dict().items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -101,16 +110,17 @@ class Variant:
 
 
 class Evaluation:
-    """One evaluation: its variants, what they give for images, and the result.
+    """One task on one model: makes the variants, computes their features of images, and builds the result.
 
     Args:
-        task: its name, under which features are kept.
-        model: what is evaluated. A checkpoint that is patched already has both variants, without `neurons`.
-        neurons: the register neurons of the patched variant, as `testreg.patch` takes them; None or "none" for no such
-            variant.
-        against: another model, e.g. one with trained registers, as it comes.
-        image_size: side of the square images that the task will give, up to whole patches; "any" if they are of any
-            size; None for the model's own.
+        task: the task's name; it is part of the key under which features are cached.
+        model: the model to evaluate. If it is patched already, it has a plain and a patched variant without `neurons`.
+        data: the data set, for the result's JSON.
+        neurons: the register neurons of the patched variant, as `testreg.patch` takes them. None or "none" means that
+            there is no patched variant.
+        against: another model, e.g. one with trained registers. It is evaluated as it is.
+        image_size: side of the square images that the task will give the model, in pixels; it is rounded up to whole
+            patches. "any" if images have different sizes; None for the size that the model was trained on.
 
     Raises:
         ValueError: neurons are given for a model that is patched already, or they do not fit it.
@@ -141,6 +151,7 @@ class Evaluation:
             self.against_name = other.name
 
     def _loaded(self, model: Model, image_size: int | str | None) -> LoadedModel:
+        """The model with its preprocessing. A named model is loaded for images of that size."""
         settings = self.settings
         if isinstance(model, str | os.PathLike):
             load = functools.partial(
@@ -159,7 +170,7 @@ class Evaluation:
         return loaded
 
     def name_of(self, variant: Variant) -> str:
-        """The name of the model of a variant."""
+        """The name of the model that a variant runs."""
         return self.against_name if variant.name == "against" and self.against_name else self.model_name
 
     def features(
@@ -170,18 +181,18 @@ class Evaluation:
         compute: Callable[[Variant, Tensor], Mapping[str, Tensor]],
         key: Mapping[str, Any],
     ) -> Features:
-        """What a variant gives for each sample, computed once and kept on disk.
+        """The features that a variant computes for each sample. They are computed once and cached on disk.
 
         Args:
-            prepare: makes the model's input of an image; None for its own preprocessing.
-            compute: from the variant and images (B, 3, h, w) to named tensors (B, ...).
-            key: what the features depend on besides the model, the images and their preparation. Tasks that read the
-                same features name another `task` in it.
+            prepare: turns an image into the model's input; None for the model's own preprocessing.
+            compute: maps the variant and images (B, 3, h, w) to named tensors (B, ...).
+            key: what the features depend on besides the model, the images and their preparation: arguments of the task.
+                Tasks that share features put a common name under "task", which replaces the name of the task.
 
         Raises:
             OSError, ValueError: an image cannot be read, or the model does not take it.
         """
-        prepare = Own(variant.transform) if prepare is None else prepare
+        prepare = ModelPreprocessing(variant.transform) if prepare is None else prepare
         depends_on = {
             "version": FEATURES_VERSION,
             "task": self.task,
@@ -219,7 +230,12 @@ class Evaluation:
         notes: Sequence[str] = (),
         pictures: Mapping[str, Callable[[], Figure]] | None = None,
     ) -> Result:
-        """The result, from the scores of each variant by its name."""
+        """The result of the task.
+
+        Args:
+            scores: the metrics of each variant, by the variant's name.
+            protocol: how the figures were made, for the result's JSON. The other arguments are fields of `Result`.
+        """
         patches = {variant.name: variant.patch for variant in self.variants}
         return Result(
             task=self.task,
@@ -241,6 +257,7 @@ class Evaluation:
         )
 
     def _difference(self, scores: Mapping[str, Scores], name: str) -> dict[str, Difference] | None:
+        """{metric: difference of a variant from the plain one}; None if there is no such variant."""
         if name not in scores:
             return None
         resamples, seed = self.settings.resamples, self.settings.seed
@@ -249,10 +266,12 @@ class Evaluation:
 
 
 def _values(scores: Scores) -> dict[str, float]:
+    """{metric: its value}."""
     return {name: metric.value for name, metric in scores.items()}
 
 
 def _variants(loaded: LoadedModel, neurons: AnyNeurons) -> list[Variant]:
+    """The plain variant of a model, and the patched one if there are neurons or the model is patched already."""
     model, transform = loaded.model, loaded.transform
     if is_patched(model):
         if neurons is not None:
@@ -264,14 +283,14 @@ def _variants(loaded: LoadedModel, neurons: AnyNeurons) -> list[Variant]:
     variants = [Variant("plain", model, transform, nullcontext, None)]
     if neurons is not None:
         chosen = resolve(neurons, model)
-        with patched(model, chosen):  # so that neurons which do not fit are known before the work
+        with patched(model, chosen):  # raises an error now, before hours of work, if the neurons do not fit the model
             patch = _patch_of(model)
         variants.append(Variant("patched", model, transform, lambda: patched(model, chosen), patch))
     return variants
 
 
 def _patch_of(model: nn.Module) -> dict[str, Any]:
-    """The neurons and options of a patched model's registers, for JSON."""
+    """The neurons that a patched model moves to registers, and the options of its patch, as JSON holds them."""
     state = patch_of(model)
     if state.target is not None:
         raise ValueError("the model is patched with a target, which belongs to other images: patch it without")
@@ -280,7 +299,7 @@ def _patch_of(model: nn.Module) -> dict[str, Any]:
 
 
 def _explained(compute: Callable[[Variant, Tensor], Mapping[str, Tensor]], variant: Variant) -> Compute:
-    """`compute` for a variant, with an error that says so where the model does not take images of their size."""
+    """`compute` bound to a variant. If it fails, the error says that the model may not take images of that size."""
 
     def computed(images: Tensor) -> Mapping[str, Tensor]:
         try:
@@ -296,5 +315,6 @@ def _explained(compute: Callable[[Variant, Tensor], Mapping[str, Tensor]], varia
 
 
 def _name_of(model: nn.Module) -> str:
+    """The name under which `testreg.load_model` loaded a model, or else that of its class."""
     source = model.__dict__.get("testreg_source")
     return source if isinstance(source, str) else type(model).__name__

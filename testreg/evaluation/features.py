@@ -1,4 +1,8 @@
-"""What a model gives for images, computed once: kept on disk in chunks, which processes share out and runs resume."""
+"""Computes a model's features of images once, and caches them on disk.
+
+Images are cached in files of 16 (chunks). If several processes run, each computes some of the chunks; a run that was
+interrupted computes only the chunks that are missing.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +23,19 @@ from testreg.evaluation.samples import Sample
 from testreg.files import replacing
 from testreg.io.processes import all_gather, rank, world_size
 
-CHUNK = 16  # images in a file
+CHUNK = 16  # images in a file of the cache
 
 Compute = Callable[[Tensor], Mapping[str, Tensor]]
-"""Images (B, 3, h, w) -> named tensors (B, ...), which are kept."""
+"""Maps images (B, 3, h, w) to the named tensors (B, ...) that are cached."""
 
 
 def cache_folder() -> Path:
-    """Where features are kept unless another folder is named."""
+    """The default folder of cached features."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "testreg" / "evaluation"
 
 
 class Features:
-    """The named tensors of each image, read from the files when they are asked for."""
+    """The cached features of a sequence of images: item i is {name: tensor} of image i, read from disk on demand."""
 
     def __init__(self, folder: Path, count: int) -> None:
         self.folder, self.count = folder, count
@@ -47,7 +51,7 @@ class Features:
         return {name: file.get_tensor(f"{index}/{name}") for name in self._names}
 
     def stacked(self, name: str) -> Tensor:
-        """One of the tensors of all images, (n, ...)."""
+        """The tensor of that name of all images, stacked: (n, ...)."""
         return torch.stack([self._files[i // CHUNK].get_tensor(f"{i}/{name}") for i in range(self.count)])
 
     @cached_property
@@ -60,7 +64,7 @@ class Features:
 
 
 def chunk_file(folder: Path, first: int) -> Path:
-    """The file of the images from number `first` on."""
+    """The file of the chunk whose first image has the index `first`."""
     return folder / f"{first:07}.safetensors"
 
 
@@ -74,25 +78,33 @@ def extract(
     workers: int,
     on_images: Callable[[int], object],
 ) -> Features:
-    """The features of all samples: those that `folder` lacks are computed, by this process its share of them.
+    """Compute the features of all samples that `folder` does not have yet, and return the features of all.
+
+    If several processes run, this process computes only its share, then waits for the others.
+
+    Args:
+        folder: the cache's folder for exactly these samples, this preparation and this model.
+        batch_size: how many images of one shape are computed at a time.
+        workers: processes that read and prepare images.
+        on_images: is called with the number of images that were just found or computed, to show progress.
 
     Raises:
         OSError: an image cannot be read, or the folder cannot be written.
         ValueError: features are not finite.
         RuntimeError: another process has ended.
     """
-    mine = range(rank() * CHUNK, len(samples), world_size() * CHUNK)
-    sizes = {first: min(CHUNK, len(samples) - first) for first in mine}
-    missing = [first for first in mine if not _is_whole(chunk_file(folder, first))]
+    own_chunks = range(rank() * CHUNK, len(samples), world_size() * CHUNK)
+    sizes = {first: min(CHUNK, len(samples) - first) for first in own_chunks}
+    missing = [first for first in own_chunks if not _is_whole(chunk_file(folder, first))]
     on_images(sum(sizes.values()) - sum(sizes[first] for first in missing))
     numbers = [number for first in missing for number in range(first, first + sizes[first])]
     images = iter(
         DataLoader(
-            _Prepared(samples, prepare),
+            _PreparedImages(samples, prepare),
             batch_size=None,
             sampler=numbers,
             num_workers=workers,
-            generator=torch.Generator(),  # without one it would draw from the global one
+            generator=torch.Generator(),  # without one, the loader would change the global random state
         )
     )
     for first in missing:
@@ -108,11 +120,13 @@ def extract(
             on_images(len(batch))
         with replacing(chunk_file(folder, first)) as temporary:
             save_file(tensors, temporary)
-    all_gather(None)  # all have written
+    all_gather(None)  # waits until all processes have written their chunks
     return Features(folder, len(samples))
 
 
-class _Prepared(Dataset[Tensor]):
+class _PreparedImages(Dataset[Tensor]):
+    """The model's inputs (3, h, w) of samples."""
+
     def __init__(self, samples: Sequence[Sample[Any]], prepare: Preparation) -> None:
         self.samples, self.prepare = samples, prepare
 
@@ -121,7 +135,7 @@ class _Prepared(Dataset[Tensor]):
 
 
 def _batches(images: Mapping[int, Tensor], batch_size: int) -> Iterator[list[int]]:
-    """The numbers of images of one shape, so many at a time."""
+    """Yield the indices of at most `batch_size` images of the same shape, until all images have been named."""
     by_shape: dict[tuple[int, ...], list[int]] = {}
     for number, image in images.items():
         by_shape.setdefault(tuple(image.shape), []).append(number)
@@ -130,7 +144,7 @@ def _batches(images: Mapping[int, Tensor], batch_size: int) -> Iterator[list[int
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether a chunk is there; one that is damaged is computed anew."""
+    """Whether a chunk's file exists and is readable; a damaged one counts as missing."""
     if not file.is_file():
         return False
     try:

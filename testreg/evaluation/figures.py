@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: images in rows, each with what the columns make of it."""
+"""Pictures of an evaluation: a row for each image, with a panel for the truth and one for each model's prediction."""
 
 from __future__ import annotations
 
@@ -15,37 +15,39 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SHOWN = 8  # images in a picture
-INSET = 0.01  # of an image's side: a box comes no nearer to its edges, or one of the whole image is not seen
+IMAGES_SHOWN = 8  # rows of a picture, at most
+INSET = 0.01  # distance that boxes keep from the image's edge, as a share of its longer side: else they are not seen
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture in a row: an image, and what is drawn over it."""
+    """One panel of a picture: an image or a map, and what is drawn over it."""
 
     title: str
     pixels: Any
-    """What matplotlib's `imshow` takes: (h, w, 3) colours, or (h, w) values."""
+    """(h, w, 3) colours or (h, w) values, as matplotlib's `imshow` takes them."""
     boxes: Tensor | None = None
-    """(n, 4), left, top, right, bottom, in pixels."""
+    """Boxes to draw, (n, 4): left, top, right, bottom in pixels."""
     over: Any = None
     """(h, w) values that are drawn over the image, half transparent."""
     colours: str = "viridis"
+    """The name of matplotlib's colour map for values."""
     limits: tuple[float, float] | None = None
-    """The values of the first and the last colour; None: the lowest and the highest there are."""
+    """The values that get the first and the last colour; None for the lowest and the highest value."""
 
 
-def spread(count: int, shown: int = SHOWN) -> list[int]:
-    """The numbers of at most so many images, spread evenly over all."""
+def evenly_spaced(count: int, shown: int = IMAGES_SHOWN) -> list[int]:
+    """The indices of at most `shown` of `count` images, evenly spaced from the first to the last."""
     return sorted({round(i) for i in np.linspace(0, count - 1, min(shown, count))})
 
 
-def rows_of(panels: Callable[[int], Sequence[Panel]], count: int, title: str) -> Figure:
-    """A picture with a row of panels for each of a few of `count` images, spread over all."""
-    return picture_of([panels(number) for number in spread(count)], _draw, title, panel_size=(2.2, 1.9))
+def picture_of_rows(panels: Callable[[int], Sequence[Panel]], count: int, title: str) -> Figure:
+    """A picture of a few of `count` images, evenly spaced. `panels` makes the row of an image from its index."""
+    return picture_of([panels(number) for number in evenly_spaced(count)], _draw, title, panel_size=(2.2, 1.9))
 
 
 def _draw(axis: Axes, panel: Panel) -> None:
+    """Draw one panel."""
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
 
@@ -55,7 +57,7 @@ def _draw(axis: Axes, panel: Panel) -> None:
     if panel.over is not None:
         height, width = np.shape(panel.pixels)[:2]
         axis.imshow(panel.over, alpha=0.5, extent=(-0.5, width - 0.5, height - 0.5, -0.5), **values)
-    outlined = [withStroke(linewidth=3, foreground="white")]  # or a box of one patch is lost in the image
+    outlined = [withStroke(linewidth=3, foreground="white")]  # without it, a box of one patch is hard to see
     for left, top, right, bottom in [] if panel.boxes is None else _inside(panel.boxes, panel.pixels).tolist():
         axis.add_patch(
             Rectangle(
@@ -72,7 +74,7 @@ def _draw(axis: Axes, panel: Panel) -> None:
 
 
 def _inside(boxes: Tensor, pixels: Any) -> Tensor:
-    """Boxes (n, 4) of an image of these pixels (h, w, ...), cut where they come too near to its edges."""
+    """The boxes (n, 4) on an image `pixels` (h, w, ...), cut so that they keep a distance from the image's edges."""
     height, width = np.shape(pixels)[:2]
     inset = INSET * max(height, width)
     return boxes.clamp(min=inset).minimum(boxes.new_tensor([width, height, width, height]) - inset)

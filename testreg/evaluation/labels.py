@@ -1,4 +1,4 @@
-"""Data sets of labelled images: ImageFolder, parquet, Hugging Face datasets."""
+"""Reads data sets of labelled images: ImageFolder, parquet files, Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 from testreg.evaluation.libraries import library
 from testreg.evaluation.pixel_maps import SPLITS
-from testreg.evaluation.samples import Row, Sample, images_under, of_file
+from testreg.evaluation.samples import Row, Sample, images_under, sample_of_file
 from testreg.files import plain, read_text, shown
 from testreg.io.sources import COLUMNS
 
-LABELS = ("label", "labels", "fine_label", "cls")
+LABELS = ("label", "labels", "fine_label", "cls")  # names that a column of labels may have
 LAYOUTS = (
     "a folder of folders, one a class (with train/ and val/ above them for two splits), parquet files (train and test "
     "in their names) with columns image and label, or hf-dataset:NAME"
@@ -23,10 +23,12 @@ LAYOUTS = (
 
 @dataclass(frozen=True)
 class Labelled:
-    """Labelled images by split: "train" and "val", or "" alone; and the names of the classes, as far as known."""
+    """A data set of images with class labels."""
 
     splits: Mapping[str, list[Sample[int]]]
+    """The samples of the splits "train" and "val"; a data set without splits has its samples under ""."""
     classes: list[str] | None
+    """The name of each class, by its label; None if the data set does not say."""
 
 
 def labelled_images(data: str | os.PathLike[str]) -> Labelled:
@@ -35,7 +37,7 @@ def labelled_images(data: str | os.PathLike[str]) -> Labelled:
     Raises:
         FileNotFoundError: there is no such folder or file.
         ValueError: the layout is not known, a split is empty, or a class of one split is unknown in the other.
-        ImportError: the library that reads it is not installed.
+        ImportError: the library that reads this data set is not installed.
     """
     name = os.fspath(data)
     path = Path(name)
@@ -64,10 +66,10 @@ def labelled_images(data: str | os.PathLike[str]) -> Labelled:
 
 
 def class_names(labelled: Labelled, classes: str | os.PathLike[str] | None) -> list[str]:
-    """The names of the classes: a file with a name a line, or as the data says them.
+    """The names of the classes, from the file `classes` (one name on each line), or from the data set.
 
     Raises:
-        ValueError: nobody says them, or there are more classes than names.
+        ValueError: neither has names, or there are more classes than names.
     """
     names = labelled.classes
     if classes is not None:
@@ -85,13 +87,14 @@ def class_names(labelled: Labelled, classes: str | os.PathLike[str] | None) -> l
 
 
 def _of_folders(folder: Path) -> Labelled:
+    """The images of an ImageFolder: one folder for each class, possibly below train/ and val/."""
     roots = {split: root for split, names in SPLITS.items() for name in names if (root := folder / name).is_dir()}
     by_class = {split: _classes_in(root) for split, root in (roots or {"": folder}).items()}
     classes = sorted({name for of_split in by_class.values() for name in of_split})
     numbers = {name: i for i, name in enumerate(classes)}
     return Labelled(
         {
-            split: [of_file(image, numbers[name]) for name, images in of_split.items() for image in images]
+            split: [sample_of_file(image, numbers[name]) for name, images in of_split.items() for image in images]
             for split, of_split in by_class.items()
         },
         classes,
@@ -99,10 +102,12 @@ def _of_folders(folder: Path) -> Labelled:
 
 
 def _classes_in(root: Path) -> dict[str, list[Path]]:
+    """{name of a class: the image files in its folder}, without empty folders."""
     return {each.name: images for each in sorted(root.iterdir()) if each.is_dir() and (images := images_under(each))}
 
 
 def _by_split(files: list[Path]) -> Iterator[tuple[str, list[Path]]]:
+    """Yield each split and its files, which have the split in their names; if no file has, all are of the split ""."""
     for split, names in SPLITS.items():
         if of_split := [file for file in files if any(name in file.stem for name in names)]:
             yield split, of_split
@@ -111,16 +116,18 @@ def _by_split(files: list[Path]) -> Iterator[tuple[str, list[Path]]]:
 
 
 def _of_parquet(files: Mapping[str, list[Path]]) -> Labelled:
+    """The labelled images in parquet files, by split."""
     datasets = library("datasets")
     named = {split or "whole": [str(file) for file in each] for split, each in files.items()}
     try:
         splits = datasets.load_dataset("parquet", data_files=named)
-    except Exception as error:  # of pyarrow and of datasets
+    except Exception as error:  # pyarrow and datasets raise errors of many types
         raise ValueError(f"{next(iter(files.values()))[0]} is not a readable parquet file: {plain(error)}") from error
     return _of_datasets({"" if split == "whole" else split: rows for split, rows in splits.items()}, str(files))
 
 
 def _datasets(name: str) -> Mapping[str, Any]:
+    """{split: dataset} of a Hugging Face dataset: a folder that `save_to_disk` wrote, or a name on the Hub."""
     datasets = library("datasets")
     folder = Path(name).expanduser()
     saved = any((folder / file).is_file() for file in ("state.json", "dataset_dict.json"))
@@ -131,6 +138,7 @@ def _datasets(name: str) -> Mapping[str, Any]:
 
 
 def _of_datasets(rows_of: Mapping[str, Any], where: str) -> Labelled:
+    """The labelled images of {split: dataset}; splits other than train and val are left out. `where` is for errors."""
     known = {name: split for split, names in SPLITS.items() for name in names} | {"": ""}
     splits: dict[str, list[Sample[int]]] = {}
     classes = None
@@ -141,6 +149,7 @@ def _of_datasets(rows_of: Mapping[str, Any], where: str) -> Labelled:
 
 
 def _of_rows(rows: Any, where: str) -> tuple[list[Sample[int]], list[str] | None]:
+    """The samples of one dataset, and the names of its classes if it has them."""
     datasets = library("datasets")
     image = next((name for name in COLUMNS if name in rows.column_names), None)
     label = next((name for name in LABELS if name in rows.column_names), None)

@@ -1,4 +1,4 @@
-"""The libraries that evaluation needs beyond those of the package."""
+"""Imports the optional libraries that evaluation needs: those of the extra `testreg[evaluate]`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 def library(name: str) -> Any:
-    """A module of the extra `evaluate`, e.g. "sklearn.metrics".
+    """Import and return a module of an optional library, e.g. "sklearn.metrics".
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: the library is not installed; the message says how to install it.
     """
     try:
         return importlib.import_module(name)

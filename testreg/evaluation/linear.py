@@ -1,4 +1,7 @@
-"""Linear classification, as DINOv2 reports it: many probes at once, of which the best on val counts."""
+"""Linear classification, as in DINOv2's evaluation.
+
+52 probes (linear classifiers on frozen features) are fitted at once, and the one that is best on val is reported.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,11 @@ from testreg.evaluation.labels import labelled_images
 from testreg.evaluation.pixel_maps import two_splits
 from testreg.evaluation.preparing import Normalisation, normalisation_of, pixels_of
 from testreg.evaluation.result import Result
-from testreg.evaluation.samples import Sample, drawn
+from testreg.evaluation.samples import Sample, random_subset
 from testreg.neurons import AnyNeurons
 
-RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)  # for 256 images a batch
+RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
+"""Learning rates for batches of 256 images; they are scaled with the size of the batch."""
 
 
 def evaluate(
@@ -37,30 +41,31 @@ def evaluate(
     size: int = 224,
     **settings: Any,
 ) -> Result:
-    """Linear classification: top-1 and top-5 on val of the best of 52 probes.
+    """Linear classification: the top-1 and top-5 accuracy on val of the best of 52 probes.
 
-    The probes read the CLS tokens of the last block or the last four, with or without the mean of the patches, each
-    with 13 learning rates: SGD with momentum .9 and a cosine schedule. The best on val counts, as in DINOv2's own
-    evaluation, so that all columns are a little flattered alike.
+    A probe reads the CLS tokens of the last block or of the last four, with or without the mean of the patches. Each of
+    these four is fitted with 13 learning rates, by SGD with momentum 0.9 and a cosine schedule. As in DINOv2's
+    evaluation, the probe is chosen on val itself: the accuracies of all models are a little too high.
 
     Args:
         data: an ImageFolder with train/ and val/, a folder of parquet files, or hf-dataset:NAME.
-        iterations: steps of each probe.
-        fit_batch: images of a step.
-        augment: random crops and flips of the training images, which are then computed anew in each step; if not,
-            features are computed once and kept.
-        size: side of the model's input: a random crop, and on val the middle of a short side of 256 / 224 of it.
+        iterations: steps in which the probes are fitted.
+        fit_batch: images in a step.
+        augment: crop and flip the training images at random, and compute their features anew in each step; if not,
+            features are computed once and cached.
+        size: side of the model's input in pixels. Training images are cropped at random; val images are resized so that
+            their short side is 256 / 224 of the size, and the middle is cropped.
         settings: see `testreg.evaluation.evaluation.Settings`.
     """
     settings_ = Settings(**settings)
     labelled = labelled_images(data)
     splits = two_splits(labelled.splits, data)
-    train, val = (drawn(samples, settings_.num_images, settings_.seed) for samples in splits)
+    train, val = (random_subset(samples, settings_.num_images, settings_.seed) for samples in splits)
     classes = 1 + max(sample.target for sample in (*train, *val))
     evaluation = Evaluation("linear", model, data, settings_, neurons=neurons, against=against, image_size=size)
     truth = torch.tensor([sample.target for sample in val])
     scores: dict[str, Scores] = {}
-    chosen: dict[str, str] = {}
+    best_probe: dict[str, str] = {}
     for variant in evaluation.variants:
         schedule = {"iterations": iterations, "batch_size": fit_batch}
         if augment:
@@ -68,17 +73,19 @@ def evaluate(
                 evaluation, variant, train, _Crop(normalisation_of(variant.transform), size), features, **schedule
             )
         else:
-            kept = global_features(evaluation, variant, train, size)
-            batches = kept_batches(evaluation, variant, kept, [torch.tensor(each.target) for each in train], **schedule)
-        asked = global_features(evaluation, variant, val, size)
+            cached = global_features(evaluation, variant, train, size)
+            batches = kept_batches(
+                evaluation, variant, cached, [torch.tensor(each.target) for each in train], **schedule
+            )
+        val_features = global_features(evaluation, variant, val, size)
         with torch.random.fork_rng():
             torch.manual_seed(settings_.seed)
-            probes = Probes(asked[0]["cls"].shape[-1], classes, fit_batch).to(variant.tower.device)
+            probes = Probes(val_features[0]["cls"].shape[-1], classes, fit_batch).to(variant.tower.device)
         probes.fit(batches, iterations)
-        inputs = {name: asked.stacked(name).to(variant.tower.device) for name in ("cls", "mean")}
+        inputs = {name: val_features.stacked(name).to(variant.tower.device) for name in ("cls", "mean")}
         by_probe = {name: top_1_and_5(logits.cpu(), truth) for name, logits in probes(inputs).items()}
-        chosen[variant.name] = max(by_probe, key=lambda name: by_probe[name]["top1"].value)
-        scores[variant.name] = by_probe[chosen[variant.name]]
+        best_probe[variant.name] = max(by_probe, key=lambda name: by_probe[name]["top1"].value)
+        scores[variant.name] = by_probe[best_probe[variant.name]]
     return evaluation.result(
         scores,
         {
@@ -90,16 +97,22 @@ def evaluate(
             "size": size,
             "chosen": "the best of 52 probes on val",
         },
-        details={"chosen": chosen},
+        details={"chosen": best_probe},
     )
 
 
 class Probes(nn.Module):
-    """Linear classifiers, one for each learning rate and input."""
+    """The linear classifiers, one for each learning rate and each choice of input tokens.
+
+    Args:
+        width: channels C of a token.
+        classes: how many classes there are.
+        batch_size: images in a step, which learning rates are scaled with.
+    """
 
     def __init__(self, width: int, classes: int, batch_size: int) -> None:
         super().__init__()
-        self.inputs = list(product(RATES, (1, BLOCKS), (False, True)))  # rate, blocks, whether with the mean
+        self.inputs = list(product(RATES, (1, BLOCKS), (False, True)))  # (learning rate, blocks, whether with the mean)
         self.heads = nn.ModuleList(nn.Linear(width * (n + mean), classes) for _, n, mean in self.inputs)
         for head in self.heads:
             assert isinstance(head, nn.Linear)
@@ -108,16 +121,17 @@ class Probes(nn.Module):
         self.scale = batch_size / 256
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Logits (B, classes) by the name of the probe."""
+        """{name of the probe: logits (B, classes)} for the features "cls" (B, 4, C) and "mean" (B, C)."""
         cls, mean = features["cls"], features["mean"]
-        named = {}
+        logits_of = {}
         for (rate, blocks, with_mean), head in zip(self.inputs, self.heads, strict=True):
             tokens = cls[:, :blocks].flatten(1)
             name = f"rate {rate:g}, {blocks} block{'s' * (blocks > 1)}{', with mean patch' * with_mean}"
-            named[name] = head(torch.cat([tokens, mean], 1) if with_mean else tokens)
-        return named
+            logits_of[name] = head(torch.cat([tokens, mean], 1) if with_mean else tokens)
+        return logits_of
 
     def fit(self, batches: Any, iterations: int) -> None:
+        """Fit all probes to the batches (see `fitting.Batch`), then freeze them."""
         groups = [
             {"params": head.parameters(), "lr": rate * self.scale}
             for (rate, _, _), head in zip(self.inputs, self.heads, strict=True)
@@ -134,7 +148,7 @@ class Probes(nn.Module):
 
 
 class _Crop:
-    """The augmentation of DINOv2's linear evaluation: a random crop, and a flip half of the time."""
+    """The augmentation of DINOv2's linear evaluation: a random crop, which is flipped half of the time."""
 
     def __init__(self, normalise: Normalisation, side: int) -> None:
         self.normalise = normalise

@@ -1,4 +1,4 @@
-"""The tasks by name, for the help of the command line. This file imports nothing."""
+"""The names of the tasks, for the help of the command line. This file imports nothing, to keep `--help` fast."""
 
 TASKS = {
     "lost": "object discovery: CorLoc",
@@ -11,4 +11,4 @@ TASKS = {
     "tokens": "what single tokens know",
     "typographic": "typographic attacks on a CLIP",
 }
-"""The commands, each with what it measures."""
+"""{name of the task: what it measures}."""

@@ -1,4 +1,4 @@
-"""How a predicted mask and the true one lie over each other."""
+"""Counts pixels for the IoU (intersection over union) of a predicted and a true mask."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import torch
 from testreg.evaluation.bootstrap import Array
 from testreg.evaluation.libraries import library
 
-IGNORED = -1  # of pixels that do not count
+IGNORED = -1  # value of pixels in a true mask that are left out of all counts
 
 
 def overlap(predicted: Array, truth: Array, classes: int) -> tuple[Array, Array, int]:
-    """Count an image's pixels: of each class in both masks (h, w), of each class in either, and all that count.
+    """The intersection (classes,) and union (classes,) of two masks (h, w) in pixels, and how many pixels were counted.
 
-    Only the truth may hold `IGNORED`: such pixels are left out.
+    Pixels that are `IGNORED` in the truth are not counted.
     """
     confusion = library("torchmetrics.functional.classification").multiclass_confusion_matrix
     masks = torch.from_numpy(predicted).long(), torch.from_numpy(truth).long()

@@ -1,6 +1,6 @@
-"""How a task makes the model's input of an image, where it is not the model's own preprocessing.
+"""Preparations: how a task turns an image into the model's input, where the model's own preprocessing does not fit.
 
-The figures of a task depend on it, so that features are kept under its `key`.
+Features depend on the preparation, so its `key` is part of the key under which features are cached.
 """
 
 from __future__ import annotations
@@ -23,40 +23,42 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Fit = Literal["squash", "crop"]
+"""How an image becomes a square: its sides are scaled differently, or the longer one is cropped."""
 IMAGENET_ZOOM = 256 / 224
+"""The short side of the resized image over the side of the crop, as ImageNet is usually evaluated."""
 
 
 class Preparation(Protocol):
-    """Makes the model's input (3, h, w) of an RGB image."""
+    """Turns an RGB image into the model's input (3, h, w)."""
 
     @property
     def key(self) -> str:
-        """Identifies what this preparation makes of an image: two that differ have different keys."""
+        """Identifies the preparation in the cache: preparations with different results have different keys."""
 
     def __call__(self, image: Image) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Normalisation:
-    """The mean and standard deviation of each channel, of pixels in [0, 1]."""
+    """Subtracts the mean of each channel from pixels in [0, 1], and divides by its standard deviation."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Pixels (..., 3, h, w) in [0, 1], normalised."""
+        """The normalised pixels (..., 3, h, w), from pixels in [0, 1]."""
         return tv.normalize(pixels, list(self.mean), list(self.std))
 
 
 AS_THEY_ARE = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-"""Leaves colours in [0, 1]."""
+"""The normalisation that changes nothing: pixels stay in [0, 1]."""
 
 
 def normalisation_of(transform: Transform) -> Normalisation:
-    """What a model's preprocessing does to colours: read off what it makes of a black and of a white image.
+    """The normalisation in a model's preprocessing, found by what it makes of a black and of a white image.
 
     Raises:
-        ValueError: it does more to them than to shift and to scale each channel.
+        ValueError: the preprocessing does more to colours than shift and scale each channel.
     """
     black, white = (transform(_plain_image(value)).float().flatten(1) for value in (0, 255))
     if any(float((values - values[:, :1]).abs().max()) > 1e-3 for values in (black, white)):
@@ -69,20 +71,21 @@ def normalisation_of(transform: Transform) -> Normalisation:
 
 
 def _plain_image(value: int) -> Image:
+    """An RGB image of one grey value."""
     from PIL import Image
 
     return Image.new("RGB", (256, 256), (value,) * 3)
 
 
 @dataclass(frozen=True)
-class Own:
+class ModelPreprocessing:
     """The model's own preprocessing."""
 
     transform: Transform
 
     @property
     def key(self) -> str:
-        """A hash of what it makes of a picture of noise, since transforms do not say what they do."""
+        """A hash of the result for an image of noise, since a transform has no description that could be hashed."""
         from PIL import Image
 
         noise = np.random.default_rng(0).integers(0, 256, (300, 200, 3), dtype=np.uint8)
@@ -95,8 +98,8 @@ class Own:
 
 
 @dataclass(frozen=True)
-class Native:
-    """The image at its own size, with zeros at the right and bottom up to whole patches."""
+class PaddedToPatches:
+    """Keeps the image's size, and pads it with zeros at the right and bottom to a multiple of the patch size."""
 
     normalise: Normalisation
     patch_size: tuple[int, int]
@@ -113,11 +116,12 @@ class Native:
 
 
 @dataclass(frozen=True)
-class Whole:
-    """The image at its own size, or squashed to a square."""
+class Uncropped:
+    """Keeps the whole image: at its own size, or squashed to a square."""
 
     normalise: Normalisation
     size: int | None
+    """Side of the square in pixels; None to keep the image's size."""
 
     @property
     def key(self) -> str:
@@ -130,13 +134,13 @@ class Whole:
 
 @dataclass(frozen=True)
 class Square:
-    """The image as a square: squashed, or its short side resized and the middle cropped."""
+    """Makes the image a square: squashes it, or resizes its short side and crops the middle."""
 
     normalise: Normalisation
     size: int
     fit: Fit = "squash"
     zoom: float = 1.0
-    """The short side over the crop, where it is cropped: 256 / 224 as ImageNet is evaluated."""
+    """For "crop": the short side of the resized image over the side of the crop."""
 
     @property
     def key(self) -> str:
@@ -146,7 +150,7 @@ class Square:
         return self.normalise(tv.to_dtype(self.fitted(tv.pil_to_tensor(image)), torch.float32, scale=True))
 
     def fitted(self, pixels: Tensor, *, nearest: bool = False) -> Tensor:
-        """Pixels (channels, h, w) made square; those of a mask by the nearest."""
+        """Pixels (channels, h, w) as a square (channels, size, size); `nearest` is for masks, to keep their values."""
         how = tv.InterpolationMode.NEAREST if nearest else tv.InterpolationMode.BICUBIC
         if self.fit == "squash":
             return tv.resize(pixels, [self.size, self.size], how, antialias=not nearest)
@@ -160,12 +164,15 @@ def pixels_of(image: Image) -> Tensor:
 
 
 def resized_within(shape: Sequence[int], short: int, long: int) -> tuple[int, int]:
-    """Height and width (of a shape ..., h, w) scaled alike, so that no side exceeds its bound, as large as can be."""
+    """The largest height and width with the proportions of `shape` (..., h, w) that fit into two bounds.
+
+    The shorter side is at most `short`, and the longer side is at most `long`.
+    """
     height, width = shape[-2:]
     scale = min(short / min(height, width), long / max(height, width))
     return max(round(height * scale), 1), max(round(width * scale), 1)
 
 
 def hashed(value: object) -> str:
-    """A hash of anything that JSON can hold."""
+    """The SHA-256, in hexadecimal, of a value that JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,8 @@
-"""The result of an evaluation: its JSON, its table and its pictures."""
+"""The result of an evaluation: its metrics, JSON, table and pictures.
+
+A result has up to three columns: "plain" (the model without registers), "patched" (the same model with registers), and
+"against" (another model, e.g. one with trained registers).
+"""
 
 from __future__ import annotations
 
@@ -25,30 +29,30 @@ COLUMNS = ("plain", "patched", "against")
 
 @dataclass(frozen=True)
 class Result:
-    """The metrics of one task: of the plain model, of the patched one, and of another model that it is held against."""
+    """The metrics that one task measured, for the plain model, the patched model, and another model."""
 
     task: str
     model: str
     data: str
     protocol: Mapping[str, Any]
-    """How the figures were made, as far as the model does not say it."""
+    """How the metrics were measured: number of images, image size, neurons, seed, and other arguments of the task."""
     metrics: Mapping[str, Mapping[str, float]]
-    """Of each column, "plain", "patched" and "against", as far as it was asked for, {metric: value}."""
+    """{column: {metric: value}}; columns that were not asked for are missing."""
     difference: Mapping[str, Difference] | None
-    """Patched less plain: value and bounds of the 95 % interval; None without a patched column."""
+    """{metric: patched minus plain, with the bounds of its 95 % interval}; None without a patched column."""
     difference_against: Mapping[str, Difference] | None = None
-    """The other model less plain; None without another model."""
+    """The same for the other model minus plain; None without another model."""
     baselines: Mapping[str, float] = field(default_factory=dict)
-    """Metrics of what needs no model."""
+    """{metric: value} of trivial answers that need no model, e.g. a box around the whole image."""
     details: Mapping[str, Any] = field(default_factory=dict)
-    """What a task says beyond its metrics, fit for JSON."""
+    """Further figures of the task, as JSON can hold them."""
     notes: Sequence[str] = ()
-    """What a reader of the table should know, in sentences that stand below it."""
+    """Sentences that are printed below the table."""
     pictures: Mapping[str, Callable[[], Figure]] = field(default_factory=dict, compare=False)
-    """Makes each picture of the task, by name."""
+    """The task's pictures: {name: function that draws it}."""
 
     def to_json(self) -> dict[str, Any]:
-        """The result as JSON has it; metrics that are not defined (NaN) are null."""
+        """The result as a dictionary for JSON, in which metrics that are not defined (NaN) are None."""
         columns = {name: self.metrics.get(name) for name in COLUMNS}
         data = {"format": FORMAT, "version": VERSION, "task": self.task, "model": self.model, "data": self.data}
         data |= {"protocol": dict(self.protocol), **columns, "difference": self.difference}
@@ -56,12 +60,12 @@ class Result:
         return _finite(data)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the JSON; an existing file is replaced whole or not at all."""
+        """Write the result as JSON. An existing file is replaced only once the new one is complete."""
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
     def save_figures(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """Write the task's pictures into a folder, as PNG; returns their paths."""
+        """Draw the task's pictures and write them into a folder as PNG files. Returns the paths."""
         written = []
         for name, make in self.pictures.items():
             path = Path(folder) / f"{self.task}-{name}.png"
@@ -71,7 +75,7 @@ class Result:
         return written
 
     def table(self) -> Table:
-        """The metrics as a table of rich, a row for each."""
+        """The metrics as a table of the library rich: one row for each metric, one column for each model."""
         from rich.table import Table
 
         table = Table(title=self.task)
@@ -100,12 +104,13 @@ class Result:
 
 
 def _interval(difference: Difference) -> str:
+    """A difference with its interval, as text."""
     value, low, high = difference
     return f"{value:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 def _finite(value: Any) -> Any:
-    """`value` as JSON takes it: mappings as dicts, tuples as lists, NaN and infinities as None."""
+    """`value` with mappings as dicts, tuples as lists, and NaN and infinities as None, which JSON does not have."""
     if isinstance(value, Mapping):
         return {str(key): _finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

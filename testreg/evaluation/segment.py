@@ -1,4 +1,7 @@
-"""Linear segmentation, with the protocol of Denoising-ViT (arXiv 2401.02957), which Jiang et al. use."""
+"""Linear segmentation with the protocol of Denoising-ViT (arXiv 2401.02957), which Jiang et al. use.
+
+A linear layer predicts the class of each patch, and its predictions are resized to pixels.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +19,19 @@ from torchvision.transforms.v2 import functional as tv
 from testreg.evaluation.bootstrap import Array, Scores, mean_iou_of, ratio_of
 from testreg.evaluation.dense import dense_features, resized
 from testreg.evaluation.evaluation import Evaluation, Model, Settings, Variant
-from testreg.evaluation.figures import Panel, rows_of, spread
+from testreg.evaluation.figures import Panel, evenly_spaced, picture_of_rows
 from testreg.evaluation.fitting import Batch, augmented_batches, kept_batches
 from testreg.evaluation.overlap import IGNORED, overlap
 from testreg.evaluation.pixel_maps import Map, mapped_images, two_splits
 from testreg.evaluation.preparing import Normalisation, Square, normalisation_of, pixels_of, resized_within
 from testreg.evaluation.result import Result
-from testreg.evaluation.samples import Sample, drawn
+from testreg.evaluation.samples import Sample, random_subset
 from testreg.io.progress import progress_bar
 from testreg.neurons import AnyNeurons
 
-STRIDE = 2 / 3  # of a window, from one window to the next
-LONGEST = 4  # the long side of an image over the window, at most
-MOST = 0.75  # of a training crop that one class may take
+STRIDE = 2 / 3  # the distance from one window to the next, as a share of the window's side
+MAX_ASPECT_RATIO = 4  # the longer side of a resized image over its shorter one, at most
+MAX_CLASS_SHARE = 0.75  # the share of a training crop that one class may take
 
 
 def evaluate(
@@ -48,28 +51,29 @@ def evaluate(
 ) -> Result:
     """Linear segmentation: mIoU and pixel accuracy on val of a 1x1 convolution on the patches of the last block.
 
-    Batch norm and the convolution are fitted by cross entropy with AdamW (1e-3, weight decay 1e-4), a linear warm-up
-    and a linear decay. Val: the short side is resized to `size`, and windows of that side are averaged where they
-    overlap.
+    Batch norm and the convolution are fitted by cross entropy with AdamW (learning rate 1e-3, weight decay 1e-4), a
+    linear warm-up and a linear decay. An image of val is resized so that its short side is `size`, and cut into square
+    windows of that side; where windows overlap, their logits are averaged.
 
     Args:
         data: ADE20k (images/training, annotations/training, ...), or images and masks in other folders.
-        size: side of training crops and of windows.
-        iterations: steps of the fit.
-        warm_up: how many of them warm up.
-        fit_batch: crops of a step.
-        augment: training crops at random scales and places, flipped, with other colours, which are computed anew in
-            each step; if not, the middle of each image is computed once and kept.
-        classes: how many there are, of values from 0 on (without `ignore`); None for those that masks have.
-        ignore: the value of masks whose pixels do not count: 0 in ADE20k.
+        size: side of training crops and of windows, in pixels.
+        iterations: steps in which the probe is fitted.
+        warm_up: steps of the warm-up.
+        fit_batch: crops in a step.
+        augment: take training crops at random scales and places, flip them and change their colours at random, and
+            compute their features anew in each step; if not, the middle of each image is computed once and cached.
+        classes: how many classes there are; masks have their values from 0 on, without `ignore`. None for the values
+            that occur in masks.
+        ignore: the value of pixels in masks that are left out: 0 in ADE20k.
         settings: see `testreg.evaluation.evaluation.Settings`.
     """
     settings_ = Settings(**settings)
     splits = two_splits(mapped_images(data), data)
-    train, val = (drawn(samples, settings_.num_images, settings_.seed) for samples in splits)
+    train, val = (random_subset(samples, settings_.num_images, settings_.seed) for samples in splits)
     values = class_values([*train, *val], classes, ignore, settings_.progress)
     evaluation = Evaluation("segment", model, data, settings_, neurons=neurons, against=against, image_size=size)
-    numbers = {value: i for i, value in enumerate(values)}
+    class_numbers = {value: i for i, value in enumerate(values)}
     scores: dict[str, Scores] = {}
     predicted: dict[str, dict[int, Array]] = {}
     per_class: dict[str, dict[str, float | None]] = {}
@@ -77,14 +81,16 @@ def evaluate(
         normalise = normalisation_of(variant.transform)
         schedule = {"iterations": iterations, "batch_size": fit_batch}
         if augment:
-            crop = _Crop(normalise, size, numbers)
+            crop = _Crop(normalise, size, class_numbers)
             batches = augmented_batches(evaluation, variant, train, crop, _crops, **schedule)
         else:
             square = Square(normalise, size, "crop")
-            kept = evaluation.features(variant, train, square, _kept_crops, {})
-            targets = [square.fitted(as_target(each.target, numbers)[None], nearest=True)[0] for each in train]
-            batches = kept_batches(evaluation, variant, kept, targets, **schedule)
-        windows = evaluation.features(variant, val, _Short(normalise, size), lambda c, x: _kept_windows(c, x, size), {})
+            cached = evaluation.features(variant, train, square, _kept_crops, {})
+            targets = [square.fitted(as_target(each.target, class_numbers)[None], nearest=True)[0] for each in train]
+            batches = kept_batches(evaluation, variant, cached, targets, **schedule)
+        windows = evaluation.features(
+            variant, val, _ShortSideResized(normalise, size), lambda c, x: _kept_windows(c, x, size), {}
+        )
         with torch.random.fork_rng():
             torch.manual_seed(settings_.seed)
             head = nn.Sequential(
@@ -93,10 +99,10 @@ def evaluate(
             ).to(variant.tower.device)
         patch = variant.tower.patch_size
         fit(head, batches, iterations, warm_up, (size, size), patch)
-        rows, shown = [], set(spread(len(val)))
+        rows, shown = [], set(evenly_spaced(len(val)))
         predicted[variant.name] = {}
         for i, (features, sample) in enumerate(zip(windows, val, strict=True)):
-            truth = as_target(sample.target, numbers).numpy()
+            truth = as_target(sample.target, class_numbers).numpy()
             labels = predict(head, features["patches"].to(variant.tower.device), truth.shape, size, patch)
             rows.append(overlap(labels, truth, len(values)))
             if i in shown:
@@ -111,7 +117,7 @@ def evaluate(
 
     def panels(i: int) -> list[Panel]:
         image = np.asarray(val[i].open())
-        maps = {"truth": as_target(val[i].target, numbers).numpy()} | {
+        maps = {"truth": as_target(val[i].target, class_numbers).numpy()} | {
             name: each[i] for name, each in predicted.items()
         }
         limits = (0.0, float(len(values)))
@@ -134,38 +140,38 @@ def evaluate(
             "augment": augment,
         },
         details={"iou_per_class": per_class},
-        pictures={"masks": lambda: rows_of(panels, len(val), "linear segmentation")},
+        pictures={"masks": lambda: picture_of_rows(panels, len(val), "linear segmentation")},
     )
 
 
 def class_values(samples: Sequence[Sample[Map]], classes: int | None, ignore: int, progress: bool) -> list[int]:
-    """The values of masks that are classes, in order.
+    """The values in masks that stand for classes, sorted. The class number of a value is its index in this list.
 
     Raises:
-        ValueError: a mask has a value that is no class, or no mask has any.
+        ValueError: a mask has a value that is no class, or no mask has a class.
     """
-    present: set[int] = set()
-    expected = None if classes is None else {*range(classes + (0 <= ignore <= classes))} - {ignore}
+    values_present: set[int] = set()
+    allowed = None if classes is None else {*range(classes + (0 <= ignore <= classes))} - {ignore}
     with progress_bar("masks", len(samples), progress) as bar:
         for sample in samples:
-            here = {int(value) for value in np.unique(sample.target.read())} - {ignore}
-            if expected is not None and (unknown := here - expected):
+            values_here = {int(value) for value in np.unique(sample.target.read())} - {ignore}
+            if allowed is not None and (unknown := values_here - allowed):
                 raise ValueError(
                     f"{sample.target.name} has the value {min(unknown)}, which is none of the {classes} classes (nor "
                     f"{ignore}, which is ignored)"
                 )
-            present |= here
+            values_present |= values_here
             bar.update()
-    if not present:
+    if not values_present:
         raise ValueError(f"no mask has a class: all values are {ignore}, which is ignored")
-    return sorted(present if expected is None else expected)
+    return sorted(values_present if allowed is None else allowed)
 
 
-def as_target(mask: Map, numbers: dict[int, int]) -> Tensor:
-    """The classes of a mask (h, w) by their numbers; all else is ignored."""
+def as_target(mask: Map, class_numbers: dict[int, int]) -> Tensor:
+    """The mask as class numbers (h, w), from {value: class number}; pixels with other values are `IGNORED`."""
     values = mask.read()
     target = np.full(values.shape, IGNORED, dtype=np.int64)
-    for value, number in numbers.items():
+    for value, number in class_numbers.items():
         target[values == value] = number
     return torch.from_numpy(target)
 
@@ -178,7 +184,12 @@ def fit(
     size: tuple[int, int],
     patch: tuple[int, int],
 ) -> None:
-    """Fit the head to batches of patches (B, C, rows, columns) and targets (B, height, width)."""
+    """Fit the head to batches of patches (B, C, rows, columns) and targets (B, height, width), then freeze it.
+
+    Args:
+        size: height and width of the images in pixels.
+        patch: height and width of a patch in pixels.
+    """
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, weight_decay=1e-4)
 
     def rate(step: int) -> float:
@@ -189,28 +200,35 @@ def fit(
     for features, targets in batches:
         optimizer.zero_grad()
         logits = resized(head(features["patches"]), size, patch)
-        F.cross_entropy(logits, targets, ignore_index=IGNORED).nan_to_num().backward()  # a crop may hold no class
+        # the loss is NaN if all pixels of the batch are ignored
+        F.cross_entropy(logits, targets, ignore_index=IGNORED).nan_to_num().backward()
         optimizer.step()
         schedule.step()
     head.eval().requires_grad_(False)
 
 
 def predict(head: nn.Module, windows: Tensor, shape: tuple[int, ...], size: int, patch: tuple[int, int]) -> Array:
-    """The classes (h, w) of an image of a shape, from the patches of its windows (windows, C, rows, columns)."""
-    height, width = resized_within(shape, size, LONGEST * size)
+    """The predicted class numbers (h, w) of an image.
+
+    Args:
+        windows: the patches of the image's windows, (windows, C, rows, columns).
+        shape: the image's height and width.
+        size: side of a window in pixels.
+    """
+    height, width = resized_within(shape, size, MAX_ASPECT_RATIO * size)
     logits = resized(head(windows.float()), (size, size), patch)
     total = logits.new_zeros(logits.shape[1], max(height, size), max(width, size))
-    times = logits.new_zeros(total.shape[1:])
+    num_windows = logits.new_zeros(total.shape[1:])
     for window, (top, left) in zip(logits, corners(height, width, size), strict=True):
         total[:, top : top + size, left : left + size] += window
-        times[top : top + size, left : left + size] += 1
-    averaged = (total / times)[None, :, :height, :width]
+        num_windows[top : top + size, left : left + size] += 1
+    averaged = (total / num_windows)[None, :, :height, :width]
     full = F.interpolate(averaged, (shape[0], shape[1]), mode="bilinear", align_corners=False)
     return full[0].argmax(0).cpu().numpy()
 
 
 def corners(height: int, width: int, size: int) -> list[tuple[int, int]]:
-    """Top and left of windows that cover an image; the last ones end where it ends."""
+    """The (top, left) of the windows that cover an image. The last window of a row or column ends with the image."""
     step = int(size * STRIDE)
 
     def starts(side: int) -> list[int]:
@@ -220,48 +238,50 @@ def corners(height: int, width: int, size: int) -> list[tuple[int, int]]:
 
 
 def _crops(variant: Variant, images: Tensor) -> dict[str, Tensor]:
+    """The patches (B, C, rows, columns) of training crops."""
     return {"patches": dense_features(variant.tower, images)[0]}
 
 
 def _kept_crops(variant: Variant, images: Tensor) -> dict[str, Tensor]:
+    """The same in half precision, for the cache."""
     return {"patches": dense_features(variant.tower, images)[0].half()}
 
 
 def _kept_windows(variant: Variant, images: Tensor, size: int) -> dict[str, Tensor]:
-    """The patches of all windows of images (B, 3, h, w): (B, windows, C, rows, columns), in half precision."""
+    """The patches (B, windows, C, rows, columns) of all windows of images, in half precision, for the cache."""
     height, width = images.shape[-2:]
     padded = F.pad(images, (0, max(size - width, 0), 0, max(size - height, 0)))
     parts = [padded[..., top : top + size, left : left + size] for top, left in corners(height, width, size)]
     return {"patches": torch.stack([dense_features(variant.tower, part)[0].half() for part in parts], dim=1)}
 
 
-class _Short:
-    """The image with its short side resized."""
+class _ShortSideResized:
+    """Preparation that resizes the image so that its short side is `size`, and its long side at most 4 times that."""
 
     def __init__(self, normalise: Normalisation, size: int) -> None:
         self.normalise, self.size = normalise, size
 
     @property
     def key(self) -> str:
-        return f"short side {self.size}, at most {LONGEST} to 1, {self.normalise}"
+        return f"short side {self.size}, at most {MAX_ASPECT_RATIO} to 1, {self.normalise}"
 
     def __call__(self, image: Any) -> Tensor:
         pixels = pixels_of(image)
-        size = resized_within(pixels.shape[-2:], self.size, LONGEST * self.size)
+        size = resized_within(pixels.shape[-2:], self.size, MAX_ASPECT_RATIO * self.size)
         return self.normalise(tv.resize(pixels, list(size), antialias=True))
 
 
 class _Crop:
-    """A training crop: at a random scale and place, flipped half of the time, with other colours."""
+    """Makes a training crop: at a random scale and place; it is flipped, and its colours changed, half of the time."""
 
-    def __init__(self, normalise: Normalisation, size: int, numbers: dict[int, int]) -> None:
-        self.normalise, self.size, self.numbers = normalise, size, numbers
+    def __init__(self, normalise: Normalisation, size: int, class_numbers: dict[int, int]) -> None:
+        self.normalise, self.size, self.class_numbers = normalise, size, class_numbers
         self.distort = v2.RandomPhotometricDistort(p=0.5)
 
     def __call__(self, sample: Sample[Map]) -> tuple[Tensor, Tensor]:
-        pixels, target = pixels_of(sample.open()), as_target(sample.target, self.numbers)
+        pixels, target = pixels_of(sample.open()), as_target(sample.target, self.class_numbers)
         scale = float(torch.empty(()).uniform_(0.5, 2.0))
-        size = list(resized_within(target.shape, round(self.size * scale), round(LONGEST * self.size * scale)))
+        size = list(resized_within(target.shape, round(self.size * scale), round(MAX_ASPECT_RATIO * self.size * scale)))
         pixels = tv.resize(pixels, size, antialias=True)
         target = tv.resize(target[None], size, tv.InterpolationMode.NEAREST)[0]
         top, left = self._place(target)
@@ -272,12 +292,12 @@ class _Crop:
         return F.pad(self.normalise(self.distort(pixels)), missing), F.pad(target, missing, value=IGNORED)
 
     def _place(self, target: Tensor) -> tuple[int, int]:
-        """Where the crop begins: no class may take most of it, if ten tries find such a place."""
+        """A random top and left of the crop. Up to ten places are tried until no class takes most of the crop."""
         height, width = target.shape
         for _ in range(10):
             top, left = (int(torch.randint(max(side - self.size, 0) + 1, ())) for side in (height, width))
             part = target[top : top + self.size, left : left + self.size]
             counted = part[part != IGNORED].unique(return_counts=True)[1]
-            if len(counted) > 1 and counted.max() / counted.sum() < MOST:
+            if len(counted) > 1 and counted.max() / counted.sum() < MAX_CLASS_SHARE:
                 break
         return top, left

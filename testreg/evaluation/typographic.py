@@ -1,4 +1,8 @@
-"""Typographic attacks on a CLIP: a wrong word written on an image, and outliers moved onto it as the defence."""
+"""Typographic attacks on a CLIP: the name of a wrong class is written on an image, and the CLIP is misled by it.
+
+The defence of Jiang et al. lets the register neurons fire on the patches of the word, which destroys what these patches
+tell. (Register neurons: those that make outliers, the patches of huge norm.)
+"""
 
 from __future__ import annotations
 
@@ -19,12 +23,12 @@ from torchvision.transforms.v2 import functional as tv
 from testreg.evaluation.bootstrap import Metric, Scores, mean_of
 from testreg.evaluation.clip import Tokenizer, encode_images, names_of, texts_of
 from testreg.evaluation.evaluation import Evaluation, Model, Settings, Variant
-from testreg.evaluation.figures import Panel, rows_of
+from testreg.evaluation.figures import Panel, picture_of_rows
 from testreg.evaluation.labels import labelled_images
 from testreg.evaluation.pixel_maps import one_split, two_splits
 from testreg.evaluation.preparing import Normalisation, Square, normalisation_of
 from testreg.evaluation.result import Result
-from testreg.evaluation.samples import Sample, drawn, images_under, of_file
+from testreg.evaluation.samples import Sample, images_under, random_subset, sample_of_file
 from testreg.neurons import AnyNeurons
 from testreg.patching.steering import steered
 
@@ -34,17 +38,22 @@ if TYPE_CHECKING:
 FONTS = ("DejaVuSans.ttf", "DejaVuSerif.ttf", "DejaVuSansMono.ttf")  # which come with matplotlib
 COLOURS = ("white", "black", "red", "green", "blue", "yellow", "cyan", "magenta")
 Kind = Literal["clean", "attacked", "painted", "boxed"]
+"""How an image is edited: not at all; the word is written; the word is written and painted over; the word is written,
+and the alpha channel says where it is."""
 
 
 @dataclass(frozen=True)
 class Attack:
-    """The true class of an image, and the class whose name is written on it."""
+    """The truth of an attacked image."""
 
     label: int
+    """The true class."""
     word: int
+    """The class whose name is written on the image."""
     text: str
-    """What is written; "" if it is on the image already (RTA-100)."""
+    """The text to write; "" if the image has it already (RTA-100)."""
     seed: int
+    """Seed of the text's font, colour, size and place."""
 
 
 def evaluate(
@@ -59,94 +68,100 @@ def evaluate(
     tokenizer: Tokenizer | None = None,
     **settings: Any,
 ) -> Result:
-    """Typographic attacks: accuracy on clean and on attacked images, attack success, and both under defences.
+    """Typographic attacks: the accuracy on clean and on attacked images, the attacks' success, and both with a defence.
 
-    Accuracy is over all classes; an attack succeeds if the written word is nearer to the image than the true class.
-    `*_painted`: the word is painted over with the mean colour of its box, a defence that needs no neurons.
-    `*_defended`: in the patched variant, the register neurons fire on the word's patches and on no other, without a
-    register. Both need to know where the word is: not so in RTA-100, where they are not defined.
+    Accuracy is over all classes. An attack succeeds if the image's embedding has a larger cosine with the class of the
+    written word than with the true class.
+    `*_painted`: a defence without neurons, which paints over the word with the mean colour of its box.
+    `*_defended`: only in the patched variant; no register is added, but the register neurons fire on the word's
+    patches, and on no others.
+    Both defences need to know where the word is. This is not known for RTA-100, so they are not defined there.
 
     Args:
         data: RTA-100 (files label=X_text=Y.png), or labelled images, on which the name of another class is written.
-        classes: a file with the name of a class a line, or "imagenet"; None for the names of the data.
-        means: compare images with the mean embedding of each class of train, not with texts: for an image tower alone.
-        size: side of the square that images are squashed to, and written on.
-        tokenizer: from texts to what the model takes; None for the one that belongs to the model's name.
+        classes: a file with one name of a class on each line, or "imagenet"; None for the names of the data.
+        means: compare images with the mean embedding of the class's images in train, not with texts. This is for models
+            without a text tower.
+        size: side of the square that images are squashed to before the word is written, in pixels.
+        tokenizer: turns texts into the input of the model's text tower; None for the one that the model's name says.
         settings: see `testreg.evaluation.evaluation.Settings`.
     """
     settings_ = Settings(**settings)
-    known: list[Sample[int]] = []
-    if rta := _rta(Path(data)):
-        samples, names = rta
+    train: list[Sample[int]] = []
+    if rta_100 := _rta_100(Path(data)):
+        samples, names = rta_100
         if means:
             raise ValueError("RTA-100 has no photographs without words to take means of: leave means out (--means)")
     else:
         labelled = labelled_images(data)
         names = names_of(labelled, classes)
-        asked = one_split(labelled.splits)
+        attacked_split = one_split(labelled.splits)
         if means:
-            known, asked = two_splits(labelled.splits, data)
-        samples = [_attacked(each, names, i, settings_.seed) for i, each in enumerate(asked)]
-    samples = drawn(samples, settings_.num_images, settings_.seed)
-    written = bool(samples[0].target.text)
+            train, attacked_split = two_splits(labelled.splits, data)
+        samples = [_attacked(each, names, i, settings_.seed) for i, each in enumerate(attacked_split)]
+    samples = random_subset(samples, settings_.num_images, settings_.seed)
+    can_write = bool(samples[0].target.text)
     evaluation = Evaluation("typographic", model, data, settings_, neurons=neurons, against=against, image_size=size)
     if means:
-        embeddings = _class_means(evaluation, drawn(known, settings_.num_images, settings_.seed), names, size)
+        embeddings = _class_means(evaluation, random_subset(train, settings_.num_images, settings_.seed), names, size)
     else:
         embeddings = texts_of(evaluation, names, open_clip.OPENAI_IMAGENET_TEMPLATES, tokenizer)
-    kinds: tuple[Kind, ...] = ("clean", "attacked", "painted") if written else ("attacked",)
-    shown = {kind: [_in_state(each, kind, size) for each in samples] for kind in kinds}
-    none = torch.full((len(samples),), torch.nan)
+    kinds: tuple[Kind, ...] = ("clean", "attacked", "painted") if can_write else ("attacked",)
+    edited = {kind: [as_kind(each, kind, size) for each in samples] for kind in kinds}
+    undefined = torch.full((len(samples),), torch.nan)
     scores: dict[str, Scores] = {}
     guesses: dict[str, Tensor] = {}
     for variant in evaluation.variants:
         normalise = normalisation_of(variant.transform)
         texts = embeddings[variant.name]
-        seen = {
+        logits_of = {
             str(kind): evaluation.features(variant, each, Square(normalise, size), _embedded, {}).stacked("embedding")
             @ texts.T
-            for kind, each in shown.items()
+            for kind, each in edited.items()
         }
-        if variant.name == "patched" and written:
-            boxed = [_in_state(each, "boxed", size) for each in samples]
+        if variant.name == "patched" and can_write:
+            boxed = [as_kind(each, "boxed", size) for each in samples]
             defended = evaluation.features(variant, boxed, WithBox(normalise, size), _steered, {"onto": "the word"})
-            seen["defended"] = defended.stacked("embedding") @ texts.T
+            logits_of["defended"] = defended.stacked("embedding") @ texts.T
         label = torch.tensor([each.target.label for each in samples])
         word = torch.tensor([each.target.word for each in samples])
         metrics: dict[str, Metric] = {}
         for state in ("clean", "attacked", "painted", "defended"):
-            logits = seen.get(state)
-            metrics[f"accuracy_{state}"] = mean_of(none if logits is None else (logits.argmax(1) == label).double())
+            logits = logits_of.get(state)
+            metrics[f"accuracy_{state}"] = mean_of(
+                undefined if logits is None else (logits.argmax(1) == label).double()
+            )
         for state in ("attacked", "painted", "defended"):
-            logits = seen.get(state)
-            won = none if logits is None else (_of(logits, word) > _of(logits, label)).double()
+            logits = logits_of.get(state)
+            won = undefined if logits is None else (_logit_of(logits, word) > _logit_of(logits, label)).double()
             metrics["attack_success" if state == "attacked" else f"attack_success_{state}"] = mean_of(won)
         scores[variant.name] = metrics
-        guesses[variant.name] = seen["attacked"].argmax(1)
+        guesses[variant.name] = logits_of["attacked"].argmax(1)
 
     def panels(i: int) -> list[Panel]:
-        said = ", ".join(f"{name}: {names[int(each[i])]}" for name, each in guesses.items())
-        images = [Panel(kind, np.asarray(each[i].open())) for kind, each in shown.items()]
-        return [replace(panel, title=said) if panel.title == "attacked" else panel for panel in images]
+        title = ", ".join(f"{name}: {names[int(each[i])]}" for name, each in guesses.items())
+        images = [Panel(kind, np.asarray(each[i].open())) for kind, each in edited.items()]
+        return [replace(panel, title=title) if panel.title == "attacked" else panel for panel in images]
 
     protocol = {
         "images": len(samples),
         "classes": len(names),
         "compared": "means of photographs" if means else "texts",
         "size": size,
-        "words": "written" if written else "RTA",
+        "words": "written" if can_write else "RTA",
     }
     return evaluation.result(
-        scores, protocol, pictures={"attacks": lambda: rows_of(panels, len(samples), "typographic attacks")}
+        scores, protocol, pictures={"attacks": lambda: picture_of_rows(panels, len(samples), "typographic attacks")}
     )
 
 
-def _of(logits: Tensor, numbers: Tensor) -> Tensor:
+def _logit_of(logits: Tensor, numbers: Tensor) -> Tensor:
+    """From logits (n, classes), one of each row: that of the class in `numbers` (n,)."""
     return logits.gather(1, numbers[:, None])[:, 0]
 
 
-def _rta(folder: Path) -> tuple[list[Sample[Attack]], list[str]] | None:
-    """The images of RTA-100 in a folder, and its classes; None if it holds something else."""
+def _rta_100(folder: Path) -> tuple[list[Sample[Attack]], list[str]] | None:
+    """The images of RTA-100 in a folder and the names of their classes; None if the folder is not RTA-100."""
     files = images_under(folder) if folder.is_dir() else []
     named = {file: file.stem.removeprefix("label=").split("_text=") for file in files if file.name.startswith("label=")}
     if not named:
@@ -155,50 +170,51 @@ def _rta(folder: Path) -> tuple[list[Sample[Attack]], list[str]] | None:
         raise ValueError(f"{bad[0]} is not named label=X_text=Y, as in RTA-100")
     names = sorted({part for parts in named.values() for part in parts})
     return [
-        of_file(file, Attack(names.index(label), names.index(text), "", 0)) for file, (label, text) in named.items()
+        sample_of_file(file, Attack(names.index(label), names.index(text), "", 0))
+        for file, (label, text) in named.items()
     ], names
 
 
 def _class_means(
-    evaluation: Evaluation, known: Sequence[Sample[int]], names: Sequence[str], size: int
+    evaluation: Evaluation, train: Sequence[Sample[int]], names: Sequence[str], size: int
 ) -> dict[str, Tensor]:
-    """The mean embedding (classes, D), of length 1, of each class's photographs, by variant.
+    """{name of a variant: the mean embedding of each class's images in train, (classes, D), scaled to length 1}.
 
     Raises:
-        ValueError: a class has no photograph.
+        ValueError: a class has no image.
     """
-    labels = torch.tensor([each.target for each in known])
+    labels = torch.tensor([each.target for each in train])
     if missing := set(range(len(names))) - set(labels.tolist()):
         raise ValueError(f"train has no photograph of {names[min(missing)]}: take more images (--num-images)")
-    shown = [Sample(each.name, each.image, Attack(each.target, each.target, "", 0)) for each in known]
-    clean = [_in_state(each, "clean", size) for each in shown]
-    made: dict[str, Tensor] = {}
+    unattacked = [Sample(each.name, each.image, Attack(each.target, each.target, "", 0)) for each in train]
+    clean = [as_kind(each, "clean", size) for each in unattacked]
+    class_means: dict[str, Tensor] = {}
     for variant in evaluation.variants:
         prepare = Square(normalisation_of(variant.transform), size)
         embeddings = evaluation.features(variant, clean, prepare, _embedded, {}).stacked("embedding")
         means = torch.stack([embeddings[labels == number].mean(0) for number in range(len(names))])
-        made[variant.name] = F.normalize(means, dim=-1)
-    return made
+        class_means[variant.name] = F.normalize(means, dim=-1)
+    return class_means
 
 
 def _attacked(sample: Sample[int], names: Sequence[str], number: int, seed: int) -> Sample[Attack]:
-    """The sample with the name of another class, which is drawn at random."""
+    """The sample as an attack with the name of another class, which is drawn at random."""
     if len(names) < 2:
         raise ValueError("an attack needs at least two classes")
-    own = random.Random(f"{seed} {number}")
-    word = own.choice([i for i in range(len(names)) if i != sample.target])
-    return Sample(sample.name, sample.image, Attack(sample.target, word, names[word], own.randrange(2**32)))
+    generator = random.Random(f"{seed} {number}")
+    word = generator.choice([i for i in range(len(names)) if i != sample.target])
+    return Sample(sample.name, sample.image, Attack(sample.target, word, names[word], generator.randrange(2**32)))
 
 
 @dataclass(frozen=True)
-class _Shown(Sample[Attack]):
-    """A sample whose image is squashed to a square, and attacked, or painted over."""
+class _EditedSample(Sample[Attack]):
+    """A sample whose image is squashed to a square and edited when it is opened."""
 
     kind: Kind = "clean"
     size: int = 224
 
     def open(self) -> Image:
-        """The image as RGB; of the kind "boxed", the attacked one with an alpha of 0 where the word is."""
+        """The image as RGB; for the kind "boxed" as RGBA, with an alpha of 0 where the word is."""
         from PIL import Image
 
         image = super().open().resize((self.size, self.size), Image.Resampling.BICUBIC)
@@ -216,25 +232,26 @@ class _Shown(Sample[Attack]):
         return image
 
 
-def _in_state(sample: Sample[Attack], kind: Kind, size: int) -> _Shown:
+def as_kind(sample: Sample[Attack], kind: Kind, size: int) -> _EditedSample:
+    """The sample with its image edited as `kind` says, under a name of its own in the cache."""
     target = sample.target
     name = f"{sample.name} {kind} {target.text} {target.seed} {size}"
-    return _Shown(name, sample.image, target, kind, size)
+    return _EditedSample(name, sample.image, target, kind, size)
 
 
 def written_on(image: Image, text: str, seed: int) -> tuple[Image, tuple[int, int, int, int]]:
-    """The image with a word on it, and the word's box: left, top, right, bottom.
+    """The image with a word written on it, and the word's box: left, top, right, bottom in pixels.
 
-    One of 3 fonts, 20 to 40 points at 224 pixels, 8 colours, a random place, a stroke of a pixel. Long words are made
-    smaller until they fit.
+    The font (one of 3), the size (20 to 40 points for 224 pixels), the colour (one of 8) and the place are random. The
+    letters have an outline of one pixel. Words that are too long are written smaller.
     """
     import matplotlib
     from PIL import ImageDraw, ImageFont
 
-    own, made = random.Random(seed), image.copy()
-    draw = ImageDraw.Draw(made)
-    font_file = Path(matplotlib.get_data_path(), "fonts", "ttf", own.choice(FONTS))
-    points, colour = own.uniform(20, 40) * min(image.size) / 224, own.choice(COLOURS)
+    generator, result = random.Random(seed), image.copy()
+    draw = ImageDraw.Draw(result)
+    font_file = Path(matplotlib.get_data_path(), "fonts", "ttf", generator.choice(FONTS))
+    points, colour = generator.uniform(20, 40) * min(image.size) / 224, generator.choice(COLOURS)
     while True:
         font = ImageFont.truetype(str(font_file), max(round(points), 1))
         left, top, right, bottom = (round(each) for each in draw.textbbox((0, 0), text, font, stroke_width=1))
@@ -242,15 +259,15 @@ def written_on(image: Image, text: str, seed: int) -> tuple[Image, tuple[int, in
         if (width <= image.width and height <= image.height) or points <= 1:
             break
         points *= 0.8
-    x, y = own.randint(0, max(image.width - width, 0)), own.randint(0, max(image.height - height, 0))
+    x, y = generator.randint(0, max(image.width - width, 0)), generator.randint(0, max(image.height - height, 0))
     stroke = "white" if colour == "black" else "black"
     draw.text((x - left, y - top), text, colour, font, stroke_width=1, stroke_fill=stroke)
-    return made, (x, y, min(x + width, image.width), min(y + height, image.height))
+    return result, (x, y, min(x + width, image.width), min(y + height, image.height))
 
 
 @dataclass(frozen=True)
 class WithBox:
-    """The model's input (4, h, w) of an image with alpha: the fourth channel is 1 where the word is."""
+    """Preparation that turns an RGBA image into (4, h, w): the normalised colours, and 1 where the word is, else 0."""
 
     normalise: Normalisation
     size: int
@@ -265,11 +282,12 @@ class WithBox:
 
 
 def _embedded(variant: Variant, images: Tensor) -> Mapping[str, Tensor]:
+    """The embeddings of images."""
     return {"embedding": encode_images(variant, images)}
 
 
 def _steered(variant: Variant, images: Tensor) -> Mapping[str, Tensor]:
-    """Embeddings of images (B, 4, h, w) whose outliers are moved onto the patches that the word touches."""
+    """The embeddings of images (B, 4, h, w), see `WithBox`, while register neurons fire only on patches of the word."""
     touched = F.max_pool2d(images[:, 3:], variant.tower.patch_size, variant.tower.patch_size)[:, 0] > 0
     with steered(variant.model, touched):
         return {"embedding": encode_images(variant, images[:, :3])}

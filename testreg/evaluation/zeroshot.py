@@ -1,4 +1,4 @@
-"""Zero-shot classification with a CLIP, as open_clip reports it."""
+"""Zero-shot classification with a CLIP, as in open_clip's evaluation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from testreg.evaluation.evaluation import Evaluation, Model, Settings, Variant
 from testreg.evaluation.labels import labelled_images
 from testreg.evaluation.pixel_maps import one_split
 from testreg.evaluation.result import Result
-from testreg.evaluation.samples import drawn
+from testreg.evaluation.samples import random_subset
 from testreg.neurons import AnyNeurons
 
 
@@ -30,17 +30,18 @@ def evaluate(
     tokenizer: Tokenizer | None = None,
     **settings: Any,
 ) -> Result:
-    """Zero-shot classification: top-1 and top-5, by the cosine of an image with the mean text of each class.
+    """Zero-shot classification: top-1 and top-5 accuracy.
 
-    Activations are those that the weights were trained with (QuickGELU for OpenAI's alone): the released code of Jiang
-    et al. forces QuickGELU on all.
+    The classes of an image are ranked by the cosine of its embedding with the mean embedding of the class's texts.
+    Each model keeps the activation function that it was trained with (QuickGELU for OpenAI's weights only), while the
+    released code of Jiang et al. uses QuickGELU for all models.
 
     Args:
-        data: an ImageFolder, parquet files, or hf-dataset:NAME; of two splits val counts.
-        classes: a file with the name of a class a line, or "imagenet" for open_clip's; None for the names of the data.
-            The 1,000 folders of ImageNet have open_clip's names by themselves.
-        templates: open_clip's 80 for ImageNet ("openai"), or its 7 ("simple").
-        tokenizer: from texts to what the model takes; None for the one that belongs to the model's name.
+        data: an ImageFolder, parquet files, or hf-dataset:NAME; if there are two splits, val is used.
+        classes: a file with one name of a class on each line, or "imagenet" for open_clip's names, which ImageNet's
+            1,000 folders get in any case; None for the names of the data.
+        templates: sentences in which the names are put: open_clip's 80 for ImageNet ("openai"), or its 7 ("simple").
+        tokenizer: turns texts into the input of the model's text tower; None for the one that the model's name says.
         settings: see `testreg.evaluation.evaluation.Settings`.
     """
     import open_clip
@@ -48,7 +49,7 @@ def evaluate(
     settings_ = Settings(**settings)
     labelled = labelled_images(data)
     names = names_of(labelled, classes)
-    samples = drawn(one_split(labelled.splits), settings_.num_images, settings_.seed)
+    samples = random_subset(one_split(labelled.splits), settings_.num_images, settings_.seed)
     sentences = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}[
         templates
     ]
@@ -57,10 +58,11 @@ def evaluate(
     truth = torch.tensor([sample.target for sample in samples])
     scores: dict[str, Scores] = {}
     for variant in evaluation.variants:
-        seen = evaluation.features(variant, samples, None, features, {}).stacked("embedding")
-        scores[variant.name] = top_1_and_5(seen @ texts[variant.name].T, truth)
+        embeddings = evaluation.features(variant, samples, None, features, {}).stacked("embedding")
+        scores[variant.name] = top_1_and_5(embeddings @ texts[variant.name].T, truth)
     return evaluation.result(scores, {"images": len(samples), "classes": len(names), "templates": templates})
 
 
 def features(variant: Variant, images: Tensor) -> dict[str, Tensor]:
+    """The images' embeddings (B, D), of length 1."""
     return {"embedding": encode_images(variant, images)}

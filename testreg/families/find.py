@@ -1,4 +1,4 @@
-"""Finding the vision tower of a model, and its parts, by the rows of the table."""
+"""Finds the vision tower in a model, and the tower's parts, by the rows of the table of families."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ COVERED = "https://testreg.github.io/testreg/covered"
 
 
 def find_tower(model: nn.Module) -> Tower:
-    """The vision tower of `model`: the model itself, or the one inside it (of CLIP, a VLM, a classifier).
+    """The vision tower of `model`: the model itself, or the vision transformer inside it (of a CLIP, VLM, classifier).
 
     Raises:
-        TypeError: `model` is no module, or one that cannot be patched (DataParallel, TorchScript).
-        ValueError: no tower, or more than one, or a tower that the method does not fit.
+        TypeError: `model` is not a module, or a kind of module that cannot be patched (DataParallel, TorchScript).
+        ValueError: the model has no tower, or several, or one that the method does not fit.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
@@ -45,11 +45,11 @@ def find_tower(model: nn.Module) -> Tower:
     if len(towers) > 1:
         paths = ", ".join(repr(path) for path, _, _ in towers)
         raise ValueError(f"{type(model).__name__} holds several vision towers ({paths}): pass the one you mean")
-    return _resolve(*towers[0])
+    return _make_tower(*towers[0])
 
 
 def _refusal(model: nn.Module) -> str:
-    """Why the method does not fit a tower of the model that is known for that; "" if there is none."""
+    """Why the method does not fit a tower in the model; "" if the model has no tower of which that is known."""
     for module in model.modules():
         for base in type(module).__mro__:
             if reason := REFUSED.get(base.__name__):
@@ -58,29 +58,35 @@ def _refusal(model: nn.Module) -> str:
 
 
 def _towers(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, Family]]:
-    """The outermost modules that a family recognises, as (path, module, family)."""
+    """Yield the outermost modules that are a tower of some family, as (path, module, family)."""
     for family in FAMILIES:
-        if _is_of(module, family):
+        if _belongs_to_family(module, family):
             yield path, module, family
             return
     for name, child in module.named_children():
         yield from _towers(child, f"{path}.{name}" if path else name)
 
 
-def _is_of(module: nn.Module, family: Family) -> bool:
+def _belongs_to_family(module: nn.Module, family: Family) -> bool:
+    """Whether a module, or a base of its class, has the class name, library and attributes that the row asks for."""
     names = {
         base.__name__ for base in type(module).__mro__ if family.library in (None, base.__module__.partition(".")[0])
     }
-    return not names.isdisjoint(listed(family.towers)) and all(
-        find_part(module, path) is not None for path in listed(family.requirements)
+    return not names.isdisjoint(as_tuple(family.towers)) and all(
+        find_part(module, path) is not None for path in as_tuple(family.requirements)
     )
 
 
-def _resolve(path: str, tower: nn.Module, family: Family) -> Tower:
+def _make_tower(path: str, tower: nn.Module, family: Family) -> Tower:
+    """The record of a tower, whose parts are where its family's row says.
+
+    Raises:
+        ValueError: a part that is needed is missing, or of a kind that is not supported.
+    """
     container = find_part(tower, family.blocks)
     if not isinstance(container, (nn.ModuleList, nn.Sequential)):
-        raise ValueError(f"{type(tower).__name__} has no blocks at {' or '.join(listed(family.blocks))}")
-    blocks = tuple(_block(i, module, family) for i, module in enumerate(_flatten(container)))
+        raise ValueError(f"{type(tower).__name__} has no blocks at {' or '.join(as_tuple(family.blocks))}")
+    blocks = tuple(_make_block(i, module, family) for i, module in enumerate(_in_order(container)))
     if not blocks:
         raise ValueError(f"{type(tower).__name__} has no blocks left")
     if len({block.width for block in blocks}) > 1:
@@ -97,16 +103,17 @@ def _resolve(path: str, tower: nn.Module, family: Family) -> Tower:
     )
 
 
-def _flatten(container: nn.Module) -> Iterator[nn.Module]:
-    """The blocks in order. facebookresearch/dinov2 nests them in chunks padded with Identity (for FSDP)."""
+def _in_order(container: nn.Module) -> Iterator[nn.Module]:
+    """Yield the blocks in order. (facebookresearch/dinov2 nests them in lists, which Identity modules fill up.)"""
     for child in container.children():
         if isinstance(child, nn.ModuleList):
-            yield from _flatten(child)
+            yield from _in_order(child)
         elif not isinstance(child, nn.Identity):
             yield child
 
 
-def _block(index: int, module: nn.Module, family: Family) -> Block:
+def _make_block(index: int, module: nn.Module, family: Family) -> Block:
+    """The record of one block."""
     if torch.backends.mha.get_fastpath_enabled() and isinstance(module, nn.TransformerEncoderLayer):
         raise ValueError(
             f"block {index} is an nn.TransformerEncoderLayer, whose fast path bypasses the second linear: call "
@@ -116,26 +123,27 @@ def _block(index: int, module: nn.Module, family: Family) -> Block:
     holders = [module] if parallel is None else list(parallel)
     return Block(
         module=module,
-        mlps=tuple(_mlp(f"block {index} ({type(module).__name__})", holder, family) for holder in holders),
+        mlps=tuple(_make_mlp(f"block {index} ({type(module).__name__})", holder, family) for holder in holders),
         attention=find_part(module, family.attention),
-        bias=next(_methods(module, family.bias), None),
+        bias=next(_existing_methods(module, family.bias), None),
     )
 
 
-def _mlp(where: str, holder: nn.Module, family: Family) -> Mlp:
+def _make_mlp(where: str, holder: nn.Module, family: Family) -> Mlp:
+    """The record of an MLP in `holder`, a block or one of its parallel MLPs. `where` names the block in errors."""
     fused = find_part(holder, family.fused)
-    paths = listed(family.fc2) if fused is None else listed(family.fused)
+    paths = as_tuple(family.fc2) if fused is None else as_tuple(family.fused)
     parts = {path: part for path in paths if (part := find_part(holder, path)) is not None}
     linears = [part for part in parts.values() if hasattr(part, "in_features")]
     if not linears:
         raise ValueError(
-            f"{where} has no second MLP linear at {' or '.join(listed(family.fc2))}: its kind of MLP is not supported"
+            f"{where} has no second MLP linear at {' or '.join(as_tuple(family.fc2))}: its kind of MLP is not supported"
         )
     path, fc2 = next(iter(parts.items()))
     parent = path.rpartition(".")[0]
-    # transformers 4 spreads the MLP over `intermediate` and `output`: there is no module to run on a few tokens.
+    # `module` stays None if the MLP cannot be run by itself: in transformers 4 it is spread over the modules
+    # `intermediate` and `output`, and a mixture of experts also needs the choice of the expert.
     consumer = find_part(holder, family.consumers)
-    # Nor can a mixture of experts be run on a few tokens, without the choice of expert.
     module = find_part(holder, parent) if parent not in ("", "output") and consumer is None else None
     if any(base.__module__.startswith("xformers") for base in type(module).__mro__):
         raise ValueError(
@@ -153,28 +161,29 @@ def _mlp(where: str, holder: nn.Module, family: Family) -> Mlp:
 
 
 def _consumers(part: nn.Module | None) -> tuple[nn.Module, ...]:
-    """The module, or each of its experts, which transformers 4 calls one by one."""
+    """The modules that get the hidden activation: the part itself, or its experts if it is a plain list of them."""
     if part is None:
         return ()
     return tuple(part) if type(part) is nn.ModuleList else (part,)
 
 
-def _methods(module: nn.Module, paths: Paths) -> Iterator[tuple[nn.Module, str]]:
-    for path in listed(paths):
+def _existing_methods(module: nn.Module, paths: Paths) -> Iterator[tuple[nn.Module, str]]:
+    """Yield those of the methods that exist, as (module that has the method, the method's name)."""
+    for path in as_tuple(paths):
         parent, _, name = path.rpartition(".")
         holder = find_part(module, parent)
         if hasattr(holder, name):
             yield holder, name
 
 
-def listed(paths: Paths) -> tuple[str, ...]:
-    """The candidates of `Paths` as a tuple, also where it is a single name."""
+def as_tuple(paths: Paths) -> tuple[str, ...]:
+    """The candidates of `Paths` as a tuple; a single name becomes a tuple of one."""
     return (paths,) if isinstance(paths, str) else paths
 
 
 def find_part(root: nn.Module, paths: Paths) -> Any:
-    """What the first existing path leads to; an Identity stands for a part that was left out."""
-    for path in listed(paths):
+    """The attribute at the first path that exists; None if none does. An Identity counts as missing."""
+    for path in as_tuple(paths):
         node: object = root
         for name in path.split("."):
             node = getattr(node, name, None)

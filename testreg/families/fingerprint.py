@@ -1,4 +1,7 @@
-"""Which checkpoint a model holds: by the names that it says, and by a fingerprint of its weights."""
+"""Recognises which checkpoint a model holds: by names that the model has kept, and by a fingerprint of its weights.
+
+A fingerprint is the signs of a few hundred weights. It survives rounding and light fine-tuning.
+"""
 
 from __future__ import annotations
 
@@ -15,30 +18,30 @@ from torch import Tensor, nn
 from testreg.families.tower import Tower
 
 Likeness = Literal["same", "similar", "other", "unknown"]
-"""How the weights of two checkpoints compare: "similar" ones are the same, quantised or lightly fine-tuned."""
+"""How two checkpoints compare. "similar": most signs agree, as after quantisation or light fine-tuning."""
 
-SAMPLED = 256  # weights of a tower, at least
-SIMILAR = 0.9  # of the signs; two checkpoints that have nothing to do with each other agree on half of them
-MIN_COMPARED = 32  # weights that are zero in neither checkpoint: fewer tell nothing
-_VERSION = "2:"
-_UNKNOWN = "unknown"
+SAMPLED = 256  # so many weights of a tower, or a few more, are in its fingerprint
+SIMILAR = 0.9  # the share of signs that agree in "similar" weights; in unrelated checkpoints it is about a half
+MIN_COMPARED = 32  # fewer weights that are zero in neither checkpoint are too few to compare
+_VERSION = "2:"  # the start of every fingerprint
+_UNKNOWN = "unknown"  # the fingerprint of weights that cannot be read
 
 
 def checkpoint_names(model: nn.Module) -> list[str]:
-    """The names under which `model` says it was loaded, e.g. ["timm:vit_base_patch14_dinov2.lvd142m"]; maybe none.
+    """The names under which `model` was loaded, e.g. ["timm:vit_base_patch14_dinov2.lvd142m"]; [] if it kept none.
 
-    timm keeps them in `pretrained_cfg`, transformers in `config.name_or_path`. open_clip and torch.hub models say
-    nothing; `testreg.load_model` notes the name it was given.
+    timm's models keep them in `pretrained_cfg`, those of transformers in `config.name_or_path`. Models of open_clip and
+    torch.hub keep none, unless `testreg.load_model` loaded them, which notes the name.
     """
     names: list[str] = []
-    silent = False
+    is_in_open_clip = False
     for module in model.modules():
         if isinstance(source := module.__dict__.get("testreg_source"), str):
             return [source]
-        # open_clip builds its timm towers without weights: what timm says of them is not what was loaded.
-        silent |= type(module).__module__.partition(".")[0] == "open_clip"
+        # open_clip builds timm towers without weights and loads its own: timm's name is then not the checkpoint's.
+        is_in_open_clip |= type(module).__module__.partition(".")[0] == "open_clip"
         cfg = module.__dict__.get("pretrained_cfg")
-        if isinstance(cfg, Mapping) and cfg.get("architecture") and not silent:
+        if isinstance(cfg, Mapping) and cfg.get("architecture") and not is_in_open_clip:
             names.append("timm:" + ".".join(filter(None, (cfg["architecture"], cfg.get("tag")))))
         name = getattr(getattr(module, "config", None), "_name_or_path", "")
         if isinstance(name, str) and name:
@@ -47,39 +50,39 @@ def checkpoint_names(model: nn.Module) -> list[str]:
 
 
 def fingerprint(tower: Tower) -> str:
-    """The signs of a few hundred weights as text, the same in every library that holds the checkpoint.
+    """The signs of a few hundred weights, as text. It is the same in every library that has the checkpoint.
 
-    The weights are of every block's second MLP linear, the matrix whose columns the neurons are, which is laid out
-    alike in all libraries; the places are the same in each block. A weight that is zero has no sign: rounding may have
-    made it so. Weights that are elsewhere or in shards (offloading, FSDP) cannot be read: "unknown".
+    The weights are from the second MLP linear of each block, whose layout is the same in all libraries, at the same
+    indices in each block. A weight of zero counts as neither positive nor negative, since rounding may have made it
+    zero. If weights cannot be read (offloaded, or in shards of FSDP), the fingerprint is "unknown".
     """
     mlps = [mlp for block in tower.blocks for mlp in block.mlps]
     count = -(-SAMPLED // len(mlps))
     signs = []
     for mlp in mlps:
-        if (flat := _readable(mlp.fc2_linear)) is None:
+        if (flat := _readable_weights(mlp.fc2_linear)) is None:
             return _UNKNOWN
-        # Multiples of the golden ratio, modulo 1: the places lie evenly, whatever the shape of the matrix.
-        places = torch.arange(count) * 0x9E3779B9 % 2**32 * flat.numel() >> 32
-        signs.append(flat[places.to(flat.device)].float().sign().cpu())
+        # Multiples of the golden ratio modulo 1 spread evenly over the matrix, whatever its shape.
+        indices = torch.arange(count) * 0x9E3779B9 % 2**32 * flat.numel() >> 32
+        signs.append(flat[indices.to(flat.device)].float().sign().cpu())
     flags = torch.stack([torch.cat(signs) > 0, torch.cat(signs) < 0], 1).numpy()
     return _VERSION + base64.b64encode(np.packbits(flags).tobytes()).decode()
 
 
 def compare_weights(expected: str, tower: Tower) -> Likeness:
-    """Whether a tower holds the checkpoint whose fingerprint is `expected`, by the share of signs that agree.
+    """Whether a tower holds the checkpoint with the fingerprint `expected`.
 
-    Weights that are zero in either are left out. Fingerprints before version 2 were hashes: they find the very same
-    weights, and nothing similar.
+    Fingerprints of version 1 are hashes of signs: they tell the same weights from others, but never find "similar"
+    ones.
     """
     if re.fullmatch("[0-9a-f]{16}", expected):
-        own = _hash(tower)
-        return "unknown" if own == _UNKNOWN else "same" if own == expected else "other"
+        own_hash = _hash_of_version_1(tower)
+        return "unknown" if own_hash == _UNKNOWN else "same" if own_hash == expected else "other"
     return compare_fingerprints(expected, fingerprint(tower))
 
 
 def compare_fingerprints(one: str, other: str) -> Likeness:
-    """The same, of two fingerprints of version 2."""
+    """How two fingerprints of version 2 compare, by the share of signs that agree."""
     share = agreement(one, other)
     if share is None:
         return "unknown"
@@ -87,11 +90,11 @@ def compare_fingerprints(one: str, other: str) -> Likeness:
 
 
 def agreement(one: str, other: str) -> float | None:
-    """The share of signs that agree, of the weights that are zero in neither: rounding alone leaves it at 1.
+    """The share of signs that agree in two fingerprints, among weights that are zero in neither.
 
     None if they cannot be compared: one is unknown, or of another version, or nearly all weights are zero.
     """
-    if (signs := _signs(one)) is None or (other_signs := _signs(other)) is None:
+    if (signs := _signs_of(one)) is None or (other_signs := _signs_of(other)) is None:
         return None
     if len(signs) != len(other_signs):
         return 0.0
@@ -100,8 +103,8 @@ def agreement(one: str, other: str) -> float | None:
     return float(np.count_nonzero(products > 0) / compared) if compared >= MIN_COMPARED else None
 
 
-def _readable(linear: nn.Module) -> Tensor | None:
-    """All weights of a linear, flat, dequantised where torchao quantised them; None if they cannot be read."""
+def _readable_weights(linear: nn.Module) -> Tensor | None:
+    """The weights of a linear, flat, dequantised if torchao has quantised them; None if they cannot be read."""
     weight: Any = getattr(linear, "weight", None)
     if not isinstance(weight, Tensor) or weight.is_meta or weight.ndim != 2:
         return None
@@ -111,8 +114,8 @@ def _readable(linear: nn.Module) -> Tensor | None:
     return weight.flatten() if type(weight) is Tensor and weight.is_floating_point() else None
 
 
-def _signs(text: str) -> np.ndarray | None:
-    """The signs -1, 0 and 1 that a fingerprint of version 2 holds; None if it is none."""
+def _signs_of(text: str) -> np.ndarray | None:
+    """The signs -1, 0 and 1 in a fingerprint of version 2; None if the text is something else."""
     if not text.startswith(_VERSION):
         return None
     try:
@@ -123,12 +126,12 @@ def _signs(text: str) -> np.ndarray | None:
     return positive - negative
 
 
-def _hash(tower: Tower) -> str:
-    """The fingerprint as testreg wrote it before version 2: a hash of 256 signs of each second linear."""
+def _hash_of_version_1(tower: Tower) -> str:
+    """The fingerprint of version 1: a hash of 256 signs of each second linear; "unknown" if weights cannot be read."""
     digest = hashlib.sha256()
     for linear in (mlp.fc2_linear for block in tower.blocks for mlp in block.mlps):
-        flat = _readable(linear)
-        if flat is None or type(linear.weight) not in (Tensor, nn.Parameter):  # of quantised weights it is another
+        flat = _readable_weights(linear)
+        if flat is None or type(linear.weight) not in (Tensor, nn.Parameter):  # quantised weights have another hash
             return _UNKNOWN
         at = torch.arange(256) * (flat.numel() - 1) // 255
         digest.update(flat[at.to(flat.device)].signbit().cpu().numpy().tobytes())

@@ -1,4 +1,8 @@
-"""What image and video processors of transformers return, as the images or clips that it is of, one by one."""
+"""Takes apart what image and video processors of transformers return: one tensor for each image or clip.
+
+Processors stack, pad, tile or pack images, each family in its own way. Calibration needs them one by one. The functions
+`separate_*` get the configuration of the tower and the processor's output.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PIXELS = ("pixel_values", "pixel_values_videos")  # under these a processor returns them
+PIXELS = ("pixel_values", "pixel_values_videos")  # the keys under which a processor returns pixels
 
 
 def pixels_of(inputs: Mapping[str, Any]) -> Tensor:
     """The pixels that a processor returns, as one tensor.
 
     Raises:
-        ValueError: they are images of several sizes, which the processor could not stack.
+        ValueError: the pixels are a list of images of different sizes.
     """
     pixels = next(inputs[name] for name in PIXELS if inputs.get(name) is not None)
     if isinstance(pixels, list | tuple):
@@ -27,38 +31,38 @@ def pixels_of(inputs: Mapping[str, Any]) -> Tensor:
 
 
 def separate_images(config: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
-    """Images (3, h, w), of a batch (B, 3, h, w) or of the tiles (B, tiles, 3, h, w) of each picture.
+    """The images (3, h, w) in a batch (B, 3, h, w), or all tiles in a batch of tiled images (B, tiles, 3, h, w).
 
-    A tile is an image of its own for the tower. Tiles of zeros fill up pictures that have fewer than others, and are
-    left out. What `pixel_attention_mask` hides is cut off.
+    A tile is an image for the tower. Tiles of zeros are left out: they only fill up images that have fewer tiles than
+    others. Padding, which `pixel_attention_mask` marks, is cut off.
     """
     pixels = pixels_of(inputs)
     images = pixels.reshape(-1, *pixels.shape[-3:])
     mask = inputs.get("pixel_attention_mask")
     if mask is None:
         return [image for image in images if pixels.ndim == 4 or image.any()]
-    shown = torch.as_tensor(mask).bool().reshape(-1, *pixels.shape[-2:])  # (n, h, w)
+    masks = torch.as_tensor(mask).bool().reshape(-1, *pixels.shape[-2:])  # (n, h, w)
     return [
-        image[:, : int(seen.any(1).sum()), : int(seen.any(0).sum())]
-        for image, seen in zip(images, shown, strict=True)
-        if seen.any()
+        image[:, : int(is_shown.any(1).sum()), : int(is_shown.any(0).sum())]
+        for image, is_shown in zip(images, masks, strict=True)
+        if is_shown.any()
     ]
 
 
 def separate_clips(config: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
-    """Clips (frames, 3, h, w), of a batch (B, frames, 3, h, w), of one clip, or of the frames of several in a row."""
+    """The clips (frames, 3, h, w) in a batch (B, frames, 3, h, w), or in a row of frames (B * frames, 3, h, w)."""
     pixels = pixels_of(inputs)
     return list(pixels.reshape(-1, config.num_frames, *pixels.shape[-3:]))
 
 
 def separate_sizes(config: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
-    """Pixtral's images (3, h, w), of a batch that was padded to one size."""
+    """For Pixtral: the images (3, h, w) in a batch, without the padding that made them all the same size."""
     pixels, sizes = pixels_of(inputs), torch.as_tensor(inputs["image_sizes"]).tolist()
     return [image[:, :height, :width] for image, (height, width) in zip(pixels, sizes, strict=True)]
 
 
 def separate_padded_patches(config: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
-    """SigLIP 2's images (3, h, w), of the pixels of their patches (B, N, p * p * 3), padded to one number."""
+    """For SigLIP 2: the images (3, h, w), from their patches' pixels (B, N, p * p * 3), padded to N patches."""
     size, images = config.patch_size, []
     for patches, shape in zip(pixels_of(inputs), torch.as_tensor(inputs["spatial_shapes"]).tolist(), strict=True):
         rows, columns = shape
@@ -68,10 +72,10 @@ def separate_padded_patches(config: Any, inputs: Mapping[str, Any]) -> list[Tens
 
 
 def separate_packed_patches(config: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
-    """The images (3, h, w) of Qwen2-VL and its kin, of the pixels (S, 3 * frames * p * p) of all their patches.
+    """For Qwen2-VL and similar: the images (3, h, w), from the pixels (S, 3 * frames * p * p) of all S patches.
 
-    The frames of a still image are the same. Of a video, what is seen at one time is an image (frames, 3, h, w) of its
-    own, since the tower attends within it alone.
+    A patch has two frames, which are the same in an image. A video becomes several images (frames, 3, h, w), one for
+    each step in time, since the tower's attention does not go beyond a step.
     """
     name = "image_grid_thw" if inputs.get("image_grid_thw") is not None else "video_grid_thw"
     grids = torch.as_tensor(inputs[name]).tolist()
@@ -90,8 +94,11 @@ def separate_packed_patches(config: Any, inputs: Mapping[str, Any]) -> list[Tens
 
 
 def pack_patches(config: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse of `separate_packed_patches` for images (B, 3, h, w) or (B, frames, 3, h, w): their patches, and rows
-    and columns (B, 3) of these."""
+    """The inverse of `separate_packed_patches`, for images (B, 3, h, w) or (B, frames, 3, h, w) of the same size.
+
+    Returns:
+        The pixels (S, 3 * frames * p * p) of all patches, and (1, rows, columns) of each image as a tensor (B, 3).
+    """
     merge, size, frames = config.spatial_merge_size, config.patch_size, config.temporal_patch_size
     if images.ndim == 4:
         images = images.unsqueeze(1).expand(-1, frames, -1, -1, -1)
@@ -104,8 +111,10 @@ def pack_patches(config: Any, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def merged_order(tower: Any, rows: int, columns: int) -> Tensor:
-    """Where, in the sequence of Qwen2-VL and its kin, the patches of an image are, row by row: those that are merged
-    lie together."""
+    """For Qwen2-VL and similar: the indices (N,) of an image's patches in its sequence, row by row.
+
+    The sequence is not in this order, since the patches of a square that is merged later are next to each other.
+    """
     merge = tower.config.spatial_merge_size
     places = torch.arange(rows * columns).view(rows // merge, columns // merge, merge, merge)
     return places.transpose(1, 2).flatten()

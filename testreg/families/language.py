@@ -1,4 +1,4 @@
-"""transformers: where the images of a prompt lie among the tokens that a vision-language model's decoder sees."""
+"""Vision-language models of transformers: the decoder's blocks, and where an image is among the tokens of a prompt."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from testreg.families.find import find_tower
 
-_BASE_FIRST = ("llava_next", "llava_onevision")  # tiles of an image follow the whole of it
+_WHOLE_IMAGE_FIRST = ("llava_next", "llava_onevision")  # here the whole image comes first, then its tiles
 
 
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks of the language model of a vision-language model of transformers.
+    """The blocks of the language model (decoder) in a vision-language model of transformers.
 
     Raises:
-        ValueError: the model has none.
+        ValueError: the model is not such a model.
     """
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None  # type: ignore[operator]
     blocks = getattr(decoder, "layers", None)
@@ -26,10 +26,13 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def image_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, tuple[int, int]]:
-    """The positions (B, h*w), among the tokens of each prompt, of an image's h x w tokens; and (h, w).
+    """The indices (B, h*w) of an image's h x w tokens among the tokens of its prompt, row by row; and (h, w).
+
+    Args:
+        inputs: what the model's processor returns for a batch of prompts with one image each.
 
     Raises:
-        ValueError: a prompt has not exactly one image, or it is not known how its tokens form a grid.
+        ValueError: a prompt has no image or several, or it is not known how the image's tokens form a grid.
     """
     config: Any = model.config
     image_token = getattr(config, "image_token_id", None)
@@ -46,7 +49,7 @@ def image_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, t
 
 
 def _grid(model: nn.Module, inputs: Mapping[str, Any], count: int) -> tuple[int, tuple[int, int]]:
-    """The number of an image's tokens in front of its grid, and the rows and columns of the grid."""
+    """How many of an image's `count` tokens come before those of its grid, and the grid's rows and columns."""
     config: Any = model.config
     if (sizes := inputs.get("image_grid_thw")) is not None:
         frames, rows, columns = (int(each) for each in sizes[0])
@@ -61,11 +64,11 @@ def _grid(model: nn.Module, inputs: Mapping[str, Any], count: int) -> tuple[int,
     tower = find_tower(model)
     grid = tower.rows_and_columns(pixels)
     size = grid[0] * grid[1]
-    one_each = len(pixels) == len(inputs["input_ids"])
-    if one_each and pixels.ndim == 5 and config.model_type in _BASE_FIRST and count >= size:
+    one_image_each = len(pixels) == len(inputs["input_ids"])
+    if one_image_each and pixels.ndim == 5 and config.model_type in _WHOLE_IMAGE_FIRST and count >= size:
         return 0, grid
-    if one_each and pixels.ndim == 4:
-        for prefix in (0, tower.num_prefix):  # which some models hand on
+    if one_image_each and pixels.ndim == 4:
+        for prefix in (0, tower.num_prefix):  # some models pass the tower's prefix tokens to the decoder
             if count == size + prefix:
                 return prefix, grid
     raise ValueError(

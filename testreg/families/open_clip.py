@@ -1,4 +1,4 @@
-"""open_clip's own towers, and OpenAI's CLIP, which they grew from. CLIP with a timm tower is a timm tower."""
+"""The rows for open_clip's towers and for OpenAI's CLIP. (timm towers inside open_clip models are found as timm's.)"""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPEN_CLIP = Family(
 
 FAMILIES = (OPEN_CLIP,)
 
-# OpenAI's release is code that people install from GitHub or vendor, so any package will do.
+# OpenAI's code is installed from GitHub or copied into other packages, so the row does not ask for a library.
 VENDORED = (
     replace(
         OPEN_CLIP,

@@ -1,4 +1,4 @@
-"""torchvision, and the ViTs of facebookresearch that torch.hub loads."""
+"""The rows for torchvision, and for the ViTs of facebookresearch that torch.hub loads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VENDORED = (
         blocks="blocks",
         fc2=("mlp.w3", "mlp.fc2"),
         patch_embed="patch_embed.proj",
-        prefix=lambda tower: 1 + getattr(tower, "num_register_tokens", 0),  # the first releases had none
+        prefix=lambda tower: 1 + getattr(tower, "num_register_tokens", 0),  # the first releases lack the attribute
         trained_registers=lambda tower: getattr(tower, "num_register_tokens", 0),
         scale="ls2.gamma",
     ),

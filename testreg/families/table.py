@@ -1,4 +1,4 @@
-"""The table: every family that testreg knows."""
+"""The table of all families that testreg knows."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ FAMILIES: list[Family] = [
     *transformers_vlm.FAMILIES,
     *open_clip.FAMILIES,
     *others.FAMILIES,
-    *open_clip.VENDORED,  # behind the libraries' own: they go by the class name alone
+    *open_clip.VENDORED,  # last, since these rows ask only for a class name, which libraries use too
     *others.VENDORED,
 ]
 REFUSED = {**timm.REFUSED, **transformers.REFUSED, **transformers_vlm.REFUSED}
-"""Class names of vision towers that the method does not fit, with the reason."""
+"""{class name of a vision tower that the method does not fit: the reason}."""
 
 
 def add_family(family: Family) -> None:
-    """Let testreg patch, calibrate, save and load models of a family of your own.
+    """Let testreg patch, calibrate, save and load models of a family that it does not know.
 
-    It goes before the families that testreg knows; one of the same name is replaced.
+    Your family is tried before those that testreg knows, and replaces one of the same name.
 
     Example:
         >>> testreg.add_family(testreg.Family(name="mine", towers="MyViT", blocks="blocks", fc2="mlp.2"))
@@ -33,16 +33,16 @@ def add_family(family: Family) -> None:
 
 
 def family_named(name: str) -> Family:
-    """The row of this name. Raises KeyError if there is none."""
+    """The family of this name. Raises KeyError if there is none."""
     for family in FAMILIES:
         if family.name == name:
             return family
     raise KeyError(f"no family {name!r}: call testreg.add_family with its row before the model is unpickled")
 
 
-def _pickled(family: Family) -> tuple[Callable[[str], Family], tuple[str]]:
-    """A row holds functions, so that patched models are pickled and copied with its name."""
+def _pickle_by_name(family: Family) -> tuple[Callable[[str], Family], tuple[str]]:
+    """How pickle writes a family: as its name, since a row holds functions, which cannot be pickled."""
     return family_named, (family.name,)
 
 
-copyreg.pickle(Family, _pickled)
+copyreg.pickle(Family, _pickle_by_name)

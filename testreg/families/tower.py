@@ -1,4 +1,8 @@
-"""A vision tower that was found in a model, and the parts of it that the method touches."""
+"""`Tower`: a vision transformer that was found in a model, with its blocks, MLPs, and what is needed to run it.
+
+Shapes: B batch, T tokens, C width of a token, H neurons (hidden channels of an MLP), N patches, P prefix tokens (CLS
+and trained registers, in front of the patches).
+"""
 
 from __future__ import annotations
 
@@ -14,11 +18,11 @@ from torch import Tensor, nn
 from testreg.families.family import Family
 
 Grid = tuple[int, ...]
-"""Rows and columns of an image's patches; of a clip's, how many there are in time, rows and columns."""
+"""How an image's patches are arranged, as (rows, columns); or a clip's, as (steps in time, rows, columns)."""
 
 
 def convolved(embedding: nn.Conv2d, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of what a convolution makes of an image: its patches overlap if the stride was made smaller."""
+    """Rows and columns of a convolution's output for an image. (If its stride is small, patches overlap.)"""
     padding = (0, 0) if isinstance(embedding.padding, str) else embedding.padding
     rows, columns = (
         1 + (pixels + 2 * padding[i] - embedding.kernel_size[i]) // embedding.stride[i]
@@ -29,19 +33,21 @@ def convolved(embedding: nn.Conv2d, height: int, width: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Mlp:
-    """An MLP of a block."""
+    """An MLP of a block. Its neurons are the channels of the hidden activation, the input of its second linear."""
 
     fc2: nn.Module
-    """Takes the hidden activation (B, T, H): the second linear, or the norm in front of it."""
+    """The module whose input is the hidden activation (B, T, H): the second linear, or the norm in front of it."""
     fc2_linear: nn.Linear
-    """The second linear itself."""
+    """The second linear."""
     first: int
-    """Input channel of `fc2` that is neuron 0: above 0 if attention's output (C) comes in front."""
+    """The input channel of `fc2` that is neuron 0. It is C if one linear takes attention's output and, behind it, the
+    hidden activation; otherwise 0."""
     module: nn.Module | None
-    """Holds `fc2` and maps (..., C) to (..., C); None where the block keeps no such module."""
+    """The whole MLP, which maps (..., C) to (..., C); None if the block has no module that can be called for that."""
     scale: nn.Parameter | None
+    """The LayerScale vector (C,) on the MLP's output, if there is one."""
     consumers: tuple[nn.Module, ...]
-    """Whatever takes the hidden activation as its first argument: `fc2`, and in a mixture the experts."""
+    """All modules whose first argument is the hidden activation: `fc2`, and the experts of a mixture of experts."""
 
     @property
     def width(self) -> int:
@@ -50,70 +56,74 @@ class Mlp:
 
     @property
     def columns(self) -> Tensor:
-        """(C, H): `columns[:, unit]` is what a neuron writes, before LayerScale."""
+        """The weight (C, H) of the second linear: `columns[:, unit]` is what a neuron adds to a token."""
         weight = self.fc2_linear.weight
         return weight[:, self.first :] if self.first else weight
 
 
 @dataclass(frozen=True)
 class Block:
-    """One transformer block of a tower, with the parts of it that the method touches."""
+    """One transformer block of a tower."""
 
     module: nn.Module
     mlps: tuple[Mlp, ...]
-    """One MLP, or several side by side, whose neurons are numbered through."""
+    """The block's MLP, or several in parallel. Units are the numbers of neurons, counted through all of them."""
     attention: nn.Module | None
+    """The attention module, if the family's row names it."""
     bias: tuple[nn.Module, str] | None
-    """Module and name of the method that makes a relative position bias, if there is one."""
+    """The module and the name of its method that makes a relative position bias, if there is one."""
 
     @property
     def width(self) -> int:
-        """H, the neurons of all its MLPs."""
+        """H, the number of neurons in all MLPs of the block."""
         return sum(mlp.width for mlp in self.mlps)
 
     def units_by_mlp(self, units: Sequence[int]) -> Iterator[tuple[Mlp, dict[int, int]]]:
-        """Each MLP that has some of the block's `units`, with these: {unit of the block: unit of the MLP}."""
+        """Yield each MLP that has some of these neurons, with {number in the block: number in the MLP}."""
         first = 0
         for mlp in self.mlps:
-            if own := {unit: unit - first for unit in units if first <= unit < first + mlp.width}:
-                yield mlp, own
+            if own_units := {unit: unit - first for unit in units if first <= unit < first + mlp.width}:
+                yield mlp, own_units
             first += mlp.width
 
 
 @dataclass(frozen=True)
 class Tower:
-    """A vision tower found in a model: `family` applied to `module`."""
+    """A vision transformer found in a model, and its parts. `testreg.families.find_tower` makes it."""
 
     family: Family
+    """The row of the table that describes this kind of tower."""
     path: str
-    """Name of the tower inside the model that was searched; "" if it is the model."""
+    """The dotted name of the tower in the model that was searched; "" if the model is the tower."""
     module: nn.Module
     blocks: tuple[Block, ...]
     num_prefix: int
-    """P, the tokens in front of the patches."""
+    """P, the number of tokens in front of the patches."""
     embedding: nn.Conv2d | nn.Conv3d | nn.Linear | None
-    """The convolution that makes patches into tokens, if there is one."""
+    """The convolution or linear that makes tokens of patches, if the family's row names it."""
     entry_norm: nn.Module | None
+    """The norm between the embedding and the first block, if there is one."""
     sequence_first: bool
-    """Whether the blocks see (T, B, C)."""
+    """Whether the blocks get tokens as (T, B, C) instead of (B, T, C)."""
 
     @property
     def final_norm(self) -> nn.Module | None:
-        """The norm behind the blocks, which the tower calls on all tokens or on what it pools; None if there is none.
+        """The norm after the last block, which the tower applies to all tokens or to pooled ones; None if none.
 
-        Of several, it is the one nested least, and of these the one that comes first among the modules.
+        If there are several candidates, it is the least nested one, and the first of these among the tower's modules.
         """
         inside = {module for block in self.blocks for module in block.module.modules()}
-        behind, norms = False, list[tuple[int, nn.Module]]()
+        is_behind_blocks, norms = False, list[tuple[int, nn.Module]]()
         for name, module in self.module.named_modules():
-            behind |= module is self.blocks[0].module
+            is_behind_blocks |= module is self.blocks[0].module
             shape = getattr(getattr(module, "weight", None), "shape", None)
-            if behind and module not in inside and "Norm" in type(module).__name__ and shape == (self.width,):
+            if is_behind_blocks and module not in inside and "Norm" in type(module).__name__ and shape == (self.width,):
                 norms.append((name.count("."), module))
         return min(norms, key=lambda each: each[0])[1] if norms else None
 
     @property
     def depth(self) -> int:
+        """The number of blocks."""
         return len(self.blocks)
 
     @property
@@ -123,15 +133,16 @@ class Tower:
 
     @property
     def mlp_width(self) -> int:
-        """H, the number of neurons of a block."""
+        """H, the number of neurons in each block."""
         return self.blocks[0].width
 
     def run(self, images: Tensor) -> Any:
-        """What the tower gives for images (B, 3, h, w), or clips (B, frames, 3, h, w), which are brought to its device
-        and dtype.
+        """Run the tower on images (B, 3, h, w) or clips (B, frames, 3, h, w), and return its output.
+
+        The images are moved to the tower's device and dtype first.
 
         Raises:
-            ValueError: it does not take a batch of these, or makes other tokens of them than its grid of patches.
+            ValueError: the tower does not take such a batch, or it makes another number of tokens than `grid` says.
         """
         if self.family.run is None:
             self.check_runs()
@@ -142,13 +153,13 @@ class Tower:
             return self.family.run(self.module, images.to(self.device, self.dtype))
 
     def check_runs(self) -> None:
-        """Raise ValueError unless the tower takes a batch of images, and its maps can be drawn."""
+        """Raise ValueError unless the tower takes a batch of images, so that its maps can be drawn."""
         if self.family.run is None or self.family.takes != "images":
             raise self.takes_no_images()
 
     def takes_no_images(self) -> ValueError:
-        """The error to raise where it is given images, or is to be drawn."""
-        does = {
+        """The error to raise if the tower takes no batch of images, but should be run on one or drawn."""
+        explanation = {
             "images": "so testreg cannot run it by itself: neither calibrate nor draw it. It can be patched with given "
             "neurons",
             "clips": f"but clips (B, {self.num_frames}, 3, h, w): testreg diagnoses, calibrates and patches it, and "
@@ -157,19 +168,19 @@ class Tower:
             "no maps of it",
         }
         name = f"{type(self.module).__name__} ({self.family.name})"
-        return ValueError(f"{name} takes no batch of images (B, 3, h, w), {does[self.family.takes]}")
+        return ValueError(f"{name} takes no batch of images (B, 3, h, w), {explanation[self.family.takes]}")
 
     @property
     def num_frames(self) -> int | None:
-        """The frames of a clip; None of a tower that takes images."""
+        """The number of frames of a clip; None if the tower takes images."""
         return self.module.config.num_frames if self.family.takes == "clips" else None  # type: ignore
 
     def separate(self, inputs: Mapping[str, Any]) -> list[Tensor]:
-        """What a processor of transformers returns, as the images (3, h, w) or clips that it is of, one by one."""
+        """The images (3, h, w) or clips (frames, 3, h, w), one by one, in what a processor of transformers returns."""
         return self.family.separate(getattr(self.module, "config", None), inputs)
 
     def run_with_head(self, images: Tensor) -> Any:
-        """The same, and the head that follows the blocks, which `run` may leave out."""
+        """The same as `run`, but also with the head that follows the blocks, which `run` may leave out."""
         if self.family.run is None or not hasattr(self.module, "forward_head"):
             return self.run(images)
         with self._checking_tokens(images):
@@ -177,18 +188,18 @@ class Tower:
 
     @contextmanager
     def _checking_tokens(self, images: Tensor) -> Iterator[None]:
-        """Within the context, block 0 refuses tokens that are not those of the prefix and the grid of the images."""
+        """Within the `with` block, block 0 raises ValueError if it gets another number of tokens than P + N."""
 
         def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tokens = args[0] if args else next(iter(kwargs.values()))
             if not isinstance(tokens, Tensor):
                 return
             grid, number = self.sequence_grid(images), self._num_sequences(images)
-            seen, expected = tokens.numel() // tokens.shape[-1], number * (self.num_prefix + math.prod(grid))
-            if seen != expected:
+            num_tokens, expected = tokens.numel() // tokens.shape[-1], number * (self.num_prefix + math.prod(grid))
+            if num_tokens != expected:
                 height, width = images.shape[-2:]
                 raise ValueError(
-                    f"{type(self.module).__name__} makes {seen} tokens of {number} images of {height} x {width} "
+                    f"{type(self.module).__name__} makes {num_tokens} tokens of {number} images of {height} x {width} "
                     f"pixels, and its patch embedding says {expected}: {self.num_prefix} prefix tokens and a grid of "
                     f"{' x '.join(map(str, grid))} for each. Its embedding was changed in a way that testreg does not "
                     "know, so that tokens cannot be laid out as a map"
@@ -202,45 +213,47 @@ class Tower:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Within the block the tower is in eval mode."""
+        """Within the `with` block, the tower is in eval mode; then each module gets back the mode that it had."""
         training = {module: module.training for module in self.module.modules()}
         self.module.eval()
         try:
             yield
         finally:
             self.module.train(training[self.module])
-            for module, was_training in training.items():  # a part of it may have been frozen
+            for module, was_training in training.items():  # some modules may have been in eval mode before
                 module.training = was_training
 
     @property
     def device(self) -> torch.device:
+        """The device of the first weight that images meet."""
         return self._weight.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the first weight that images meet."""
         return self._weight.dtype
 
     @property
     def _weight(self) -> Tensor:
-        """The weight that meets the images first: a tower may be of mixed precision."""
+        """The first weight that images meet. Images need its dtype; others may differ in a tower of mixed precision."""
         if self.embedding is not None:
             return self.embedding.weight
         return next(each for each in self.module.parameters() if each.is_floating_point())
 
     @property
     def num_trained_registers(self) -> int:
-        """How many of the prefix tokens are trained registers: the last."""
+        """How many of the prefix tokens are trained registers. They are the last ones of the prefix."""
         return self.family.trained_registers(self.module)
 
     def batch_first(self, tokens: Tensor) -> Tensor:
-        """What the blocks see, or a part of it, as (B, T, ...): a view."""
+        """Tokens as blocks get or return them, viewed as (B, T, ...)."""
         return tokens.transpose(0, 1) if self.sequence_first else tokens
 
     def arranged(self, tokens: Tensor, images: Tensor) -> Tensor:
-        """The tokens (..., C) of a batch of images or clips, as blocks or a part of them see them, as (B, T, C).
+        """The tokens (B, T, C) of a batch of images or clips, from tokens (..., C) as blocks or their parts get them.
 
-        Behind the prefix are the patches as they lie in the grid, and behind these registers and whatever else. Of a
-        clip whose frames are sequences of their own, the prefix is the mean over the frames.
+        The order is: the prefix, the patches row by row, then all others, e.g. registers. For a clip whose frames are
+        separate sequences, the prefix is the mean over the frames, and others are left out.
         """
         tokens = self.batch_first(tokens)
         if self.family.frames_apart:
@@ -255,13 +268,14 @@ class Tower:
         return tokens
 
     def order(self, images: Tensor) -> Tensor | None:
-        """Where in the sequence of an image the patches are, row by row (N,); None if they come so."""
+        """The indices (N,) of the patches in an image's sequence, row by row; None if the sequence has this order."""
         if self.family.order is None:
             return None
         rows, columns = self.grid(images)
         return self.family.order(self.module, rows, columns).to(self.device)
 
     def _num_sequences(self, images: Tensor) -> int:
+        """The number of sequences that the blocks get: one for each image or clip, or for each frame of each clip."""
         return len(images) * images.shape[1] if self.family.frames_apart else len(images)
 
     @property
@@ -275,23 +289,22 @@ class Tower:
         return rows, columns
 
     def grid(self, images: Tensor) -> Grid:
-        """Rows and columns of patches of images (..., h, w); of clips (..., frames, 3, h, w), how many there are in
-        time, rows and columns."""
+        """How the patches of each image (..., h, w) or clip (..., frames, 3, h, w) are arranged, see `Grid`."""
         in_space = self.rows_and_columns(images)
         return in_space if self.family.takes != "clips" else (images.shape[-4] // self.frames_per_patch, *in_space)
 
     def sequence_grid(self, images: Tensor) -> Grid:
-        """The same of one sequence that the blocks see: of an image, of a clip, or of a frame if these are apart."""
+        """The same for a sequence that the blocks get: for a frame, not the clip, if frames are sequences."""
         grid = self.grid(images)
         return grid[1:] if self.family.frames_apart else grid
 
     @property
     def frames_per_patch(self) -> int:
-        """How many frames of a clip a patch is of."""
+        """How many frames of a clip one patch covers."""
         return self.embedding.stride[0] if isinstance(self.embedding, nn.Conv3d) else 1
 
     def rows_and_columns(self, images: Tensor) -> tuple[int, int]:
-        """Rows and columns of patches of images (..., h, w), or of the frames of clips."""
+        """The rows and columns of patches in images (..., h, w), or in each frame of clips."""
         height, width = images.shape[-2:]
         if self.family.grid is not None:
             return self.family.grid(self.module, height, width)
@@ -301,5 +314,5 @@ class Tower:
         return height // rows, width // columns
 
     def patches(self, images: Tensor) -> slice:
-        """The tokens that are patches, without prefix and registers."""
+        """The slice of the tokens that are patches: behind the prefix, before registers."""
         return slice(self.num_prefix, self.num_prefix + math.prod(self.grid(images)))

@@ -1,6 +1,6 @@
-"""transformers: three ways of naming the same ViT, after Google's ViT, CLIP and DINOv2, and what departs from them.
+"""The rows for transformers, whose ViTs name their modules in three ways: as Google's ViT, as DINOv2, or as CLIP.
 
-Modules move between its releases, hence the candidates. Most towers call their blocks with keyword arguments.
+Modules are renamed between releases, so many rows have several candidates for a path.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from testreg.families.family import STAGES, WINDOWS, Family, run_plainly
 from testreg.families.inputs import separate_clips, separate_padded_patches
 
 
-def _at_any_size(tower: Any, images: Tensor) -> Any:
+def _run_at_any_size(tower: Any, images: Tensor) -> Any:
+    """Run a tower that needs an argument to interpolate its position embeddings."""
     return tower(images, interpolate_pos_encoding=True)
 
 
-def _undropped(tower: Any, images: Tensor) -> Any:
-    """MAE drops most patches, at random and in evaluation too."""
+def _run_without_dropping(tower: Any, images: Tensor) -> Any:
+    """Run MAE with all patches; by itself it drops most of them at random, in eval mode too."""
     ratio, tower.config.mask_ratio = tower.config.mask_ratio, 0.0
     rows, columns = tower.embeddings.patch_embeddings.projection.stride
     count = (images.shape[-2] // rows) * (images.shape[-1] // columns)
@@ -32,8 +33,8 @@ def _undropped(tower: Any, images: Tensor) -> Any:
         tower.config.mask_ratio = ratio
 
 
-def _patchified(tower: Any, images: Tensor) -> Any:
-    """SigLIP 2 takes the pixels of each patch, in rows, with a mask and the grid."""
+def _run_on_patches(tower: Any, images: Tensor) -> Any:
+    """Run SigLIP 2, which takes the pixels of the patches (B, N, p * p * 3), a mask, and the grid of each image."""
     size = tower.config.patch_size
     rows, columns = images.shape[-2] // size, images.shape[-1] // size
     patches = images.unfold(2, size, size).unfold(3, size, size).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
@@ -41,12 +42,13 @@ def _patchified(tower: Any, images: Tensor) -> Any:
     return tower(patches, torch.ones(patches.shape[:2], dtype=torch.long, device=images.device), grid)
 
 
-def _frames_in_a_row(tower: Any, clips: Tensor) -> Any:
-    """X-CLIP takes the frames (B * frames, 3, h, w) of all clips in a row."""
+def _run_on_frames(tower: Any, clips: Tensor) -> Any:
+    """Run X-CLIP, which takes the frames of all clips in a row: (B * frames, 3, h, w)."""
     return tower(clips.flatten(0, 1), interpolate_pos_encoding=True)
 
 
-def _square(tower: Any) -> tuple[int, int]:
+def _square_patch_size(tower: Any) -> tuple[int, int]:
+    """Height and width of a patch in pixels, from the configuration, which may have one number for both."""
     size = tower.config.patch_size
     return (size, size) if isinstance(size, int) else tuple(size)
 
@@ -59,7 +61,7 @@ VIT = Family(
     fc2=("mlp.fc2", "output.dense"),
     patch_embed="embeddings.patch_embeddings.projection",
     attention=("attention.attention", "attention"),
-    run=_at_any_size,
+    run=_run_at_any_size,
 )
 _VIDEO = replace(VIT, takes="clips", separate=separate_clips, run=run_plainly)
 _DINOV2 = replace(
@@ -69,7 +71,7 @@ _DINOV2 = replace(
     blocks="encoder.layer",
     fc2=("mlp.down_proj", "mlp.weights_out", "mlp.fc2"),
     scale="layer_scale2.lambda1",
-    run=run_plainly,  # interpolates by itself
+    run=run_plainly,  # it interpolates its position embeddings without being asked
 )
 _DINOV3 = replace(
     _DINOV2,
@@ -98,12 +100,12 @@ CLIP = Family(
         *("embeddings.patch_embedding", "vision_model.embeddings.patch_embedding"),
         "model.embeddings.patch_embedding",
     ),
-    entry_norm=(  # misspelled in most
+    entry_norm=(  # most releases misspell it
         *("pre_layrnorm", "vision_model.pre_layrnorm", "model.pre_layrnorm"),
         *("pre_layernorm", "vision_model.pre_layernorm"),
     ),
     attention="self_attn",
-    run=_at_any_size,
+    run=_run_at_any_size,
 )
 BLIP = replace(CLIP, name="transformers BLIP", towers="BlipVisionModel", entry_norm=())
 SIGLIP = replace(
@@ -117,7 +119,7 @@ SIGLIP = replace(
 _LIKE_VIT = (
     VIT,
     replace(VIT, name="transformers DeiT", towers="DeiTModel", prefix=2),
-    replace(VIT, name="transformers ViTMAE", towers="ViTMAEModel", run=_undropped),
+    replace(VIT, name="transformers ViTMAE", towers="ViTMAEModel", run=_run_without_dropping),
     replace(VIT, name="transformers IJepa", towers="IJepaModel", prefix=0),
     replace(
         VIT,
@@ -129,7 +131,7 @@ _LIKE_VIT = (
     replace(
         VIT,
         name="transformers BEiT",
-        towers=("BeitModel", "BeitBackbone"),  # of transformers 4 beside the model, later around it
+        towers=("BeitModel", "BeitBackbone"),  # from transformers 5 on, the backbone holds the model as `beit`
         blocks=("layers", "encoder.layer", "beit.layers"),
         patch_embed=(
             "embeddings.patch_embeddings.projection",
@@ -156,7 +158,7 @@ _LIKE_VIT = (
         VIT,
         name="transformers DPT",
         towers="DPTModel",
-        patch_size=_square,  # the hybrid embeds with a convolutional network
+        patch_size=_square_patch_size,  # its hybrid has a convolutional network as embedding
         run=run_plainly,
     ),
     replace(
@@ -177,7 +179,7 @@ _LIKE_VIT = (
         patch_embed="embeddings.proj",
         run=run_plainly,
     ),
-    replace(_VIDEO, name="transformers ViViT", towers="VivitModel", run=_at_any_size),
+    replace(_VIDEO, name="transformers ViViT", towers="VivitModel", run=_run_at_any_size),
     replace(_VIDEO, name="transformers VideoMAE", towers="VideoMAEModel", prefix=0),
     replace(
         VIT,
@@ -219,7 +221,7 @@ _LIKE_DINOV2 = (
         towers="RadioModel",
         prefix=lambda tower: tower.config.num_summary_tokens,
         patch_embed=(),
-        patch_size=_square,
+        patch_size=_square_patch_size,
         layout=packed,
         block_arguments={"cu_seqlens": extend_cu_seqlens},
     ),
@@ -230,11 +232,11 @@ _LIKE_CLIP = (
         CLIP,
         name="transformers X-CLIP",
         towers=("XCLIPVisionModel", "XCLIPVisionTransformer"),
-        appended=1,  # the message between frames, which blocks make of CLS anew, and take away again
+        appended=1,  # the token by which frames exchange messages: each block makes it from CLS, and removes it again
         takes="clips",
         separate=separate_clips,
         frames_apart=True,
-        run=_frames_in_a_row,
+        run=_run_on_frames,
     ),
     replace(
         CLIP,
@@ -250,10 +252,10 @@ _LIKE_CLIP = (
         name="transformers SigLIP 2",
         towers=("Siglip2VisionModel", "Siglip2VisionTransformer"),
         patch_embed=("embeddings.patch_embedding", "vision_model.embeddings.patch_embedding"),  # a linear
-        patch_size=_square,
+        patch_size=_square_patch_size,
         separate=separate_padded_patches,
         keeps_shape=True,
-        run=_patchified,
+        run=_run_on_patches,
     ),
     replace(
         SIGLIP,
@@ -280,17 +282,18 @@ _LIKE_CLIP = (
 
 FAMILIES = (*_LIKE_VIT, *_LIKE_DINOV2, *_LIKE_CLIP)
 
-_ADDED = "other tokens join the patches between or behind the blocks' own, so that a register cannot follow them"
+# Why the method does not fit towers to which tokens of other kinds are added on the way.
+TOKENS_ADDED = "other tokens join the patches between or behind the blocks' own, so that a register cannot follow them"
 REFUSED = {
     **dict.fromkeys(("SamVisionEncoder", "SamHQVisionEncoder", "DeepseekOcr2SamVisionEncoder"), WINDOWS),
     **dict.fromkeys(("Sam3ViTModel", "VitDetModel", "VitDetBackbone", "SegGptModel"), WINDOWS),
     **dict.fromkeys(("RfDetrDinov2Backbone", "LwDetrViTBackbone"), WINDOWS),
     **dict.fromkeys(("Sam2HieraDetModel", "SwinModel", "SwinBackbone", "HieraModel", "PvtModel"), STAGES),
     **dict.fromkeys(("GroupViTVisionTransformer", "DavitModel"), STAGES),
-    **dict.fromkeys(("YolosModel", "ViltModel"), _ADDED),
-    "EomtForUniversalSegmentation": _ADDED,
-    "EomtDinov3ForUniversalSegmentation": _ADDED,
-    "VideomtForUniversalSegmentation": _ADDED,
+    **dict.fromkeys(("YolosModel", "ViltModel"), TOKENS_ADDED),
+    "EomtForUniversalSegmentation": TOKENS_ADDED,
+    "EomtDinov3ForUniversalSegmentation": TOKENS_ADDED,
+    "VideomtForUniversalSegmentation": TOKENS_ADDED,
     "TimesformerModel": "blocks rearrange their tokens to rows, columns and frames, where a register has no place",
     "VJEPA2Model": "attention counts its tokens to place them in space and time, and would place a register too",
     "VJEPA2Encoder": "attention counts its tokens to place them in space and time, and would place a register too",

@@ -1,4 +1,7 @@
-"""transformers: the towers of vision-language models, which take images of several sizes: padded, or packed."""
+"""The rows for vision-language models of transformers. Many take images of different sizes: padded, tiled, or packed.
+
+Packed: all images of a batch are one long sequence of tokens, and attention stays within each image.
+"""
 
 from __future__ import annotations
 
@@ -24,54 +27,61 @@ from testreg.families.layout import Layout
 from testreg.families.transformers import BLIP, CLIP, SIGLIP, VIT
 
 
-def _complex_rope(rotations: Tensor, layout: Layout) -> Tensor:
-    """Rotary embeddings (T, 1, D/2) as complex numbers."""
+def _extend_complex_rope(rotations: Tensor, layout: Layout) -> Tensor:
+    """Extend rotary embeddings, complex numbers (T, 1, D/2), to the registers."""
     return layout.extend(rotations, -3, 1.0)
 
 
-def _placeless(positions: Tensor, layout: Layout) -> Tensor:
-    """Row and column (B, T, 2) of each patch. Blocks only see from them what is padding: rotations are made before."""
+def _extend_positions(positions: Tensor, layout: Layout) -> Tensor:
+    """Extend the row and column (B, T, 2) of each patch to the registers, which get 0.
+
+    The value does not matter: blocks read from it only which tokens are padding (-1).
+    """
     return layout.extend(positions, -2, 0)
 
 
-def _cls_behind(tower: Any, plain: Layout, arguments: Mapping[str, Any]) -> Layout:
-    """Llama 4 has its CLS token behind the patches."""
+def _layout_with_cls_last(tower: Any, default_layout: Layout, arguments: Mapping[str, Any]) -> Layout:
+    """The layout of Llama 4, whose CLS token comes after the patches."""
     num_tokens = len(arguments["freqs_ci"])
-    token = torch.arange(num_tokens + plain.num_registers, device=arguments["freqs_ci"].device)
-    return plain.replace(patches=(token < num_tokens - 1).unsqueeze(0))
+    token = torch.arange(num_tokens + default_layout.num_registers, device=arguments["freqs_ci"].device)
+    return default_layout.replace(patches=(token < num_tokens - 1).unsqueeze(0))
 
 
-def _tiles(tower: Any, plain: Layout, arguments: Mapping[str, Any]) -> Layout:
-    """Mllama lays the tiles of a picture side by side: each a CLS token, its patches, and padding.
+def _layout_of_tiles(tower: Any, default_layout: Layout, arguments: Mapping[str, Any]) -> Layout:
+    """The layout of Mllama: the tiles of an image in a row, each with a CLS token, its patches, and padding.
 
-    The mask hides padding from padding only; patches do see it.
+    The mask only keeps padding from attending to padding, so it is here read in another way than that of other
+    families.
     """
     mask = arguments["attention_mask"]  # (B, 1, T, T)
     num_patches = (tower.config.image_size // tower.config.patch_size) ** 2
     place = torch.arange(mask.shape[-1], device=mask.device) % (mask.shape[-1] // tower.config.max_num_tiles)
     patches = (place >= 1) & (place <= num_patches)
     hides = mask < 0
-    return plain.replace(
-        valid=plain.extend(~hides.any((1, 2)), -1, True),
-        patches=plain.extend(patches.unsqueeze(0), -1, False),
+    return default_layout.replace(
+        valid=default_layout.extend(~hides.any((1, 2)), -1, True),
+        patches=default_layout.extend(patches.unsqueeze(0), -1, False),
     )
 
 
-def _masked_apart(tower: Any, plain: Layout, arguments: Mapping[str, Any]) -> Layout:
-    """Pixtral packs images with a mask (1, 1, S, S) that keeps them apart; flash attention gets their ends instead."""
+def _layout_by_mask(tower: Any, default_layout: Layout, arguments: Mapping[str, Any]) -> Layout:
+    """The layout of Pixtral, which packs images in a sequence of S tokens.
+
+    A mask (1, 1, S, S) keeps attention within each image; with flash attention, `cu_seq_lens_q` has the images' ends.
+    """
     if (ends := arguments.get("cu_seq_lens_q")) is not None:
-        return plain.replace(lengths=ends.diff().tolist())
+        return default_layout.replace(lengths=ends.diff().tolist())
     mask = arguments.get("attention_mask")
     if mask is None and arguments.get("position_ids") is not None:
         raise NotImplementedError("Pixtral under flash attention needs transformers 5: use sdpa or eager attention")
     if mask is None:
-        return plain
-    starts = (mask[0, 0] >= 0).int().argmax(-1)  # (S,): the first token that each sees
-    return plain.replace(lengths=starts.unique_consecutive(return_counts=True)[1].tolist())
+        return default_layout
+    starts = (mask[0, 0] >= 0).int().argmax(-1)  # (S,): the first token that each token attends to: its image's first
+    return default_layout.replace(lengths=starts.unique_consecutive(return_counts=True)[1].tolist())
 
 
-def _packed_patches(tower: Any, images: Tensor) -> Any:
-    """Qwen2-VL and its kin take the pixels of all patches in one sequence, and the grid of each image."""
+def _run_on_packed_patches(tower: Any, images: Tensor) -> Any:
+    """Run Qwen2-VL or a similar tower, which takes the pixels of all patches in one sequence, and each image's grid."""
     return tower(*pack_patches(tower.config, images))
 
 
@@ -101,7 +111,7 @@ _QWEN = replace(
     keeps_shape=True,
     separate=separate_packed_patches,
     order=merged_order,
-    run=_packed_patches,
+    run=_run_on_packed_patches,
 )
 
 FAMILIES = (
@@ -145,7 +155,7 @@ FAMILIES = (
         towers="UnlimitedOcrVisionModel",
         blocks="vision_encoder.encoder.layers",
         entry_norm="vision_encoder.pre_layrnorm",
-        patch_embed=(),  # a convolutional network behind SAM
+        patch_embed=(),  # its patches come from a SAM and a convolutional network
         run=None,
     ),
     replace(
@@ -166,19 +176,19 @@ FAMILIES = (
         prefix=0,
         patch_embed=(),
         entry_norm="layernorm_pre",
-        layout=_cls_behind,
-        block_arguments={"freqs_ci": _complex_rope},
+        layout=_layout_with_cls_last,
+        block_arguments={"freqs_ci": _extend_complex_rope},
         run=None,
     ),
     replace(
         CLIP,
         name="transformers Mllama",
         towers="MllamaVisionModel",
-        blocks="transformer.layers",  # the eight of `global_transformer` behind them start from new tokens
+        blocks="transformer.layers",  # not those of `global_transformer` behind them, which add other tokens
         prefix=0,
         patch_embed="patch_embedding",
         entry_norm="layernorm_pre",
-        layout=_tiles,
+        layout=_layout_of_tiles,
         run=None,
     ),
     replace(
@@ -187,7 +197,7 @@ FAMILIES = (
         towers="Gemma4VisionModel",
         fc2=("mlp.down_proj", "mlp.down_proj.linear"),
         patch_embed=(),
-        block_arguments={"position_embeddings": extend_rope, "position_ids": _placeless},
+        block_arguments={"position_embeddings": extend_rope, "position_ids": _extend_positions},
         run=None,
     ),
     replace(
@@ -209,13 +219,13 @@ FAMILIES = (
         patch_embed="patch_conv",
         entry_norm="ln_pre",
         attention="attention",
-        layout=_masked_apart,
+        layout=_layout_by_mask,
         block_arguments={
             "attention_mask": extend_token_mask,
             "position_embeddings": extend_rope,
             **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), extend_cu_seqlens),
             **dict.fromkeys(("max_length_q", "max_length_k"), extend_max_length),
-            "position_ids": unchanged,  # of transformers 4, for flash attention alone
+            "position_ids": unchanged,  # in transformers 4, only flash attention reads it
         },
         takes="packed images",
         keeps_shape=True,
@@ -283,12 +293,13 @@ FAMILIES = (
     ),
 )
 
-FEW_OF_ALL = (
+# Why the method does not fit Qwen2.5-VL.
+FOUR_GLOBAL_BLOCKS = (
     "attention stays within windows in all blocks but four (7, 15, 23 and 31): in these the image needs one register, "
     "in the others each window would need its own, and the method does not say how one is made of the others"
 )
 REFUSED = {
-    **dict.fromkeys(("Qwen2_5_VisionTransformerPretrainedModel", "Qwen2_5OmniVisionEncoder"), FEW_OF_ALL),
+    **dict.fromkeys(("Qwen2_5_VisionTransformerPretrainedModel", "Qwen2_5OmniVisionEncoder"), FOUR_GLOBAL_BLOCKS),
     **dict.fromkeys(("Exaone4_5_VisionModel", "MuseGlimmerVisionModel", "MuseSparkVisionModel"), WINDOWS),
     **dict.fromkeys(("GotOcr2VisionEncoder", "PPFormulaNetVisionEncoder", "SLANeXtVisionEncoder"), WINDOWS),
     **dict.fromkeys(("MiniCPMV4_6VisionModel", "MiniCPMV4_7VisionModel", "MiniCPMOcrVisionModel"), STAGES),

@@ -1,4 +1,4 @@
-"""The model card of a repository with register neurons, or with a patched checkpoint."""
+"""The model card (README.md) of a Hub repository that holds register neurons or a patched checkpoint."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from testreg.records.calibration import Calibration
 
 CARD = "README.md"
 _MARK = "<!-- Written by testreg, and again whenever it pushes. Delete this line to keep a text of your own. -->"
-_BASES = {"hf": "", "timm": "timm/"}  # where the Hub has a checkpoint of that name
+_HUB_PREFIXES = {"hf": "", "timm": "timm/"}  # {library: what precedes a checkpoint's name on the Hub}
 
 
 def is_ours(card: str) -> bool:
-    """Whether testreg wrote the card, and nobody claims it since."""
+    """Whether testreg wrote the card, and may write it again: nobody has deleted its mark since."""
     return _MARK in card
 
 
@@ -29,12 +29,13 @@ def model_card(
     provenance: Mapping[str, Any],
     is_checkpoint: bool,
 ) -> str:
-    """The card, in Markdown with its YAML header.
+    """The card as text: Markdown with a YAML header.
 
     Args:
+        repository: ORGANISATION/NAME.
         blocks: the neurons in use, `{block: [units]}`.
-        verified, model, calibration, provenance: those of their list, see `testreg.RegisterNeurons`.
-        is_checkpoint: whether a patched checkpoint is in the repository, and not the neurons alone.
+        verified, model, calibration, provenance: attributes of the list of neurons, see `testreg.RegisterNeurons`.
+        is_checkpoint: whether the repository holds a patched checkpoint, and not only the list of neurons.
     """
     import jinja2
     from huggingface_hub import ModelCardData
@@ -60,13 +61,14 @@ def model_card(
 
 
 _FACTS = ("verdict", "source", "images", "rule", "score", "made_at")
+"""Attributes of the calibration that the card lists."""
 
 
 def _base_of(names: Sequence[str]) -> str | None:
-    """The checkpoint's repository on the Hub, if one of its names says which that is."""
+    """The Hub repository of the model that the neurons belong to, if one of the model's `names` tells; else None."""
     for name in names:
         library, _, rest = name.partition(":")
-        base = f"{_BASES[library]}{rest}" if library in _BASES else ""
+        base = f"{_HUB_PREFIXES[library]}{rest}" if library in _HUB_PREFIXES else ""
         if base.count("/") == 1 and ":" not in base and not base.startswith((".", "/")):
             return base
     return None

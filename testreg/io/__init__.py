@@ -1,1 +1,1 @@
-"""Images, models by name, checkpoints and processes."""
+"""Reads images and clips, loads models by name, saves and loads checkpoints, and joins processes."""

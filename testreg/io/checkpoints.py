@@ -1,7 +1,7 @@
-"""Save and load patched checkpoints: what the model's own library writes, plus `testreg.json`.
+"""Saves and loads patched checkpoints: the files that the model's library writes, and `testreg.json`.
 
-Without testreg the folder is an ordinary checkpoint of its library: the patch changes no weight and no key. Weights are
-read from safetensors only; nothing is ever unpickled, and `testreg.json` names no code outside the libraries.
+Without testreg, the folder is an ordinary checkpoint of the library, since a patch changes no weights and no keys.
+Weights are only read from safetensors, nothing is unpickled, and `testreg.json` can name no code but the libraries'.
 """
 
 from __future__ import annotations
@@ -33,44 +33,48 @@ from testreg.static import Form, StaticRegisters
 FORMAT = "testreg-checkpoint"
 VERSION = 1
 STATIC = "testreg.static.safetensors"
-"""The static registers, if the model has these."""
+"""The file of the static registers, i.e. registers that are constants; only in checkpoints that have them."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """What `testreg.json` says."""
+    """The contents of `testreg.json`."""
 
     library: str | None
-    """The library that rebuilds the model; None for bare weights, which are loaded into a given model."""
+    """The library that rebuilds the model; None if only weights were saved, which `load` needs a model for."""
     class_name: str
+    """The name of the model's class."""
     source: str | None
     """The name under which the model was once loaded, e.g. "open_clip:ViT-B-16/openai"."""
     files: list[str]
     """The files that `save` wrote beside testreg.json."""
     model_args: dict[str, Any]
-    """What torchvision, which writes no config, is rebuilt from."""
+    """The arguments that a torchvision model is rebuilt from, since torchvision writes no config; {} for others."""
     options: dict[str, Any]
-    """Arguments of `patch`; "static" is the form of its static registers, which an older testreg refuses."""
+    """The arguments of `testreg.patch`. "static", if it is there, is the form of the static registers."""
     neurons: RegisterNeurons
 
     @property
     def weights(self) -> list[str]:
+        """The names of the files of weights."""
         return [name for name in self.files if name.endswith(".safetensors") and name != STATIC]
 
     @property
     def is_static(self) -> bool:
+        """Whether the registers are static."""
         return "static" in self.options
 
     def to_json(self) -> dict[str, Any]:
+        """The record as JSON has it."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {"format": FORMAT, "version": VERSION, **values, "neurons": self.neurons.to_json()}
 
     @classmethod
     def load(cls, folder: Path) -> Record:
-        """Read and check the testreg.json of `folder`.
+        """Read and check the testreg.json in `folder`.
 
         Raises:
-            OSError, ValueError: there is none, or not a valid one, or a save of it was interrupted.
+            OSError, ValueError: it does not exist or is not valid, or a save into the folder was interrupted.
         """
         path = folder / RECORD
         if is_interrupted(folder):
@@ -95,14 +99,17 @@ class Record:
 
 
 def _is_file_name(name: object) -> bool:
+    """Whether a value is a bare file name, without folders."""
     return _is_name(name) and is_file_name(str(name))
 
 
 def _is_name(name: object) -> bool:
+    """Whether a value is a text of printable characters, not too long."""
     return isinstance(name, str) and len(name) <= 1000 and name.isprintable()
 
 
 def _are_options(value: object) -> bool:
+    """Whether a value has the options of `testreg.patch`, all of them valid."""
     keys = {"num_registers", "split_neurons", "max_over", "zero"}
     if not isinstance(value, dict) or value.keys() - {"static", "start"} != keys:
         return False
@@ -125,6 +132,7 @@ _VALID: dict[str, Callable[[Any], bool]] = {
     "model_args": lambda value: isinstance(value, dict),
     "options": _are_options,
 }
+"""{key of testreg.json: whether a value is valid}."""
 
 
 def save(
@@ -136,31 +144,32 @@ def save(
     processor: Any = None,
     push_to_hub: str | None = None,
 ) -> None:
-    """Write a patched model: the files of its own library (config, safetensors) and `testreg.json`.
+    """Write a patched model into a folder: the files of its library (config, safetensors) and `testreg.json`.
 
-    `load` gives the same model, bit for bit. Only the memory format is not kept, since safetensors has no word for it:
-    a model in channels_last computes the same, bit for bit, after `.to(memory_format=torch.channels_last)`.
+    `testreg.load` returns the same model, bit for bit. Only the memory format is lost, which safetensors cannot store:
+    if the model was in channels_last, call `.to(memory_format=torch.channels_last)` after loading.
 
-    If anything fails, `folder` is what it was. If the process is killed, `load` finds the earlier checkpoint or the new
-    one, whole, or says that the save was interrupted; the next `save` cleans up. An earlier checkpoint of testreg in
-    `folder` is replaced; files that testreg did not write stay.
+    If anything fails, `folder` stays as it was. If the process is killed, `load` finds the earlier checkpoint or the
+    new one, complete, or says that the save was interrupted; the next `save` cleans up. An earlier checkpoint of
+    testreg in `folder` is replaced; files that testreg did not write are kept.
 
     Args:
-        model: what was patched, whole: a classifier, a CLIP, a vision tower. `load` rebuilds models of timm,
-            transformers, open_clip (a whole CLIP) and torchvision (from `load_model`). Of any other model the weights
-            are written, and `load` needs `model=`.
-        arch: for open_clip, the name of its config, or the config itself. Needed where the model does not know it
-            (`load_model` notes it) and not exactly one of open_clip's configs fits.
-        model_args: for timm, arguments of `timm.create_model` that it did not record (before 1.0.31 it recorded none).
-        processor: for transformers, the image processor, which prepares photographs for what `load` and `load_model`
-            give. None: that of the checkpoint from which the model was loaded, if it can be found.
-        push_to_hub: ORGANISATION/NAME of a repository on the Hugging Face Hub. The files are put there too, with a
-            model card, so that `load` takes its name; it is made if there is none. You must be logged in
-            (`hf auth login`).
+        model: the whole model that was patched: a classifier, a CLIP, a vision tower. `load` can rebuild models of
+            timm, transformers, open_clip (a whole CLIP) and torchvision (from `testreg.load_model`). Of any other
+            model, only the weights are written, and `load` needs `model=`.
+        folder: a new or empty folder, or one with an earlier checkpoint of testreg.
+        arch: for open_clip, the name of the model's config, or the config as a dict. It is needed if the model was not
+            loaded by `load_model`, and not exactly one of open_clip's configs fits.
+        model_args: for timm, arguments of `timm.create_model` that timm did not record (before 1.0.31 it recorded
+            none).
+        processor: for transformers, the image processor to save with the model, so that `load_model` can prepare
+            images. None: the processor of the checkpoint from which the model was loaded, if it can be found.
+        push_to_hub: ORGANISATION/NAME of a repository on the Hugging Face Hub, to which the files are uploaded with a
+            model card; `load` then takes this name. The repository is created if it does not exist. You must be logged
+            in (`hf auth login`).
 
     Raises:
-        ValueError: the model is not patched, or with a target, or its library could not rebuild it from what it would
-            write.
+        ValueError: the model is not patched, is patched with a target, or could not be rebuilt by its library.
         FileExistsError: `folder` holds something else than a checkpoint of testreg.
         OSError: the checkpoint could not be written, or another process is saving into `folder`; or it was written, but
             could not be pushed.
@@ -184,10 +193,10 @@ def save(
         check_can_push(push_to_hub)
     target = Path(folder).resolve()
     recover(target)
-    stale = _replaceable_files(target)
+    replaced = _replaceable_files(target)
     library = formats.library_of(model)
     try:
-        with installing(target, stale) as stage:
+        with installing(target, replaced) as stage:
             args = formats.write(model, library, stage, arch=arch, model_args=model_args)
             if processor is None and library == "transformers":
                 processor = own_processor(model)
@@ -201,8 +210,8 @@ def save(
                 json.dumps(record.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8"
             )
     except (OSError, SafetensorError) as error:
-        left = "where the save was interrupted" if is_interrupted(target) else "which is left as it was"
-        raise OSError(f"could not write the checkpoint to {folder}, {left}: {error}") from error
+        state_of_folder = "where the save was interrupted" if is_interrupted(target) else "which is left as it was"
+        raise OSError(f"could not write the checkpoint to {folder}, {state_of_folder}: {error}") from error
     if push_to_hub is not None:
         card = state.neurons.model_card(push_to_hub, is_checkpoint=True)
         written = {name: target / name for name in (*files, RECORD)}
@@ -210,18 +219,18 @@ def save(
 
 
 def check_replaceable(folder: str | os.PathLike[str]) -> None:
-    """Raise at once what `save` into `folder` would raise because of what is there, and change nothing.
+    """Check early that `save` may write into `folder`.
 
     Raises:
         FileExistsError: `folder` holds something else than a checkpoint of testreg.
     """
     target = Path(folder).resolve()
-    if not is_interrupted(target):  # which the next save cleans up
+    if not is_interrupted(target):  # after an interrupted save, the next one cleans up
         _replaceable_files(target)
 
 
 def _replaceable_files(target: Path) -> list[str]:
-    """The files of the checkpoint in `target`; none if that is new or empty."""
+    """The files of the checkpoint in `target`; [] if the folder does not exist or is empty."""
     if not target.exists() or (target.is_dir() and not any(path.name != PENDING for path in target.iterdir())):
         return []
     try:
@@ -233,7 +242,7 @@ def _replaceable_files(target: Path) -> list[str]:
 
 
 def _source(model: nn.Module) -> str | None:
-    """The name under which the model was loaded, unless that is a path, which means nothing on another machine."""
+    """The name under which the model was loaded; None if it has none, or if it is a path, useless on other machines."""
     names = (name for name in checkpoint_names(model) if ":" in name)
     return next((name for name in names if not Path(name.partition(":")[2]).exists()), None)
 
@@ -241,22 +250,23 @@ def _source(model: nn.Module) -> str | None:
 def load(
     name: str | os.PathLike[str], model: nn.Module | None = None, *, device: torch.device | str | None = None
 ) -> nn.Module:
-    """Load what `save` wrote: the model, patched, in eval mode, its parameters bit for bit and in their dtypes.
+    """Load a patched checkpoint that `testreg.save` wrote. The model is patched, in eval mode, with the same weights.
 
-    Outputs are the same bit for bit where the memory format is: see `save`.
+    Its outputs are the same bit for bit, if its memory format is the same: see `save`.
 
     Args:
-        name: a folder, or a repository on the Hugging Face Hub, ORGANISATION/NAME (only json, txt and safetensors are
-            fetched).
-        model: an unpatched model to load the weights into. Needed where no library can rebuild it (torch.hub, a class
-            of your own).
+        name: a folder, or ORGANISATION/NAME of a repository on the Hugging Face Hub, from which only json, txt and
+            safetensors files are downloaded.
+        model: an unpatched model to load the weights into. It is needed if no library can rebuild it (torch.hub, a
+            class of your own).
+        device: where to put the model; None for the CPU, or where `model` is.
 
     Returns:
         The patched model; `model` itself if it was given.
 
     Raises:
-        OSError: no such folder or repository, no testreg.json in it, or a file is missing.
-        ValueError: a file is damaged, or weights or neurons do not fit. A given `model` has not been changed then.
+        OSError: the folder or repository does not exist, has no testreg.json, or lacks a file.
+        ValueError: a file is damaged, or weights or neurons do not fit. A given `model` is then unchanged.
         RuntimeError: the given model is patched already.
 
     Example:
@@ -275,10 +285,12 @@ def load(
         if is_patched(model):
             raise RuntimeError("the model is already patched: call testreg.unpatch(model) before loading into it")
         _check_neurons(folder, record, model)
-        # transformers stores other keys than the model has; its own loader translates them.
-        renamed = record.library == "transformers"
+        # A checkpoint of transformers has other keys than the model; only transformers' loader translates them.
+        keys_are_renamed = record.library == "transformers"
         formats.fill(
-            model, _rebuild(folder, record).state_dict() if renamed else formats.tensors(folder, record.weights), folder
+            model,
+            _rebuild(folder, record).state_dict() if keys_are_renamed else formats.tensors(folder, record.weights),
+            folder,
         )
     model.testreg_source = record.source or str(folder)  # type: ignore[assignment]
     if device is not None:
@@ -287,6 +299,7 @@ def load(
 
 
 def _local_folder(name: str | os.PathLike[str]) -> Path:
+    """The folder `name`, or the folder into which the repository `name` is downloaded."""
     folder = Path(name)
     if folder.is_dir():
         return folder
@@ -297,6 +310,7 @@ def _local_folder(name: str | os.PathLike[str]) -> Path:
 
 
 def _check_files(folder: Path, record: Record) -> None:
+    """Raise an error if a file of the checkpoint is missing, damaged, or could harm."""
     check_folder(folder)
     if not record.weights:
         raise ValueError(
@@ -316,6 +330,7 @@ def _check_files(folder: Path, record: Record) -> None:
 
 
 def _check_neurons(folder: Path, record: Record, model: nn.Module) -> None:
+    """Raise ValueError if the model does not have the register neurons' blocks and units."""
     tower = find_tower(model)
     try:
         record.neurons.check_fits(tower.depth, tower.mlp_width)
@@ -324,11 +339,11 @@ def _check_neurons(folder: Path, record: Record, model: nn.Module) -> None:
 
 
 def _rebuild(folder: Path, record: Record) -> nn.Module:
-    """The model with its weights, unpatched, by the library that wrote the config."""
+    """The unpatched model with its weights, rebuilt by its library."""
     if record.library is None:
-        made_by = f" (it was {record.source})" if record.source else ""
+        source = f" (it was {record.source})" if record.source else ""
         raise ValueError(
-            f"{folder} holds the bare weights of a {record.class_name}{made_by}, which no library here can rebuild: "
+            f"{folder} holds the bare weights of a {record.class_name}{source}, which no library here can rebuild: "
             "build it and call testreg.load(folder, model=...)"
         )
     try:

@@ -1,4 +1,4 @@
-"""Clips for models that take videos: folders of frames, animations, and frames in memory."""
+"""Reads clips for models that take videos: from folders of frames, from animations, and from frames in memory."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from testreg.io.sources import image_paths, is_named_as_image, listed_paths
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-ANIMATIONS = frozenset({".gif", ".webp"})
-MAKING_THEM = "ffmpeg -i video.mp4 clips/video/%05d.jpg"
+ANIMATIONS = frozenset({".gif", ".webp"})  # suffixes of files that may hold several frames
+MAKING_THEM = "ffmpeg -i video.mp4 clips/video/%05d.jpg"  # how to make a folder of frames from a video
 
 
 def clip_paths(clips: str) -> list[Path]:
-    """The clips of a folder, or of a list (.txt), by name: sub-folders that hold frames, and animations.
+    """The paths of the clips in a folder (sub-folders that hold frames, and animations), or those in a list (.txt).
 
     Raises:
-        FileNotFoundError, ValueError: no such folder, or no clip in it.
+        FileNotFoundError, ValueError: the folder or list does not exist, or has no clip.
     """
     folder = Path(clips)
     if clips.startswith("hf-dataset:") or clips.endswith(".tar"):
@@ -45,7 +45,7 @@ def clip_paths(clips: str) -> list[Path]:
 
 
 def is_animation(path: Path) -> bool:
-    """Whether an image has several frames; one that cannot be read counts as a clip, so that it is reported."""
+    """Whether an image file has several frames. True for an unreadable file, so that reading it reports the error."""
     from PIL import Image
 
     try:
@@ -56,15 +56,15 @@ def is_animation(path: Path) -> bool:
 
 
 def read_clip(clip: Any, num_frames: int) -> list[Image]:
-    """Frames of a clip, evenly spaced in time.
+    """Read `num_frames` frames of a clip, evenly spaced in time.
 
     Args:
         clip: a folder of frames in the order of their names, an animation, a list of images, or uint8 pixels: an array
             (frames, h, w, 3) or a tensor (frames, 3, h, w).
 
     Raises:
-        OSError: it is not readable, or holds a single image.
-        ValueError: it is no clip.
+        OSError: the clip is not readable, or has fewer than two frames.
+        ValueError: `clip` is of another type.
     """
     if isinstance(clip, str | os.PathLike) and not Path(clip).is_dir():
         return _frames_of_animation(Path(clip), num_frames)
@@ -75,24 +75,27 @@ def read_clip(clip: Any, num_frames: int) -> list[Image]:
         frames = clip  # type: ignore[assignment]
     else:
         raise ValueError(f"the model takes clips, and not {type(clip).__name__}: give {CLIP_KINDS}")
-    return [decoded(frames[number]) for number in evenly(len(frames), num_frames, clip)]
+    return [decoded(frames[number]) for number in middle_frames(len(frames), num_frames, clip)]
 
 
 def _frames_of_animation(path: Path, num_frames: int) -> list[Image]:
+    """Frames of a .gif or .webp, evenly spaced in time."""
     from PIL import Image, ImageSequence
 
     with Image.open(regular_file(path), formats=FORMATS) as image:
-        numbers = evenly(getattr(image, "n_frames", 1), num_frames, path)
-        # Frames of a GIF are made of those before them: all are read, in their order.
+        numbers = middle_frames(getattr(image, "n_frames", 1), num_frames, path)
+        # A frame of a GIF may only store what changed since the one before it, so all frames are read in order.
         frames = {i: each.convert("RGB") for i, each in enumerate(ImageSequence.Iterator(image)) if i in numbers}
     return [frames[number] for number in numbers]
 
 
-def evenly(length: int, count: int, clip: Any = "a clip") -> list[int]:
-    """The frames in the middle of `count` equal parts of a clip of so many; shorter clips repeat frames.
+def middle_frames(length: int, count: int, clip: Any = "a clip") -> list[int]:
+    """The indices of `count` frames: those in the middle of `count` equal parts of a clip of `length` frames.
+
+    Clips of fewer than `count` frames repeat frames. `clip` is named in the error.
 
     Raises:
-        OSError: the clip has a single frame.
+        OSError: the clip has fewer than two frames.
     """
     if length < 2:
         name = clip if isinstance(clip, str | os.PathLike) else f"a {type(clip).__name__}"

@@ -1,4 +1,4 @@
-"""The images of any source as a numbered stream of tensors, which processes share out and runs resume."""
+"""`ImageStream`: reads the images of any source one by one, each with its number, as tensors for a model."""
 
 from __future__ import annotations
 
@@ -30,41 +30,51 @@ Images = Union[str, os.PathLike[str], "Image", Iterable[Any]]
 
 
 class ImageStream:
-    """Single images, numbered, so that processes can share them out and a run can go on where another stopped.
+    """The images of a source, one by one and numbered.
+
+    By the numbers, several processes can share the images, and a run can continue where an interrupted one stopped.
+
+    Sources by name (a string or path): a folder, which is searched with its subfolders; an image; a `.txt` with one
+    path on each line; WebDataset shards (`photos/{000..015}.tar`, files or URLs); `hf-dataset:NAME[:SPLIT]`, a Hugging
+    Face dataset, which is streamed; `hf-dataset:FOLDER[:SPLIT]`, a dataset that `save_to_disk` wrote.
+
+    Sources as objects: an image; an iterable or Dataset of images, of (image, label) pairs, or of rows (dicts) with an
+    image; a DataLoader or another iterable of batches of these; what a processor of transformers returns, or an
+    iterable of that. A list may also hold paths of folders. If several processes read such an object, all of them must
+    get the same images in the same order (for WebDataset: nodesplitter=None, shardshuffle=False).
+
+    An image is a PIL image, a path, a uint8 array (h, w, 3) or a uint8 tensor (3, h, w), all of which are transformed;
+    or a float tensor or array (3, h, w), which is taken as the model's input.
+
+    If the tower takes clips, the sources are: a folder in which each sub-folder holds the frames of a clip, or each
+    .gif or .webp is a clip; an iterable or DataLoader of clips; or tensors (N, frames, 3, h, w). A clip is such a
+    sub-folder or animation, a list of PIL images or paths, or uint8 pixels, (frames, 3, h, w) as a tensor or (frames,
+    h, w, 3) as an array: of all these, as many frames as the model needs are taken, evenly spaced. Or it is a float
+    tensor (frames, 3, h, w), the model's input.
 
     Args:
-        images: by name, a folder (searched with its subfolders), an image, a `.txt` with a path a line, WebDataset
-            shards (`photos/{000..015}.tar`, here or a URL), or a Hugging Face dataset: `hf-dataset:NAME[:SPLIT]`, which
-            is streamed, or `hf-dataset:FOLDER[:SPLIT]` that `save_to_disk` wrote. As an object, an image, or a Dataset
-            or any iterable of images, of (image, label) pairs or of rows (dicts) with an image, or a DataLoader or
-            iterable of batches of them, or what a processor of transformers returns, or any of these of that. An image
-            is a PIL image,
-            a path, a uint8 array (h, w, 3) or uint8 tensor (3, h, w), which are transformed, or a float tensor or
-            array (3, h, w), which is the model's input as it stands. A list may also name folders. Numbers count what
-            comes: processes that share an object must see the same images in the same order (WebDataset:
-            nodesplitter=None, shardshuffle=False).
-            Of a `tower` that takes clips: a folder in which each sub-folder holds the frames of one clip, or each .gif
-            or .webp is one, of which as many frames are taken as the model is for, evenly spaced; or an iterable or
-            DataLoader of clips, or tensors (N, frames, 3, h, w). A clip is such a sub-folder or animation, a list of
-            PIL images or paths, uint8 pixels (frames, 3, h, w), as an array (frames, h, w, 3), or a float tensor
-            (frames, 3, h, w), which is the model's input.
-        transform: PIL image -> float tensor (3, h, w), or frames -> (frames, 3, h, w); needed unless `images` yields
-            float tensors.
-        tower: the one that the images are for, which says what is made of a processor's output. None: images.
-        num_images: at most so many, unreadable ones included: of folders, lists and saved datasets given by name a
-            seeded sample, since they are sorted by class; of everything else, streamed datasets and shards among it,
-            the first.
-        workers: processes that decode images, where these can be indexed: not of streams and iterators.
+        images: the source.
+        transform: maps a PIL image to a float tensor (3, h, w), or frames to (frames, 3, h, w). It is not needed if the
+            source yields float tensors.
+        tower: the tower that gets the images. It tells whether clips are read, and how a processor's output is taken
+            apart. None: images are read.
+        num_images: read at most so many images, counting unreadable ones. From folders, lists and saved datasets by
+            name they are drawn at random with the seed, since these are often sorted by class; from all other sources
+            (streams, shards, objects), the first ones are taken.
+        workers: processes that decode images. They are not used for sources that cannot be indexed, e.g. streams.
+        seed: seed of the order in which images of indexed sources by name are read.
 
     Attributes:
-        length: how many images there are, at most num_images; None for a stream or iterator.
-        num_read, num_skipped: images that this process has yielded, and that it could not read.
-        first_unreadable: why the first of these could not be read; empty if all could.
+        source: the name of the source, or the type of the object.
+        indexed: whether any image of the source can be read by its number, without reading those before it.
+        length: how many images will be read, at most num_images; None for a stream or iterator without that limit.
+        num_read, num_skipped: how many images this process has yielded, and how many it could not read.
+        first_unreadable: why the first unreadable image could not be read; "" if all could be read.
 
     Raises:
-        FileNotFoundError, ValueError: `images` names nothing, or nothing with an image in it; while iterating, an
-            image is none, or not what a model takes.
-        ImportError: the library that reads `images` is not installed.
+        FileNotFoundError, ValueError: the source does not exist, or has no image. While iterating: an item is not an
+            image, or its tensor is not what a model takes.
+        ImportError: the library that reads the source is not installed.
     """
 
     def __init__(
@@ -102,11 +112,10 @@ class ImageStream:
         self.length = min(lengths) if lengths else None
 
     def numbered(self, start: int = 0, rank: int = 0, world_size: int = 1) -> Iterator[tuple[int, Tensor]]:
-        """Number and tensor (3, h, w), or clip (frames, 3, h, w), of the images from number `start` on that belong to
-        `rank`.
+        """Yield (number, image (3, h, w) or clip (frames, 3, h, w)), from the number `start` on, for this `rank`.
 
-        An image belongs to rank (number // 2) % world_size; those of other ranks are not decoded. Unreadable images are
-        counted and left out, but keep their number, so that numbers depend neither on `world_size` nor on `start`.
+        An image belongs to the rank (number // 2) % world_size; images of other ranks are not decoded. Unreadable
+        images are left out, but keep their number, so that numbers depend neither on `world_size` nor on `start`.
         """
         for number, image in self._loaded(start, lambda number: number // 2 % world_size == rank):
             if isinstance(image, _Unreadable):
@@ -118,12 +127,13 @@ class ImageStream:
                 yield number, image
 
     def nothing_read(self) -> ValueError:
-        """The error to raise where no image could be read."""
+        """The error to raise if no image could be read."""
         reason = f" (the first: {self.first_unreadable})" if self.first_unreadable else ""
         skipped = f": all {self.num_skipped} were unreadable{reason}" if self.num_skipped else ""
         return ValueError(f"no image could be read from {self.source}{skipped}")
 
     def _check(self, number: int, image: object) -> None:
+        """Raise ValueError for what no model takes, and warn once of values that look like pixels not normalised."""
         which = f"{'image' if self.num_frames is None else 'clip'} {number} of {self.source}"
         if not isinstance(image, Tensor) or not self._has_shape(image) or not image.is_floating_point():
             if self.tower is not None and self.num_frames is not None and isinstance(image, Tensor) and image.ndim == 3:
@@ -145,16 +155,18 @@ class ImageStream:
             )
 
     def _has_shape(self, image: Tensor) -> bool:
+        """Whether a tensor has the shape of an image or clip that the tower takes."""
         if self.num_frames is not None:
             return image.ndim == 4 and len(image) == self.num_frames
-        # What a packed video shows at one time is several frames.
+        # In packed videos, one step in time has several frames, so that it has 4 dimensions.
         return image.ndim == 3 or (image.ndim == 4 and self.tower is not None and self.tower.family.takes != "images")
 
-    def _loaded(self, start: int, is_ours: Callable[[int], bool]) -> Iterator[tuple[int, Tensor | _Unreadable]]:
+    def _loaded(self, start: int, is_own: Callable[[int], bool]) -> Iterator[tuple[int, Tensor | _Unreadable]]:
+        """Yield number and image from the number `start` on, only of numbers that belong to this process."""
         if self.indexed:
             assert self.length is not None
-            numbers = [number for number in range(start, self.length) if is_ours(number)]
-            # Its own generator, because a DataLoader without one draws from the global one.
+            numbers = [number for number in range(start, self.length) if is_own(number)]
+            # A DataLoader without a generator would change the global random state.
             yield from zip(
                 numbers,
                 DataLoader(
@@ -169,19 +181,19 @@ class ImageStream:
         else:
             images = single_images(self.items, self.tower)
             for number, image in itertools.islice(enumerate(images), start, self.limit):
-                if is_ours(number):
+                if is_own(number):
                     yield number, _tensor(image, self.transform, self.num_frames)
 
 
 @dataclass(frozen=True)
 class _Unreadable:
-    """What stands in place of an image that could not be read."""
+    """Takes the place of an image that could not be read, and says why."""
 
     reason: str
 
 
 class _Decoded(Dataset["Tensor | _Unreadable"]):
-    """The items of a source as tensors (3, h, w), or as clips (frames, 3, h, w)."""
+    """The images (3, h, w) or clips (frames, 3, h, w) of a source that can be indexed."""
 
     def __init__(self, items: Any, transform: Transform | None, num_frames: int | None) -> None:
         self.items, self.transform, self.num_frames = items, transform, num_frames
@@ -192,7 +204,7 @@ class _Decoded(Dataset["Tensor | _Unreadable"]):
 
 
 def _tensor(image: Any, transform: Transform | None, num_frames: int | None) -> Tensor | _Unreadable:
-    """An image as the model's input (3, h, w), or a clip of so many frames (frames, 3, h, w)."""
+    """An image as the model's input (3, h, w), or a clip of `num_frames` frames (frames, 3, h, w)."""
     if image is None:
         return _Unreadable("there is no image")
     if isinstance(image, np.ndarray) and image.dtype.kind == "f":
@@ -214,15 +226,16 @@ def _tensor(image: Any, transform: Transform | None, num_frames: int | None) -> 
 def in_lists(
     items: Iterable[T], batch_size: int, shape_of: Callable[[T], Sequence[int]], *, by_shape: bool
 ) -> Iterator[list[T]]:
-    """Items in lists of at most so many; if `by_shape`, a list ends where the next item has another shape."""
-    for _, alike in itertools.groupby(items, lambda item: tuple(shape_of(item)) if by_shape else ()):
-        while batch := list(itertools.islice(alike, batch_size)):
+    """Yield the items in lists of at most `batch_size`. If `by_shape`, all items in a list have the same shape."""
+    for _, same_shape in itertools.groupby(items, lambda item: tuple(shape_of(item)) if by_shape else ()):
+        while batch := list(itertools.islice(same_shape, batch_size)):
             yield batch
 
 
 def batched(images: Iterable[Tensor], batch_size: int, *, by_shape: bool = False) -> Iterator[Tensor]:
-    """Tensors (3, h, w) as batches (B, 3, h, w), some maybe smaller; if `by_shape`, a batch ends where the next image
-    has another shape.
+    """Yield the images (3, h, w) in batches (B, 3, h, w) of at most `batch_size`.
+
+    If `by_shape`, a batch ends before an image of another shape, so that batches may be smaller.
 
     Raises:
         ValueError: the images of a batch differ in shape.

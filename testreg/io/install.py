@@ -1,8 +1,10 @@
-"""Replace the checkpoint in a folder, all of it or nothing, also through a crash.
+"""Replaces the checkpoint in a folder (the target) completely or not at all, even if the process is killed.
 
-Everything is written into a folder inside the target. Then the old files move out, testreg.json first, and the new ones
-in, testreg.json last. Whenever testreg.json is there, the checkpoint that it describes is there whole. Where it is not,
-the folder inside says that a save was interrupted, and holds what is needed to undo it.
+1. All new files are written into a folder inside the target (`PENDING`).
+2. The old files are moved out of the target, testreg.json first, and the new files in, testreg.json last.
+
+So whenever the target has a testreg.json, the checkpoint that it describes is complete. If `PENDING` exists without a
+testreg.json beside it, a save was interrupted, and `PENDING` has what is needed to undo it.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ except ImportError:  # Windows, where folders cannot be locked
     fcntl = None  # type: ignore[assignment]
 
 RECORD = "testreg.json"
+"""The file that describes a patched checkpoint."""
 PENDING = ".testreg-save"
-"""The folder inside the target: `new` are files to be moved in, `old` files that were moved out."""
-_OURS = {
+"""The folder inside the target. In it, `new` has the files to be moved in, and `old` those that were moved out."""
+_FILE_NAMES = {  # names of files that testreg or a library writes into a checkpoint, beside weights
     "config.json",
     "generation_config.json",
     "open_clip_config.json",
@@ -46,21 +49,24 @@ _OURS = {
 
 
 def may_be_replaced(path: Path) -> bool:
-    """Whether it is a file, of a name that testreg or a library writes: a stranger's testreg.json may list others."""
+    """Whether `path` is a file with a name that testreg or a library writes.
+
+    No other file is ever moved, whatever a stranger's testreg.json lists.
+    """
     name = path.name
-    return (name in _OURS or name.endswith((".safetensors", ".safetensors.index.json"))) and path.is_file()
+    return (name in _FILE_NAMES or name.endswith((".safetensors", ".safetensors.index.json"))) and path.is_file()
 
 
 def is_interrupted(target: Path) -> bool:
-    """Whether a save into `target` ended, or is, between the old checkpoint and the new one."""
+    """Whether a save into `target` stopped, or still is, between the old checkpoint and the new one."""
     return (target / PENDING).is_dir() and not os.path.lexists(target / RECORD)
 
 
 def recover(target: Path) -> None:
-    """Undo what an interrupted save left in `target`: the checkpoint that was there before is there again.
+    """Undo an interrupted save into `target`, so that the earlier checkpoint is there again.
 
     Raises:
-        OSError: another process is saving into it, or a file could not be moved.
+        OSError: another process is saving into `target`, or a file could not be moved.
     """
     if os.path.lexists(target / PENDING):
         with _locked(target):
@@ -69,12 +75,12 @@ def recover(target: Path) -> None:
 
 @contextmanager
 def installing(target: Path, replaced: Iterable[str]) -> Iterator[Path]:
-    """Yield an empty folder whose files, when the context ends, replace the `replaced` ones in `target`.
+    """Yield an empty folder. When the `with` block ends, its files move into `target` and replace the files `replaced`.
 
-    After an error, within the context or in the moving, `target` is what it was.
+    After an error, `target` is as it was before.
 
     Raises:
-        OSError: another process is saving into it, or a file could not be moved.
+        OSError: another process is saving into `target`, or a file could not be moved.
     """
     is_new = not target.exists()
     if is_new:
@@ -95,11 +101,12 @@ def installing(target: Path, replaced: Iterable[str]) -> Iterator[Path]:
 
 
 def _install(target: Path, replaced: Iterable[str]) -> None:
+    """Move the old files out and the new files in. The order, and when the disk is flushed, makes a crash harmless."""
     new, old = target / PENDING / "new", target / PENDING / "old"
     arriving = _record_last(os.listdir(new))
     leaving = [name for name in {*replaced, *arriving} if may_be_replaced(target / name)]
-    if in_the_way := [name for name in arriving if name not in leaving and os.path.lexists(target / name)]:
-        raise FileExistsError(f"{target / in_the_way[0]} is in the way, and no file of testreg's: move it elsewhere")
+    if blocking := [name for name in arriving if name not in leaving and os.path.lexists(target / name)]:
+        raise FileExistsError(f"{target / blocking[0]} is in the way, and no file of testreg's: move it elsewhere")
     old.mkdir()
     for name in arriving:
         (new / name).chmod(new.stat().st_mode & 0o666)  # the umask's mode; some libraries write 0600
@@ -122,7 +129,7 @@ def _install(target: Path, replaced: Iterable[str]) -> None:
 
 
 def _roll_back(target: Path) -> None:
-    """Bring `target` to where the last save into it began. May be interrupted and called again at any point."""
+    """Bring `target` to the state before the last save into it. This may itself be interrupted, and called again."""
     pending = target / PENDING
     if not os.path.lexists(pending):
         return
@@ -130,18 +137,18 @@ def _roll_back(target: Path) -> None:
     if any(path.is_symlink() for path in (pending, new, old)):
         raise OSError(f"{pending} holds links, which testreg never makes: delete it")
     if is_interrupted(target):
-        for name in _listed(new / RECORD):
+        for name in _files_in_record(new / RECORD):
             if may_be_replaced(target / name) and not os.path.lexists(new / name):
                 os.rename(target / name, new / name)
         for name in _record_last(os.listdir(old) if old.is_dir() else ()):
-            if may_be_replaced(old / name):  # and nothing else was ever moved there
+            if may_be_replaced(old / name):  # `_install` moves no other files
                 os.rename(old / name, target / name)
         flush(target)
     shutil.rmtree(pending)
 
 
-def _listed(record: Path) -> list[str]:
-    """The files of a checkpoint that is about to be moved in; none if its record is incomplete: none was moved then."""
+def _files_in_record(record: Path) -> list[str]:
+    """The files that a new testreg.json lists; [] if it is incomplete, since then no file has been moved yet."""
     try:
         names = json.loads(record.read_text(encoding="utf-8"))["files"] if record.is_file() else []
         return [name for name in names if Path(name).name == name]
@@ -150,12 +157,13 @@ def _listed(record: Path) -> list[str]:
 
 
 def _record_last(names: Iterable[str]) -> list[str]:
+    """The names sorted, with testreg.json at the end."""
     return sorted(names, key=lambda name: (name == RECORD, name))
 
 
 @contextmanager
 def _locked(target: Path) -> Iterator[None]:
-    """Keep other processes and threads from saving into `target`. The lock ends with the process that holds it."""
+    """Within the `with` block, no other process or thread can save into `target`. The lock ends with its process."""
     if fcntl is None:
         yield
         return

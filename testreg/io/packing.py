@@ -1,4 +1,4 @@
-"""Images that are kept in memory while others are run: large ones a byte a value, where nothing is lost by that."""
+"""Keeps many images in memory: large images are packed into one byte for each value, if that loses nothing."""
 
 from __future__ import annotations
 
@@ -7,24 +7,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LEVELS = 256  # of a pixel of 8 bits
-SMALL = 2**20  # bytes up to which an image is kept as it is: packing one takes a few milliseconds
+LEVELS = 256  # values that 8 bits can tell apart
+SMALL = 2**20  # images of at most so many bytes are not packed, since packing takes a few milliseconds
 
 
 @dataclass(frozen=True, eq=False)
 class PackedImage:
-    """An image (C, h, w), or a clip (frames, C, h, w), that takes a quarter of its memory, if it is large and was made
-    of pixels of 8 bits.
+    """An image (C, h, w) or a clip (frames, C, h, w) that takes a quarter of its memory, if it could be packed.
 
-    However these were normalised, each channel then has at most 256 different values: kept are a table of them, and for
-    each pixel its row there. An image with more values, such as one that was resized after it was normalised, is kept
-    as it is.
+    A normalised image that was made of 8-bit pixels has at most 256 different values in each channel. A packed image
+    stores a table of these values, and for each pixel the row of its value in the table. Images with more values (e.g.
+    resized after they were normalised) and small images are stored as they are.
     """
 
     rows: Tensor
-    """uint8 of the image's shape, or the image itself."""
+    """uint8, of the image's shape: the row of each pixel's value in the table; or the image, if it is not packed."""
     values: tuple[Tensor, ...] = ()
-    """The values of each channel (of each frame); empty if the image was not packed."""
+    """The table of each channel (of each frame); empty if the image is not packed."""
 
     @classmethod
     def of(cls, image: Tensor) -> PackedImage:
@@ -39,7 +38,7 @@ class PackedImage:
 
     @property
     def image(self) -> Tensor:
-        """The image (C, h, w) or the clip (frames, C, h, w), value for value."""
+        """The unpacked image (C, h, w) or clip (frames, C, h, w), exactly as it was."""
         if not self.values:
             return self.rows
         channels = self.rows.flatten(0, -3)

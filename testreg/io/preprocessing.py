@@ -1,6 +1,7 @@
-"""The preprocessing of a model, as its own library defines it: RGB image -> the model's input (3, h, w).
+"""The preprocessing of a model, as the model's library defines it.
 
-Of a model that takes clips: the frames of one -> (frames, 3, h, w).
+A *transform* maps an RGB image to the model's input (3, h, w); for a model that takes clips, it maps the frames of a
+clip to (frames, 3, h, w).
 """
 
 from __future__ import annotations
@@ -21,25 +22,24 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Transform = Callable[[Any], Tensor]
-"""An RGB image -> the model's input (3, h, w), or a list of them, the frames of a clip -> (frames, 3, h, w)."""
+"""Maps an RGB image to the model's input (3, h, w), or a list of RGB images (a clip) to (frames, 3, h, w)."""
 
-_RESIZE = 256 / 224  # ImageNet evaluation: short side to 256, then the middle 224
+_RESIZE = 256 / 224  # as ImageNet is evaluated: the short side is resized to 256, then the middle 224 x 224 are cropped
 
 
 def transform_for(model: nn.Module) -> Transform:
-    """The preprocessing of a model that timm, transformers or open_clip made, or `load_model`: RGB image -> (3, h, w),
-    or frames -> (frames, 3, h, w).
+    """The transform of a model of timm, transformers or open_clip, or of one that `testreg.load_model` loaded.
 
     Raises:
-        ValueError, OSError: the model does not say, or what it says cannot be found.
+        ValueError, OSError: the model does not tell its preprocessing, or its processor cannot be found.
     """
     source, _, name = str(model.__dict__.get("testreg_source", "")).partition(":")
-    own_config: Any = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if (preprocess := getattr(getattr(model, "visual", model), "preprocess_cfg", None)) is not None:
         return open_clip_transform(preprocess)
     if getattr(model, "pretrained_cfg", None):
         return timm_transform(model)
-    if folder_or_name := getattr(own_config, "_name_or_path", ""):
+    if folder_or_name := getattr(config, "_name_or_path", ""):
         return processed_by(image_processor(folder_or_name), model)
     if source == "torchvision":
         return torchvision_transform(name, model.image_size)  # type: ignore[arg-type]
@@ -52,7 +52,7 @@ def transform_for(model: nn.Module) -> Transform:
 
 
 class OwnTransform:
-    """The transform that `transform_for(model)` finds, looked up only if an image needs it."""
+    """The transform of a model, see `transform_for`; it is looked up when the first image needs it, not before."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -66,22 +66,24 @@ class OwnTransform:
 
 
 def timm_transform(model: nn.Module, image_size: int | None = None) -> Transform:
+    """The transform of a timm model, at another image size if one is given."""
     from timm.data import create_transform, resolve_model_data_config
 
-    made_for = getattr(getattr(model, "patch_embed", None), "img_size", None)  # with create_model(..., img_size=...)
-    height, width = (image_size, image_size) if image_size else made_for or (None, None)
-    asked = {"input_size": (3, height, width)} if height else {}
-    return create_transform(**resolve_model_data_config(model, args=asked), is_training=False)
+    built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)  # with create_model(..., img_size=...)
+    height, width = (image_size, image_size) if image_size else built_for or (None, None)
+    input_size = {"input_size": (3, height, width)} if height else {}
+    return create_transform(**resolve_model_data_config(model, args=input_size), is_training=False)
 
 
-_WHOLE_FIRST = ("LlavaNextImageProcessor", "LlavaOnevisionImageProcessor")  # and its tiles behind it
+_WHOLE_IMAGE_FIRST = ("LlavaNextImageProcessor", "LlavaOnevisionImageProcessor")
+"""Processors that return the whole image first, then its tiles."""
 
 
 def processed_by(processor: Any, model: nn.Module) -> Transform:
-    """The transform that applies a processor of transformers to one image, or to one clip, for the tower of a model."""
+    """The transform that applies a processor of transformers to one image, or to one clip if the model takes clips."""
     try:
         tower = find_tower(model)
-    except ValueError:  # which whoever runs it will say
+    except ValueError:  # no supported tower: running the model will raise this error
         return OneImage(processor)
     separate = functools.partial(tower.family.separate, getattr(tower.module, "config", None))
     return OneImage(processor, separate) if tower.num_frames is None else OneClip(processor, separate)
@@ -91,8 +93,8 @@ def processed_by(processor: Any, model: nn.Module) -> Transform:
 class OneImage:
     """A transform that applies an image processor of transformers to one image.
 
-    Of a processor that cuts images into tiles, it takes the whole image: if that comes first, or if the processor can
-    be told not to cut.
+    If the processor cuts images into tiles, the transform returns the whole image. That works for processors that
+    return the whole image first, or that have an option not to cut; for others it raises ValueError.
     """
 
     processor: Any
@@ -101,7 +103,7 @@ class OneImage:
     def __call__(self, image: Image) -> Tensor:
         whole = {"do_image_splitting": False} if hasattr(self.processor, "do_image_splitting") else {}
         images = self.separate(self.processor(images=image, return_tensors="pt", **whole))
-        if type(self.processor).__name__.startswith(_WHOLE_FIRST):
+        if type(self.processor).__name__.startswith(_WHOLE_IMAGE_FIRST):
             del images[1:]
         if len(images) != 1:
             raise ValueError(
@@ -124,8 +126,16 @@ class OneClip:
 
 
 def image_processor(source: str, image_size: int | None = None, trust_remote_code: bool = False) -> Any:
-    """The image processor of a checkpoint of transformers, its sizes scaled so that it makes the size asked for. That
-    of videos, if a folder has no other."""
+    """The image processor of a checkpoint of transformers, or its video processor if a folder has only that.
+
+    Args:
+        source: the checkpoint's folder, or its name on the Hub.
+        image_size: side of the images that the processor shall make, in pixels: its sizes are scaled accordingly.
+            None keeps them.
+
+    Raises:
+        ValueError, OSError: the checkpoint has no processor, or one whose size cannot be changed.
+    """
     import transformers
 
     folder = Path(source)
@@ -151,9 +161,9 @@ def image_processor(source: str, image_size: int | None = None, trust_remote_cod
         sizes = {
             key: {edge: n for edge, n in dict(settings.get(key) or {}).items() if n} for key in ("size", "crop_size")
         }
-        made = next(iter(sizes["crop_size" if settings.get("do_center_crop") else "size"].values()))
+        size_made = next(iter(sizes["crop_size" if settings.get("do_center_crop") else "size"].values()))
         scaled = {
-            key: {edge: round(n * image_size / made) for edge, n in edges.items()}
+            key: {edge: round(n * image_size / size_made) for edge, n in edges.items()}
             for key, edges in sizes.items()
             if edges
         }
@@ -161,8 +171,7 @@ def image_processor(source: str, image_size: int | None = None, trust_remote_cod
 
 
 def own_processor(model: nn.Module) -> Any:
-    """The image processor of the checkpoint that a model of transformers says it is; None if it says none, or if there
-    is none or it cannot be fetched."""
+    """The image processor of the checkpoint that a transformers model was loaded from; None if it is not found."""
     config: Any = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", "")
     try:
@@ -172,13 +181,14 @@ def own_processor(model: nn.Module) -> Any:
 
 
 def open_clip_transform(preprocess: dict[str, Any]) -> Transform:
+    """The transform of an open_clip model, from its `preprocess_cfg`."""
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     return image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
 
 
 def imagenet_transform(model: nn.Module, image_size: int | None = None) -> Transform:
-    """How DINO and DINOv2 evaluate on ImageNet: their repositories hand out no transform."""
+    """The transform with which DINO and DINOv2 are evaluated on ImageNet. (Their repositories come without one.)"""
     from torchvision import transforms
 
     patch_size = find_tower(model).patch_size[0]
@@ -193,9 +203,10 @@ def imagenet_transform(model: nn.Module, image_size: int | None = None) -> Trans
 
 
 def torchvision_transform(model_name: str, image_size: int | None) -> Transform:
+    """The transform of a torchvision model, at another image size if one is given."""
     from torchvision import models
 
-    own = models.get_model_weights(model_name)["DEFAULT"].transforms
-    if image_size in (None, own.keywords["crop_size"]):
-        return own()
-    return own(crop_size=image_size, resize_size=round(image_size * _RESIZE))
+    transform = models.get_model_weights(model_name)["DEFAULT"].transforms
+    if image_size in (None, transform.keywords["crop_size"]):
+        return transform()
+    return transform(crop_size=image_size, resize_size=round(image_size * _RESIZE))

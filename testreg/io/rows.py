@@ -1,8 +1,8 @@
-"""Arrays with a row for each image in one file, of which any row can be written at any time, by any process.
+"""Writes arrays with one row for each image into a file: any row at any time, from any process.
 
-The file is in the format of safetensors, which is a header and the arrays one after the other: so its size, and the
-place of each row, are known before the first is written. It has a name of its own until all rows are there; npz and
-parquet files are made of it then.
+The file is a safetensors file: a header, then the arrays one after the other. Its size and the offset of each row are
+known before any row is written. Until all rows are written, the file has a temporary name; then it gets its final name,
+or is converted to npz or parquet.
 """
 
 from __future__ import annotations
@@ -24,57 +24,66 @@ Array = npt.NDArray[Any]
 
 FORMATS = (".safetensors", ".npz", ".parquet")
 READ = "read"
-"""The array (N,) that says of which images the rows are there."""
-_DTYPES = {"float32": "F32", "float16": "F16", "bool": "BOOL"}  # names of safetensors
-_CHUNK = 2**26  # bytes of the rows that are converted at once
+"""The name of the array (N,) that says which images have been read, so that their rows are written."""
+_DTYPES = {"float32": "F32", "float16": "F16", "bool": "BOOL"}  # {NumPy's name: safetensors' name}
+_CHUNK = 2**26  # bytes that are converted to parquet at a time
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The arrays: their shapes without the rows and their dtypes, by name; and what the rows are of."""
+    """Describes the file: the names, shapes and dtype of its arrays, and the images that the rows belong to."""
 
     images: Sequence[str]
+    """The name of each row's image."""
     shapes: Mapping[str, tuple[int, ...]]
+    """{name of an array: shape of one of its rows}."""
     dtype: str
-    """"float32" or "float16", of all arrays but `READ`."""
+    """The dtype of all arrays but `READ`: "float32" or "float16"."""
     facts: Mapping[str, Any]
-    """How they were made, for the file's metadata."""
+    """How the arrays were computed, for the file's metadata."""
 
     def __len__(self) -> int:
         return len(self.images)
 
     @property
     def _columns(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """{name of an array: (dtype, shape of a row)}, with `READ`."""
         return {READ: ("bool", ())} | {name: (self.dtype, shape) for name, shape in self.shapes.items()}
 
     @property
     def header(self) -> bytes:
-        """What the file begins with: the length of its JSON in 8 bytes, and the JSON, filled up to 8 bytes."""
-        described: dict[str, Any] = {"__metadata__": self.metadata}
-        at = 0
+        """The first bytes of the file: the length of a JSON in 8 bytes, then the JSON, padded to a multiple of 8."""
+        entries: dict[str, Any] = {"__metadata__": self.metadata}
+        offset_ = 0
         for name, (dtype, shape) in self._columns.items():
             size = len(self) * _bytes(dtype, shape)
-            described[name] = {"dtype": _DTYPES[dtype], "shape": [len(self), *shape], "data_offsets": [at, at + size]}
-            at += size
-        text = json.dumps(described, ensure_ascii=False).encode()
+            entries[name] = {
+                "dtype": _DTYPES[dtype],
+                "shape": [len(self), *shape],
+                "data_offsets": [offset_, offset_ + size],
+            }
+            offset_ += size
+        text = json.dumps(entries, ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
     @property
     def metadata(self) -> dict[str, str]:
+        """The file's metadata: the images and the facts, each as JSON."""
         return {"images": json.dumps(self.images), "testreg": json.dumps(self.facts)}
 
     def offset(self, name: str) -> int:
-        """Where in the file an array begins."""
-        described = json.loads(self.header[8:])
-        return len(self.header) + described[name]["data_offsets"][0]
+        """The byte of the file at which an array begins."""
+        entries = json.loads(self.header[8:])
+        return len(self.header) + entries[name]["data_offsets"][0]
 
     @property
     def size(self) -> int:
+        """The size of the file in bytes."""
         return len(self.header) + len(self) * sum(_bytes(*column) for column in self._columns.values())
 
     def mapped(self, file: Path) -> dict[str, Array]:
-        """The arrays of a file that has them, not read before they are looked at."""
+        """The arrays in a file that is described by this, mapped into memory: they are read only when they are used."""
         return {
             name: np.memmap(file, dtype, "r", self.offset(name), (len(self), *shape))
             for name, (dtype, shape) in self._columns.items()
@@ -82,19 +91,20 @@ class Rows:
 
 
 def _bytes(dtype: str, shape: Sequence[int]) -> int:
+    """The size of an array in bytes."""
     return np.dtype(dtype).itemsize * math.prod(shape)
 
 
 def unfinished(output: Path) -> Path:
-    """The file that is written until all rows are there."""
+    """The temporary name of `output`, as long as rows are missing."""
     return output.with_name(output.name + UNFINISHED)
 
 
 def begin(rows: Rows, output: Path) -> list[int]:
-    """Make the unfinished file of `output`, or go on with the one that is there; returns the rows that it lacks.
+    """Create the unfinished file of `output` unless it exists, and return the indices of the rows that it lacks.
 
     Raises:
-        ValueError: the file that is there was begun with other images, another model or other options.
+        ValueError: an unfinished file exists, but was begun with other images, another model or other options.
     """
     file, header = unfinished(output), rows.header
     if not file.exists():
@@ -120,7 +130,12 @@ class Writer:
         self.offsets = {name: rows.offset(name) for name in (READ, *rows.shapes)}
 
     def write(self, numbers: Sequence[int], values: Mapping[str, Array]) -> None:
-        """Write the rows of these numbers, arrays (B, ...) by name. They count as written once the disk has them."""
+        """Write rows of all arrays. They are marked as read only once they are on disk.
+
+        Args:
+            numbers: the indices of the B rows.
+            values: {name of an array: rows (B, ...)}.
+        """
         for name, array in values.items():
             for number, row in zip(numbers, array, strict=True):
                 self._put(name, number, np.ascontiguousarray(row, self.rows.dtype))
@@ -129,6 +144,7 @@ class Writer:
             self._put(READ, number, np.array(True))
 
     def _put(self, name: str, number: int, row: Array) -> None:
+        """Write one row of one array."""
         self.file.seek(self.offsets[name] + number * row.nbytes)
         self.file.write(row.tobytes())
 
@@ -137,7 +153,7 @@ class Writer:
 
 
 def finish(rows: Rows, output: Path) -> None:
-    """Make `output` of its unfinished file, in the format that its name says."""
+    """Turn the unfinished file of `output` into `output`, in the format that its suffix says."""
     file = unfinished(output)
     if output.suffix == ".safetensors":
         os.replace(file, output)
@@ -146,15 +162,15 @@ def finish(rows: Rows, output: Path) -> None:
         arrays = rows.mapped(file)
         if output.suffix == ".npz":
             with temporary.open("wb") as opened:
-                named = {"images": np.array(rows.images), "testreg": np.array(rows.metadata["testreg"]), **arrays}
-                np.savez(opened, **named)  # type: ignore[arg-type]
+                arrays_ = {"images": np.array(rows.images), "testreg": np.array(rows.metadata["testreg"]), **arrays}
+                np.savez(opened, **arrays_)  # type: ignore[arg-type]
         else:
             _write_parquet(rows, arrays, temporary)
     file.unlink()
 
 
 def _write_parquet(rows: Rows, arrays: Mapping[str, Array], path: Path) -> None:
-    """A line for each image: each array as a list of fixed size, whose shape is in the field's metadata."""
+    """Write a parquet file with a row for each image. An array is a column of lists; its shape is in the metadata."""
     pa, parquet = parquet_library()
 
     def listed(array: Array) -> Any:
@@ -173,13 +189,14 @@ def _write_parquet(rows: Rows, arrays: Mapping[str, Array], path: Path) -> None:
 
 
 def _parts(rows: Rows) -> Iterator[slice]:
+    """Yield slices of rows of about `_CHUNK` bytes."""
     step = max(_CHUNK // max(sum(_bytes(rows.dtype, shape) for shape in rows.shapes.values()), 1), 1)
     for first in range(0, len(rows), step):
         yield slice(first, first + step)
 
 
 def parquet_library() -> Any:
-    """pyarrow and its parquet. Raises ImportError, with the fix, if it is missing."""
+    """The modules pyarrow and pyarrow.parquet. Raises ImportError, with the fix, if pyarrow is not installed."""
     try:
         import pyarrow
         import pyarrow.parquet

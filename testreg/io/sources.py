@@ -1,4 +1,8 @@
-"""Sources of images: those that are given by name, and the images in the items of any source."""
+"""Finds the images in a source: what a name stands for, and the images in the items of a dataset or iterable.
+
+`ImageStream` says which sources there are. An *item* is what a source yields: an image, an (image, label) pair, a row
+of a dataset, or a batch of these.
+"""
 
 from __future__ import annotations
 
@@ -20,51 +24,55 @@ from testreg.io.decoding import is_pil
 from testreg.io.names import KINDS
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+"""Suffixes of image files."""
 COLUMNS = (
     *PIXELS,
     "image",
     "img",
     "jpg",
     *sorted(extension[1:] for extension in EXTENSIONS),
-)  # of rows, the best first
+)
+"""Names of columns that may hold images, in the order in which they are looked for."""
 
 # Sources by name ------------------------------------------------------------------------------------------------------
 
 
 def check_images(images: str | os.PathLike[str]) -> None:
-    """Raise at once what reading `images`, a source by name, would raise; nothing is downloaded.
+    """Check early that a source given by name can be read. Nothing is downloaded.
 
     Raises:
-        FileNotFoundError, ValueError, ImportError: as `ImageStream`.
+        FileNotFoundError, ValueError, ImportError: what `ImageStream` would raise for it.
     """
     name = os.fspath(images)
     if name.startswith("hf-dataset:"):
         _dataset_name(name)
     elif name.endswith(".tar"):
-        _shards(name)
+        _shard_paths(name)
     else:
         image_paths(name)
 
 
 def named_source(images: str) -> Any:
-    """The items of a source by name: paths, rows of a Hugging Face dataset or samples of shards."""
+    """The items of a source given by name: paths, rows of a Hugging Face dataset, or samples of shards."""
     if images.startswith("hf-dataset:"):
         return _hf_dataset(images)
     if images.endswith(".tar"):
-        # Neither split by node nor by worker, which `numbered` does; undecoded, because its decoder unpickles.
+        # `ImageStream.numbered` shares the samples among processes, so WebDataset must not. It must not decode either,
+        # since its decoder unpickles.
         return _library("webdataset", images).WebDataset(
-            _shards(images), nodesplitter=None, workersplitter=None, shardshuffle=False, empty_check=False
+            _shard_paths(images), nodesplitter=None, workersplitter=None, shardshuffle=False, empty_check=False
         )
     return image_paths(images)
 
 
 def image_paths(images: str | os.PathLike[str]) -> list[Path]:
-    """All image files under the folder `images`, sorted, those of the list `images` (.txt) in its order, or itself.
+    """The image files that `images` stands for: all in a folder, sorted; those in a list (.txt), in order; or a file.
 
-    A list has one path a line, relative to the list's folder; blank lines and lines that start with # do not count.
+    A list has one path on each line, relative to the list's folder; blank lines and lines that start with # are
+    skipped.
 
     Raises:
-        FileNotFoundError, ValueError: no such folder or file, no image in it, or the list names a missing file.
+        FileNotFoundError, ValueError: the folder or file does not exist, has no image, or lists a missing file.
     """
     if Path(images).suffix.lower() == ".txt" and not Path(images).is_dir():
         return listed_paths(Path(images), Path.is_file)
@@ -83,15 +91,18 @@ def image_paths(images: str | os.PathLike[str]) -> list[Path]:
 
 
 def is_named_as_image(path: str | os.PathLike[str]) -> bool:
-    """Whether a file's name ends as that of an image does."""
+    """Whether a path has the suffix of an image file."""
     return Path(path).suffix.lower() in EXTENSIONS
 
 
 def listed_paths(file: Path, exists: Callable[[Path], bool]) -> list[Path]:
-    """The paths in a list (.txt), one a line, relative to its folder; blank lines and those with a # do not count.
+    """The paths in a list (.txt), with one on each line; see `image_paths`.
+
+    Args:
+        exists: tells whether a path exists and is of the right kind.
 
     Raises:
-        FileNotFoundError, ValueError: there is no list, nothing in it, or a path does not exist.
+        FileNotFoundError, ValueError: the list does not exist, is empty, or has a path that does not exist.
     """
     if not file.is_file():
         raise FileNotFoundError(f"no list of images at {file}")
@@ -108,7 +119,8 @@ def listed_paths(file: Path, exists: Callable[[Path], bool]) -> list[Path]:
     return list(paths.values())
 
 
-def _shards(images: str) -> list[str]:
+def _shard_paths(images: str) -> list[str]:
+    """The paths and URLs of shards, from a name with braces."""
     shards = _library("webdataset", images).shardlists.expand_urls(images)
     for shard in shards:
         scheme = urlsplit(shard).scheme
@@ -120,7 +132,7 @@ def _shards(images: str) -> list[str]:
 
 
 def _dataset_name(images: str) -> tuple[str, str]:
-    """The name, or folder, of a Hugging Face dataset, and its split or nothing."""
+    """The name or folder of a Hugging Face dataset, and its split ("" if none is named)."""
     _library("datasets", images)
     name, _, split = images.removeprefix("hf-dataset:").partition(":")
     name = os.path.expanduser(name)
@@ -132,9 +144,10 @@ def _dataset_name(images: str) -> tuple[str, str]:
 
 
 def _hf_dataset(images: str) -> Any:
+    """The Hugging Face dataset that `images` (hf-dataset:...) names."""
     name, split = _dataset_name(images)
     datasets = _library("datasets", images)
-    if any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):  # of save_to_disk
+    if any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):  # save_to_disk wrote it
         dataset = datasets.load_from_disk(name)
     else:
         dataset = datasets.load_dataset(name, streaming=True)
@@ -148,6 +161,7 @@ def _hf_dataset(images: str) -> Any:
 
 
 def _library(name: str, images: str) -> Any:
+    """Import an optional library; the error names the source `images` that needs it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -158,20 +172,20 @@ def _library(name: str, images: str) -> Any:
 
 
 def is_processed(item: Any) -> bool:
-    """Whether it is what a processor of transformers returns, or a row of a dataset of that."""
+    """Whether an item is what a processor of transformers returns (or a row of a dataset with its columns)."""
     return isinstance(item, Mapping) and not {*PIXELS}.isdisjoint(item)
 
 
 def images_in(images: Any, tower: Tower | None = None) -> Any:
-    """The items of a source that is an object; a single image becomes a list, folders in a list what they hold.
+    """The items of a source that is an object. A single image becomes a list; folders in a list become their images.
 
-    Here and below, `tower` is the one that the images are for, which may take clips, and says what is made of what its
-    processor returns; None: the pixels are taken as they are.
+    Here and below, `tower` is the tower that gets the images: it tells whether clips are read, and how a processor's
+    output is taken apart. If it is None, a processor's pixels are taken as they are.
     """
     if is_processed(images):
-        apart = image_of(images) if tower is None else tower.separate(images)
-        # The frames that a packed video shows at one time would be taken for a batch.
-        images = [images] if tower is not None and _is_batch(apart[0], tower) else apart
+        separated = image_of(images) if tower is None else tower.separate(images)
+        # One step in time of a packed video has several frames: by itself it would be taken for a batch.
+        images = [images] if tower is not None and _is_batch(separated[0], tower) else separated
     if is_pil(images) or (isinstance(images, Tensor | np.ndarray) and images.ndim < 4):
         return [images]
     if _takes_clips(tower):
@@ -182,18 +196,22 @@ def images_in(images: Any, tower: Tower | None = None) -> Any:
 
 
 def _is_frame(item: object) -> bool:
+    """Whether an item can be a frame in a list of frames."""
     return is_pil(item) or (isinstance(item, str | os.PathLike) and is_named_as_image(item))
 
 
 def _is_folder(item: object) -> bool:
-    """Whether it is a folder; one that is named as an image counts as an unreadable image, as it does in a folder."""
+    """Whether an item is the path of a folder. A folder named like an image counts as an unreadable image instead."""
     return isinstance(item, str | os.PathLike) and not is_named_as_image(item) and Path(item).is_dir()
 
 
 def undecoded(items: Any) -> Any:
-    """The column of images, not decoded, of a Hugging Face dataset that has one; everything else as it is.
+    """A Hugging Face dataset reduced to its column of images, undecoded. Other sources stay as they are.
 
-    Images that other ranks read then cost nothing, and a broken one can be skipped.
+    Undecoded, images that other processes read cost nothing, and a damaged one can be skipped.
+
+    Raises:
+        ValueError: `items` is a mapping, e.g. of several splits.
     """
     if isinstance(items, Mapping):
         raise ValueError(
@@ -204,7 +222,7 @@ def undecoded(items: Any) -> Any:
     import datasets
 
     columns = [name for name, feature in items.features.items() if isinstance(feature, datasets.Image)]
-    is_transformed = isinstance(items, datasets.Dataset) and items.format["type"] == "custom"  # set_transform
+    is_transformed = isinstance(items, datasets.Dataset) and items.format["type"] == "custom"  # by set_transform
     if not columns or is_transformed:
         return items
     column = next((name for name in COLUMNS if name in columns), columns[0])
@@ -213,8 +231,10 @@ def undecoded(items: Any) -> Any:
 
 
 def is_indexed(items: Any, tower: Tower | None = None) -> bool:
-    """Whether `items[i]` is image i: a list or map-style dataset, unless it holds batches, or what a processor makes of
-    several images, or packs."""
+    """Whether `items[i]` is image i, as in a list or a map-style dataset.
+
+    It is not if the items are batches, or if a processor made them of several images.
+    """
     if isinstance(items, DataLoader | IterableDataset) or not (
         isinstance(items, Sized) and hasattr(items, "__getitem__")
     ):
@@ -228,15 +248,17 @@ def is_indexed(items: Any, tower: Tower | None = None) -> bool:
 
 
 def _takes_clips(tower: Tower | None) -> bool:
+    """Whether clips are read, not images."""
     return tower is not None and tower.num_frames is not None
 
 
 def _is_batch(image: Any, tower: Tower | None) -> bool:
+    """Whether a tensor or array is a batch of images or clips."""
     return isinstance(image, Tensor | np.ndarray) and image.ndim == (5 if _takes_clips(tower) else 4)
 
 
 def single_images(items: Iterable[Any], tower: Tower | None = None) -> Iterator[Any]:
-    """The images in the items of a source, each for itself where items are batches."""
+    """Yield the images or clips in the items of a source one by one; batches are taken apart."""
     for item in items:
         if tower is not None and is_processed(item):
             yield from tower.separate(item)
@@ -249,8 +271,10 @@ def single_images(items: Iterable[Any], tower: Tower | None = None) -> Iterator[
 
 
 def image_of(item: Any, clips: bool = False) -> Any:
-    """The image, decoded or not, in one item of a source: an image, an (image, label) pair or a row. Or the clip, which
-    a list of frames may be."""
+    """The image, decoded or not, in an item that is an image, an (image, label) pair or a row; None if it is missing.
+
+    If `clips`, it is the clip in the item, and a list of frames is a clip.
+    """
     if clips and isinstance(item, tuple | list) and len(item) > 1 and all(map(_is_frame, item)):
         return item
     if isinstance(item, tuple | list):
@@ -260,4 +284,4 @@ def image_of(item: Any, clips: bool = False) -> Any:
     column = next((name for name in COLUMNS if name in item), None)
     if column is None and "__key__" not in item:
         raise ValueError(f"no column of images among {', '.join(map(str, item))}: name one of them 'image'")
-    return None if column is None else item[column]  # samples of shards may lack the image: its download failed
+    return None if column is None else item[column]  # a sample of a shard lacks its image if the download failed

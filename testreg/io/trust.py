@@ -1,6 +1,6 @@
-"""Folders and repositories of strangers: their files are checked before a library sees them, and their code is not run.
+"""Safety for checkpoints that strangers made: their files are checked before a library reads them, and no code is run.
 
-What a library then says of them is made one error, which names the input and the fix.
+Errors that a library raises for them become one error, which names the input and the fix.
 """
 
 from __future__ import annotations
@@ -15,23 +15,25 @@ from typing import Any
 
 CHECK_HUB = "Check the name on huggingface.co, and the network"
 CHECK_FOLDER = "The folder is damaged, or not for this release of the library: copy it, or save it, again"
-_READ_BY_LIBRARIES = (".json", ".safetensors", ".txt", ".model", ".jinja")
-LONGEST = 300  # characters of a library's error that another one quotes
-_ASKING = threading.RLock()
+_READ_BY_LIBRARIES = (".json", ".safetensors", ".txt", ".model", ".jinja")  # suffixes of files that libraries open
+LONGEST = 300  # so many characters of a library's error are quoted
+_ONE_AT_A_TIME = threading.RLock()
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder whose files would have a library wait for ever, or read files outside of it, or pickles.
+    """Raise an error if a library, given this folder, would wait for ever, read files outside of it, or read pickles.
 
     Raises:
-        OSError, ValueError: which file it is.
+        OSError, ValueError: the error names the file.
     """
     for path in folder.iterdir():
         if path.suffix in _READ_BY_LIBRARIES and path.exists() and not (path.is_file() or path.is_dir()):
             raise OSError(f"{path} is a pipe or a device, not a file")
-    named = {"config.json": lambda data: [data["transformers_weights"]] if data.get("transformers_weights") else []}
-    named |= {path.name: lambda data: data["weight_map"].values() for path in folder.glob("*.safetensors.index.json")}
-    for file, names in named.items():
+    names_in = {"config.json": lambda data: [data["transformers_weights"]] if data.get("transformers_weights") else []}
+    names_in |= {
+        path.name: lambda data: data["weight_map"].values() for path in folder.glob("*.safetensors.index.json")
+    }
+    for file, names in names_in.items():
         if not (folder / file).is_file():
             continue
         data = read_json(folder / file)
@@ -44,7 +46,7 @@ def check_folder(folder: Path) -> None:
 
 
 def require(folder: Path, pattern: str) -> None:
-    """Refuse a folder that lacks such a file, or that holds files which no library should be given."""
+    """Raise an error if a folder has no file that matches the glob `pattern`, or if `check_folder` refuses it."""
     if folder.is_dir():
         check_folder(folder)
     if any(folder.glob(pattern)):
@@ -62,8 +64,8 @@ def read_json(path: Path) -> Any:
     """The contents of a JSON file.
 
     Raises:
-        OSError: it cannot be read. A pipe or a device is refused, since reading it might never end.
-        ValueError: it is not valid JSON.
+        OSError: the file cannot be read, or is a pipe or a device, whose reading might never end.
+        ValueError: the file is not valid JSON.
     """
     if path.is_symlink() and not path.exists():
         raise FileNotFoundError(f"{path} is a broken link: copy the folder again, with the files that it links to")
@@ -71,41 +73,45 @@ def read_json(path: Path) -> Any:
         raise OSError(f"{path} is not a regular file")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # nested too deeply
+    except (ValueError, RecursionError) as error:  # RecursionError: JSON that is nested too deeply
         raise ValueError(f"{path} is damaged, not valid JSON (truncated?): {one_line(error)}") from None
 
 
 def is_file_name(name: str) -> bool:
-    """Whether `name` is a file name alone: those that a stranger gives must not lead out of its folder."""
+    """Whether `name` is a bare file name, without folders: a name in a stranger's file must not lead elsewhere."""
     return name not in ("", ".", "..") and not set(name) & set("/\\:") and name.isprintable()
 
 
 @contextmanager
 def without_asking() -> Iterator[None]:
-    """Within it, transformers raises an error where it would ask on the terminal whether to run a repository's code.
+    """Within the `with` block, transformers never asks on the terminal whether to run code: it raises an error instead.
 
-    `trust_remote_code=False` does not reach the models that a model is made of, nor the text towers of open_clip. One
-    thread at a time: transformers has one setting for all.
+    This is needed beside `trust_remote_code=False`, which does not apply to models inside of a model, nor to
+    open_clip's text towers. Only one thread at a time can be in the block, since transformers has one setting for all
+    threads.
     """
     from transformers import dynamic_module_utils
 
-    with _ASKING:
-        seconds = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    with _ONE_AT_A_TIME:
+        seconds_before = dynamic_module_utils.TIME_OUT_REMOTE_CODE
         dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
         try:
             yield
         finally:
-            dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds
+            dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds_before
 
 
 def asking_only_if(trusted: bool) -> AbstractContextManager[None]:
-    """Within it, libraries may run a repository's code, or ask whether to, only if the user trusts it."""
+    """A context manager in which libraries may ask whether to run a repository's code, if the user has trusted it.
+
+    If not, it is `without_asking`.
+    """
     return nullcontext() if trusted else without_asking()
 
 
 @contextmanager
 def explained(name: str, fix: str) -> Iterator[None]:
-    """Turn whatever a library raises into one error that names the input and the fix."""
+    """Turn any error of a library into an OSError or ValueError that names the input and the fix."""
     try:
         yield
     except Exception as error:
@@ -122,7 +128,7 @@ def explained(name: str, fix: str) -> Iterator[None]:
 
 
 def one_line(message: object) -> str:
-    """What an error says, fit to be quoted in another: a line of printable characters, not too long."""
+    """The first line of an error's message, shortened and with printable characters only, to be quoted in another."""
     lines = [line.strip() for line in str(message).splitlines() if line.strip()] or [type(message).__name__]
     line = "".join(char if char.isprintable() else "?" for char in lines[0])
     return textwrap.shorten(line, LONGEST, placeholder=" [...]") if " " in line[:LONGEST] else line[:LONGEST]

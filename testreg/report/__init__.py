@@ -1,1 +1,1 @@
-"""Shows what was measured."""
+"""Draws measurements: as maps, as charts, and as HTML pages (reports)."""

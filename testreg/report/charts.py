@@ -1,4 +1,4 @@
-"""Charts: as figures for papers, and as SVG for a page."""
+"""Draws charts with matplotlib: as figures for papers, and as SVG for HTML pages."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-NORMS, NORM = "Norms after each block", "token norm (mean over images)"  # title and axis of that chart
-THIRD, FOURTH = "#009e73", "#cc79a7"
-INK, PAPER, GRID = "#1f2328", "#ffffff", "#d5dae0"
+NORMS, NORM = "Norms after each block", "token norm (mean over images)"  # title and y axis of the chart of norms
+THIRD, FOURTH = "#009e73", "#cc79a7"  # colours of curves, after `BEFORE` and `AFTER`
+INK, PAPER, GRID = "#1f2328", "#ffffff", "#d5dae0"  # colours of text, background and grid
 CSS = {
     INK: "currentColor",
     PAPER: "var(--page)",
@@ -26,39 +26,45 @@ CSS = {
     AFTER: "var(--after)",
     THIRD: "var(--third)",
     FOURTH: "var(--fourth)",
-}  # what the colours are in a page, which is light or dark
+}
+"""{colour: the CSS that replaces it in a page}, since a page may be light or dark."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart, how it is plotted, and what it shows in words for those who do not see it."""
+    """A chart."""
 
     title: str
     words: str
+    """What the chart shows, in words, for people who do not see it."""
     plot: Callable[[Axes], None]
+    """Plots the chart on matplotlib's axes."""
 
 
 @dataclass(frozen=True)
 class Svg:
-    """A chart as a part of a page."""
+    """A chart as SVG, to be put into a page."""
 
     id: str
     title: str
     words: str
+    """What the chart shows, in words."""
     view_box: str
     markup: str
-    """What is inside the <svg> element; matplotlib has escaped all text in it."""
+    """The content of the <svg> element. Matplotlib has escaped all text in it."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One value after each block, for `per_block`."""
+    """A line in a chart over the blocks."""
 
     values: Sequence[float]
+    """The value after each block."""
     colour: str
     label: str | None = None
-    """None for a line that has its label from another one."""
+    """The line's name in the legend; None if another line of the same kind is named there."""
     kind: Literal["largest", "median", "prefix", "other"] = "largest"
+    """What the values are, which decides the style of the line."""
 
 
 _STYLES: Mapping[str, Mapping[str, Any]] = {
@@ -70,7 +76,7 @@ _STYLES: Mapping[str, Mapping[str, Any]] = {
 
 
 def per_block(lines: Sequence[Line], ylabel: str, *, log: bool = False) -> Callable[[Axes], None]:
-    """Plots what is measured after each block, on a logarithmic axis or on one that begins with 0."""
+    """A function that plots lines over the blocks. The y axis begins with 0, unless it is logarithmic (`log`)."""
 
     def plot(axis: Axes) -> None:
         for line in lines:
@@ -108,26 +114,26 @@ def draw(charts: Sequence[Chart]) -> Figure:
         "lines.linewidth": 1.8,
     }
     with rc_context(style):
-        drawn = Figure(figsize=(4.5 * len(charts), 3.5), layout="constrained")
-        for axis, chart in zip(drawn.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
+        figure = Figure(figsize=(4.5 * len(charts), 3.5), layout="constrained")
+        for axis, chart in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
             axis.set_axisbelow(True)
             axis.set_title(chart.title)
             chart.plot(axis)
-    return drawn
+    return figure
 
 
 def svg(chart: Chart) -> Svg:
-    """The chart with text that stays text, in the colours of the page."""
+    """The chart as SVG, with its text as text (not as shapes), and in the colours of the page."""
     from matplotlib import rc_context
 
-    target = io.StringIO()
+    buffer = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.title}):
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        draw([chart]).savefig(target, format="svg", transparent=True, metadata=metadata)
-    document = re.search(r'<svg[^>]*viewBox="([^"]*)"[^>]*>(.*)</svg>', target.getvalue(), re.DOTALL)
+        draw([chart]).savefig(buffer, format="svg", transparent=True, metadata=metadata)
+    document = re.search(r'<svg[^>]*viewBox="([^"]*)"[^>]*>(.*)</svg>', buffer.getvalue(), re.DOTALL)
     assert document is not None
     view_box, markup = document.groups()
-    markup = re.sub(r'<g id="[^"]*"', "<g", markup)  # figure_1, axes_1: every chart has these
+    markup = re.sub(r'<g id="[^"]*"', "<g", markup)  # ids such as axes_1, which would not be unique in a page
     for colour, variable in CSS.items():
         markup = markup.replace(colour, variable)
     name = re.sub(r"\W+", "-", chart.title.lower())
@@ -138,7 +144,7 @@ def svg(chart: Chart) -> Svg:
 
 
 def label_plainly(axis: Axis) -> None:
-    """Label a logarithmic axis 1, 2, 5, 10, ...: powers of 10 say little where there are only a few decades."""
+    """Label a logarithmic axis with 1, 2, 5, 10, ... if it spans few decades, where powers of 10 would be too few."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     low, high = axis.get_view_interval()
@@ -149,6 +155,7 @@ def label_plainly(axis: Axis) -> None:
 
 
 def label_whole_numbers(axis: Axis) -> None:
+    """Label an axis with whole numbers only."""
     from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(integer=True))

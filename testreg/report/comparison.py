@@ -1,4 +1,4 @@
-"""What registers change on a few images, drawn over the photographs."""
+"""`testreg.compare`: draws what registers change on a few images, as maps over the photographs."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Box = tuple[float, float, float, float]
-"""Left, top, right and bottom of the part of a photograph that a model sees, in pixels."""
+"""Left, top, right and bottom, in pixels, of the part of a photograph that the model gets after its preprocessing."""
 
-_SMALLEST, _LARGEST = 240, 640  # pixels of the longer side of a photograph, as it is drawn
+_MIN_SIDE, _MAX_SIDE = 240, 640  # bounds of the longer side of a drawn photograph, in pixels
 _DPI = 100
-_GAP = 0.45  # inches between rows, for titles
+_GAP = 0.45  # inches between rows, where titles are
 
 
 @dataclass(frozen=True, repr=False)
 class Comparison:
-    """A model on some images, without and with its registers: `testreg.compare` makes it.
+    """Maps of a model on some images, without and with registers. `testreg.compare` makes it.
 
-    In a notebook it shows itself.
+    A notebook shows it as a picture.
 
     Example:
         >>> testreg.compare(model, "photos/00.png", neurons).before.norms.shape
@@ -60,16 +60,17 @@ class Comparison:
     """
 
     photographs: Sequence[Tensor]
-    """(h, w, 3) in [0, 1], each of its own size."""
+    """The photographs, (h, w, 3) in [0, 1], each in its own size."""
     boxes: Sequence[Box]
-    """The part of each photograph that the maps lie over."""
+    """The part of each photograph that its maps cover."""
     block: int
     """The block after which norms are compared."""
     before: Maps
-    """Norms after `block`; attention and features of the last block."""
+    """Maps without registers: norms after `block`, attention and features of the last block."""
     after: Maps
+    """The same maps with registers."""
     model: str
-    """The name of its checkpoint, or of its class."""
+    """The name of the model's checkpoint, or else of its class."""
 
     def __repr__(self) -> str:
         images = f"{len(self.photographs)} image{'s' * (len(self.photographs) != 1)}"
@@ -79,31 +80,33 @@ class Comparison:
         )
 
     def plot(self, max_images: int = 4, opacity: float = 0.75) -> Figure:
-        """The maps before and after, over the photographs, at the photographs' size and aspect.
+        """Draw the maps before and after over the photographs, in the photographs' size and proportions.
 
         Args:
-            max_images: at most so many of the images, the first.
-            opacity: of the maps; the photograph shows through.
+            max_images: draw only so many of the images, the first ones.
+            opacity: opacity of the maps, from 0 to 1, over the photograph.
 
         Returns:
-            A matplotlib figure: a photograph, and beside it two rows, before and after. Norms share a scale; attention
-            has one each.
+            A matplotlib figure. Beside each photograph it has two rows of maps, before and after. Norms before and
+            after have the same colour scale; each attention map has its own.
         """
         from matplotlib.figure import Figure
 
         count, colours = min(max_images, len(self.photographs)), feature_colours(self.before, self.after)
-        sizes = [_drawn_size(each) for each in self.photographs[:count]]
+        sizes = [_size_in_inches(each) for each in self.photographs[:count]]
         kinds = ["norms", "features"] if self.before.attention is None else ["norms", "attention", "features"]
         width = max(width for _, width in sizes) * (1 + len(kinds)) + 0.2
         heights = [height + _GAP for height, _ in sizes for _ in range(2)]
         page = Figure(figsize=(width, sum(heights)), dpi=_DPI, layout="constrained")
         places = page.add_gridspec(2 * count, 1 + len(kinds), height_ratios=heights)
         for i, picture in enumerate(self.photographs[:count]):
-            made = {panel.name: panel for panel in panels(torch.zeros(3, 1, 1), i, self.before, self.after, colours)}
+            panel_of = {
+                panel.name: panel for panel in panels(torch.zeros(3, 1, 1), i, self.before, self.after, colours)
+            }
             _draw(page.add_subplot(places[2 * i : 2 * i + 2, 0]), picture, "photograph", "none")
             for row, side in enumerate(("before", "after"), start=2 * i):
                 for column, kind in enumerate(kinds, start=1):
-                    axis, panel = page.add_subplot(places[row, column]), made[f"{kind} {side}"]
+                    axis, panel = page.add_subplot(places[row, column]), panel_of[f"{kind} {side}"]
                     largest = "" if panel.largest is None else f", max {panel.largest:.3g}"
                     _draw(axis, picture, panel.name + largest, BEFORE if side == "before" else AFTER)
                     left, top, right, bottom = self.boxes[i]
@@ -136,7 +139,7 @@ def compare(
     block: int | None = None,
     transform: Transform | None = None,
 ) -> Comparison:
-    """What registers change: norms, attention and features before and after, as maps over the images.
+    """Compare a model without and with registers on a few images: norms, attention and features, as maps.
 
     Example:
         >>> comparison = testreg.compare(model, ["photos/00.png", "photos/01.png"], neurons)
@@ -147,11 +150,13 @@ def compare(
         >>> comparison.plot().savefig("comparison.png")
 
     Args:
-        model: a vision tower, or any model that contains one; it is left as it was.
-        images: a few, as `testreg.attention` takes them: photographs are drawn at their own size.
-        neurons: as `testreg.patch` takes them. None: a patched model's own, else the bundled list of its checkpoint.
-        block: the block after which norms are compared; None for the one where the largest stand out most.
-        transform: PIL image -> tensor (3, h, w); None takes the preprocessing that the model's own library names.
+        model: a vision transformer, or any model that contains one. It is not changed.
+        images: a few images, as `testreg.attention` takes them. Photographs are drawn in their own size.
+        neurons: the register neurons, as `testreg.patch` takes them. None: those of a patched model, or else the
+            bundled list of the model's checkpoint.
+        block: the block after which norms are compared; None for the block after which the largest norm of a patch is
+            the largest multiple of the median norm.
+        transform: maps a PIL image to a tensor (3, h, w); None for the preprocessing of the model's library.
 
     Raises:
         TypeError, ValueError: the model or an argument does not fit.
@@ -160,20 +165,24 @@ def compare(
     tower = find_tower(model)
     if block is not None and not -tower.depth <= block < tower.depth:
         raise ValueError(f"block={block} is out of range: the model has {tower.depth} blocks")
-    photographs, boxes, batch = _seen(model, images, transform)
-    own = is_patched(model) and neurons is None
-    # What the neurons do is about to be seen, so `patch` need not warn that they are not verified.
-    change = nullcontext() if own else patched(model, replace(resolve(neurons, model), verified=True))
-    with change, tower.evaluating():
+    photographs, boxes, batch = _photographs_and_input(model, images, transform)
+    uses_own_registers = is_patched(model) and neurons is None
+    # `verified=True` suppresses the warning that neurons are not verified: the picture will show what they do.
+    registers_added = (
+        nullcontext() if uses_own_registers else patched(model, replace(resolve(neurons, model), verified=True))
+    )
+    with registers_added, tower.evaluating():
         with disabled(model):
             block = _block_of_largest_norm(tower, batch) if block is None else block % tower.depth
-            observable = _is_observable(tower, batch[:1])
-        before, after = maps_before_and_after(model, batch, block, attention=observable)
+            with_attention = _attention_is_observable(tower, batch[:1])
+        before, after = maps_before_and_after(model, batch, block, attention=with_attention)
     return Comparison(photographs, boxes, block, before, after, describe_model(model, tower)["name"])
 
 
-def _seen(model: nn.Module, images: Images, transform: Transform | None) -> tuple[list[Tensor], list[Box], Tensor]:
-    """Photographs, the parts of them that the model sees, and its input (B, 3, h, w)."""
+def _photographs_and_input(
+    model: nn.Module, images: Images, transform: Transform | None
+) -> tuple[list[Tensor], list[Box], Tensor]:
+    """The photographs (h, w, 3), the part of each that the model gets, and the model's input (B, 3, h, w)."""
     items = listed_images(images)
     if all(isinstance(item, Tensor) and item.is_floating_point() for item in items):
         batch = image_batch(model, images)
@@ -187,9 +196,10 @@ def _seen(model: nn.Module, images: Images, transform: Transform | None) -> tupl
 
 
 def _box(image: Image, transform: Transform) -> Box:
-    """The part of the image that a transform leaves: what it makes of a ramp from left to right, and of one downwards.
+    """The part of the image that remains after a transform's cropping.
 
-    A transform that does more than resizing, cropping and normalising is taken to leave all of it.
+    It is found by transforming an image whose red grows from left to right, and whose green grows from top to bottom.
+    If a transform does more than resize, crop and normalise, the whole image is returned.
     """
     from PIL import Image as images
 
@@ -198,7 +208,8 @@ def _box(image: Image, transform: Transform) -> Box:
     ramp[..., 0] = np.linspace(0, 255, width).round()[None]
     ramp[..., 1] = np.linspace(0, 255, height).round()[:, None]
     black, white = (transform(images.new("RGB", image.size, colour)).double() for colour in ("black", "white"))
-    share = (transform(images.fromarray(ramp)).double() - black) / (white - black)  # of the way across, (3, h, w)
+    # (3, h, w): where each pixel was in the image, from 0 to 1: across in the first channel, down in the second
+    share = (transform(images.fromarray(ramp)).double() - black) / (white - black)
     horizontal, vertical = _edges(share[0].mean(0)), _edges(share[1].mean(1))
     if horizontal is None or vertical is None:
         return 0, 0, width, height
@@ -206,24 +217,25 @@ def _box(image: Image, transform: Transform) -> Box:
 
 
 def _edges(share: Tensor) -> tuple[float, float] | None:
-    """First and last edge of pixels whose centres lie on a straight line at these values; None if they do not."""
-    place = torch.arange(len(share), dtype=share.dtype)
-    centred = place - place.mean()
+    """The two ends, within [0, 1], of a row of pixels whose centres are at `share` (n,); None if not evenly spaced."""
+    positions = torch.arange(len(share), dtype=share.dtype)
+    centred = positions - positions.mean()
     slope = (centred * share).sum() / centred.square().sum().clamp(min=1)
     line = share.mean() + slope * centred
     if not share.isfinite().all() or slope <= 0 or (share - line).abs().max() > 0.05:
         return None
-    half = slope * len(share) / 2
-    return max(float(share.mean() - half), 0), min(float(share.mean() + half), 1)
+    half_length = slope * len(share) / 2
+    return max(float(share.mean() - half_length), 0), min(float(share.mean() + half_length), 1)
 
 
 def _block_of_largest_norm(tower: Tower, images: Tensor) -> int:
-    """The block after which the largest norm of the patches is the largest multiple of their median."""
+    """The block after which the largest norm of a patch is the largest multiple of the median norm."""
     norms = token_norms(tower, images)[..., tower.patches(images)]
     return int((norms.amax(-1) / norms.median(-1).values).mean(1).argmax())
 
 
-def _is_observable(tower: Tower, images: Tensor) -> bool:
+def _attention_is_observable(tower: Tower, images: Tensor) -> bool:
+    """Whether the tower computes attention in a way that testreg can read."""
     try:
         attention_to_patches(tower, images)
     except RuntimeError:
@@ -231,14 +243,15 @@ def _is_observable(tower: Tower, images: Tensor) -> bool:
     return True
 
 
-def _drawn_size(picture: Tensor) -> tuple[float, float]:
-    """Height and width, in inches, at which a photograph (h, w, 3) is drawn."""
+def _size_in_inches(picture: Tensor) -> tuple[float, float]:
+    """The height and width in inches in which a photograph (h, w, 3) is drawn."""
     height, width = picture.shape[:2]
-    scale = min(max(max(height, width), _SMALLEST), _LARGEST) / max(height, width)
+    scale = min(max(max(height, width), _MIN_SIDE), _MAX_SIDE) / max(height, width)
     return height * scale / _DPI, width * scale / _DPI
 
 
 def _draw(axis: Axes, picture: Tensor, title: str, edge: Any) -> None:
+    """Draw a photograph with a title, and an edge of that colour."""
     axis.imshow(picture.numpy())
     axis.set(xticks=[], yticks=[])
     axis.set_title(title, fontsize=9)

@@ -1,4 +1,4 @@
-"""The page of a diagnosis: where the outliers are, what they look like, and what to do about them."""
+"""The HTML page of a diagnosis: where outliers (patches of huge norm) are, how they look, and what to do about them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ NEXT = {
     "left": "These outliers are what the registers of this patched model leave. More register neurons may move them: "
     "calibrate the model anew, without its patch.",
     "immovable": "MLP neurons do not make these outliers, so that no register moves them.",
-}  # by the kind of the outliers
+}
+"""{kind of a diagnosis: what to do next}. A register is an extra token onto which outliers are moved."""
 
 
 def write_diagnosis_report(
@@ -45,30 +46,31 @@ def write_diagnosis_report(
     rule: OutlierRule | None = None,
     batch_size: int = 16,
 ) -> None:
-    """Write the diagnosis of `model` as a page.
+    """Write the diagnosis of `model` as an HTML page.
 
     Args:
-        images: (B, 3, h, w), or tensors (3, h, w), preprocessed, of those that were diagnosed. Those of the first one's
-            size with most outliers are shown.
-        command: the command line that made the diagnosis.
-        rule: which patches are outliers.
-        batch_size: images that are run at once.
+        path: the HTML file.
+        images: preprocessed images of the diagnosis, (B, 3, h, w) or a list of (3, h, w). Those with most outliers are
+            shown, of those that have the size of the first image.
+        command: the command line that made the diagnosis, to be shown.
+        rule: decides which patches are outliers.
+        batch_size: how many images are run at once.
 
     Raises:
         ValueError: there is no image.
     """
     if not len(images):
         raise ValueError("the page of a diagnosis shows images: give one at least")
-    same = [image for image in images if image.shape == images[0].shape]
+    same_size = [image for image in images if image.shape == images[0].shape]
     block = diagnosis.outliers.block if diagnosis.outliers else len(diagnosis.blocks) - 1
-    shown, maps = _measured(diagnosis, model, torch.stack(same), block, rule or OutlierRule(), batch_size)
-    write_page(path, page(diagnosis, shown, maps, block, command))
+    photographs, maps = _measured(diagnosis, model, torch.stack(same_size), block, rule or OutlierRule(), batch_size)
+    write_page(path, page(diagnosis, photographs, maps, block, command))
 
 
 def _measured(
     diagnosis: Diagnosis, model: nn.Module, images: Tensor, block: int, rule: OutlierRule, batch_size: int
 ) -> tuple[Tensor, Maps]:
-    """The images with most outliers after `block`, and their maps."""
+    """The images with most outliers after `block`, and maps of them."""
     tower = find_tower(model)
     with tower.evaluating():
         norms = torch.cat(
@@ -110,34 +112,43 @@ def page(diagnosis: Diagnosis, photographs: Tensor, maps: Maps, block: int, comm
 
 
 def _headline(diagnosis: Diagnosis) -> str:
-    """The verdict, of which no line break parts a number from its sign."""
+    """The verdict as a headline, without line breaks between numbers and %."""
     return (diagnosis.verdict[:1].upper() + diagnosis.verdict[1:]).replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def _cards(diagnosis: Diagnosis, block: int) -> list[Card]:
+    """The most important figures, which the page shows in large print."""
     after, where = diagnosis.blocks[block].after_mlp, f"after block {block}"
     cards = [
         Card("Outlier patches", share(after.outlier_fraction), where),
         Card("Largest norm / median norm", f"{after.max_over_median:.1f}", f"{where}, mean over the images"),
     ]
-    drawn = [each.outlier_attention for each in diagnosis.blocks if each.outlier_attention is not None]
-    if drawn:
-        cards.append(Card("Attention to outliers", share(max(drawn)), f"at most, in block {_at_most(diagnosis)}"))
+    attention = [each.outlier_attention for each in diagnosis.blocks if each.outlier_attention is not None]
+    if attention:
+        cards.append(
+            Card(
+                "Attention to outliers",
+                share(max(attention)),
+                f"at most, in block {_block_of_most_attention(diagnosis)}",
+            )
+        )
     return cards
 
 
-def _at_most(diagnosis: Diagnosis) -> int:
+def _block_of_most_attention(diagnosis: Diagnosis) -> int:
+    """The block in which outliers get the largest share of the attention."""
     return max(range(len(diagnosis.blocks)), key=lambda i: diagnosis.blocks[i].outlier_attention or 0.0)
 
 
 def _rows(photographs: Tensor, maps: Maps) -> list[Row]:
-    """The maps, of which there is one side only."""
+    """The photographs and their maps. There is no before and after, since a diagnosis adds no registers."""
     colours = feature_colours(maps, maps)
     made = [panels(image, i, maps, maps, colours) for i, image in enumerate(photographs)]
     return rows_of([[panel for panel in row if panel.side != "after"] for row in made], with_sides=False)
 
 
 def _facts(diagnosis: Diagnosis) -> list[tuple[str, str]]:
+    """How the diagnosis was made, as (name, value)."""
     facts: dict[str, Any] = {
         "images": diagnosis.images,
         "unreadable images": diagnosis.unreadable_images,
@@ -156,6 +167,7 @@ def _facts(diagnosis: Diagnosis) -> list[tuple[str, str]]:
 
 
 def charts_of(diagnosis: Diagnosis) -> list[Chart]:
+    """The charts of the page: norms and outliers after each block."""
     return [
         Chart(NORMS, _norms_in_words(diagnosis), per_block(_norm_lines(diagnosis), NORM, log=True)),
         Chart("Outliers after each block", _outliers_in_words(diagnosis), per_block(_outlier_lines(diagnosis), "%")),
@@ -163,12 +175,13 @@ def charts_of(diagnosis: Diagnosis) -> list[Chart]:
 
 
 def _norms(diagnosis: Diagnosis) -> tuple[list[float], list[float]]:
-    """The largest and the median norm after each block."""
+    """The largest and the median norm of patches after each block."""
     after = [block.after_mlp for block in diagnosis.blocks]
     return [each.max_over_median * each.median_norm for each in after], [each.median_norm for each in after]
 
 
 def _norm_lines(diagnosis: Diagnosis) -> list[Line]:
+    """The largest and the median norm of patches after each block, and the norms of prefix tokens."""
     largest, median = _norms(diagnosis)
     after = [block.after_mlp for block in diagnosis.blocks]
     prefix = [
@@ -184,6 +197,7 @@ def _norm_lines(diagnosis: Diagnosis) -> list[Line]:
 
 
 def _norms_in_words(diagnosis: Diagnosis) -> str:
+    """The chart of norms in words."""
     largest, median = _norms(diagnosis)
     block = largest.index(max(largest))
     peak = f"The largest patch norm peaks at {largest[block]:.3g} after block {block}"
@@ -191,17 +205,19 @@ def _norms_in_words(diagnosis: Diagnosis) -> str:
 
 
 def _outlier_lines(diagnosis: Diagnosis) -> list[Line]:
+    """The share of outliers after each block, and the share of attention that they get."""
     lines = [
         Line([100 * block.after_mlp.outlier_fraction for block in diagnosis.blocks], BEFORE, "share of the patches")
     ]
-    drawn = [block.outlier_attention for block in diagnosis.blocks]
-    if any(each is not None for each in drawn):
-        shares = [math.nan if each is None else 100 * each for each in drawn]
+    attention = [block.outlier_attention for block in diagnosis.blocks]
+    if any(each is not None for each in attention):
+        shares = [math.nan if each is None else 100 * each for each in attention]
         lines.append(Line(shares, FOURTH, "attention that they draw", "other"))
     return lines
 
 
 def _outliers_in_words(diagnosis: Diagnosis) -> str:
+    """The chart of outliers in words."""
     fractions = [block.after_mlp.outlier_fraction for block in diagnosis.blocks]
     if not any(fractions):
         return "There are none after any block."
@@ -209,8 +225,8 @@ def _outliers_in_words(diagnosis: Diagnosis) -> str:
 
 
 def _stream_table(diagnosis: Diagnosis) -> Table:
-    """What the charts show of the residual stream, and more, in figures: a line for each block."""
-    heads = (
+    """A table with a row for each block: norms, outliers and similarities of the residual stream."""
+    header = (
         *("block", "median norm", "99 % / median", "max / median", "prefix / median", "kurtosis"),
         *("outliers after attention, %", "outliers after MLP, %", "cosine of normal patches", "of outliers"),
     )
@@ -225,14 +241,14 @@ def _stream_table(diagnosis: Diagnosis) -> Table:
                 *(100 * after.outlier_fraction, after.normal_cosine, after.outlier_cosine),
             )
         )
-    return table_of(heads, rows)
+    return table_of(header, rows)
 
 
 def _attention_table(diagnosis: Diagnosis) -> Table | None:
-    """The figures of attention, a line for each block; None if it was not observed."""
+    """A table with a row for each block: attention to prefix tokens and outliers; None if it was not measured."""
     if all(block.heads is None for block in diagnosis.blocks):
         return None
-    heads = (
+    header = (
         *("block", "attention to prefix tokens, %", "to outliers, %", "in the head with most, %", "which"),
         *("column ratio", "value of outliers / median", "rank of what is taken from them"),
     )
@@ -240,7 +256,7 @@ def _attention_table(diagnosis: Diagnosis) -> Table | None:
     for i, block in enumerate(diagnosis.blocks):
         shares = [head.outlier_attention for head in block.heads or ()]
         if not shares or block.outlier_attention is None:
-            rows.append((i, *[None] * (len(heads) - 1)))
+            rows.append((i, *[None] * (len(header) - 1)))
             continue
         to_prefix = 100 * sum(block.prefix_attention or ())
         most = max(shares)
@@ -250,4 +266,4 @@ def _attention_table(diagnosis: Diagnosis) -> Table | None:
                 *(block.column_ratio, block.value_ratio, block.broadcast_rank),
             )
         )
-    return table_of(heads, rows)
+    return table_of(header, rows)

@@ -1,4 +1,7 @@
-"""What a report shows: the measurements of a model without and with the registers of a list of neurons."""
+"""Measures for a report what the registers of a list of neurons do to a model: before (without) and after (with).
+
+Register neurons make outliers (patches of huge norm); a register is an extra token onto which they are moved.
+"""
 
 from __future__ import annotations
 
@@ -22,103 +25,106 @@ from testreg.register import disabled, patched, registers
 from testreg.report.map_figures import Maps, maps_before_and_after
 from testreg.report.values import percent
 
-NUM_PHOTOGRAPHS = 5
-AGREEMENT = 0.99  # of a head with itself: less than that counts as a change for the worse
+NUM_PHOTOGRAPHS = 5  # images whose maps a report shows
+MIN_AGREEMENT = 0.99  # the head's class should stay the same on at least this share of the images
 
 
 @dataclass(frozen=True)
 class Norms:
-    """Norms of a tower's patches, for L blocks and B images."""
+    """Norms of the N patches of B images after each of L blocks."""
 
     largest: Tensor
-    """(L,), the largest norm of an image's patches after each block, mean over the images."""
+    """The largest norm of an image's patches after each block, mean over images, (L,)."""
     median: Tensor
-    """(L,), the median norm, mean over the images."""
+    """The median norm of an image's patches after each block, mean over images, (L,)."""
     registers: Tensor | None
-    """(L,), mean norm of the registers; None without registers."""
+    """The mean norm of the registers after each block, (L,); None without registers."""
     ratios: dict[int, Tensor]
-    """By block, for some of the blocks: norms (B, N) over the median norm of the image's patches."""
+    """{block: norms of the patches over the median norm of their image, (B, N)}, for two of the blocks."""
     outliers: Tensor
-    """(B,), how many patches are outliers after the first of these blocks."""
+    """The number of outliers in each image after the first block in `ratios`, (B,)."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """A model without and with its registers.
+    """Measurements of a model before (without registers) and after (with registers).
 
-    The list may come from elsewhere: of how it was made, much may be unknown.
+    Properties that depend on how the list of neurons was made are None if the list does not tell.
     """
 
     neurons: RegisterNeurons
     model: Mapping[str, Any]
+    """The description of the model, see `testreg.neurons.describe_model`."""
     block: int
     """The block after which outliers stand out most."""
     ignored: list[Position]
-    """Rows and columns of patches that do not count as outliers: calibration left these fixed positions out."""
+    """(row, column) of patches that are not counted as outliers, since calibration left these fixed positions out."""
     before: Diagnosis
     after: Diagnosis
     norms_before: Norms
     norms_after: Norms
     photographs: Tensor
-    """(b, 3, h, w), the images with most outliers."""
+    """The images with most outliers, (b, 3, h, w)."""
     maps_before: Maps
     maps_after: Maps
 
     @property
     def chosen(self) -> RegisterNeurons:
-        """The neurons that are used, of all that were ranked."""
+        """The list without the ranked neurons that are not used."""
         return self.neurons.truncate()
 
     @property
     def facts(self) -> Calibration:
-        """What the list says about how it was made."""
+        """How the list of neurons was made."""
         return self.neurons.calibration
 
     @property
     def outliers(self) -> tuple[float, float]:
-        """Share of the patches that are outliers after `block`, before and after."""
+        """The share of the patches that are outliers after `block`: (before, after)."""
         before, after = (side.blocks[self.block].after_mlp.outlier_fraction for side in (self.before, self.after))
         return before, after
 
     @property
     def change(self) -> float | None:
-        """The largest change of the pooled feature at any image size; None if unknown."""
+        """The change of the pooled feature (1 - cosine), at the image size where it is largest; None if unknown."""
         return max((check.effect.change_pooled for check in self.facts.verified_at), default=None)
 
     @property
     def worst_sink(self) -> tuple[float, float] | None:
-        """Attention to former outliers over that to other patches, before and after, at the image size where most of it
-        stays; None if unknown."""
-        known = [
+        """The attention to patches that were outliers over that to other patches: (before, after).
+
+        It is taken at the image size where it is largest after; None if unknown.
+        """
+        sinks = [
             (check.before.sink, check.effect.sink)
             for check in self.facts.verified_at
             if check.before is not None and check.before.sink is not None and check.effect.sink is not None
         ]
-        return max(known, key=lambda sink: sink[1], default=None)
+        return max(sinks, key=lambda sink: sink[1], default=None)
 
     @property
     def agreement(self) -> float | None:
-        """The lowest share of images to which the user's head gives the same class as before; None if unknown."""
+        """The share of images whose class, by the user's head, stays the same; the lowest of all sizes, or None."""
         agreements = (check.effect.agreement for check in self.facts.verified_at)
         return min((agreement for agreement in agreements if agreement is not None), default=None)
 
     @property
-    def disagrees(self) -> bool:
-        """Whether the user's head gives another class to more images than it should."""
-        return self.agreement is not None and self.agreement < AGREEMENT
+    def head_disagrees(self) -> bool:
+        """Whether the user's head changes the class of too many images."""
+        return self.agreement is not None and self.agreement < MIN_AGREEMENT
 
     @property
     def headline(self) -> str:
-        """What the registers did, in one line, with what they made worse."""
+        """What the registers did, and what they made worse, in one line."""
         if self.before.kind == "none":
             return "No outliers: nothing to fix"
         count = len(self.chosen.ranking)
-        but = f", but {' and '.join(self.worse)}" if self.worse else ""
-        return f"{count} register neuron{'s' * (count != 1)}: {self._effect}{but}"
+        drawbacks_in_words = f", but {' and '.join(self.drawbacks)}" if self.drawbacks else ""
+        return f"{count} register neuron{'s' * (count != 1)}: {self._effect}{drawbacks_in_words}"
 
     @property
     def _effect(self) -> str:
-        """What became of the outliers."""
+        """What the registers did to the outliers, in words."""
         before, after = self.outliers
         if after >= before:
             return "the outliers stay"
@@ -126,21 +132,21 @@ class Report:
         return f"{'all' if after == 0 else percent(share)} of the outlier patches are gone"
 
     @property
-    def worse(self) -> list[str]:
-        """What got worse, each in a few words that can follow "but"."""
+    def drawbacks(self) -> list[str]:
+        """What got worse, as phrases that can follow "but"."""
         faults = []
-        grown = [
+        growth = [
             after.after_mlp.outlier_fraction - before.after_mlp.outlier_fraction
             for before, after in zip(self.before.blocks, self.after.blocks, strict=True)
         ]
-        if max(grown) >= MIN_FRACTION:
-            faults.append(f"there are more outliers after block {grown.index(max(grown))}")
+        if max(growth) >= MIN_FRACTION:
+            faults.append(f"there are more outliers after block {growth.index(max(growth))}")
         for check in self.facts.verified_at:
             faults += what_is_wrong_with_maps(check)
         limit = math.inf if self.facts.max_change is None else self.facts.max_change
         if self.change is not None and self.change > limit:
             faults.append(f"the pooled feature changes by {self.change:.2g}")
-        if self.agreement is not None and self.disagrees:
+        if self.agreement is not None and self.head_disagrees:
             faults.append(f"the head changes its mind on {percent(100 * (1 - self.agreement))} of the images")
         return faults
 
@@ -153,9 +159,14 @@ def measure_report(
     rule: OutlierRule | None = None,
     batch_size: int = 16,
 ) -> Report:
-    """Measure `model`, which is unpatched and left so, without and with the registers of `neurons`.
+    """Measure what the registers of `neurons` do to `model`, which must not be patched, and is not changed.
 
-    All is done by the process that asks for it: of several (torch.distributed), the others need not know.
+    Only the process that calls this computes, even if there are several (torch.distributed).
+
+    Args:
+        images: preprocessed images of one size, (B, 3, h, w) or a list of (3, h, w).
+        rule: decides which patches are outliers.
+        batch_size: how many images are run at once.
     """
     images = images if isinstance(images, Tensor) else torch.stack(list(images))
     if images.ndim != 4 or not len(images):
@@ -163,7 +174,7 @@ def measure_report(
     rule = rule or OutlierRule()
     tower, batches = find_tower(model), images.split(batch_size)
     ignored = _ignored(neurons, tower.rows_and_columns(images))
-    # What the neurons do is about to be measured, so `patch` need not warn that they are not verified.
+    # `verified=True` suppresses the warning that neurons are not verified: the report will show what they do.
     with patched(model, replace(neurons, verified=True)), tower.evaluating():
         with disabled(model):
             before = conclude(model, [observe(tower, batches, rule, ignored=ignored)], rule)
@@ -172,8 +183,8 @@ def measure_report(
         after = conclude(model, [observe(tower, batches, rule, ignored=ignored)], rule)
         norms_after = _norms(model, tower, batches, block, rule, ignored)
         photographs = images[images_with_most(norms_before.outliers, NUM_PHOTOGRAPHS)]
-        observable = before.blocks[-1].outlier_attention is not None
-        maps_before, maps_after = maps_before_and_after(model, photographs, block, attention=observable)
+        with_attention = before.blocks[-1].outlier_attention is not None
+        maps_before, maps_after = maps_before_and_after(model, photographs, block, attention=with_attention)
     return Report(
         neurons=neurons,
         model=describe_model(model, tower),
@@ -190,19 +201,19 @@ def measure_report(
 
 
 def images_with_most(outliers: Tensor, count: int) -> Tensor:
-    """The numbers of the images with most outliers, of which (B,) says how many each has; in ascending order."""
+    """The indices, in ascending order, of the images with most outliers, from the number in each image (B,)."""
     return outliers.argsort(descending=True, stable=True)[:count].sort().values
 
 
 def _block_with_most_outliers(before: Diagnosis, neurons: RegisterNeurons) -> int:
-    """The block at which the diagnosis finds most outliers, else that at which calibration did, else the last."""
+    """The block after which the diagnosis finds most outliers; if it finds none, calibration's block, or the last."""
     last = len(before.blocks) - 1
     detected = neurons.calibration.detection_block
     return before.outliers.block if before.outliers else last if detected is None else detected
 
 
 def _ignored(neurons: RegisterNeurons, grid: tuple[int, int]) -> list[Position]:
-    """The fixed positions that calibration left out on this grid, as far as the list names any."""
+    """The fixed positions that calibration left out for images with this grid of patches."""
     return [each for fixed in neurons.calibration.ignored if fixed.grid == grid for each in fixed.positions]
 
 
@@ -214,22 +225,24 @@ def _norms(
     rule: OutlierRule,
     ignored: Sequence[Position],
 ) -> Norms:
-    """Norms over batches of images (b, 3, h, w); the ratios are those after `block` and after the last block."""
+    """The norms over batches of images (b, 3, h, w), with ratios after `block` and after the last block."""
     grid, patches = tower.grid(batches[0]), tower.patches(batches[0])
-    largest, median, on_registers, kept = [], [], [], []
+    largest, median, register_norms, selected = [], [], [], []
     for batch in batches:
-        with registers(model) as seen:
+        with registers(model) as states:
             norms = token_norms(tower, batch)[..., patches]  # (L, b, N)
         largest.append(norms.amax(-1))
         median.append(norms.median(-1).values)
-        kept.append(norms[[block, -1]])
-        if seen:
-            on_registers.append(torch.stack([each.float().norm(dim=-1).mean(-1) for each in seen]))  # (L, b)
-    shown = torch.cat(kept, 1).cpu()  # (2, B, N)
+        selected.append(norms[[block, -1]])
+        if states:
+            register_norms.append(torch.stack([each.float().norm(dim=-1).mean(-1) for each in states]))  # (L, b)
+    selected_norms = torch.cat(selected, 1).cpu()  # (2, B, N)
     return Norms(
         largest=torch.cat(largest, 1).mean(1).cpu(),
         median=torch.cat(median, 1).mean(1).cpu(),
-        registers=torch.cat(on_registers, 1).mean(1).cpu() if on_registers else None,
-        ratios=dict(zip((block, tower.depth - 1), shown / shown.median(-1, keepdim=True).values, strict=True)),
-        outliers=((shown[0] > rule.limit(shown[0])) & ~ignored_patches(ignored, grid)).sum(1),
+        registers=torch.cat(register_norms, 1).mean(1).cpu() if register_norms else None,
+        ratios=dict(
+            zip((block, tower.depth - 1), selected_norms / selected_norms.median(-1, keepdim=True).values, strict=True)
+        ),
+        outliers=((selected_norms[0] > rule.limit(selected_norms[0])) & ~ignored_patches(ignored, grid)).sum(1),
     )

@@ -1,6 +1,6 @@
-"""The report of a calibration: one HTML page that needs no other file, and the same pictures as PNG for papers.
+"""The report of a calibration: an HTML page that needs no other file, and its pictures as PNG for papers.
 
-All HTML is in calibration.html and base.html, which escape what they are given; here is what that is: plain data.
+This module collects the data; all HTML is in the templates calibration.html and base.html, which escape the data.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from testreg.report.rendering import Card, render, rows_of, write_page
 from testreg.report.usage import python_lines, shell_line
 from testreg.report.values import Table, share, table_of, value_of, words_of
 
-MAX_ADDED = 8  # neurons of a round that are named
-LONG_TABLE = 20  # rows that are shown without being asked for
+MAX_ADDED = 8  # so many of the neurons that a round added are named
+LONG_TABLE = 20  # tables with more rows are folded
 
-MEASURED = {
+EFFECT_COLUMNS = {
     "neurons": "neurons",
     "num_registers": "registers",
     "remaining": "outliers left",
@@ -41,8 +41,9 @@ MEASURED = {
     "change_pooled": "change, pooled",
     "change_patches": "change, patches",
     "agreement": "head agrees",
-}  # of a point of the trade-off, or of a check at another size
-ELSEWHERE = {
+}
+"""{attribute of `Effect`, i.e. of what a set of neurons does: the title of its column}."""
+SHOWN_ELSEWHERE = {
     "curve",
     "rounds",
     "chosen",
@@ -52,7 +53,8 @@ ELSEWHERE = {
     "verified_at",
     "stability",
     "versions",
-}  # these have a place
+}
+"""Attributes of the calibration that other parts of the page show, so that its list of facts leaves them out."""
 
 
 def write_report(
@@ -67,17 +69,17 @@ def write_report(
     rule: OutlierRule | None = None,
     batch_size: int = 16,
 ) -> None:
-    """Write what `neurons` do to `model`, as a page and as pictures.
+    """Measure what `neurons` do to `model`, and write it as an HTML page and as pictures.
 
     Args:
-        path: the HTML file; None if only the pictures are wanted.
-        model: unpatched, and left so.
-        images: (B, 3, h, w), or tensors (3, h, w) of one size, preprocessed. All are measured, a few of them shown.
-        command: the command line that made the neurons.
-        file: where the neurons were saved, for the lines that use them; None for where they were read from.
+        path: the HTML file; None for no page.
+        model: a model that is not patched. It is not changed.
+        images: preprocessed images of one size, (B, 3, h, w) or a list of (3, h, w). All are measured, a few are shown.
+        command: the command line that made the neurons, to be shown.
+        file: the file of the neurons, for the lines of code that use it; None for the file that they were read from.
         figures: a folder for norms.png, histograms.png, maps.png, and curve.png if the calibration has a curve.
-        rule: which patches are outliers.
-        batch_size: images that are run at once.
+        rule: decides which patches are outliers.
+        batch_size: how many images are run at once.
 
     Raises:
         ValueError: the neurons or the images do not fit the model.
@@ -91,6 +93,7 @@ def write_report(
 
 
 def _save_figures(report: Report, folder: Path) -> None:
+    """Write the pictures of the report as PNG."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {name: draw(charts) for name, charts in charts_of(report).items()}
     title = f"{report.model['name']}, norms after block {report.block}"
@@ -130,7 +133,7 @@ def page(report: Report, command: str | None = None, file: str | None = None) ->
 
 
 def _notices(report: Report) -> list[str]:
-    """What a reader should know before believing the figures."""
+    """Warnings that the page shows above the figures."""
     notices = []
     if report.neurons.provenance.get("synthetic") or "synthetic" in str(report.model["name"]).lower():
         notices.append("A synthetic model: it shows the mechanism, not what patching does for a trained one.")
@@ -147,12 +150,13 @@ def _notices(report: Report) -> list[str]:
         notices.append(
             f"Not verified: that takes clean maps on {MIN_VERIFYING} held-out images that had no part in the choice."
         )
-    if report.agreement is not None and report.disagrees:
+    if report.agreement is not None and report.head_disagrees:
         notices.append(f"The head gives {share(1 - report.agreement)} of the held-out images another class.")
     return notices
 
 
 def _cards(report: Report) -> list[Card]:
+    """The most important figures, which the page shows in large print."""
     where = f"after block {report.block}"
     outliers, outliers_after = map(share, report.outliers)
     ratio, ratio_after = (
@@ -179,7 +183,7 @@ def _cards(report: Report) -> list[Card]:
 
 
 def _sample(report: Report) -> str:
-    """Which images the figures are measured on."""
+    """Which images the figures were measured on, in words."""
     count = f"{report.before.images} image{'s' * (report.before.images != 1)}"
     if report.facts.held_out is None:
         return f"Before and after are measured on the {count} that this report was given."
@@ -189,6 +193,7 @@ def _sample(report: Report) -> str:
 
 
 def _maps(report: Report) -> dict[str, Any]:
+    """The photographs with their maps, and which photographs they are."""
     before, after = report.maps_before, report.maps_after
     colours = feature_colours(before, after)
     rows = rows_of([panels(image, i, before, after, colours) for i, image in enumerate(report.photographs)])
@@ -197,7 +202,7 @@ def _maps(report: Report) -> dict[str, Any]:
 
 
 def _trade_off(report: Report) -> dict[str, Any]:
-    """How many neurons, and why so many; None for what the list does not say."""
+    """Tables of what different numbers of neurons and registers do, which the choice was made by; None if unknown."""
     facts = report.facts
     points = [*facts.curve, *([facts.chosen] if facts.chosen is not None else ())] if facts.curve else []
     notes = [""] * len(facts.curve) + ["chosen"]
@@ -215,40 +220,42 @@ def _trade_off(report: Report) -> dict[str, Any]:
 
 
 def _table_of_effects(
-    effects: Sequence[Effect], heads: Sequence[str] = (), firsts: Sequence[Sequence[object]] | None = None
+    effects: Sequence[Effect], header: Sequence[str] = (), first_cells: Sequence[Sequence[object]] | None = None
 ) -> Table | None:
-    """A row for each effect, with columns for what was measured: without a head, there is no agreement.
+    """A table with a row for each effect and a column for each figure that was measured; None without effects.
 
     Args:
-        heads, firsts: other columns, which come first: what is over them, and what each row has in them.
+        header: titles of further columns, which come first.
+        first_cells: the cells of each row in these columns.
     """
     if not effects:
         return None
-    names = [name for name in MEASURED if any(getattr(effect, name) is not None for effect in effects)]
-    rows = zip(firsts or [()] * len(effects), effects, strict=True)
+    names = [name for name in EFFECT_COLUMNS if any(getattr(effect, name) is not None for effect in effects)]
+    rows = zip(first_cells or [()] * len(effects), effects, strict=True)
     return table_of(
-        [*heads, *(MEASURED[name] for name in names)],
-        [[*first, *(getattr(effect, name) for name in names)] for first, effect in rows],
+        [*header, *(EFFECT_COLUMNS[name] for name in names)],
+        [[*cells_before, *(getattr(effect, name) for name in names)] for cells_before, effect in rows],
     )
 
 
 def _rounds(report: Report) -> Table | None:
-    """What each round of the calibration added, and what was left then; None if there were no rounds."""
-    heads = ("round", "neurons", "added (block, unit)", "outliers left", "excess norm left")
+    """A table of the neurons that each round of the calibration added, and what it left; None without rounds."""
+    header = ("round", "neurons", "added (block, unit)", "outliers left", "excess norm left")
     rows = [
         (each.round, each.effect.neurons, _pairs(each.added), each.effect.remaining, each.effect.excess)
         for each in report.facts.rounds
     ]
-    return table_of(heads, rows) if rows else None
+    return table_of(header, rows) if rows else None
 
 
 def _pairs(neurons: Sequence[Neuron]) -> str:
-    """Neurons as (block, unit), the first few of many."""
+    """Neurons as text, each as (block, unit); only the first few if there are many."""
     more = f" and {len(neurons) - MAX_ADDED} more" if len(neurons) > MAX_ADDED else ""
     return " ".join(f"({block}, {unit})" for block, unit, _ in neurons[:MAX_ADDED]) + more
 
 
 def _neurons(report: Report) -> dict[str, Any]:
+    """The neurons that are used, and how stable their ranking is."""
     by_block = ", ".join(f"{len(units)} in block {block}" for block, units in report.chosen.by_block().items())
     stability = report.facts.stability
     overlap = None if stability is None else f"{share(stability.overlap)} of the best {stability.neurons}"
@@ -264,9 +271,9 @@ def _neurons(report: Report) -> dict[str, Any]:
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:
-    """How to get there again."""
+    """How the neurons were made, as (name, value), so that it can be done again."""
     calibration = report.facts.to_json().items()
-    facts = {words_of(key): value for key, value in calibration if key not in ELSEWHERE and value is not None}
+    facts = {words_of(key): value for key, value in calibration if key not in SHOWN_ELSEWHERE and value is not None}
     facts["fingerprint of the weights"] = report.model["fingerprint"]
     facts |= {f"provenance: {key}": value for key, value in report.neurons.provenance.items()}
     if report.facts.versions:

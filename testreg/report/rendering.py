@@ -1,4 +1,4 @@
-"""What the pages have in common: their templates, which escape what they are given, and pictures as parts of a page."""
+"""Renders the HTML pages from templates, which escape all data, and puts pictures into them."""
 
 from __future__ import annotations
 
@@ -16,41 +16,43 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from testreg.files import replacing
 from testreg.report.map_figures import Panel
 
-PHOTOGRAPH_SIDE = 640  # pixels in the page, at most; the maps have one for each patch
+PHOTOGRAPH_SIDE = 640  # the longest side of a photograph in a page, in pixels; a map has one pixel for each patch
 
 
 @dataclass(frozen=True)
 class Card:
-    """A figure that matters, in large print; with `after`, it is a change from `value` to that."""
+    """An important figure, which a page shows in large print."""
 
     title: str
     value: str
     note: str
     after: str | None = None
+    """The figure with registers, if `value` is the one without; None if the card shows no change."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A photograph or a map."""
+    """A photograph or a map in a page."""
 
     id: str
     kind: str
     side: str
-    """"before" or "after"; "" for the photograph, and where there is one side."""
+    """"before" or "after"; "" for a photograph, and in pages that have no before and after."""
     name: str
     largest: str
-    """The largest value of a map; "" if it has no scale."""
+    """The largest value of a map, as text; "" if its colours stand for no value."""
     alt: str
     uri: str
+    """The image file as a data URI."""
     width: int
     height: int
     other: str | None
-    """The id of the same map of the other side."""
+    """For a map before, the id of the map after, and the other way round; None in pages without before and after."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A photograph, and the maps that are laid over it."""
+    """A photograph and the maps that the page lays over it."""
 
     id: str
     photograph: Picture
@@ -58,19 +60,20 @@ class Row:
 
 
 def rows_of(panels: Sequence[Sequence[Panel]], *, with_sides: bool = True) -> list[Row]:
-    """One row for each photograph, from its panels, of which the photograph is the first.
+    """The rows of a page, from the panels of each image, of which the first is the photograph.
 
     Args:
-        with_sides: whether there is a before and an after.
+        with_sides: whether the page has a before and an after.
     """
     rows = []
-    for i, of_image in enumerate(panels):
-        photograph, *maps = (_picture(panel, i, with_sides) for panel in of_image)
+    for i, panels_of_image in enumerate(panels):
+        photograph, *maps = (_picture(panel, i, with_sides) for panel in panels_of_image)
         rows.append(Row(f"image-{i + 1}", photograph, maps))
     return rows
 
 
 def _picture(panel: Panel, index: int, with_sides: bool) -> Picture:
+    """One panel of the image `index` as a picture in a page."""
     height, width = panel.pixels.shape[:2]
     largest = "" if panel.largest is None else f"{panel.largest:.3g}"
     side = panel.side if with_sides else ""
@@ -92,19 +95,20 @@ def _picture(panel: Panel, index: int, with_sides: bool) -> Picture:
 
 
 def _data_uri(panel: Panel) -> str:
+    """The panel as an image file in a data URI: JPEG for a photograph, PNG for a map."""
     from PIL import Image
 
     picture = Image.fromarray((panel.pixels * 255).round().byte().numpy())
-    target = io.BytesIO()
+    buffer = io.BytesIO()
     file_format = "jpeg" if panel.kind == "photograph" else "png"
     if file_format == "jpeg":
         picture.thumbnail((PHOTOGRAPH_SIDE, PHOTOGRAPH_SIDE))
-    picture.save(target, file_format, quality=88)
-    return f"data:image/{file_format};base64,{base64.b64encode(target.getvalue()).decode()}"
+    picture.save(buffer, file_format, quality=88)
+    return f"data:image/{file_format};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def render(template: str, **values: Any) -> str:
-    """The page. Whatever comes from outside is escaped."""
+    """The page as HTML, from a template and its values, which are escaped."""
     return _environment().get_template(template).render(**values)
 
 
@@ -114,6 +118,7 @@ def _environment() -> Environment:
 
 
 def write_page(path: str | os.PathLike[str], text: str) -> None:
+    """Write a page. An existing file is replaced only once the new one is complete."""
     with replacing(path) as temporary:
-        # Names of folders may be no text, and hold bytes that UTF-8 does not have.
+        # Names of folders in the text may have bytes that are not valid UTF-8.
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")

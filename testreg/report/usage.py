@@ -1,4 +1,4 @@
-"""The lines that use register neurons on a model, as its own library loads it."""
+"""Lines of Python and shell that show how to use register neurons on a model."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from testreg.files import plain
 
 
 def python_lines(name: str, neurons: str) -> list[str]:
-    """Python from loading the model to patching it.
+    """Lines of Python that load the model with its library, and patch it.
 
     Args:
-        name: of the model, as `testreg.load_model` takes it; any other is a model that the user has at hand.
+        name: the model's name, as `testreg.load_model` takes it. For any other name, a comment stands for the loading.
         neurons: the file of the neurons.
     """
     library, _, rest = name.partition(":")
@@ -52,5 +52,5 @@ def python_lines(name: str, neurons: str) -> list[str]:
 
 
 def shell_line(name: str, neurons: str) -> str:
-    """The command that saves the patched model."""
+    """The shell command that saves the patched model."""
     return shlex.join(["testreg", "apply", name, "--neurons", neurons, "-o", "patched"])

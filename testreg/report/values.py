@@ -1,4 +1,4 @@
-"""What a person reads: numbers, words and tables, of anything that JSON holds."""
+"""Formats values for people to read: numbers, shares, lists and tables."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Table:
-    heads: Sequence[str]
+    """A table of text."""
+
+    header: Sequence[str]
     rows: Sequence[Sequence[str]]
 
 
-def table_of(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
-    return Table(heads, [list(map(value_of, row)) for row in rows])
+def table_of(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
+    """A table whose cells are formatted by `value_of`."""
+    return Table(header, [list(map(value_of, row)) for row in rows])
 
 
 def words_of(key: str) -> str:
+    """A key of a JSON as words."""
     return key.replace("_", " ")
 
 
 def value_of(value: object) -> str:
-    """Anything that JSON holds, as a person writes it."""
+    """A value of a JSON as text: "-" for None, "yes" and "no", four digits of a number, and 224 x 224 for a size."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -36,10 +40,10 @@ def value_of(value: object) -> str:
 
 
 def percent(value: float) -> str:
-    """A percentage, of which a line break does not part the number from its sign."""
+    """A percentage as text, with a space before % at which lines do not break."""
     return f"{value:.{2 if value < 1 else 3}g}\N{NO-BREAK SPACE}%"
 
 
 def share(value: float) -> str:
-    """A share as a percentage, that of nearly nothing as such."""
+    """A share (0 to 1) as a percentage; very small shares are "< 0.01 %"."""
     return f"< {percent(0.01)}" if 0 < value < 1e-4 else percent(100 * value)

@@ -16,7 +16,7 @@ from testreg.cli import main
 from testreg.evaluation import knn, linear
 from testreg.evaluation.bootstrap import mean_of
 from testreg.evaluation.classification import BLOCKS, features, top_1_and_5
-from testreg.evaluation.fitting import _draws
+from testreg.evaluation.fitting import _order_of_samples
 from testreg.evaluation.knn import vote
 from testreg.evaluation.labels import class_names, labelled_images
 from testreg.evaluation.linear import RATES, Probes
@@ -101,9 +101,9 @@ def test_features_are_those_of_the_last_blocks() -> None:
 
 
 def test_every_sample_is_drawn_as_often() -> None:
-    draws = _draws(5, iterations=4, batch_size=5, seed=0)
+    draws = _order_of_samples(5, iterations=4, batch_size=5, seed=0)
     assert all(sorted(row) == [0, 1, 2, 3, 4] for row in draws)
-    assert draws.tolist() == _draws(5, 4, 5, 0).tolist() != _draws(5, 4, 5, 1).tolist()
+    assert draws.tolist() == _order_of_samples(5, 4, 5, 0).tolist() != _order_of_samples(5, 4, 5, 1).tolist()
 
 
 def parquet(folder: Path, label: str = "label", labels: tuple[Any, ...] = (0, 1)) -> Path:

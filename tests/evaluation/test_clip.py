@@ -17,7 +17,7 @@ from testreg.evaluation.clip import class_embeddings, encode_texts, names_of, to
 from testreg.evaluation.labels import Labelled
 from testreg.evaluation.preparing import Normalisation
 from testreg.evaluation.samples import Sample
-from testreg.evaluation.typographic import Attack, WithBox, _in_state, written_on
+from testreg.evaluation.typographic import Attack, WithBox, as_kind, written_on
 from testreg.io.loading import LoadedModel
 
 OPTIONS: dict[str, Any] = {"progress": False, "resamples": 5}
@@ -112,15 +112,15 @@ def test_words_are_written_where_the_box_is() -> None:
 def test_the_word_can_be_painted_over_and_found(tmp_path: Path) -> None:
     sample = Sample("0", write_image(tmp_path / "0.png", 0), Attack(0, 1, "dog", 3))
     clean, attacked, painted = (
-        np.asarray(_in_state(sample, kind, 64).open()) for kind in ("clean", "attacked", "painted")
+        np.asarray(as_kind(sample, kind, 64).open()) for kind in ("clean", "attacked", "painted")
     )
-    boxed = np.asarray(_in_state(sample, "boxed", 64).open())
+    boxed = np.asarray(as_kind(sample, "boxed", 64).open())
     word = boxed[..., 3] == 0
     assert (boxed[..., :3] == attacked).all()
     assert (clean != attacked).any(-1)[~word].sum() == 0
     assert len({tuple(each) for each in painted[word]}) == 1
-    assert len({_in_state(sample, kind, 64).name for kind in ("clean", "attacked", "painted", "boxed")}) == 4
-    made = WithBox(Normalisation((0.0,) * 3, (1.0,) * 3), 64)(_in_state(sample, "boxed", 64).open())
+    assert len({as_kind(sample, kind, 64).name for kind in ("clean", "attacked", "painted", "boxed")}) == 4
+    made = WithBox(Normalisation((0.0,) * 3, (1.0,) * 3), 64)(as_kind(sample, "boxed", 64).open())
     assert (made[3] == 1).numpy().tolist() == word.tolist()
 
 

@@ -59,4 +59,4 @@ def test_options_are_read_by_typer(tmp_path: Path) -> None:
     assert got["align"] is False
     assert (got["foreground"], got["neurons"], got["size"], got["seed"]) == ("1-90", "none", 224, 0)
     helped = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "100", "TERM": "dumb"})
-    assert "squash images and masks alike" in " ".join(helped.output.replace("│", " ").split())
+    assert "squash images and masks in the same way" in " ".join(helped.output.replace("│", " ").split())

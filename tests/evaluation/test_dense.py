@@ -222,5 +222,5 @@ def test_bad_depth(tmp_path: Path) -> None:
 
 
 def test_what_is_scored_of_nyu() -> None:
-    truth = depth.within(torch.ones(480, 640), True, "a file")
+    truth = depth.scored_part(torch.ones(480, 640), True, "a file")
     assert truth.sum() == (471 - 45) * (601 - 41)

@@ -48,7 +48,7 @@ def test_help_is_broken_where_the_terminal_ends(
     with pytest.raises(SystemExit):
         main(["evaluate", "depth", "--help"])
     output = capsys.readouterr().out
-    paragraph = output[output.index("Each patch, joined") : output.index("Metrics are of each")]
+    paragraph = output[output.index("A linear layer") : output.index("Metrics are computed")]
     assert all(len(line.strip()) > 50 for line in paragraph.splitlines()[:-1])
 
 

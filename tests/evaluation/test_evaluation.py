@@ -15,7 +15,7 @@ from testreg.evaluation.bootstrap import difference, mean_iou_of, mean_of, ratio
 from testreg.evaluation.boxes import boxed_images
 from testreg.evaluation.evaluation import Evaluation, Settings
 from testreg.evaluation.libraries import library
-from testreg.evaluation.preparing import Native, Normalisation, Own, Square, normalisation_of
+from testreg.evaluation.preparing import ModelPreprocessing, Normalisation, PaddedToPatches, Square, normalisation_of
 from testreg.io.loading import load_model
 from testreg.register import is_patched, patch, patched
 
@@ -193,7 +193,7 @@ def test_images_are_padded_or_squashed() -> None:
 
     white = Image.new("RGB", (20, 9), (255, 255, 255))
     normalise = Normalisation((0.5,) * 3, (0.5,) * 3)
-    padded = Native(normalise, (8, 8))(white)
+    padded = PaddedToPatches(normalise, (8, 8))(white)
     assert padded.shape == (3, 16, 24)
     assert padded[:, :9, :20].eq(1).all()
     assert padded[:, 9:].eq(0).all()
@@ -202,8 +202,8 @@ def test_images_are_padded_or_squashed() -> None:
     bordered.paste((255, 255, 255), (16, 16, 240, 240))
     assert Square(normalise, 224, "crop", 256 / 224)(bordered).eq(1).all()
     assert Square(normalise, 224, "crop")(bordered).min() == -1
-    keys = {Native(normalise, (8, 8)).key, Square(normalise, 16).key, Square(normalise, 16, "crop").key}
-    assert len(keys | {Own(load_model("demo").transform).key}) == 4
+    keys = {PaddedToPatches(normalise, (8, 8)).key, Square(normalise, 16).key, Square(normalise, 16, "crop").key}
+    assert len(keys | {ModelPreprocessing(load_model("demo").transform).key}) == 4
 
 
 def test_a_missing_library_names_the_extra() -> None:

@@ -14,7 +14,7 @@ from scenes import RANDOM, SIZES, coco, tiny_model, voc, write_coco, write_image
 from testreg.evaluation import lost
 from testreg.evaluation.boxes import Objects, boxed_images
 from testreg.evaluation.figures import _inside
-from testreg.evaluation.lost import _hits, _in_pixels, _inner, _is_whole, _right
+from testreg.evaluation.lost import _centred_box, _hits, _in_pixels, _is_correct, _is_whole
 from testreg.evaluation.samples import Sample
 
 GOLDEN = Path(__file__).parents[1] / "data" / "lost.safetensors"
@@ -51,13 +51,13 @@ def test_a_bias_leaves_the_seed_alone_where_nothing_is_alike() -> None:
 def test_corloc_counts_boxes_that_overlap_by_half() -> None:
     samples = [sample([[0, 0, 10, 10], [50, 50, 60, 60]]), sample([[0, 0, 10, 10]])]
     boxes = torch.tensor([[50.0, 50.0, 60.0, 65.0], [0.0, 0.0, 10.0, 4.9]], dtype=torch.float64)
-    assert _right(boxes, samples).tolist() == [1, 0]  # IoU .67 with the second, .49
-    assert _right(torch.tensor([[0.0, 0.0, 10.0, 5.0]] * 2).double(), samples).tolist() == [1, 1]  # exactly half
+    assert _is_correct(boxes, samples).tolist() == [1, 0]  # IoU .67 with the second, .49
+    assert _is_correct(torch.tensor([[0.0, 0.0, 10.0, 5.0]] * 2).double(), samples).tolist() == [1, 1]  # exactly half
 
 
 def test_trivial_boxes() -> None:
-    assert _inner(sample([], (100, 200)), 1.0).tolist() == [0, 0, 200, 100]
-    assert _inner(sample([], (100, 200)), 0.7).tolist() == pytest.approx([30, 15, 170, 85])
+    assert _centred_box(sample([], (100, 200)), 1.0).tolist() == [0, 0, 200, 100]
+    assert _centred_box(sample([], (100, 200)), 0.7).tolist() == pytest.approx([30, 15, 170, 85])
 
 
 def test_boxes_of_the_whole_image_are_counted() -> None:

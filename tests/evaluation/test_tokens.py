@@ -13,7 +13,7 @@ from tiny import TIMM, photograph_crops
 from torchvision.transforms.v2 import functional as tv
 
 from testreg.evaluation import tokens
-from testreg.evaluation.tokens import _accuracy, _one_token, _over, pixels, position
+from testreg.evaluation.tokens import _accuracy, _mean_over_kind, _one_token, pixels, position
 from testreg.io.loading import LoadedModel
 
 OPTIONS: dict[str, Any] = {"progress": False, "resamples": 5, "size": 64, "num_c": 3, "epochs": 2, "choices": 2}
@@ -60,8 +60,8 @@ def test_tokens_that_say_their_pixels() -> None:
 def test_normal_patches_and_outliers_are_apart() -> None:
     outlier = torch.tensor([[True, False, False], [False, False, False]])
     values = torch.tensor([[5.0, 1.0, 2.0], [3.0, 3.0, 3.0]])
-    assert _over(values, outlier, "outlier").value == 5
-    assert _over(values, outlier, "normal").value == pytest.approx(12 / 5)
+    assert _mean_over_kind(values, outlier, "outlier").value == 5
+    assert _mean_over_kind(values, outlier, "normal").value == pytest.approx(12 / 5)
 
 
 def test_one_token_of_each_kind() -> None:

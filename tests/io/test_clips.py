@@ -14,7 +14,7 @@ from tiny import HF
 from torch import Tensor, nn
 
 from testreg.families import find_tower
-from testreg.io.clips import clip_paths, evenly, read_clip
+from testreg.io.clips import clip_paths, middle_frames, read_clip
 from testreg.io.images import ImageStream
 
 FRAMES = 4
@@ -45,11 +45,11 @@ def clips(tmp_path: Path) -> Path:
 
 
 def test_frames_are_spaced_evenly() -> None:
-    assert evenly(8, 4) == [1, 3, 5, 7]
-    assert evenly(3, 4) == [0, 1, 1, 2]
-    assert evenly(4, 4) == [0, 1, 2, 3]
+    assert middle_frames(8, 4) == [1, 3, 5, 7]
+    assert middle_frames(3, 4) == [0, 1, 1, 2]
+    assert middle_frames(4, 4) == [0, 1, 2, 3]
     with pytest.raises(OSError, match=r"a\.gif has 1 frames, which is no clip"):
-        evenly(1, 4, Path("a.gif"))
+        middle_frames(1, 4, Path("a.gif"))
 
 
 def test_a_folder_of_clips(clips: Path) -> None:

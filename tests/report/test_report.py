@@ -292,7 +292,7 @@ def test_the_headline_is_the_heading_and_says_what_got_worse(planted, photos, wr
     blocks = list(report.after.blocks)
     blocks[1] = replace(blocks[1], after_mlp=replace(blocks[1].after_mlp, outlier_fraction=0.5))
     worse = replace(report, after=replace(report.after, blocks=blocks))
-    assert worse.worse == ["there are more outliers after block 1", "the pooled feature changes by 0.3"]
+    assert worse.drawbacks == ["there are more outliers after block 1", "the pooled feature changes by 0.3"]
     assert replace(report, neurons=replace(neurons, calibration=Calibration())).headline == headline
 
 

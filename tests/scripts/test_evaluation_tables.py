@@ -2,14 +2,14 @@
 
 import json
 
-from evaluation_tables import DOCS, PAGES, table_of, updated
+from evaluation_tables import DOCS, PAGES, table_of, with_new_tables
 from restoration import tables
 
 
 def test_the_pages_show_their_results() -> None:
     pages = [(DOCS / name).read_text(encoding="utf-8") for name in PAGES]
     for page in pages:
-        assert updated(page) == page
+        assert with_new_tables(page) == page
     for file in (DOCS / "evaluations").glob("*.json"):
         assert any(f"<!-- table {file.stem} " in page for page in pages), f"{file.name} is shown nowhere"
         assert json.loads(file.read_text())["format"].startswith("testreg-")

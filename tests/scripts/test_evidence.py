@@ -12,10 +12,10 @@ import torch
 import transformers
 from benchmark.models import one_more_token, twin
 from evidence import tables
-from evidence.__main__ import done_before, main
+from evidence.__main__ import main, unchanged_results
 from evidence.columns import COLUMNS, Columns, in_bfloat16, pairs, with_bare_registers
 from evidence.rows import ROWS, limited
-from evidence.shows import Seen, score
+from evidence.shows import Recorded, score
 from PIL import Image
 from planting import plant
 from tiny import HF, build
@@ -36,7 +36,7 @@ class Made(dict[str, Tensor]):
         return self[name]
 
 
-def seen(**changes: Tensor) -> Seen:
+def seen(**changes: Tensor) -> Recorded:
     """Two images of four patches, three blocks: the first patch of the first image is an outlier behind all."""
     norms = torch.ones(2, 3, 4)
     norms[0, :, 0] = 10.0
@@ -48,7 +48,7 @@ def seen(**changes: Tensor) -> Seen:
         "attention": torch.full((2, 3, 4), 0.2),
         "cls": torch.full((2, 4), 0.1),
     }
-    return Seen(Made({**found, **changes}))
+    return Recorded(Made({**found, **changes}))
 
 
 def test_figures_by_hand() -> None:
@@ -177,10 +177,10 @@ def test_one_command_makes_all_columns(network: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr("evidence.__main__.evaluated", None)  # nothing is computed anew
     assert command(network, tmp_path)["tasks"] == made["tasks"]
     facts = made["columns"] | {"testreg": made["columns"]["jroth"], "zeroed": made["columns"]["bare"]}
-    kept = done_before(tmp_path / "made.json", {**made, "columns": facts})
+    kept = unchanged_results(tmp_path / "made.json", {**made, "columns": facts})
     assert set(kept["shows"]["metrics"]) == {"plain", *COLUMNS} - {"testreg", "zeroed"}
-    assert done_before(tmp_path / "made.json", {**made, "limit": 2}) == {}
-    assert done_before(tmp_path / "nowhere.json", made) == {}
+    assert unchanged_results(tmp_path / "made.json", {**made, "limit": 2}) == {}
+    assert unchanged_results(tmp_path / "nowhere.json", made) == {}
 
 
 def test_columns_go_two_by_two(network: Path, tmp_path: Path) -> None:

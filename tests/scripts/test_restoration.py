@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from restoration import closeness, picture, tables, tasks
 from restoration.__main__ import main
-from restoration.closeness import Seen
+from restoration.closeness import Recorded
 from restoration.networks import Networks
 from safetensors.torch import save_file
 from tiny import fresh
@@ -36,7 +36,9 @@ def test_figures_by_hand() -> None:
     untouched = axes[0].expand(1, 21, 2)
     tokens = untouched.clone()
     tokens[0, 1:3] = axes[1]  # two of those that were outliers look elsewhere
-    found = closeness.figures(Seen(before, tokens), Seen(after, tokens), Seen(torch.ones(2, 1, 20), untouched))
+    found = closeness.figures(
+        Recorded(before, tokens), Recorded(after, tokens), Recorded(torch.ones(2, 1, 20), untouched)
+    )
     assert found == pytest.approx(
         {
             "outliers": 4 / 20,
