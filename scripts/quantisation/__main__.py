@@ -50,22 +50,23 @@ PLAIN = "plain"
 COLUMNS: dict[str, tuple[str, dict[str, Any] | None, Place]] = {
     PLAIN: ("the network as it is", None, "together"),
     "together": ("patched, registers in one tensor with all tokens", {}, "together"),
-    "apart": ("patched, registers in a tensor of their own", {}, "apart"),
     "float": ("patched, registers not quantised", {}, "float"),
-    "one, together": ("patched with one register, in one tensor with all tokens", {"num_registers": 1}, "together"),
-    "one, float": ("patched with one register, not quantised", {"num_registers": 1}, "float"),
+    "apart": ("patched, registers in a tensor of their own", {}, "apart"),
     "static, float": ("constants in place of the registers, not quantised", {"static": True}, "float"),
+    "one, float": ("patched with one register, not quantised", {"num_registers": 1}, "float"),
+    "one, together": ("patched with one register, in one tensor with all tokens", {"num_registers": 1}, "together"),
 }
 """What a column is, the options of `testreg.patch`, and where its registers are quantised."""
 SCALES: tuple[Scale, ...] = ("largest", "image", "token")
 EMBED = [
-    *(Setting(8, scale, symmetric) for symmetric in (False, True) for scale in SCALES),
-    Setting(8, "percentile"),
-    *(Setting(bits, scale) for bits in (6, 4) for scale in SCALES),
-    *(Setting(bits, scale, weights=True) for bits in (6, 4) for scale in (None, "token")),
+    *(Setting(8, scale, symmetric) for symmetric in (True, False) for scale in SCALES),
+    Setting(8, "percentile", symmetric=True),
+    *(Setting(6, scale) for scale in SCALES),
+    *(Setting(4, scale) for scale in ("image", "token")),
+    *(Setting(bits, None, weights=True) for bits in (6, 4)),
 ]
-KNN = [Setting(8, "largest", symmetric=True), Setting(8, "largest")]
-KNN_COLUMNS = (PLAIN, "together", "float")
+KNN = [Setting(8, "largest", symmetric=True)]
+KNN_COLUMNS = (PLAIN, "float", "together")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -84,11 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     others = photographs(loaded, args.images, args.calibration)
     if "embed" in args.tasks:
         images = photographs(loaded, args.data / "coco256/val2017", args.photographs)
-        made["embed"] = embed_task(loaded.model, images, others, args.neurons)
-        write(args.output, made)
+        for made["embed"] in embed_task(loaded.model, images, others, args.neurons):
+            write(args.output, made)
     if "knn" in args.tasks:
-        made["knn"] = knn_task(loaded, args.data, others, args.neurons, args.train, args.test)
-        write(args.output, made)
+        for made["knn"] in knn_task(loaded, args.data, others, args.neurons, args.train, args.test):
+            write(args.output, made)
 
 
 def photographs(loaded: LoadedModel, folder: Path, count: int) -> Tensor:
@@ -118,9 +119,9 @@ def column(model: nn.Module, name: str, neurons: str | None, others: Tensor) -> 
         yield Network(model, options.get("num_registers", chosen.num_registers), place)
 
 
-def embed_task(model: nn.Module, images: Tensor, others: Tensor, neurons: str | None) -> dict[str, Any]:
+def embed_task(model: nn.Module, images: Tensor, others: Tensor, neurons: str | None) -> Iterator[dict[str, Any]]:
     """For each setting and column, the cosines to the own and to the plain float network, and how far they are from
-    those of the plain network in the same setting."""
+    those of the plain network in the same setting; again after each column, of those that are done."""
     plain = embed(model, images)
     mean = plain.mean(0)
     settings = [None, *EMBED]
@@ -135,13 +136,14 @@ def embed_task(model: nn.Module, images: Tensor, others: Tensor, neurons: str | 
                     "own": mean_of(F.cosine_similarity(found - mean, own - mean, dim=-1)),
                     "plain": mean_of(F.cosine_similarity(found - mean, plain - mean, dim=-1)),
                 }
-    return {"photographs": len(images), "calibration": len(others), "settings": compared(scores)}
+        yield {"photographs": len(images), "calibration": len(others), "settings": compared(scores)}
 
 
 def knn_task(
     loaded: LoadedModel, data: Path, others: Tensor, neurons: str | None, train: int, test: int
-) -> dict[str, Any]:
-    """For each setting and column, the share of right classes, and how far it is from the plain network's there."""
+) -> Iterator[dict[str, Any]]:
+    """For each setting and column, the share of right classes, and how far it is from the plain network's there; again
+    after each column, of those that are done."""
     prepare = Square(normalisation_of(loaded.transform), 224, "crop", IMAGENET_ZOOM)
     splits = labelled_images(data).splits
     samples = {name: drawn(splits[name], count, SEED) for name, count in (("train", train), ("val", test))}
@@ -157,7 +159,7 @@ def knn_task(
                 votes = vote(asked, known, labels["train"], K, TEMPERATURE)
                 top1 = top_1_and_5(votes, labels["val"])["top1"]
                 scores.setdefault("float" if setting is None else setting.name, {})[name] = {"top1": top1}
-    return {"train": train, "test": test, "settings": compared(scores)}
+        yield {"train": train, "test": test, "settings": compared(scores)}
 
 
 def compared(scores: dict[str, dict[str, dict[str, Metric]]]) -> dict[str, Any]:
@@ -185,10 +187,10 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--note", required=True, help="which weights these are: shown with every table")
     parser.add_argument("--tasks", nargs="+", choices=("embed", "knn"), default=("embed", "knn"), metavar="TASK")
-    parser.add_argument("--calibration", type=int, default=48, metavar="N", help="photographs for ranges and constants")
-    parser.add_argument("--photographs", type=int, default=40, metavar="N", help="photographs that are scored")
-    parser.add_argument("--train", type=int, default=500, metavar="N")
-    parser.add_argument("--test", type=int, default=300, metavar="N")
+    parser.add_argument("--calibration", type=int, default=24, metavar="N", help="photographs for ranges and constants")
+    parser.add_argument("--photographs", type=int, default=24, metavar="N", help="photographs that are scored")
+    parser.add_argument("--train", type=int, default=300, metavar="N")
+    parser.add_argument("--test", type=int, default=200, metavar="N")
     parser.add_argument("-o", "--output", type=Path, required=True, help="JSON for the results")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args(arguments)
