@@ -154,6 +154,33 @@ def test_clip_of_transformers(photo: str, neurons: str, tmp_path: Path) -> None:
     assert attention.shape == GRID
 
 
+@torch.no_grad()
+def test_clip_in_8_bits(classes: Path, neurons: str, tmp_path: Path) -> None:
+    pytest.importorskip("torchao.quantization")
+    torch.manual_seed(0)
+    module, model = recipe("int8_clip"), transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**HF))
+    name = of_transformers(tmp_path, model.eval(), image_processor())
+    quantised, exact = module.main(name, str(classes / "a"), neurons)
+    assert nn.functional.cosine_similarity(quantised, exact).min() > 0.999
+    assert not quantised.equal(exact)
+
+    testreg.patch(model, NEURONS, num_registers=module.REGISTERS)
+    pixels = torch.randn(2, 3, IMAGE, IMAGE, generator=torch.Generator().manual_seed(1))
+    tower = model.vision_model
+    entered = tower.encoder.layers[0].layer_norm1(tower.pre_layrnorm(tower.embeddings(pixels)))  # without registers
+    module.quantise(model, pixels)
+    parts = [each for each in tower.encoder.modules() if isinstance(each, module.RegistersInFloat)]
+    assert len(parts) == 6 * len(tower.encoder.layers)
+    assert tower.encoder.layers[0].self_attn.q_proj.linear.weight.act_quant_scale.item() * 127 == entered.abs().max()
+    testreg.unpatch(model)
+    for part in parts:
+        tokens, registers = torch.randn(2, 9, part.linear.in_features), torch.randn(2, 3, part.linear.in_features)
+        small, large = (part(torch.cat([tokens, size * registers], 1)) for size in (1e-3, 1e3))
+        assert small[:, :9].equal(large[:, :9])  # registers set no scale
+        expected = nn.functional.linear(1e-3 * registers, part.linear.weight.dequantize(), part.linear.bias)
+        torch.testing.assert_close(small[:, 9:], expected)  # which the tokens' scale would round to 0
+
+
 def test_clip_of_open_clip(photo: str, neurons: str, tmp_path: Path) -> None:
     scores, attention = recipe("clip_open_clip").main(of_open_clip(tmp_path), photo, neurons)
     assert scores.sum().isclose(torch.tensor(1.0))

@@ -1,0 +1,67 @@
+"""CLIP of transformers in 8 bits, one scale for a tensor (torchao): python int8_clip.py MODEL PHOTOS [NEURONS]
+
+The registers hold the large values that outliers held before. They stay in float, so that no scale has to reach them.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torchao.quantization import Int8StaticActivationInt8WeightConfig, PerRow, PerTensor, quantize_
+from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+import testreg
+
+REGISTERS = 3
+
+
+class RegistersInFloat(nn.Module):
+    """A linear that reads all tokens but the last, the registers. These are multiplied by its weights in float."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        registers = F.linear(tokens[:, -REGISTERS:], self.linear.weight.dequantize(), self.linear.bias)
+        return torch.cat([self.linear(tokens[:, :-REGISTERS]), registers], dim=1)
+
+
+@torch.no_grad()
+def quantise(model: nn.Module, pixels: Tensor) -> None:
+    """Quantise the blocks of a patched CLIP in place: the scales are those that pixels (n, 3, h, w) need."""
+    blocks, largest = model.vision_model.encoder, dict[nn.Module, Tensor]()
+    for parent in list(blocks.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, RegistersInFloat(child))
+    linears = [module.linear for module in blocks.modules() if isinstance(module, RegistersInFloat)]
+    hooks = [
+        linear.register_forward_pre_hook(lambda linear, inputs: largest.update({linear: inputs[0].abs().amax()}))
+        for linear in linears
+    ]
+    model(pixels)
+    for linear, hook in zip(linears, hooks, strict=True):
+        hook.remove()
+        scale = (largest[linear] / 127).view(1, 1, 1)
+        quantize_(linear, Int8StaticActivationInt8WeightConfig(scale, granularity=[PerTensor(), PerRow()]))
+
+
+@torch.no_grad()
+def main(name: str, folder: str, neurons: str | None = None) -> tuple[Tensor, Tensor]:
+    model = CLIPVisionModelWithProjection.from_pretrained(name).eval()
+    testreg.patch(model, neurons, num_registers=REGISTERS)
+    photos = [Image.open(file).convert("RGB") for file in sorted(Path(folder).iterdir())]
+    pixels = CLIPImageProcessor.from_pretrained(name)(images=photos, return_tensors="pt")["pixel_values"]
+    exact = model(pixels).image_embeds
+    quantise(model, pixels)
+    quantised = model(pixels).image_embeds
+    print(f"cosine to float: {F.cosine_similarity(quantised, exact).mean():.4f}")
+    return quantised, exact
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
