@@ -75,6 +75,9 @@ class Family:
     """The MLP's second linear, in a block; or the norm in front of it. Its *input* channels are the neurons."""
     patch_embed: Paths = ()
     """The convolution that makes patches into tokens, in the tower: its stride is the patch size. Or a linear."""
+    positions: Paths = ()
+    """The learned position embeddings that are added to the patches, in the tower: a parameter (..., C) or an
+    nn.Embedding, the patches' rows last."""
     prefix: int | Callable[[Any], int] = 1
     """Number of tokens in front of the patches (CLS, distillation and trained register tokens)."""
     trained_registers: Callable[[Any], int] = lambda tower: 0

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from testreg.families import Grid, find_tower
+from testreg.families import Grid, Tower, find_tower, position_embedding
 from testreg.io.processes import Sums
 from testreg.measure.diagnosis import (
     HALF,
@@ -27,9 +27,11 @@ from testreg.measure.diagnosis import (
     PrefixRole,
     Residual,
     Sink,
+    StandingEmbeddings,
 )
 from testreg.measure.observation import BIN, LOWEST, Observations
 from testreg.measure.outliers import MIN_FRACTION, OutlierRule
+from testreg.measure.repair import is_repaired, positions_of, standing_out
 from testreg.measure.sampling import NUM_QUERIES
 from testreg.neurons import describe_model
 from testreg.register import is_patched
@@ -37,6 +39,7 @@ from testreg.register import is_patched
 HIGH_NORM = 5.0  # largest norm over the median: below 2.3 in a model without outliers, 64 in DINOv2-B
 MASSIVE = 10.0  # times the median channel; the largest channel of a Gaussian direction (C = 4096) is at 6 times
 SINK = 2.0  # outliers are a sink if their share of attention is over so many times their share of the patches
+BICUBIC = 2  # positions on either side that interpolation makes an embedding of
 NUM_CHANNELS = 3  # massive channels reported at each hook point
 
 
@@ -56,6 +59,7 @@ def conclude(
     embedding, *_ = residuals
     assert embedding is not None
     blocks = _blocks(residuals, sums.attention)
+    standing = _standing_embeddings(tower)
     return Diagnosis(
         model=describe_model(model, tower),
         patched=is_patched(model),
@@ -65,12 +69,14 @@ def conclude(
         rule=rule.describe(),
         embedding=embedding,
         blocks=blocks,
-        outliers=_outliers(sums, blocks, block),
+        outliers=_outliers(sums, blocks, block, standing),
         prefix_roles=_prefix_roles(blocks, tower.num_trained_registers),
         trained_registers=tower.num_trained_registers,
         embedding_positions=_embedding_positions(sums),
         attention_queries=NUM_QUERIES if any(sums.attention) else None,
         num_frames=sums.num_frames,
+        standing_embeddings=standing,
+        repaired=is_repaired(model),
     )
 
 
@@ -167,7 +173,12 @@ def _if_finite(value: Tensor) -> float | None:
     return float(value) if value.isfinite() else None
 
 
-def _outliers(sums: Observations, blocks: Sequence[BlockDiagnosis], wanted_block: int | None) -> Outliers | None:
+def _outliers(
+    sums: Observations,
+    blocks: Sequence[BlockDiagnosis],
+    wanted_block: int | None,
+    standing: StandingEmbeddings | None,
+) -> Outliers | None:
     """The outliers after the wanted block, by default where they stand out most; None if they are too few."""
     fraction = torch.tensor([block.after_mlp.outlier_fraction for block in blocks], dtype=torch.float64)
     candidates = fraction >= MIN_FRACTION
@@ -181,7 +192,7 @@ def _outliers(sums: Observations, blocks: Sequence[BlockDiagnosis], wanted_block
     onset = int((path >= HALF * peak).float().argmax())  # never a hook point with NaN
     faded = (excess[d, d + 1 :] < HALF * peak).nonzero()
     added = (path[2::2] - path[1::2]).sum() / peak  # by MLPs
-    fixed_share, border_share, fixed_positions = _fixed_positions(sums, d)
+    fixed_share, border_share, fixed_positions = _fixed_positions(sums, d, standing)
     return Outliers(
         block=d,
         fraction=float(fraction[d]),
@@ -248,7 +259,9 @@ def _part(hook_point: int, excess: Tensor) -> Part:
     return "block" if excess[hook_point - 1].isnan() else "MLP"
 
 
-def _fixed_positions(sums: Observations, d: int) -> tuple[float | None, float | None, list[FixedPosition]]:
+def _fixed_positions(
+    sums: Observations, d: int, standing_embeddings: StandingEmbeddings | None
+) -> tuple[float | None, float | None, list[FixedPosition]]:
     """Positions that are outliers after block d in at least half of the images.
 
     If images have several sizes, only those of the most frequent size are compared.
@@ -269,7 +282,8 @@ def _fixed_positions(sums: Observations, d: int) -> tuple[float | None, float | 
         frequency, ratio = float(events[n]) / images, float(counts["embedding"][n]) / images
         in_border = border is not None and bool(border[n])
         each = FixedPosition(row, column, frequency, ratio, in_border, time=time)
-        positions.append(replace(each, is_embedding=each.position in standing))
+        is_repairable = standing_embeddings is not None and _comes_from(each, grid, standing_embeddings)
+        positions.append(replace(each, is_embedding=each.position in standing, is_repairable=is_repairable))
     border_share = None if border is None else float(events[border].sum() / events.sum())
     return float(events[is_fixed].sum() / events.sum()), border_share, positions
 
@@ -303,6 +317,29 @@ def _embedding_positions(sums: Observations) -> list[EmbeddingPosition]:
     standing = (ratios > OutlierRule().limit(ratios)).nonzero().flatten().tolist()
     places = [(n, *_place(n, grid)) for n in standing]
     return [EmbeddingPosition(row, column, float(ratios[n]), time) for n, time, row, column in places]
+
+
+def _standing_embeddings(tower: Tower) -> StandingEmbeddings | None:
+    """The position embeddings that `repair` would replace."""
+    embedding = position_embedding(tower)
+    if embedding is None or not (where := standing_out(embedding)).any():
+        return None
+    norms, positions = embedding.patches.float().norm(dim=-1), positions_of(where.nonzero().flatten(), embedding)
+    return StandingEmbeddings(positions, norms[where].tolist(), float(norms.median()), embedding.grid)
+
+
+def _comes_from(fixed: FixedPosition, grid: Grid, standing: StandingEmbeddings) -> bool:
+    """Whether one of the embeddings is that of a fixed position, or is interpolated to it."""
+    rows, columns = grid[-2:]
+    if (rows, columns) == standing.grid:
+        return (fixed.row, fixed.column) in standing.positions
+    down, across = standing.grid[0] / rows, standing.grid[1] / columns
+    # The centre of the patch, in positions of the embeddings' own grid.
+    row, column = (fixed.row + 0.5) * down - 0.5, (fixed.column + 0.5) * across - 0.5
+    return any(
+        abs(one - row) <= BICUBIC * max(1.0, down) and abs(other - column) <= BICUBIC * max(1.0, across)
+        for one, other in standing.positions
+    )
 
 
 def _prefix_roles(blocks: Sequence[BlockDiagnosis], trained_registers: int) -> list[PrefixRole]:

@@ -176,6 +176,31 @@ class EmbeddingPosition:
 
 
 @dataclass(frozen=True)
+class StandingEmbeddings:
+    """Position embeddings that stand out among those of all positions, which `testreg.repair` replaces."""
+
+    positions: list[tuple[int, int]]
+    """Rows and columns, on the grid that the model has embeddings for: images of another size have another."""
+    norms: list[float]
+    median_norm: float
+    """Of the embeddings of all positions."""
+    grid: tuple[int, int]
+    """Rows and columns of that grid."""
+
+    @property
+    def summary(self) -> str:
+        """Where they are, how large, and what to do, in a sentence."""
+        many, highest = len(self.positions) > 1, max(self.norms)
+        rows, columns = self.grid
+        return (
+            f"{'Position embeddings' if many else 'A position embedding'} of {'norms up to' if many else 'norm'} "
+            f"{highest:.1f}, {highest / self.median_norm:.0f} x the median, stand{'' if many else 's'} out at "
+            f"{positions_in_words(self.positions)} of {rows} x {columns}: testreg.repair(model) puts the mean of "
+            f"{'their' if many else 'its'} neighbours in {'their' if many else 'its'} place."
+        )
+
+
+@dataclass(frozen=True)
 class FixedPosition:
     """A patch that is an outlier in at least half of the images."""
 
@@ -191,6 +216,8 @@ class FixedPosition:
     """Whether its position embedding stands out: see `Diagnosis.embedding_positions`."""
     time: int | None = None
     """Its place in time, counted in the frames that a clip's patches take, such as pairs; None in images."""
+    is_repairable: bool = False
+    """Whether an embedding that `testreg.repair` replaces makes it: see `Diagnosis.standing_embeddings`."""
 
     @property
     def position(self) -> tuple[int, ...]:
@@ -235,6 +262,11 @@ class Outliers:
             return "fixed"
         by_mlp = self.onset_part != "embedding" and (self.mlp_share is None or self.mlp_share >= HALF)
         return "movable" if by_mlp else "immovable"
+
+    @property
+    def is_repairable(self) -> bool:
+        """Whether `testreg.repair` removes the fixed positions, if it is these that most outliers are at."""
+        return self.kind == "fixed" and all(each.is_repairable for each in self.fixed_positions)
 
     @property
     def summary(self) -> str:
@@ -335,6 +367,10 @@ class Diagnosis:
     are not patches were queries too. None if attention was not measured."""
     num_frames: int | None = None
     """How many frames a clip has, if clips were measured and not images."""
+    standing_embeddings: StandingEmbeddings | None = None
+    """Position embeddings that stand out by themselves, whatever is added to them; None if there are none."""
+    repaired: bool = False
+    """Whether `testreg.repair` has replaced some."""
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -406,7 +442,9 @@ class Diagnosis:
         fate = {
             "movable": ", movable",
             "left": ", left by the registers",
-            "fixed": ": a register does not fix them",
+            "fixed": ": testreg.repair(model) replaces the position embeddings that make them"
+            if outliers.is_repairable
+            else ": a register does not fix them",
             "immovable": ", not made by MLPs: a register does not move them",
         }
         return outliers.summary + fate[self.kind]
@@ -441,6 +479,8 @@ class Diagnosis:
                 f"Position embeddings stand out in front of the first block, with up to {highest:.1f} x the median "
                 f"norm: {positions}."
             )
+        if self.standing_embeddings is not None:
+            notes.append(self.standing_embeddings.summary)
         for role in self.prefix_roles:
             drawn = "" if role.attention is None else f", and draws up to {role.attention:.0%} of the attention"
             name = role.name[:1].upper() + role.name[1:]
@@ -453,6 +493,8 @@ class Diagnosis:
             notes.append("Attention could not be observed in every block.")
         if self.patched:
             notes.append("The model is patched.")
+        if self.repaired:
+            notes.append("Position embeddings of the model are repaired.")
         return notes
 
     def _registers_in_words(self) -> str:
