@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from testreg.families import PositionEmbedding, find_tower, position_embedding
 from testreg.measure.diagnosis import positions_in_words
-from testreg.measure.outliers import OutlierRule, Position
+from testreg.measure.outliers import OutlierRule
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -43,7 +43,7 @@ def standing_out(embedding: PositionEmbedding) -> Tensor:
     return norms > OutlierRule().limit(norms)
 
 
-def positions_of(numbers: Tensor, embedding: PositionEmbedding) -> list[Position]:
+def positions_of(numbers: Tensor, embedding: PositionEmbedding) -> list[tuple[int, int]]:
     """Rows and columns of positions, by their numbers."""
     return [divmod(number, embedding.grid[1]) for number in numbers.tolist()]
 
@@ -90,7 +90,8 @@ def repair(model: M) -> M:
         )
     numbers = where.nonzero().flatten()
     former = embedding.patches[numbers].clone()
-    embedding.replace(numbers, _filled(embedding, where)[numbers])
+    on_grid = (embedding.patches.float().unflatten(0, embedding.grid), where.unflatten(0, embedding.grid))
+    embedding.replace(numbers, filled(*on_grid).flatten(0, 1)[numbers])
     record = _Repair(numbers, former, embedding.patches[numbers].clone())
     vars(tower.module)[_REPAIR] = record
     rows, columns = embedding.grid
@@ -138,19 +139,17 @@ def is_repaired(model: nn.Module) -> bool:
     return any(_REPAIR in vars(module) for module in model.modules())
 
 
-def _filled(embedding: PositionEmbedding, where: Tensor) -> Tensor:
-    """The embeddings (N, C), and `where` they stand out the mean of those of the eight positions around that do not.
+def filled(values: Tensor, where: Tensor) -> Tensor:
+    """Values (h, w, C) on a grid, and `where` (h, w) the mean of those of the eight positions around that are not.
 
-    Positions of which all neighbours stand out too get the mean of neighbours that were replaced before them.
+    Positions of which all neighbours are too get the mean of neighbours that were replaced before them.
     """
-    values = embedding.patches.float().T.unflatten(1, embedding.grid)  # (C, h, w)
-    known = ~where.unflatten(0, embedding.grid)
-    values = values * known
+    known, replaced = ~where, values.movedim(-1, 0) * ~where  # (C, h, w)
     window = values.new_ones(1, 1, 3, 3)
     while not known.all():
         count = F.conv2d(known[None, None].to(values), window, padding=1)[0]
-        total = F.conv2d(values.unsqueeze(1), window, padding=1).squeeze(1)
+        total = F.conv2d(replaced.unsqueeze(1), window, padding=1).squeeze(1)
         reached = ~known & (count[0] > 0)
-        values = torch.where(reached, total / count.clamp(min=1), values)
+        replaced = torch.where(reached, total / count.clamp(min=1), replaced)
         known = known | reached
-    return values.flatten(1).T
+    return replaced.movedim(0, -1)
