@@ -56,6 +56,8 @@ def repair(model: M) -> M:
     the eight around it, without those that stand out themselves. The weights are changed, and no key of the state_dict:
     every way to save the model keeps the repair. `patch` and `repair` go in any order; calibrate the repaired model.
 
+    A network may use such a position as a sink of attention, and need it: compare its outputs before and after.
+
     Example:
         >>> with torch.no_grad():
         ...     _ = model.pos_embed[0, 6].mul_(300)
