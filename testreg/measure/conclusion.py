@@ -76,7 +76,7 @@ def conclude(
         attention_queries=NUM_QUERIES if any(sums.attention) else None,
         num_frames=sums.num_frames,
         standing_embeddings=standing,
-        repaired=is_repaired(model),
+        repaired=is_repaired(tower),
     )
 
 

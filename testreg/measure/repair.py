@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from testreg.families import PositionEmbedding, find_tower, position_embedding
+from testreg.families import PositionEmbedding, Tower, find_tower, position_embedding
 from testreg.measure.diagnosis import positions_in_words
 from testreg.measure.outliers import OutlierRule
 
@@ -75,7 +75,7 @@ def repair(model: M) -> M:
     """
     tower = find_tower(model)
     name = f"{type(tower.module).__name__} ({tower.family.name})"
-    if is_repaired(tower.module):
+    if is_repaired(tower):
         raise RuntimeError("the model is already repaired: testreg.unrepair(model) undoes it")
     embedding = position_embedding(tower)
     if embedding is None:
@@ -119,26 +119,29 @@ def unrepair(model: M) -> M:
         True
 
     Raises:
-        RuntimeError: the model is not repaired, or the embeddings were changed since.
+        RuntimeError: the model is not repaired, or its embeddings were changed since.
     """
     tower = find_tower(model)
-    record: _Repair | None = vars(tower.module).get(_REPAIR)
-    if record is None:
-        raise RuntimeError("the model is not repaired (what was saved after a repair has the repaired weights alone)")
     embedding = position_embedding(tower)
-    if embedding is None or not torch.equal(embedding.patches[record.numbers], record.put.to(embedding.patches)):
+    if embedding is None or not is_repaired(tower):
         raise RuntimeError(
-            "the position embeddings were changed after testreg.repair (training, load_state_dict), so that the former "
-            "ones no longer belong to the model: load it anew"
+            "the model is not repaired, or its position embeddings were changed since (training, load_state_dict), so "
+            "that the former ones no longer belong to it: load the original model"
         )
+    record: _Repair = vars(tower.module)[_REPAIR]
     embedding.replace(record.numbers, record.former)
     delattr(tower.module, _REPAIR)
     return model
 
 
-def is_repaired(model: nn.Module) -> bool:
-    """Whether `repair` replaced position embeddings of this model, or of a tower in it."""
-    return any(_REPAIR in vars(module) for module in model.modules())
+def is_repaired(tower: Tower) -> bool:
+    """Whether `repair` replaced position embeddings of a tower, and what it put in their place is still there."""
+    record: _Repair | None = vars(tower.module).get(_REPAIR)
+    embedding = position_embedding(tower)
+    if record is None or embedding is None:
+        return False
+    here = embedding.patches[record.numbers.to(embedding.patches.device)]
+    return torch.equal(here, record.put.to(here))
 
 
 def filled(values: Tensor, where: Tensor) -> Tensor:
