@@ -442,9 +442,8 @@ class Diagnosis:
         fate = {
             "movable": ", movable",
             "left": ", left by the registers",
-            "fixed": ": testreg.repair(model) replaces the position embeddings that make them"
-            if outliers.is_repairable
-            else ": a register does not fix them",
+            "fixed": ": a register does not fix them"
+            + (", testreg.repair(model) does" if outliers.is_repairable else ""),
             "immovable": ", not made by MLPs: a register does not move them",
         }
         return outliers.summary + fate[self.kind]
