@@ -33,10 +33,12 @@ _HOMES = {
     "patch": "register",
     "patched": "register",
     "registers": "register",
+    "repair": "measure.repair",
     "save": "io.checkpoints",
     "steered": "patching.steering",
     "strip_registers": "measure.maps",
     "unpatch": "register",
+    "unrepair": "measure.repair",
 }
 """The module of each public name. It is imported when the name is asked for, and not before."""
 

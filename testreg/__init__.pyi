@@ -16,6 +16,8 @@ from testreg.measure.maps import attention as attention
 from testreg.measure.maps import features as features
 from testreg.measure.maps import strip_registers as strip_registers
 from testreg.measure.outliers import OutlierRule as OutlierRule
+from testreg.measure.repair import repair as repair
+from testreg.measure.repair import unrepair as unrepair
 from testreg.neurons import RegisterNeurons as RegisterNeurons
 from testreg.neurons import UnverifiedNeuronsWarning as UnverifiedNeuronsWarning
 from testreg.neurons import bundled as bundled

@@ -10,6 +10,7 @@ from testreg.families.extend import MASKS, extend_bias
 from testreg.families.family import Family
 from testreg.families.find import find_part, find_tower
 from testreg.families.fingerprint import checkpoint_names, compare_fingerprints, compare_weights, fingerprint
+from testreg.families.positions import PositionEmbedding, position_embedding
 from testreg.families.table import FAMILIES, add_family
 from testreg.families.tower import Block, Grid, Mlp, Tower
 
@@ -21,6 +22,7 @@ __all__ = [
     "Grid",
     "Mismatch",
     "Mlp",
+    "PositionEmbedding",
     "Tower",
     "activation",
     "add_family",
@@ -32,4 +34,5 @@ __all__ = [
     "find_tower",
     "fingerprint",
     "mismatch_of",
+    "position_embedding",
 ]

@@ -59,6 +59,9 @@ class Family:
     """Path in a block: the MLP's second linear, or the norm in front of it. Its *input* channels are the neurons."""
     patch_embed: Paths = ()
     """Path in the tower: the convolution that makes tokens of patches (its stride is the patch size), or a linear."""
+    positions: Paths = ()
+    """Path in the tower: the learned position embeddings that are added to the patches, a parameter (..., C) or an
+    nn.Embedding, whose last rows are of the patches."""
     prefix: int | Callable[[Any], int] = 1
     """P, the number of tokens in front of the patches (CLS, distillation and trained register tokens), or a function
     that reads it from the tower."""

@@ -13,6 +13,7 @@ OPEN_CLIP = Family(
     blocks="transformer.resblocks",
     fc2=("mlp.ln", "mlp.c_proj"),
     patch_embed="conv1",
+    positions="positional_embedding",
     scale="ls_2.gamma",
     entry_norm="ln_pre",
     sequence_first=lambda tower: not tower.transformer.batch_first,

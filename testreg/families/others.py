@@ -12,6 +12,7 @@ FAMILIES = (
         blocks="encoder.layers",
         fc2="mlp.3",
         patch_embed="conv_proj",
+        positions="encoder.pos_embedding",
     ),
 )
 
@@ -22,6 +23,7 @@ VENDORED = (
         blocks="blocks",
         fc2=("mlp.w3", "mlp.fc2"),
         patch_embed="patch_embed.proj",
+        positions="pos_embed",
         prefix=lambda tower: 1 + getattr(tower, "num_register_tokens", 0),  # the first releases lack the attribute
         trained_registers=lambda tower: getattr(tower, "num_register_tokens", 0),
         scale="ls2.gamma",
@@ -33,6 +35,7 @@ VENDORED = (
         blocks="blocks",
         fc2="mlp.fc2",
         patch_embed="patch_embed.proj",
+        positions="pos_embed",
         attention="attn",
     ),
 )

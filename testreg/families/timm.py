@@ -59,6 +59,7 @@ VIT = Family(
     blocks="blocks",
     fc2=("mlp.w2", "mlp.norm", "mlp.fc2", "mlp_out_proj"),
     patch_embed="patch_embed.proj",
+    positions=("pos_embed", "embeds.pos_embed", "patch_generator.pos_embed"),
     prefix=_num_prefix,
     trained_registers=_num_registers,
     scale=("ls2.gamma", "ls.gamma"),

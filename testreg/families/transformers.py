@@ -60,6 +60,7 @@ VIT = Family(
     blocks=("layers", "encoder.layer"),
     fc2=("mlp.fc2", "output.dense"),
     patch_embed="embeddings.patch_embeddings.projection",
+    positions=("embeddings.position_embeddings", "embeddings.pos_embed"),
     attention=("attention.attention", "attention"),
     run=_run_at_any_size,
 )
@@ -99,6 +100,10 @@ CLIP = Family(
     patch_embed=(
         *("embeddings.patch_embedding", "vision_model.embeddings.patch_embedding"),
         "model.embeddings.patch_embedding",
+    ),
+    positions=(
+        *("embeddings.position_embedding", "vision_model.embeddings.position_embedding"),
+        *("model.embeddings.position_embedding", "visual.embeddings.position_embedding"),
     ),
     entry_norm=(  # most releases misspell it
         *("pre_layrnorm", "vision_model.pre_layrnorm", "model.pre_layrnorm"),

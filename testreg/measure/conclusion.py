@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from testreg.families import Grid, find_tower
+from testreg.families import Grid, Tower, find_tower, position_embedding
 from testreg.io.processes import Sums
 from testreg.measure.diagnosis import (
     HALF,
@@ -32,9 +32,11 @@ from testreg.measure.diagnosis import (
     PrefixRole,
     Residual,
     Sink,
+    StandingEmbeddings,
 )
 from testreg.measure.observation import BIN, LOWEST, Observations
 from testreg.measure.outliers import MIN_FRACTION, OutlierRule
+from testreg.measure.repair import is_repaired, positions_of, standing_out
 from testreg.measure.sampling import NUM_QUERIES
 from testreg.neurons import describe_model
 from testreg.register import is_patched
@@ -45,6 +47,7 @@ HIGH_NORM = 5.0  # a prefix token with this ratio is as high as an outlier; DINO
 MASSIVE = 10.0
 # Outliers are a *sink* if they draw much attention: more than this many times their share of the patches.
 SINK = 2.0
+BICUBIC = 2  # bicubic interpolation makes an embedding of those at most this many positions away, in rows and columns
 NUM_CHANNELS = 3  # at most this many massive channels are reported at each hook point
 
 
@@ -65,6 +68,7 @@ def conclude(
     embedding, *_ = residuals
     assert embedding is not None
     blocks = _blocks(residuals, sums.attention)
+    standing = _standing_embeddings(tower)
     return Diagnosis(
         model=describe_model(model, tower),
         patched=is_patched(model),
@@ -74,12 +78,14 @@ def conclude(
         rule=rule.describe(),
         embedding=embedding,
         blocks=blocks,
-        outliers=_outliers(sums, blocks, block),
+        outliers=_outliers(sums, blocks, block, standing),
         prefix_roles=_prefix_roles(blocks, tower.num_trained_registers),
         trained_registers=tower.num_trained_registers,
         embedding_positions=_embedding_positions(sums),
         attention_queries=NUM_QUERIES if any(sums.attention) else None,
         num_frames=sums.num_frames,
+        standing_embeddings=standing,
+        repaired=is_repaired(tower),
     )
 
 
@@ -184,7 +190,12 @@ def _if_finite(value: Tensor) -> float | None:
     return float(value) if value.isfinite() else None
 
 
-def _outliers(sums: Observations, blocks: Sequence[BlockDiagnosis], wanted_block: int | None) -> Outliers | None:
+def _outliers(
+    sums: Observations,
+    blocks: Sequence[BlockDiagnosis],
+    wanted_block: int | None,
+    standing_embeddings: StandingEmbeddings | None,
+) -> Outliers | None:
     """Judge the outliers after the wanted block; None takes the block after which they stand out most.
 
     Returns None if there are too few outliers.
@@ -202,7 +213,7 @@ def _outliers(sums: Observations, blocks: Sequence[BlockDiagnosis], wanted_block
     onset = int((course >= HALF * peak).float().argmax())  # a hook point; comparisons with NaN are False
     faded = (excess[block, block + 1 :] < HALF * peak).nonzero()
     added_by_mlps = (course[2::2] - course[1::2]).sum() / peak
-    fixed_share, border_share, fixed_positions = _fixed_positions(sums, block)
+    fixed_share, border_share, fixed_positions = _fixed_positions(sums, block, standing_embeddings)
     return Outliers(
         block=block,
         fraction=float(fraction[block]),
@@ -272,7 +283,9 @@ def _part(hook_point: int, excess: Tensor) -> Part:
     return "block" if excess[hook_point - 1].isnan() else "MLP"
 
 
-def _fixed_positions(sums: Observations, block: int) -> tuple[float | None, float | None, list[FixedPosition]]:
+def _fixed_positions(
+    sums: Observations, block: int, standing_embeddings: StandingEmbeddings | None
+) -> tuple[float | None, float | None, list[FixedPosition]]:
     """Find the fixed positions: those that are outliers after `block` in at least half of the images.
 
     If images have several sizes, only images of the most frequent size are compared.
@@ -294,7 +307,8 @@ def _fixed_positions(sums: Observations, block: int) -> tuple[float | None, floa
         ratio = float(at_positions["embedding"][patch]) / num_images
         in_border = is_border is not None and bool(is_border[patch])
         each = FixedPosition(row, column, frequency, ratio, in_border, time=time)
-        positions.append(replace(each, is_embedding=each.position in of_embedding))
+        is_repairable = standing_embeddings is not None and _comes_from(each, grid, standing_embeddings)
+        positions.append(replace(each, is_embedding=each.position in of_embedding, is_repairable=is_repairable))
     border_share = None if is_border is None else float(num_outliers[is_border].sum() / num_outliers.sum())
     return float(num_outliers[is_fixed].sum() / num_outliers.sum()), border_share, positions
 
@@ -331,6 +345,29 @@ def _embedding_positions(sums: Observations) -> list[EmbeddingPosition]:
     patches = (ratios > OutlierRule().limit(ratios)).nonzero().flatten().tolist()
     places = [(patch, *_place(patch, grid)) for patch in patches]
     return [EmbeddingPosition(row, column, float(ratios[patch]), time) for patch, time, row, column in places]
+
+
+def _standing_embeddings(tower: Tower) -> StandingEmbeddings | None:
+    """The position embeddings that `testreg.repair` would replace; None if there are none."""
+    embedding = position_embedding(tower)
+    if embedding is None or not (where := standing_out(embedding)).any():
+        return None
+    norms, positions = embedding.patches.float().norm(dim=-1), positions_of(where.nonzero().flatten(), embedding)
+    return StandingEmbeddings(positions, norms[where].tolist(), float(norms.median()), embedding.grid)
+
+
+def _comes_from(fixed: FixedPosition, grid: Grid, standing: StandingEmbeddings) -> bool:
+    """Whether an embedding that stands out is that of a fixed position, or is among those interpolated to it."""
+    rows, columns = grid[-2:]
+    if (rows, columns) == standing.grid:
+        return (fixed.row, fixed.column) in standing.positions
+    down, across = standing.grid[0] / rows, standing.grid[1] / columns
+    # The centre of the patch, in positions of the embeddings' own grid.
+    row, column = (fixed.row + 0.5) * down - 0.5, (fixed.column + 0.5) * across - 0.5
+    return any(
+        abs(one - row) <= BICUBIC * max(1.0, down) and abs(other - column) <= BICUBIC * max(1.0, across)
+        for one, other in standing.positions
+    )
 
 
 def _prefix_roles(blocks: Sequence[BlockDiagnosis], trained_registers: int) -> list[PrefixRole]:

@@ -195,6 +195,31 @@ class EmbeddingPosition:
 
 
 @dataclass(frozen=True)
+class StandingEmbeddings:
+    """Position embeddings that stand out among those of all positions, which `testreg.repair` replaces."""
+
+    positions: list[tuple[int, int]]
+    """Rows and columns, on the grid that the model has embeddings for: images of another size have another."""
+    norms: list[float]
+    median_norm: float
+    """The median norm of the embeddings of all positions."""
+    grid: tuple[int, int]
+    """Rows and columns of that grid."""
+
+    @property
+    def summary(self) -> str:
+        """Where they are, how large, and what to do, in a sentence."""
+        many, highest = len(self.positions) > 1, max(self.norms)
+        rows, columns = self.grid
+        return (
+            f"{'Position embeddings' if many else 'A position embedding'} of {'norms up to' if many else 'norm'} "
+            f"{highest:.1f}, {highest / self.median_norm:.0f} x the median, stand{'' if many else 's'} out at "
+            f"{positions_in_words(self.positions)} of {rows} x {columns}: testreg.repair(model) puts the mean of "
+            f"{'their' if many else 'its'} neighbours in {'their' if many else 'its'} place."
+        )
+
+
+@dataclass(frozen=True)
 class FixedPosition:
     """A position in the grid of patches that is an outlier in at least half of the images."""
 
@@ -210,6 +235,8 @@ class FixedPosition:
     """Whether it is among `Diagnosis.embedding_positions`."""
     time: int | None = None
     """Its place in time; frames that one patch of a clip spans count as one place. None in images."""
+    is_repairable: bool = False
+    """Whether it comes from an embedding that `testreg.repair` replaces: see `Diagnosis.standing_embeddings`."""
 
     @property
     def position(self) -> tuple[int, ...]:
@@ -260,6 +287,11 @@ class Outliers:
             return "fixed"
         by_mlp = self.onset_part != "embedding" and (self.mlp_share is None or self.mlp_share >= HALF)
         return "movable" if by_mlp else "immovable"
+
+    @property
+    def is_repairable(self) -> bool:
+        """Whether `testreg.repair` removes the fixed positions, if it is these that most outliers are at."""
+        return self.kind == "fixed" and all(each.is_repairable for each in self.fixed_positions)
 
     @property
     def summary(self) -> str:
@@ -370,6 +402,10 @@ class Diagnosis:
     seed. All other tokens were queries too. None if attention was not measured."""
     num_frames: int | None = None
     """How many frames a clip has, if clips were measured and not images."""
+    standing_embeddings: StandingEmbeddings | None = None
+    """Position embeddings that stand out by themselves, whatever is added to them; None if there are none."""
+    repaired: bool = False
+    """Whether `testreg.repair` has replaced position embeddings of the model."""
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -444,7 +480,8 @@ class Diagnosis:
         fate = {
             "movable": ", movable",
             "left": ", left by the registers",
-            "fixed": ": a register does not fix them",
+            "fixed": ": a register does not fix them"
+            + (", testreg.repair(model) does" if outliers.is_repairable else ""),
             "immovable": ", not made by MLPs: a register does not move them",
         }
         return outliers.summary + fate[self.kind]
@@ -479,6 +516,8 @@ class Diagnosis:
                 f"Position embeddings stand out in front of the first block, with up to {highest:.1f} x the median "
                 f"norm: {positions}."
             )
+        if self.standing_embeddings is not None:
+            notes.append(self.standing_embeddings.summary)
         for role in self.prefix_roles:
             drawn = "" if role.attention is None else f", and draws up to {role.attention:.0%} of the attention"
             name = role.name[:1].upper() + role.name[1:]
@@ -491,6 +530,8 @@ class Diagnosis:
             notes.append("Attention could not be observed in every block.")
         if self.patched:
             notes.append("The model is patched.")
+        if self.repaired:
+            notes.append("Position embeddings of the model are repaired.")
         return notes
 
     def _registers_in_words(self) -> str:

@@ -29,11 +29,16 @@ NEXT = {
     "movable": "Test-time registers move these outliers. Find the register neurons, and see what they do:",
     "fixed": "These artefacts stay at the same positions whatever the image, and no MLP neuron that the image makes "
     "fire writes them: a register does not fix them. Crop or interpolate these positions.",
+    "repairable": "These artefacts stay at the same positions whatever the image: a register does not fix them, but "
+    "testreg.repair(model) does, which puts the mean of their neighbours in place of the position embeddings that make "
+    "them.",
     "left": "These outliers are what the registers of this patched model leave. More register neurons may move them: "
     "calibrate the model anew, without its patch.",
     "immovable": "MLP neurons do not make these outliers, so that no register moves them.",
 }
-"""{kind of a diagnosis: what to do next}. A register is an extra token onto which outliers are moved."""
+"""{kind of a diagnosis, or "repairable" for fixed outliers that `testreg.repair` removes: what to do next}.
+
+A register is an extra token onto which outliers are moved."""
 
 
 def write_diagnosis_report(
@@ -90,7 +95,7 @@ def page(diagnosis: Diagnosis, photographs: Tensor, maps: Maps, block: int, comm
         headline=_headline(diagnosis),
         sample=f"Measured on {diagnosis.images} image{'s' * (diagnosis.images != 1)} "
         f"at {value_of(diagnosis.image_size)}" + (", the model being patched." if diagnosis.patched else "."),
-        next="The registers do their work." if diagnosis.patched and diagnosis.kind == "none" else NEXT[diagnosis.kind],
+        next=_next(diagnosis),
         calibrate=shlex.join(
             ["testreg", "calibrate", str(diagnosis.model["name"]), "--images", "IMAGES", "-o", "neurons.json"]
         )
@@ -109,6 +114,13 @@ def page(diagnosis: Diagnosis, photographs: Tensor, maps: Maps, block: int, comm
         command=command,
         facts=_facts(diagnosis),
     )
+
+
+def _next(diagnosis: Diagnosis) -> str:
+    if diagnosis.patched and diagnosis.kind == "none":
+        return "The registers do their work."
+    is_repairable = diagnosis.outliers is not None and diagnosis.outliers.is_repairable
+    return NEXT["repairable" if is_repairable else diagnosis.kind]
 
 
 def _headline(diagnosis: Diagnosis) -> str:

@@ -99,7 +99,7 @@ def test_high_position_embeddings_are_fixed_position_artefacts(photos):
     assert found.kind == "fixed"
     assert found.verdict == (
         "fixed-position artefacts from position embeddings that stand out at (1, 1), (2, 3): "
-        "a register does not fix them"
+        "a register does not fix them, testreg.repair(model) does"
     )
     standing = found.embedding_positions
     assert [(each.row, each.column, each.ratio) for each in standing] == [
