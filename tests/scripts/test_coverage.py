@@ -14,8 +14,8 @@ from coverage.check import Verdict, check
 from coverage.registry import Absent, Architecture, registry
 from torch import Tensor
 
-from testreg.families import FAMILIES, find_tower
-from testreg.patching import fc2, layout
+from testreg.families import FAMILIES, find_tower, layout
+from testreg.patching import fc2
 
 SLICE = {
     "timm VisionTransformer": "radio; vit_base_patch16_18x2_224; vit_dpwee_patch16_reg1_gap_256; vit_base_r26_s32_224",
