@@ -161,8 +161,8 @@ class EffectMeter:
         head: a function of the user, see `Head`; None measures no classes.
 
     Raises:
-        ValueError: norms are not finite; the head does not run the model once, or does not return scores. `effect`
-            raises it as well.
+        ValueError: norms are not finite; the head does not run the model exactly once, or does not return scores.
+            `effect` raises it as well.
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class EffectMeter:
     def _set_baselines(self, baselines: Sequence[Baseline]) -> None:
         """Set the baselines of all batches, and add up their figures."""
         self.baselines = baselines
-        self.block_cache = BlockCache(self.tower)  # without memory, it keeps nothing
+        self.block_cache = BlockCache(self.tower)  # this cache is given no memory, so it keeps nothing
         sums: Sums = {}
         for plain in baselines:
             pooled, patches = plain.features[:, 0], plain.features[:, 1:].flatten(0, 1)
@@ -470,14 +470,17 @@ class _Reader:
     def _read_attention(
         self, block: int, weights: Tensor, queries: Tensor, share: Tensor, values: Tensor | None
     ) -> None:
-        """Read what patches draw off the attention of a sample of the tokens in a block, see `OnSample`."""
+        """Read how much attention each patch draws in a block, from the weights of a sample of the queries.
+
+        `OnSample` explains the arguments.
+        """
         where = self.attention.patches
         to_patches = weights[..., where].mean(1)  # (B, n, N)
         with autocast_off(weights.device):
             self.attention_drawn.append(torch.einsum("bqn,q->bn", to_patches, share.to(to_patches)))
         if block == self.tower.depth - 1:
             is_patch = (queries >= where.start) & (queries < where.stop)
-            # What CLS gives to each patch, or the mean of the patches if there is no CLS, (B, N).
+            # The attention that CLS gives to each patch, (B, N); without CLS, that which patches give on average.
             given = to_patches[:, 0] if where.start else to_patches[:, is_patch].mean(1)
             self.hottest = given.amax(-1) / given.sum(-1).clamp(min=1e-12)
 

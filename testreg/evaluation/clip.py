@@ -118,8 +118,8 @@ def class_embeddings(
 def names_of(labelled: Labelled, classes: str | None) -> list[str]:
     """The names of the classes, as `class_names` has them, with spaces instead of underscores.
 
-    If `classes` is "imagenet", or if the data set has ImageNet's 1,000 folders (n01440764, ...), they are open_clip's
-    names for ImageNet.
+    They are open_clip's names for ImageNet if `classes` is "imagenet", or if it is None and the data set has ImageNet's
+    1,000 folders (n01440764, ...).
     """
     import open_clip
 

@@ -42,8 +42,8 @@ from testreg.neurons import describe_model
 from testreg.register import is_patched
 
 HIGH_NORM = 5.0  # a prefix token with this ratio is as high as an outlier; DINOv2-B has 64, clean models below 2.3
-# A channel is massive if its magnitude is over this many times that of the median channel. In a random direction of
-# 4096 channels, the largest has 6 times.
+# A channel is massive if its magnitude is over this many times the median of all channels. In a random vector of 4096
+# channels, the largest magnitude is about 6 times the median.
 MASSIVE = 10.0
 # Outliers are a *sink* if they draw much attention: more than this many times their share of the patches.
 SINK = 2.0
@@ -206,7 +206,8 @@ def _outliers(
         candidates &= torch.arange(len(blocks)) == wanted_block
     if not candidates.any():
         return None
-    excess = sums.excess[:, 2::2]  # (L, L), after each block
+    # (L, L): in row i and column j, the excess norm that the outliers after block i have after block j.
+    excess = sums.excess[:, 2::2]
     block = int(excess.diagonal().masked_fill(~candidates, -math.inf).argmax())
     # The excess norm of the outliers after this block, at all hook points up to it.
     course, peak = sums.excess[block, : 2 * block + 3], excess[block, block]
@@ -231,7 +232,8 @@ def _outliers(
 
 
 def _first_of_run(sums: Observations, fraction: Tensor, block: int) -> int | None:
-    """The first of the successive blocks with outliers around `block`; None if outliers are in front of block 0.
+    """The first of the successive blocks with outliers around `block`; None if it is block 0, and its input has
+    outliers already.
 
     `fraction` (L,) is the fraction of the patches that are outliers after each block.
     """
@@ -252,7 +254,8 @@ def _last_of_run(fraction: Tensor, block: int) -> int:
 
 def _sink(blocks: Sequence[BlockDiagnosis]) -> Sink | None:
     """The attention to outliers in the block where they draw most; None if they draw hardly more than other patches."""
-    fractions = [0.0, *(block.after_mlp.outlier_fraction for block in blocks)]  # of outliers in each block's input
+    # The fraction of outliers in the input of each block. Block 0 has 0, so that it is never the sink.
+    fractions = [0.0, *(block.after_mlp.outlier_fraction for block in blocks)]
     sinks = [
         (block.outlier_attention, index)
         for index, block in enumerate(blocks)

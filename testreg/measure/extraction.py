@@ -109,8 +109,8 @@ def extract(
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError: an argument does not fit the model; no image could be read; images have different shapes as the
-            model's input; values are too large for float16; or an unfinished file is of another run.
+        ValueError: an argument does not fit the model; no image could be read; the transform gives images of
+            different shapes; values are too large for float16; or an unfinished file is of another run.
         ImportError: pyarrow is needed, and not installed.
     """
     path = Path(output)
@@ -176,12 +176,12 @@ class _Extractor:
         with ExitStack() as stack:
             recorded = [stack.enter_context(recorded_tokens(tower, images, block)) for block in self.blocks]
             added = stack.enter_context(registers(self.model)) if self._has_added_registers else None
-            attention: list[list[Tensor]] = []  # for each observed block, what each of its attentions gives
+            attention: list[list[Tensor]] = []  # the weights (B, heads, T) of each attention in each observed block
             if observed:
                 stack.enter_context(attention_kernel(tower.module, "sdpa", instead_of=UNSEEN))
                 attention = stack.enter_context(recorded_attention(tower, observed, recorder))
             tower.run(images)
-        # The tower packs images in one sequence: they are run one by one.
+        # Some towers pack the images of a batch in one sequence. They run the images again, one by one.
         if len(images) > 1 and any(len(tokens[0]) != len(images) for tokens in recorded):
             of_images = [self.extract(image) for image in images.split(1)]
             return {name: torch.cat([each[name] for each in of_images]) for name in of_images[0]}
@@ -214,7 +214,10 @@ class _Extractor:
         return "registers" in self.what and find_patch(self.model) is not None
 
     def _pooled_blocks(self, images: Tensor) -> list[int]:
-        """The blocks whose attention is that of a head which pools tokens: the last one, if there is such a head."""
+        """The blocks for which the attention of a pooling head is extracted in place of their own.
+
+        This is the last block, if the tower has no prefix tokens, and a head that pools the patches by attention.
+        """
         last = self.tower.depth - 1
         may_be_pooled = "attention" in self.what and last in self.blocks and not self.tower.num_prefix
         return [last] if may_be_pooled and pooling_attention(self.tower, images[:1]) else []
