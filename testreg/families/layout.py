@@ -30,7 +30,7 @@ class Layout:
     num_registers: int
     sequence_first: bool = False
     lengths: Sequence[int] | None = None
-    """Tokens of each image in a packed sequence; None: the images are a batch."""
+    """The number of tokens of each image in a packed sequence, without registers; None: the images are a batch."""
     valid: Tensor | None = None
     """Which tokens (B, T+R) of a padded batch are no padding; None: all."""
     patches: Tensor | None = None
@@ -44,7 +44,7 @@ class Layout:
         return tokens.transpose(0, 1) if self.sequence_first else tokens
 
     def extend(self, rows: Tensor, dim: int, value: float | Tensor) -> Tensor:
-        """`rows`, with an entry for each token along `dim`, and R entries of `value` put behind those of each image."""
+        """Put R entries of `value` behind those of each image in `rows`, which have one per token along `dim`."""
         shape = list(rows.shape)
         shape[dim] = self.num_registers
         more = value.expand(shape) if isinstance(value, Tensor) else rows.new_full(shape, value)
@@ -104,7 +104,7 @@ class Layout:
         return (batch * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True).clamp(min=1)
 
     def registers(self, sequence: Tensor) -> Tensor:
-        """The registers (B, R, C): a view if the sequence holds one image that is no packed one, else a copy."""
+        """The registers (B, R, C): a copy, or a view if they are contiguous in a batch (as they are of one image)."""
         if self.lengths is None:
             dim = self.dim
             own = sequence.narrow(dim, sequence.shape[dim] - self.num_registers, self.num_registers)

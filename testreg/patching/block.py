@@ -61,7 +61,8 @@ class RegisterBlock(Override):
         self.parameters = _parameters(self.module)
         self.layout_without_registers = self.default_layout.replace(num_registers=0)
         self.is_last = self.index == self.tower.depth - 1
-        # A forward of testreg's that was there before (`BlockCache`) may skip the block, which then moves nothing.
+        # If testreg had replaced the block's `forward` method before (`BlockCache`), that method may skip the block. So
+        # it is no error here if no neurons are moved.
         self.num_moves = 0 if isinstance(self.previous, Override) else sum(move.is_fc2 for move in self.moves)
 
     # The life of a forward, steps 1 to 8 -----------------------------------------------------------------------------
@@ -70,14 +71,17 @@ class RegisterBlock(Override):
         if torch.compiler.is_compiling():  # dynamo makes one graph for each mode: it guards on what decides the mode
             return self._run(self.patch.mode_for_new_forward, None, args, kwargs)
         call = running.call
-        if call is None or call.block is not self or call.forward is not None:  # `block.forward(...)` was called
+        if call is None or call.block is not self or call.forward is not None:  # `block.forward(...)`, not `block(...)`
             return self.call_with_hooks(self, args, kwargs)
         forward, registers = self._forward_and_registers(args[0] if args else kwargs.get(self.parameters[0]), call)
         call.forward = forward
         return self._run(forward.mode, registers, args, kwargs)
 
     def call_with_hooks(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the block with its hooks: `function` runs them, and the block's forward between them."""
+        """Call the block by `function`, which runs its forward between its hooks, and keep track of the call.
+
+        If `block.forward(...)` was called instead of `block(...)`, `function` is that forward, and no hooks run.
+        """
         tokens, outer = args[0] if args else kwargs.get(self.parameters[0]), running.call
         call = running.call = Call(self, self.patch, tokens, outer, running.waiting)
         running.waiting = None
@@ -234,7 +238,7 @@ class RegisterBlock(Override):
         return with_first(out, view)
 
     def _compiled_registers(self, tokens: Tensor) -> Tensor | None:
-        """The registers that the block before has left for these tokens, while the code is compiled.
+        """The registers that the block before has left for these tokens; this block or that one may be compiled.
 
         The tokens carry them, or a hook has put the tokens in the place of those that did.
         """

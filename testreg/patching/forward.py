@@ -2,7 +2,8 @@
 
 1. Block 0 is called with T tokens: a `Forward` begins in this thread. Its mode is decided (with registers, steered onto
    patches, or unpatched), and holds to its end, whatever `testreg.disabled` and `testreg.steered` do meanwhile.
-2. The block appends R registers of zeros to the tokens, and calls the block's own forward on the T+R (`block`).
+2. The block appends R registers to the tokens (zeros, the mean of each image's patches, or static states), and calls
+   the block's own forward on the T+R (`block`).
 3. In front of the second MLP linear, before any hook on it, the register neurons are moved to the registers (`fc2`).
 4. The block hands on T tokens. They carry the registers as an attribute, a `Handoff`: no state is left on the module.
 5. Hooks of the block run. If one puts other tokens in the place of these, the registers are given to what it returns.
@@ -62,14 +63,15 @@ class Forward:
     """A weak reference to what these tokens carry. It returns None once neither they nor their autograd graph keep that
     alive."""
     kept: Tensor | None = None
-    """The registers (B, R, C) of these tokens if they need no gradient: no autograd graph keeps their handoff alive."""
+    """The registers (B, R, C) of these tokens, if the registers need no gradient; else None. The forward keeps them
+    itself, since then no autograd graph keeps the handoff alive."""
     is_over: bool = False
     is_certain: bool = True
     """Whether tokens that carry nothing can only belong to this forward. It is False if an earlier forward was left
     unfinished, for example, since they may belong to that one."""
 
     def registers(self) -> Tensor | None:
-        """The registers (B, R, C) that its last block has handed on; None if they are gone, or if it has none."""
+        """The registers (B, R, C) that block `index` has handed on; None if they are gone, or if there are none."""
         handoff = self.handoff()
         return self.kept if handoff is None else handoff.registers
 
@@ -87,9 +89,9 @@ class _Unsaved:
 class Handoff(_Unsaved):
     """What the tokens between two blocks carry: the forward they belong to, and its registers (B, R, C), if any.
 
-    Without gradients, the T tokens of a single image are a view of the T+R tokens that the block made. Then they carry
-    these T+R tokens too, as `sequence`, and the next block takes them without a copy. Whoever edits the tokens in place
-    edits the sequence as well.
+    Without gradients they may also carry the T+R tokens that the block made, as `sequence`. If the T tokens are a view
+    of these, as they are for a single image, the next block takes the sequence without a copy. Whoever edits such
+    tokens in place edits the sequence as well.
     """
 
     def __init__(self, forward: Forward, registers: Tensor | None, sequence: Tensor | None = None) -> None:
@@ -98,7 +100,8 @@ class Handoff(_Unsaved):
     def take_sequence(self, tokens: Tensor, layout: Layout) -> Tensor | None:
         """Return the T+R tokens if `tokens` are still a view of them, else None.
 
-        The handoff lets go of them in either case, so that a copy of the tokens, if kept, does not keep them alive too.
+        The handoff lets go of the T+R tokens in either case. Else they would live as long as somebody keeps `tokens`,
+        even where these are a copy.
         """
         sequence, self.sequence = self.sequence, None
         if sequence is None or torch.is_grad_enabled() or tokens.data_ptr() != sequence.data_ptr():
@@ -126,7 +129,7 @@ class Call:
     waiting: Forward | None
     """The forward of this thread that waited for its next block when this block was called; None if there was none."""
     forward: Forward | None = None
-    """The forward that the block is part of; None until its `forward` is entered."""
+    """The forward that this call is part of; None until the block's `forward` method is entered."""
     tokens: Tensor | None = None
     """The tokens that it hands on, before hooks have seen them."""
     length: int = 0
@@ -139,7 +142,8 @@ class Hooked:
 
     module: object
     rejoin: Callable[[Any], Any]
-    """Puts the registers back behind the tokens: of the module's input first, of its output after its forward."""
+    """Puts registers back behind tokens: those of the module's input until its forward has run, then those of its
+    output."""
 
 
 @dataclass(eq=False)
@@ -167,7 +171,8 @@ class Running(threading.local):
     layout: Layout | None
     """The layout of the current block, if it is padded or packed."""
     recomputed: Layout | None
-    """The layout of a block whose inside gradient checkpointing recomputes without calling it (transformers 5)."""
+    """The layout of a block, if gradient checkpointing recomputes what is inside the block without calling the block
+    itself (transformers 5)."""
     compiled: tuple[object, int, tuple[int, ...], Tensor] | None
     """What a compiled block with hooks has handed on, in case the hooks replace its tokens: the patch, the index of the
     block, the shape of the tokens, and the registers."""
@@ -214,7 +219,8 @@ def begin(patch: object, tokens: object, mode: Mode, waiting: Forward | None) ->
     """Begin a forward in this mode, with the tokens that enter block 0.
 
     If gradient checkpointing recomputes block 0, the forward has the mode in which the block first ran instead.
-    `waiting` is the forward of this thread that has not ended yet, if there is one.
+    `waiting` is the forward of this thread that waited for its next block, if there is one. Unless it is over (a block
+    of it was recomputed), later tokens that carry nothing may belong to it.
     """
     if isinstance(tokens, Tensor):
         if is_recomputing():
@@ -272,8 +278,8 @@ def find_forward(tokens: Tensor, call: Call, index: int) -> tuple[Forward, Tenso
             return forward, registers
         replaced = call.argument.shape  # type: ignore[attr-defined]
     elif expected is not None and expected.is_certain:
-        # Code between the blocks has made these tokens, or has put tokens in their place that are kept from a forward
-        # which is over.
+        # Code between the blocks has replaced the tokens of the expected forward, by new ones or by tokens that it had
+        # kept from a forward which is over.
         forward, registers, replaced = expected, expected.registers(), expected.shape
     else:
         if expected is not None and expected.mode.has_registers:
