@@ -115,7 +115,7 @@ class Layout:
         assert self.lengths is not None
         return sequence.split([length + self.num_registers for length in self.lengths], -2)
 
-    def without_registers(self, weights: Tensor, appended: int = 0) -> Tensor:
+    def weights_without_registers(self, weights: Tensor, appended: int = 0) -> Tensor:
         """Take rows and columns of the registers off attention weights (..., T+R, T+R).
 
         Args:
@@ -131,8 +131,11 @@ class Layout:
             weights = torch.cat([head, tail], dim) if appended else head
         return weights
 
-    def with_registers(self, shown: Tensor, weights: Tensor) -> Tensor:
-        """The inverse of `without_registers` for a batch: `weights`, in which `shown` replaces those between tokens."""
+    def weights_with_registers(self, shown: Tensor, weights: Tensor) -> Tensor:
+        """The inverse of `weights_without_registers`, for a batch.
+
+        Returns `weights` (..., T+R, T+R), in which `shown` (..., T, T) replaces those between tokens.
+        """
         size = weights.shape[-1] - self.num_registers
         rows = torch.cat([shown, weights[..., :size, size:]], -1)
         return torch.cat([rows, weights[..., size:, :]], -2)

@@ -220,7 +220,7 @@ def strip_registers(model: nn.Module, tensor: Tensor, lengths: list[int] | None 
     if lengths is not None and tensor.shape[-2] != sum(lengths) + len(lengths) * patch.num_registers:
         raise ValueError(f"{len(lengths)} images of {sum(lengths)} tokens do not fit a tensor {tuple(tensor.shape)}")
     if tensor.ndim == 4 and tensor.shape[-1] == tensor.shape[-2]:
-        return layout.without_registers(tensor, tower.family.appended)
+        return layout.weights_without_registers(tensor, tower.family.appended)
     if tensor.ndim == 3 or (lengths is not None and tensor.ndim == 2):
         return layout.tokens(tensor)
     raise ValueError(

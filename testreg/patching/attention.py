@@ -54,9 +54,11 @@ class AttentionWeights(Override):
         weights = out[1]
         if isinstance(weights, Tensor):
             shown = used.shown if weights is used.weights else None
-            weights = layout.without_registers(weights, self.appended) if shown is None else shown
+            weights = layout.weights_without_registers(weights, self.appended) if shown is None else shown
         elif isinstance(weights, list):  # of packed images
-            weights = [each if each is None else self.default_layout.without_registers(each) for each in weights]
+            weights = [
+                each if each is None else self.default_layout.weights_without_registers(each) for each in weights
+            ]
         return out[0], weights, *out[2:]
 
 
@@ -76,8 +78,8 @@ class _UsedWeights(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func in _MATMUL and len(args) == 2 and args[0].ndim > 2 and args[0].shape[-1] == args[0].shape[-2]:
             self.weights = args[0]
-            self.shown = self.layout.without_registers(args[0]).contiguous()
-            args = self.layout.with_registers(self.shown, args[0]), args[1]
+            self.shown = self.layout.weights_without_registers(args[0]).contiguous()
+            args = self.layout.weights_with_registers(self.shown, args[0]), args[1]
         return func(*args, **(kwargs or {}))
 
 

@@ -58,12 +58,14 @@ class RegisterBlock(Override):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.parameters = _parameters(self.module)
+        self.argument_names = _argument_names(self.module)
         self.layout_without_registers = self.default_layout.replace(num_registers=0)
         self.is_last = self.index == self.tower.depth - 1
         # If testreg had replaced the block's `forward` method before (`BlockCache`), that method may skip the block. So
         # it is no error here if no neurons are moved.
-        self.num_moves = 0 if isinstance(self.previous, Override) else sum(move.is_fc2 for move in self.moves)
+        self.required_moves = (
+            0 if isinstance(self.previous, Override) else sum(move.is_always_called for move in self.moves)
+        )
 
     # The life of a forward, steps 1 to 8 -----------------------------------------------------------------------------
 
@@ -72,17 +74,17 @@ class RegisterBlock(Override):
             return self._run(self.patch.mode_for_new_forward, None, args, kwargs)
         call = running.call
         if call is None or call.block is not self or call.forward is not None:  # `block.forward(...)`, not `block(...)`
-            return self.call_with_hooks(self, args, kwargs)
-        forward, registers = self._forward_and_registers(args[0] if args else kwargs.get(self.parameters[0]), call)
+            return self.run_call(self, args, kwargs)
+        forward, registers = self._forward_and_registers(args[0] if args else kwargs.get(self.argument_names[0]), call)
         call.forward = forward
         return self._run(forward.mode, registers, args, kwargs)
 
-    def call_with_hooks(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run_call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the block by `function`, which runs its forward between its hooks, and keep track of the call.
 
         If `block.forward(...)` was called instead of `block(...)`, `function` is that forward, and no hooks run.
         """
-        tokens, outer = args[0] if args else kwargs.get(self.parameters[0]), running.call
+        tokens, outer = args[0] if args else kwargs.get(self.argument_names[0]), running.call
         call = running.call = Call(self, self.patch, tokens, outer, running.waiting)
         running.waiting = None
         try:
@@ -107,7 +109,7 @@ class RegisterBlock(Override):
             return begin(self.patch, tokens, mode, call.waiting), None
         if (found := find_forward(tokens, call, self.index)) is not None:
             return found
-        return Forward(self.patch, mode, is_certain=False), self._compiled_registers(tokens)
+        return Forward(self.patch, mode, is_certain=False), self._registers_left_for(tokens)
 
     def _run(self, mode: Mode, registers: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the block's own forward on tokens and registers; in a mode without registers, on the tokens alone."""
@@ -139,7 +141,7 @@ class RegisterBlock(Override):
         if self.index == 0:
             return layout.join(tokens, self.first_registers(tokens, layout))
         if registers is None and torch.compiler.is_compiling():
-            registers = self._compiled_registers(tokens)
+            registers = self._registers_left_for(tokens)
         if registers is None and is_recomputing():
             raise RuntimeError(
                 f"block {self.index} is recomputed from an input that was saved elsewhere (save_on_cpu, "
@@ -172,12 +174,12 @@ class RegisterBlock(Override):
 
     def _run_with_moves(self, sequence: Tensor, arguments: dict[str, Any], layout: Layout) -> Any:
         """Run the block's own forward, in which the neurons are moved; raise RuntimeError if they were not."""
-        if self.num_moves == 0 or is_exporting():
+        if self.required_moves == 0 or is_exporting():
             return self._run_with_layout(sequence, arguments, layout)
         outer, running.moves = running.moves, 0
         try:
             out = self._run_with_layout(sequence, arguments, layout)
-            if running.moves < self.num_moves and _is_tokens(first_of(out), sequence):
+            if running.moves < self.required_moves and _is_tokens(first_of(out), sequence):
                 raise RuntimeError(not_moved(self.index))
         finally:
             running.moves = outer
@@ -237,7 +239,7 @@ class RegisterBlock(Override):
         setattr(view, CARRIED, left[3].to(tokens.device, tokens.dtype))
         return with_first(out, view)
 
-    def _compiled_registers(self, tokens: Tensor) -> Tensor | None:
+    def _registers_left_for(self, tokens: Tensor) -> Tensor | None:
         """The registers that the block before has left for these tokens; this block or that one may be compiled.
 
         The tokens carry them, or a hook has put the tokens in the place of those that did.
@@ -257,11 +259,11 @@ class RegisterBlock(Override):
         """The tokens, and the other arguments by name."""
         if len(args) == 1 and not kwargs:
             return args[0], {}
-        if len(args) > len(self.parameters):
+        if len(args) > len(self.argument_names):
             raise NotImplementedError(f"block {self.index} takes arguments without a name, which testreg does not know")
         # The lengths are made equal because torch.compile ignored `strict=False` in older releases.
-        arguments = dict(zip(self.parameters[: len(args)], args, strict=True)) | kwargs
-        return arguments.pop(self.parameters[0]), arguments
+        arguments = dict(zip(self.argument_names[: len(args)], args, strict=True)) | kwargs
+        return arguments.pop(self.argument_names[0]), arguments
 
     def _extended(self, name: str, value: Any, layout: Layout) -> Any:
         """An argument other than the tokens, extended by rows for the registers."""
@@ -333,7 +335,7 @@ class BlockCall(Override):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.block.carry_through_hooks_compiled(self.original(*args, **kwargs))
-        return self.block.call_with_hooks(self.original, args, kwargs)
+        return self.block.run_call(self.original, args, kwargs)
 
 
 def _is_tokens(out: Any, entered: Tensor) -> bool:
@@ -347,12 +349,12 @@ def _each(out: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return change(out)
 
 
-def _parameters(module: nn.Module) -> tuple[str, ...]:
+def _argument_names(module: nn.Module) -> tuple[str, ...]:
     """Names of the arguments of a module's forward; of a wrapper (FSDP), those of the module that it wraps."""
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = inspect.signature(type(module).forward).parameters.values()
     names = tuple(each.name for each in parameters if each.kind in kinds)[1:]  # without self
     children = list(module.children())
     if not names and len(children) == 1:
-        return _parameters(children[0])
+        return _argument_names(children[0])
     return names or ("hidden_states",)

@@ -39,14 +39,14 @@ class MoveInFront(Override):
     owners: tuple[int, ...] | None
     width: int | None
     """The number of input channels; None where it is not known."""
-    is_fc2: bool
+    is_always_called: bool
     """Whether every forward calls the linear. This is False for experts of a mixture: a forward calls only some."""
     siblings: tuple[nn.Module, ...] = field(init=False)
     """The other modules inside the linear's parent. A hook on one of them may have kept the activation."""
 
     def __post_init__(self, holder: nn.Module) -> None:
         super().__post_init__()
-        self.first = self.module
+        self.patched_linear = self.module
         self.parent, self.name = next(
             (parent, name)
             for parent in holder.modules()
@@ -69,7 +69,7 @@ class MoveInFront(Override):
         current: nn.Module = self.parent._modules[self.name]  # type: ignore[assignment]
         if current is self.module:
             return
-        if current is not self.first and self.first not in set(current.modules()):
+        if current is not self.patched_linear and self.patched_linear not in set(current.modules()):
             raise RuntimeError(
                 f"the second MLP linear of block {self.index} was replaced by a {type(current).__name__} after "
                 "testreg.patch(), so its neurons would stay: call testreg.unpatch(model) and patch it again"
@@ -111,7 +111,7 @@ class MoveInFront(Override):
             self._warn_if_outside()
             return args, kwargs
         if not is_exporting():
-            running.moves += self.is_fc2
+            running.moves += self.is_always_called
         if args:
             return (self._moved(args[0], mode), *args[1:]), kwargs
         name = next(iter(kwargs))

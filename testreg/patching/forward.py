@@ -276,17 +276,17 @@ def find_forward(tokens: Tensor, call: Call, index: int) -> tuple[Forward, Tenso
         if tokens is call.argument:
             _check_gradient(tokens, registers, index)
             return forward, registers
-        replaced = call.argument.shape  # type: ignore[attr-defined]
+        expected_shape = call.argument.shape  # type: ignore[attr-defined]
     elif expected is not None and expected.is_certain:
         # Code between the blocks has replaced the tokens of the expected forward, by new ones or by tokens that it had
         # kept from a forward which is over.
-        forward, registers, replaced = expected, expected.registers(), expected.shape
+        forward, registers, expected_shape = expected, expected.registers(), expected.shape
     else:
         if expected is not None and expected.mode.has_registers:
             check_shape(tokens, expected.shape, index)
         return None
     if forward.mode.has_registers:
-        check_shape(tokens, replaced, index)
+        check_shape(tokens, expected_shape, index)
     earlier = carried(tokens, call.patch)
     if earlier is not None and earlier.forward is forward:  # the tokens of an earlier block in the same forward
         return forward, earlier.registers

@@ -83,7 +83,7 @@ class Around(Override):
         if isinstance(self.previous, MoveInFront):  # it runs before the hooks, and needs the registers
             args, kwargs = self.previous.moved(args, kwargs)
             original = self.previous.original
-        (args, kwargs), rejoin = _tokens(self.patch).without_registers((args, kwargs))
+        (args, kwargs), rejoin = _stripper(self.patch).without_registers((args, kwargs))
         outer, hooked = running.hooked, Hooked(self.module, rejoin)
         running.hooked = hooked
         try:
@@ -109,7 +109,7 @@ class Inside(Override):
             out = self.original(*args, **kwargs)
         finally:
             running.hooked = hooked
-        out, hooked.rejoin = _tokens(self.patch).without_registers(out)
+        out, hooked.rejoin = _stripper(self.patch).without_registers(out)
         return out
 
 
@@ -127,18 +127,18 @@ class StripAttributes:
             return forward(*args, **kwargs)
         before = {module: dict(vars(module)) for module in self.module.modules()}
         out = forward(*args, **kwargs)
-        tokens = _tokens(self.patch)
+        stripper = _stripper(self.patch)
         for module, attributes in before.items():
             for name, value in list(vars(module).items()):
-                if isinstance(value, Tensor) and attributes.get(name) is not value and tokens.length:
-                    setattr(module, name, tokens.without_registers(value)[0])
+                if isinstance(value, Tensor) and attributes.get(name) is not value and stripper.length:
+                    setattr(module, name, stripper.without_registers(value)[0])
         return out
 
 
-def _tokens(patch: Patch) -> _Tokens:
+def _stripper(patch: Patch) -> _Stripper:
     """What takes registers off tensors of the block that this thread is in."""
     default = next(part.default_layout for part in patch.overrides if isinstance(part, RegisterBlock))
-    return _Tokens(layout_now(default), _length(patch), patch.num_prefix)
+    return _Stripper(layout_now(default), _length(patch), patch.num_prefix)
 
 
 def _length(patch: Patch) -> int:
@@ -164,7 +164,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 @dataclass(frozen=True)
-class _Tokens:
+class _Stripper:
     """Takes registers off tensors in which one dimension has T+R entries, or the last two have."""
 
     layout: Layout
@@ -196,10 +196,10 @@ class _Tokens:
     def _tensor(self, value: Tensor) -> tuple[Tensor, Rejoin]:
         layout, sizes = self.layout, value.shape
         if value.ndim > 1 and sizes[-1] == sizes[-2] == self.length:
-            shown = layout.without_registers(value)
+            shown = layout.weights_without_registers(value)
             if layout.lengths is not None:
                 raise NotImplementedError("hooks on attention between packed images: run them one image at a time")
-            return shown.contiguous(), lambda new: layout.with_registers(new, value)
+            return shown.contiguous(), lambda new: layout.weights_with_registers(new, value)
         if layout.lengths is not None:
             if value.ndim not in (2, 3) or sizes[-2] != self.length:
                 return value, _unchanged

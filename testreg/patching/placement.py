@@ -39,5 +39,7 @@ def _moves(block: Block, index: int, units: list[int], patch: Patch, layout: Lay
         owners = None if owner is None else tuple(owner[index, unit] for unit in own)
         width = mlp.first + mlp.width
         for module in mlp.consumers:
-            is_fc2 = module is mlp.fc2
-            yield MoveInFront(module, block.module, block.module, index, patch, layout, channels, owners, width, is_fc2)
+            is_always_called = module is mlp.fc2
+            yield MoveInFront(
+                module, block.module, block.module, index, patch, layout, channels, owners, width, is_always_called
+            )

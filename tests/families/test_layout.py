@@ -269,7 +269,7 @@ def test_attention_weights_lose_rows_and_columns_of_registers(
 ) -> None:
     weights = torch.arange(2.0 * size * size).view(2, 1, size, size)
     expected = torch.stack([torch.stack([weights[..., row, column] for column in kept], -1) for row in kept], -2)
-    assert torch.equal(layout.without_registers(weights, appended), expected)
+    assert torch.equal(layout.weights_without_registers(weights, appended), expected)
 
 
 # Whole towers: a batch, and each image alone -------------------------------------------------------------------------
