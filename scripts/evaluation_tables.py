@@ -3,7 +3,8 @@
 A table stands between `<!-- table NAME -->`, or `<!-- table NAME part -->`, and `<!-- end -->`, and is that of
 docs/evaluations/NAME.json: what `testreg evaluate --json` wrote; or `scripts/restoration`, whose parts are ways, tasks
 and samples; or `scripts/harmless.py`, whose parts are both and samples; or `scripts/evidence`, whose parts are columns,
-shows, values, intervals and times. Where there is no such file yet, what stands there stays.
+shows, values, intervals and times; or `scripts/quantisation`, whose parts are places,
+own, nearness, gaps and real. Where there is no such file yet, what stands there stays.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from evidence import tables as evidence
+from quantisation import tables as quantisation
 from restoration import tables
 from restoration.tables import interval, markdown, number
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = ("evaluate.md", "evidence.md", "proof.md")
+PAGES = ("evaluate.md", "evidence.md", "proof.md", "quantisation.md")
 COLUMNS = ("plain", "patched", "against")
 PARTS = {
     "ways": tables.of_ways,
@@ -33,6 +35,11 @@ PARTS = {
     "values": evidence.of_values,
     "intervals": evidence.of_intervals,
     "times": evidence.of_times,
+    "places": quantisation.of_places,
+    "own": quantisation.of_own,
+    "nearness": quantisation.of_nearness,
+    "gaps": quantisation.of_gaps,
+    "real": quantisation.of_real,
 }
 
 
