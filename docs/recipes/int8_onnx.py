@@ -50,10 +50,12 @@ def keep_registers_apart(model: nn.Module) -> None:
                 setattr(parent, name, RegistersApart(child))
 
 
+@torch.no_grad()
 def export(model: nn.Module, file: str) -> None:
     """Write a CLIP to an ONNX file in 8 bits: weights as they are now, activations when they are computed."""
     size = model.config.image_size
     pixels, batch = torch.randn(2, 3, size, size), {"pixels": {0: torch.export.Dim("batch", min=1, max=64)}}
+    model(pixels)  # a patch finds a wrapped linear when it runs, not while it is exported
     with tempfile.TemporaryDirectory() as folder:
         exact = Path(folder) / "float.onnx"
         torch.onnx.export(Embedding(model).eval(), (pixels,), exact, dynamo=True, dynamic_shapes=batch, verbose=False)
