@@ -6,7 +6,8 @@ docs/evaluations/NAME.json, which one of these has written:
 - `testreg evaluate --json`, without parts;
 - `scripts/restoration`, with the parts ways, tasks and samples;
 - `scripts/harmless.py`, with the parts both and samples;
-- `scripts/evidence`, with the parts columns, shows, values, intervals and times.
+- `scripts/evidence`, with the parts columns, shows, values, intervals and times;
+- `scripts/quantisation`, with the parts places, own, nearness, gaps and real.
 
 If the file does not exist, the table in the docs is kept.
 """
@@ -22,11 +23,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from evidence import tables as evidence
+from quantisation import tables as quantisation
 from restoration import tables
 from restoration.tables import interval, markdown, number
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = ("evaluate.md", "evidence.md", "proof.md")
+PAGES = ("evaluate.md", "evidence.md", "proof.md", "quantisation.md")
 COLUMNS = ("plain", "patched", "against")
 PARTS = {  # {part: function that makes its table from the JSON}
     "ways": tables.of_ways,
@@ -38,6 +40,11 @@ PARTS = {  # {part: function that makes its table from the JSON}
     "values": evidence.of_values,
     "intervals": evidence.of_intervals,
     "times": evidence.of_times,
+    "places": quantisation.of_places,
+    "own": quantisation.of_own,
+    "nearness": quantisation.of_nearness,
+    "gaps": quantisation.of_gaps,
+    "real": quantisation.of_real,
 }
 
 

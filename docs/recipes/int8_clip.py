@@ -30,19 +30,24 @@ class RegistersInFloat(nn.Module):
         return torch.cat([self.linear(tokens[:, :-REGISTERS]), registers], dim=1)
 
 
-@torch.no_grad()
-def quantise(model: nn.Module, pixels: Tensor) -> None:
-    """Quantise the blocks of a patched CLIP in place: the scales are those that pixels (n, 3, h, w) need."""
-    blocks, largest = model.vision_model.encoder, dict[nn.Module, Tensor]()
-    for parent in list(blocks.modules()):
+def keep_registers_apart(model: nn.Module) -> None:
+    """Wrap the linears in the blocks of a patched CLIP, in place."""
+    for parent in list(model.vision_model.encoder.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(parent, name, RegistersInFloat(child))
-    linears = [module.linear for module in blocks.modules() if isinstance(module, RegistersInFloat)]
-    hooks = [
-        linear.register_forward_pre_hook(lambda linear, inputs: largest.update({linear: inputs[0].abs().amax()}))
-        for linear in linears
-    ]
+
+
+@torch.no_grad()
+def quantise(model: nn.Module, pixels: Tensor) -> None:
+    """Quantise the linears in the blocks, in place, with the scales that pixels (n, 3, h, w) of photographs need."""
+    linears = [module for module in model.vision_model.encoder.modules() if isinstance(module, nn.Linear)]
+    largest: dict[nn.Module, Tensor] = {}
+
+    def look(linear: nn.Module, inputs: tuple[Tensor]) -> None:
+        largest[linear] = inputs[0].abs().amax()
+
+    hooks = [linear.register_forward_pre_hook(look) for linear in linears]
     model(pixels)
     for linear, hook in zip(linears, hooks, strict=True):
         hook.remove()
@@ -57,6 +62,7 @@ def main(name: str, folder: str, neurons: str | None = None) -> tuple[Tensor, Te
     photos = [Image.open(file).convert("RGB") for file in sorted(Path(folder).iterdir())]
     pixels = CLIPImageProcessor.from_pretrained(name)(images=photos, return_tensors="pt")["pixel_values"]
     exact = model(pixels).image_embeds
+    keep_registers_apart(model)
     quantise(model, pixels)
     quantised = model(pixels).image_embeds
     print(f"cosine to float: {F.cosine_similarity(quantised, exact).mean():.4f}")

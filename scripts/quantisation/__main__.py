@@ -1,11 +1,11 @@
 """Whether registers make small numbers possible: a network with outliers, plain and patched, quantised.
 
-    python scripts/quantisation MODEL --images PHOTOS --data DATASETS --note NOTE -o JSON [--tasks embed knn]
+    python scripts/quantisation MODEL --images PHOTOS --data DATASETS --note NOTE -o JSON [--tasks TASK ...]
 
 Simulated (fake.py): what each linear reads has 8, 6 or 4 bits, with ranges of several kinds, and is the same otherwise.
 `embed` is the cosine of the embeddings of photographs, the mean of the plain network's subtracted, to those of the
 same network in float (own), and of the plain network in float (plain). `knn` classifies CIFAR-10 by these embeddings.
-In real small numbers (real.py): `torchao` and `onnxruntime`, on the same photographs.
+In real small numbers (real.py): `torchao` and `onnxruntime`, as they are and by the recipes of the docs.
 
 MODEL is a CLIP of transformers. PHOTOS are others than those that are scored: ranges are of them, and the constants of
 static registers. DATASETS holds coco256 and CIFAR-10 as parquet files. All but the real small numbers is computed under
@@ -18,7 +18,7 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from quantisation.fake import Network, Place, Scale, Setting, quantised, ranges_of
 from restoration.tables import write
 
 import testreg
+from quantisation import real
+from quantisation.fake import PLAIN, Network, Place, Scale, Setting, quantised, ranges_of
 from testreg.evaluation.bootstrap import Metric, difference, mean_of
 from testreg.evaluation.classification import top_1_and_5
 from testreg.evaluation.knn import vote
@@ -44,9 +45,9 @@ from testreg.io.images import ImageStream
 from testreg.io.loading import LoadedModel, load_model
 from testreg.neurons import resolve
 
+TASKS = ("embed", "knn", "torchao", "onnxruntime")
 BATCH, RESAMPLES, SEED = 8, 1000, 0
 K, TEMPERATURE = 20, 0.07
-PLAIN = "plain"
 COLUMNS: dict[str, tuple[str, dict[str, Any] | None, Place]] = {
     PLAIN: ("the network as it is", None, "together"),
     "together": ("patched, registers in one tensor with all tokens", {}, "together"),
@@ -83,12 +84,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.output.is_file():
         made = json.loads(args.output.read_text(encoding="utf-8")) | made
     others = photographs(loaded, args.images, args.calibration)
+    images = photographs(loaded, args.data / "coco256/val2017", args.photographs)
     if "embed" in args.tasks:
-        images = photographs(loaded, args.data / "coco256/val2017", args.photographs)
         for made["embed"] in embed_task(loaded.model, images, others, args.neurons):
             write(args.output, made)
     if "knn" in args.tasks:
         for made["knn"] in knn_task(loaded, args.data, others, args.neurons, args.train, args.test):
+            write(args.output, made)
+    for name, (quantise, recipe) in {
+        "torchao": (real.torchao(others), "int8_clip"),
+        "onnxruntime": (real.onnxruntime, "int8_onnx"),
+    }.items():
+        if name in args.tasks:
+            made[name] = real_task(loaded.model, images, resolve(args.neurons, loaded.model), quantise, recipe)
             write(args.output, made)
 
 
@@ -123,7 +131,6 @@ def embed_task(model: nn.Module, images: Tensor, others: Tensor, neurons: str | 
     """For each setting and column, the cosines to the own and to the plain float network, and how far they are from
     those of the plain network in the same setting; again after each column, of those that are done."""
     plain = embed(model, images)
-    mean = plain.mean(0)
     settings = [None, *EMBED]
     scores: dict[str, dict[str, dict[str, Metric]]] = {}
     for name in tqdm(COLUMNS, disable=None):
@@ -132,11 +139,31 @@ def embed_task(model: nn.Module, images: Tensor, others: Tensor, neurons: str | 
             for setting in tqdm(settings, name, leave=False, disable=None):
                 with nullcontext() if setting is None else quantised(network, setting, ranges):
                     found = own if setting is None else embed(model, images)
-                scores.setdefault("float" if setting is None else setting.name, {})[name] = {
-                    "own": mean_of(F.cosine_similarity(found - mean, own - mean, dim=-1)),
-                    "plain": mean_of(F.cosine_similarity(found - mean, plain - mean, dim=-1)),
-                }
+                scores.setdefault("float" if setting is None else setting.name, {})[name] = cosines(found, own, plain)
         yield {"photographs": len(images), "calibration": len(others), "settings": compared(scores)}
+
+
+def cosines(found: Tensor, own: Tensor, plain: Tensor) -> dict[str, Metric]:
+    """How alike embeddings (n, D) are to the own and to the plain float network's."""
+    mean = plain.mean(0)
+    return {
+        name: mean_of(F.cosine_similarity(found - mean, each - mean, dim=-1))
+        for name, each in (("own", own), ("plain", plain))
+    }
+
+
+def real_task(
+    model: nn.Module,
+    images: Tensor,
+    neurons: testreg.RegisterNeurons,
+    quantise: Callable[[nn.Module], real.Run],
+    recipe: str,
+) -> dict[str, Any]:
+    """The cosines of a real quantiser: plain, patched as it is, and by the recipe of the docs."""
+    found = real.embeddings(model, neurons.truncate(), images, quantise, recipe)
+    plain = found[PLAIN][0]
+    scores = {name: cosines(quantised_, own, plain) for name, (own, quantised_) in found.items()}
+    return {"photographs": len(images), "settings": compared({"8 bit": scores})}
 
 
 def knn_task(
@@ -186,7 +213,7 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", required=True, type=Path, help="folder of photographs on which nothing is scored")
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--note", required=True, help="which weights these are: shown with every table")
-    parser.add_argument("--tasks", nargs="+", choices=("embed", "knn"), default=("embed", "knn"), metavar="TASK")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, metavar="TASK")
     parser.add_argument("--calibration", type=int, default=24, metavar="N", help="photographs for ranges and constants")
     parser.add_argument("--photographs", type=int, default=24, metavar="N", help="photographs that are scored")
     parser.add_argument("--train", type=int, default=300, metavar="N")

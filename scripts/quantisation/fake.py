@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+PLAIN = "plain"  # the name of the network as it is
 PERCENTILE = 99.99
 Scale = Literal["largest", "percentile", "image", "token"]
 SCALES: Mapping[Scale, str] = {

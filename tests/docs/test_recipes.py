@@ -168,6 +168,7 @@ def test_clip_in_8_bits(classes: Path, neurons: str, tmp_path: Path) -> None:
     pixels = torch.randn(2, 3, IMAGE, IMAGE, generator=torch.Generator().manual_seed(1))
     tower = model.vision_model
     entered = tower.encoder.layers[0].layer_norm1(tower.pre_layrnorm(tower.embeddings(pixels)))  # without registers
+    module.keep_registers_apart(model)
     module.quantise(model, pixels)
     parts = [each for each in tower.encoder.modules() if isinstance(each, module.RegistersInFloat)]
     assert len(parts) == 6 * len(tower.encoder.layers)
@@ -179,6 +180,28 @@ def test_clip_in_8_bits(classes: Path, neurons: str, tmp_path: Path) -> None:
         assert small[:, :9].equal(large[:, :9])  # registers set no scale
         expected = nn.functional.linear(1e-3 * registers, part.linear.weight.dequantize(), part.linear.bias)
         torch.testing.assert_close(small[:, 9:], expected)  # which the tokens' scale would round to 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@torch.no_grad()
+def test_clip_for_onnxruntime_in_8_bits(neurons: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    import onnx
+
+    torch.manual_seed(0)
+    module, model = recipe("int8_onnx"), transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**HF))
+    name = of_transformers(tmp_path, model.eval(), image_processor())
+    module.main(name, str(tmp_path / "clip.onnx"), neurons)
+    types = [node.op_type for node in onnx.load(tmp_path / "clip.onnx").graph.node]
+    assert types.count("MatMulInteger") >= 2 * 6 * len(model.vision_model.encoder.layers)  # tokens, and registers
+    testreg.patch(model, NEURONS, num_registers=module.REGISTERS)
+    session = runtime.InferenceSession(tmp_path / "clip.onnx", providers=["CPUExecutionProvider"])
+    for size in (1, 3):
+        pixels = torch.randn(size, 3, IMAGE, IMAGE)
+        (actual,) = session.run(None, {session.get_inputs()[0].name: pixels.numpy()})
+        assert nn.functional.cosine_similarity(torch.from_numpy(actual), model(pixels).image_embeds).min() > 0.99
 
 
 def test_clip_of_open_clip(photo: str, neurons: str, tmp_path: Path) -> None:
