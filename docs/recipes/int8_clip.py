@@ -1,6 +1,7 @@
 """CLIP of transformers in 8 bits, one scale for a tensor (torchao): python int8_clip.py MODEL PHOTOS [NEURONS]
 
 The registers hold the large values that outliers held before. They stay in float, so that no scale has to reach them.
+It takes torchao 0.17 or newer.
 """
 
 import sys
