@@ -104,7 +104,7 @@ class Layout:
         return (batch * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True).clamp(min=1)
 
     def registers(self, sequence: Tensor) -> Tensor:
-        """The registers (B, R, C): a view if the sequence holds one image that is no packed one, else a copy."""
+        """The registers (B, R, C): a view if the batch holds one image and is not packed, else a copy."""
         if self.lengths is None:
             dim = self.dim
             own = sequence.narrow(dim, sequence.shape[dim] - self.num_registers, self.num_registers)
@@ -147,8 +147,9 @@ class Layout:
     def extend_mask(self, mask: Tensor | BlockMask) -> Tensor | BlockMask:
         """Add rows and columns for the registers to a mask, which is boolean or is added to the logits.
 
-        Registers are visible to all tokens, and see all tokens but padding, even if these do not see each other. In a
-        packed sequence they see the same tokens, and are visible to the same, as the last token of their image.
+        A mask with one row for all tokens gets columns alone. Registers are visible to all tokens, and see all tokens
+        but padding, even if these do not see each other. In a packed sequence they see the same tokens, and are visible
+        to the same, as the last token of their image.
         """
         if not isinstance(mask, Tensor):
             return self._extend_block_mask(mask)
