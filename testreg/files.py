@@ -156,7 +156,7 @@ def _remove_stale(target: Path) -> None:
 
 
 def _umask() -> int:
-    """The permissions that new files do not get; they can be read only by setting others."""
+    """The mask of permissions that new files do not get; it can be read only by setting another."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -1,7 +1,7 @@
 """The command `testreg calibrate`, which finds the register neurons of a model.
 
-Register neurons make *outliers* (patches of huge norm). Calibration ranks neurons on some images, then chooses how many
-of them to move to registers on other images, which are held out.
+Register neurons make *outliers* (patches of huge norm). Calibration ranks neurons on some images. On others, which are
+held out, it then chooses how many of them to move to registers.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from testreg.records.calibration import Effect, Verification
 
 NUM_IMAGES = 500  # the default, since a folder may hold millions; in Python, all images are used by default
-REPORT_IMAGES = 32  # held-out images that the report measures
-HIGH_AGREEMENT = 0.99  # if registers leave the head's class the same on so many images, the summary does not mention it
+REPORT_IMAGES = 32  # held-out images that the report measures, at most
+HIGH_AGREEMENT = 0.99  # if the head's class stays the same on this share of the images, the summary does not mention it
 
 
 def calibrate(
@@ -139,7 +139,7 @@ def calibrate(
                     report,
                     loaded[0].model,
                     neurons,
-                    images_shown[-REPORT_IMAGES:],  # the last ones had no part in the choice of neurons
+                    images_shown[-REPORT_IMAGES:],  # if there are enough, the last had no part in the choice
                     command=invocation.command,
                     file=str(output),
                     figures=figures,

@@ -25,7 +25,7 @@ from testreg.cli.outputs import PAGES, check_file
 if TYPE_CHECKING:
     from testreg.measure.diagnosis import Diagnosis
 
-REPORT_IMAGES = 32  # images that the report measures
+REPORT_IMAGES = 32  # the report measures at most so many images, the first ones
 
 
 def diagnose(

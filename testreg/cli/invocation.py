@@ -23,7 +23,7 @@ from testreg.cli.exits import Exit, exit_codes
 from testreg.cli.libraries import muted
 from testreg.files import UNFINISHED, check_writable, replacing
 
-OUTPUTS = ("output", "report", "figures", "resume", "json")  # parameters of commands that name files to be written
+OUTPUTS = ("output", "report", "figures", "resume", "json")  # parameters that name files or folders to be written
 STDOUT = "-"  # stands for stdout where a file is named
 
 _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="show the result alone")]

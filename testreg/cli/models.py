@@ -24,7 +24,7 @@ def chosen_device(name: str | None) -> torch.device:
 
 
 def load(invocation: Invocation, name: str, loading: Loading, device: torch.device | None = None) -> LoadedModel:
-    """Load the model of that name, on `device`, or on the device that the options say if it is None."""
+    """Load the model of that name, on `device`, or if that is None, on the device that the options say."""
     import torch
 
     from testreg.io.loading import load_model

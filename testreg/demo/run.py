@@ -42,7 +42,7 @@ class Demo:
     after: Maps
     """Maps of the photographs with registers."""
     picture: Figure
-    """Both, drawn."""
+    """The photographs with the maps before and after, drawn."""
 
     @property
     def recovered(self) -> int:

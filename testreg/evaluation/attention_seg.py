@@ -46,7 +46,7 @@ def evaluate(
     """Segmentation by attention: mIoU of background and foreground, pixel accuracy, and mean average precision.
 
     The attention of CLS to the patches is averaged over heads, resized to the mask (bilinear), and scaled to [0, 1].
-    Pixels whose attention exceeds the mean over the image are predicted as foreground.
+    Pixels whose attention exceeds the mean over the image's pixels (without `ignore`) are predicted as foreground.
 
     Args:
         data: a folder with images/ and annotations/, masks/, semantic/ or labels/ (if there are several, the first in

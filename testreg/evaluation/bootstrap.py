@@ -36,7 +36,7 @@ Scores = Mapping[str, Metric]
 
 
 def mean_of(values: Any) -> Metric:
-    """The metric that is the mean of a value for each image, (n,). Values that are NaN are left out."""
+    """The metric that is the mean of a value for each image, (n,). Values that are not finite are left out."""
     values = np.asarray(values, dtype=np.float64)
     counts = np.isfinite(values)
     rows = np.stack([np.where(counts, values, 0.0), counts], axis=1)

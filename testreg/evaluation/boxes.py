@@ -38,8 +38,9 @@ class Objects:
 def boxed_images(data: str | os.PathLike[str], names: str | os.PathLike[str] | None = None) -> list[Sample[Objects]]:
     """The images of a data set that have at least one box, with all their boxes.
 
-    VOC: difficult and truncated objects are included; coordinates, which start at 1 in VOC, are made to start at 0.
-    COCO: crowds are left out; all files annotations/instances_*.json are read.
+    VOC: difficult and truncated objects are included; coordinates, which start at 1 in VOC, are made to start at 0, and
+    the right and bottom edges to lie behind the last pixel. COCO: crowds are left out; all files
+    annotations/instances_*.json are read.
 
     Args:
         data: the folder of the data set.

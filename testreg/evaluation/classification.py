@@ -1,4 +1,5 @@
-"""What `knn`, `linear` and `zeroshot` share: the features of an image, and the top-1 and top-5 accuracy."""
+"""What `knn` and `linear` share, the features of an image; and the top-1 and top-5 accuracy, which `zeroshot` has
+too."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ BLOCKS = 4  # the last blocks whose global tokens are used, as in DINOv2's evalu
 
 
 def global_features(evaluation: Evaluation, variant: Variant, samples: Sequence[Sample[int]], size: int) -> Features:
-    """The features "cls" (4, C) and "mean" (C,) of the middle of each image, see `features`. All tasks share the cache.
+    """The features "cls" (4, C) and "mean" (C,) of the middle of each image, see `features`. `knn` and `linear` share
+    the cache.
 
     Args:
         size: side of the square crop that the model sees, in pixels.

@@ -34,7 +34,7 @@ def dense_features(tower: Tower, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def resized(values: Tensor, size: tuple[int, int], patch: tuple[int, int]) -> Tensor:
-    """Resize maps (B, channels, rows, columns) of patches to the pixels of the images, and cut off the padding.
+    """Resize maps (B, channels, ...) of the padded images' patches, or finer ones, to pixels, and cut off the padding.
 
     Args:
         size: height and width of the images before they were padded; the result is (B, channels, height, width).

@@ -180,7 +180,10 @@ class Head(nn.Module):
 
 
 def loss_of(depth: Tensor, truth: Tensor, *, with_variance: bool) -> Tensor:
-    """The scale-invariant loss of predicted depth (B, h, w), over pixels whose true depth is known (above 0)."""
+    """The scale-invariant loss of predicted depth (B, h, w), over pixels whose true depth is known (above 0).
+
+    `with_variance`: the full loss; without, only the term of the mean gap, for the first steps.
+    """
     known = truth > 0
     gap = (depth[known] + 1e-3).log() - (truth[known] + 1e-3).log()
     squared = 0.15 * gap.mean().square()
@@ -188,7 +191,7 @@ def loss_of(depth: Tensor, truth: Tensor, *, with_variance: bool) -> Tensor:
 
 
 def on_image(depth: Tensor, shape: Sequence[int], size: int | None, patch: tuple[int, int]) -> Tensor:
-    """Resize depth (B, 1, rows, columns) to the pixels (B, h, w) of the images, where `shape` is (..., h, w).
+    """Resize depth (B, 1, 4 rows, 4 columns) to the pixels (B, h, w) of the images, where `shape` is (..., h, w).
 
     Args:
         size: side of the square that images were squashed to; None if they kept their size.
@@ -241,7 +244,7 @@ def predict(
     device, depths = head.convolution.weight.device, []
     for features, truth in zip(val_features, truths, strict=True):
         patches, cls = (features[name].float().to(device) for name in ("patches", "cls"))
-        depth = head(patches, cls)  # (2, 1, rows, columns)
+        depth = head(patches, cls)  # (2, 1, 4 rows, 4 columns)
         full = on_image(depth, truth.shape, size, patch)
         depths.append(((full[0] + full[1].flip(-1)) / 2).clamp(NEAREST, FARTHEST).cpu())
     return depths

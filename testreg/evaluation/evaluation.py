@@ -114,13 +114,15 @@ class Evaluation:
 
     Args:
         task: the task's name; it is part of the key under which features are cached.
-        model: the model to evaluate. If it is patched already, it has a plain and a patched variant without `neurons`.
+        model: the model to evaluate. If it is patched already, it has a plain and a patched variant, and `neurons` must
+            be None or "none".
         data: the data set, for the result's JSON.
         neurons: the register neurons of the patched variant, as `testreg.patch` takes them. None or "none" means that
             there is no patched variant.
         against: another model, e.g. one with trained registers. It is evaluated as it is.
-        image_size: side of the square images that the task will give the model, in pixels; it is rounded up to whole
-            patches. "any" if images have different sizes; None for the size that the model was trained on.
+        image_size: side of the square images that the task will give the model, in pixels. A model given by name is
+            loaded for that size, rounded up to whole patches. "any" if images have different sizes; None for the size
+            that the model was trained on.
 
     Raises:
         ValueError: neurons are given for a model that is patched already, or they do not fit it.

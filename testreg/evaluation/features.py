@@ -1,7 +1,7 @@
 """Computes a model's features of images once, and caches them on disk.
 
-Images are cached in files of 16 (chunks). If several processes run, each computes some of the chunks; a run that was
-interrupted computes only the chunks that are missing.
+The features of 16 images are in one file (a chunk). If several processes run, each computes some of the chunks; a run
+that was interrupted computes only the chunks that are missing.
 """
 
 from __future__ import annotations

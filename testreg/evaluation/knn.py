@@ -35,8 +35,8 @@ def evaluate(
     """Classification by the `k` nearest neighbours: the top-1 and top-5 accuracy on val.
 
     The neighbours of an image are the images of train whose CLS token, after the final norm, has the largest cosine
-    with its own (models without CLS: the mean of the patches). A neighbour votes for its class with weight
-    exp(cosine / temperature).
+    with its own (models without CLS: the mean of the patches). A neighbour votes for its class with a weight
+    proportional to exp(cosine / temperature).
 
     Args:
         data: an ImageFolder with train/ and val/, a folder of parquet files, or hf-dataset:NAME.

@@ -44,7 +44,7 @@ def evaluate(
     """Linear classification: the top-1 and top-5 accuracy on val of the best of 52 probes.
 
     A probe reads the CLS tokens of the last block or of the last four, with or without the mean of the patches. Each of
-    these four is fitted with 13 learning rates, by SGD with momentum 0.9 and a cosine schedule. As in DINOv2's
+    these four choices is fitted with 13 learning rates, by SGD with momentum 0.9 and a cosine schedule. As in DINOv2's
     evaluation, the probe is chosen on val itself: the accuracies of all models are a little too high.
 
     Args:
@@ -53,8 +53,8 @@ def evaluate(
         fit_batch: images in a step.
         augment: crop and flip the training images at random, and compute their features anew in each step; if not,
             features are computed once and cached.
-        size: side of the model's input in pixels. Training images are cropped at random; val images are resized so that
-            their short side is 256 / 224 of the size, and the middle is cropped.
+        size: side of the model's input in pixels. With `augment`, training images are cropped at random; all others are
+            resized so that their short side is 256 / 224 of the size, and the middle is cropped.
         settings: see `testreg.evaluation.evaluation.Settings`.
     """
     settings_ = Settings(**settings)

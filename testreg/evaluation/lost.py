@@ -1,8 +1,9 @@
 """Object discovery with LOST (arXiv 2109.14279): it draws one box on each image, from the features of patches alone.
 
-LOST counts for each patch how many others are similar to it: its degree. The patch of lowest degree is the seed, and
-the box is drawn around the seed and the patches that are similar to it. Outliers (patches of huge norm) are unlike all
-other patches, so LOST takes them for objects: registers matter for this task more than for any other.
+LOST counts for each patch how many others are similar to it: its degree. The patch of lowest degree is the seed. It is
+joined with patches of low degree that are similar to it, and the box is drawn around the connected patches, the seed
+among them, whose similarities to these sum up to more than 0. Outliers (patches of huge norm) are unlike all other
+patches, so LOST takes them for objects: registers matter for this task more than for any other.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ def evaluate(
         block: the block whose features are compared; negative numbers count from the end.
         bias: added to the inner product of two patches; they are similar if the sum is above 0.
         sweep: also choose the best of the last 4 blocks, q, k and v, and 11 biases in [-1, 0], with features of length
-            1, on half of the images; all metrics are then measured on the other half.
+            1, and of this block and bias with q, k and v, on half of the images; all metrics are then measured on the
+            other half.
         size: squash images to a square of that side in pixels; None for their own size, padded to whole patches.
         settings: see `testreg.evaluation.evaluation.Settings`.
     """

@@ -20,7 +20,7 @@ MASKS = ("annotations", "masks", "semantic", "labels")  # names of folders of ma
 DEPTHS = ("depth", "depths")  # names of folders of depth
 IMAGES = ("images", "rgb")  # names of folders of images
 SPLITS = {"train": ("train", "training", "train2017"), "val": ("val", "validation", "val2017", "test")}
-"""{split: the names that its folder may have}."""
+"""{split: the names that its folder may have, or that its list or parquet files have in their names}."""
 MAT = "gtsegs_ijcv.mat"  # the published file of ImageNet-segmentation
 
 

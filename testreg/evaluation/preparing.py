@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Fit = Literal["squash", "crop"]
-"""How an image becomes a square: its sides are scaled differently, or the longer one is cropped."""
+"""How an image becomes a square: its sides are scaled differently, or its middle is cropped."""
 IMAGENET_ZOOM = 256 / 224
 """The short side of the resized image over the side of the crop, as ImageNet is usually evaluated."""
 

@@ -31,7 +31,7 @@ from testreg.neurons import AnyNeurons
 
 STRIDE = 2 / 3  # the distance from one window to the next, as a share of the window's side
 MAX_ASPECT_RATIO = 4  # the longer side of a resized image over its shorter one, at most
-MAX_CLASS_SHARE = 0.75  # the share of a training crop that one class may take
+MAX_CLASS_SHARE = 0.75  # the share of a training crop's labelled pixels that no class should reach
 
 
 def evaluate(
@@ -52,8 +52,9 @@ def evaluate(
     """Linear segmentation: mIoU and pixel accuracy on val of a 1x1 convolution on the patches of the last block.
 
     Batch norm and the convolution are fitted by cross entropy with AdamW (learning rate 1e-3, weight decay 1e-4), a
-    linear warm-up and a linear decay. An image of val is resized so that its short side is `size`, and cut into square
-    windows of that side; where windows overlap, their logits are averaged.
+    linear warm-up and a linear decay. An image of val is resized so that its short side is `size` (less if the long
+    side would exceed 4 times that), and cut into square windows of that side; where windows overlap, their logits are
+    averaged.
 
     Args:
         data: ADE20k (images/training, annotations/training, ...), or images and masks in other folders.
@@ -62,7 +63,8 @@ def evaluate(
         warm_up: steps of the warm-up.
         fit_batch: crops in a step.
         augment: take training crops at random scales and places, flip them and change their colours at random, and
-            compute their features anew in each step; if not, the middle of each image is computed once and cached.
+            compute their features anew in each step; if not, the features of the middle of each image are computed once
+            and cached.
         classes: how many classes there are; masks have their values from 0 on, without `ignore`. None for the values
             that occur in masks.
         ignore: the value of pixels in masks that are left out: 0 in ADE20k.
@@ -256,7 +258,8 @@ def _kept_windows(variant: Variant, images: Tensor, size: int) -> dict[str, Tens
 
 
 class _ShortSideResized:
-    """Preparation that resizes the image so that its short side is `size`, and its long side at most 4 times that."""
+    """Preparation that resizes the image so that its short side is `size`, or less if its long side would exceed 4
+    times that."""
 
     def __init__(self, normalise: Normalisation, size: int) -> None:
         self.normalise, self.size = normalise, size
@@ -272,7 +275,8 @@ class _ShortSideResized:
 
 
 class _Crop:
-    """Makes a training crop: at a random scale and place; it is flipped, and its colours changed, half of the time."""
+    """Makes a training crop: at a random scale and place, flipped half of the time, with its colours changed at
+    random."""
 
     def __init__(self, normalise: Normalisation, size: int, class_numbers: dict[int, int]) -> None:
         self.normalise, self.size, self.class_numbers = normalise, size, class_numbers

@@ -53,7 +53,8 @@ def evaluate(
     `position_*` is the share of patches whose position is predicted, and `distance_*` the mean distance, in patches, of
     the predicted from the true position. `pixels_*` is the L2 error of the predicted pixels of a patch, after
     normalisation. `class_*` is the accuracy of a logistic regression on one token of an image: CLS, a random normal
-    patch, a random outlier, or a register (the test-time one, or the first trained one). All are measured on val.
+    patch, a random outlier, or a register (the first test-time one; in models without, the second prefix token, e.g. a
+    trained register). All are measured on val.
 
     For all variants, outliers are the patches that are outliers in the plain model, so that the same patches are
     compared. If there are none, their metrics are not defined.
@@ -66,7 +67,7 @@ def evaluate(
         threshold: norm above which a token is an outlier (DINOv2-g: 150); None for the rule that adapts to the model.
         choices: how often a random patch is chosen in each image: metrics are means over these choices, and the details
             have their standard deviation.
-        num_c: how many values of C (regularisation) from 1e-6 to 1e5 are tried, on a fifth of train.
+        num_c: how many values of C (regularisation) from 1e-6 to 1e5 are compared, on a held-out fifth of train.
         epochs: how often the linear model of positions sees the patches of train.
         settings: see `testreg.evaluation.evaluation.Settings`.
     """
@@ -117,7 +118,7 @@ def _tokens_after(block: int) -> Any:
     def compute(variant: Variant, images: Tensor) -> dict[str, Tensor]:
         """For N patches of p x p pixels: "norms" (B, N), "patches" (B, N, C), "pixels" (B, N, 3 p p), "cls" (B, C).
 
-        "register" (B, C) is there only if the variant has a register.
+        "register" (B, C) is there only if the variant has a test-time register, or more than one prefix token.
         """
         tower = variant.tower
         with ExitStack() as stack:

@@ -51,7 +51,7 @@ class Attack:
     word: int
     """The class whose name is written on the image."""
     text: str
-    """The text to write; "" if the image has it already (RTA-100)."""
+    """The text to write; "" if the image has it already (RTA-100), or is not to be attacked."""
     seed: int
     """Seed of the text's font, colour, size and place."""
 
@@ -79,7 +79,8 @@ def evaluate(
 
     Args:
         data: RTA-100 (files label=X_text=Y.png), or labelled images, on which the name of another class is written.
-        classes: a file with one name of a class on each line, or "imagenet"; None for the names of the data.
+        classes: a file with one name of a class on each line, or "imagenet" for open_clip's names; None for the names
+            of the data, or open_clip's if the data has ImageNet's 1,000 folders.
         means: compare images with the mean embedding of the class's images in train, not with texts. This is for models
             without a text tower.
         size: side of the square that images are squashed to before the word is written, in pixels.

@@ -38,8 +38,8 @@ def evaluate(
 
     Args:
         data: an ImageFolder, parquet files, or hf-dataset:NAME; if there are two splits, val is used.
-        classes: a file with one name of a class on each line, or "imagenet" for open_clip's names, which ImageNet's
-            1,000 folders get in any case; None for the names of the data.
+        classes: a file with one name of a class on each line, or "imagenet" for open_clip's names; None for the names
+            of the data, or open_clip's if the data has ImageNet's 1,000 folders.
         templates: sentences in which the names are put: open_clip's 80 for ImageNet ("openai"), or its 7 ("simple").
         tokenizer: turns texts into the input of the model's text tower; None for the one that the model's name says.
         settings: see `testreg.evaluation.evaluation.Settings`.

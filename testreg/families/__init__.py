@@ -1,8 +1,8 @@
 """Where each family of Vision Transformers keeps its blocks, MLPs and the other parts that testreg needs.
 
 A *tower* is the vision transformer inside a model, e.g. CLIP's image encoder. A *family* is a kind of tower, described
-by one `Family`, a row of the table. This package is the only place that names modules of other libraries. It imports
-none of these libraries: a tower is recognised by the name of its class.
+by one `Family`, a row of the table. This package alone knows where other libraries keep the modules of a tower. It
+imports none of these libraries: a tower is recognised by the name of its class.
 """
 
 from testreg.families.activation import Mismatch, activation, mismatch_of

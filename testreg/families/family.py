@@ -1,8 +1,8 @@
 """`Family`: what testreg has to know about a kind of Vision Transformer, a row of the table of families.
 
 Words: a *tower* is the vision transformer in a model; a *neuron* is a hidden channel of a block's MLP; a *register* is
-a zero token that is added behind the others; *prefix* tokens (CLS, trained registers) come before the patches. Shapes:
-B batch, T tokens, C width of a token, H neurons of a block, R registers, N patches.
+a token that is added behind the others; *prefix* tokens (CLS, trained registers) come before the patches. Shapes: B
+batch, T tokens, C width of a token, H neurons of a block, R registers, N patches.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ class Family:
     library: str | None = None
     """Top-level package that defines the class; None if people copy or download the code, so that it may be any."""
     requirements: Paths = ()
-    """Attributes that the tower must have too. They tell apart classes of the same name, for rows without `library`."""
+    """Paths of attributes, all of which the tower must have too. They tell apart classes of the same name, for rows
+    without `library`."""
     scale: Paths = ()
     """Path in a block: the LayerScale vector (C,) on the MLP's output."""
     consumers: Paths = ()

@@ -68,7 +68,7 @@ def _towers(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, Fami
 
 
 def _belongs_to_family(module: nn.Module, family: Family) -> bool:
-    """Whether a module, or a base of its class, has the class name, library and attributes that the row asks for."""
+    """Whether a module's class, or a base of it, has the name and library of the row, and the module its attributes."""
     names = {
         base.__name__ for base in type(module).__mro__ if family.library in (None, base.__module__.partition(".")[0])
     }

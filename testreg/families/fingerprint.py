@@ -30,8 +30,8 @@ _UNKNOWN = "unknown"  # the fingerprint of weights that cannot be read
 def checkpoint_names(model: nn.Module) -> list[str]:
     """The names under which `model` was loaded, e.g. ["timm:vit_base_patch14_dinov2.lvd142m"]; [] if it kept none.
 
-    timm's models keep them in `pretrained_cfg`, those of transformers in `config.name_or_path`. Models of open_clip and
-    torch.hub keep none, unless `testreg.load_model` loaded them, which notes the name.
+    timm's models keep them in `pretrained_cfg`, those of transformers in `config.name_or_path`. Models of open_clip,
+    torch.hub and torchvision keep none, unless `testreg.load_model` loaded them, which notes the name.
     """
     names: list[str] = []
     is_in_open_clip = False
@@ -92,7 +92,8 @@ def compare_fingerprints(one: str, other: str) -> Likeness:
 def agreement(one: str, other: str) -> float | None:
     """The share of signs that agree in two fingerprints, among weights that are zero in neither.
 
-    None if they cannot be compared: one is unknown, or of another version, or nearly all weights are zero.
+    0 if they have different lengths. None if they cannot be compared: one is unknown, or of another version, or nearly
+    all weights are zero.
     """
     if (signs := _signs_of(one)) is None or (other_signs := _signs_of(other)) is None:
         return None
@@ -127,7 +128,8 @@ def _signs_of(text: str) -> np.ndarray | None:
 
 
 def _hash_of_version_1(tower: Tower) -> str:
-    """The fingerprint of version 1: a hash of 256 signs of each second linear; "unknown" if weights cannot be read."""
+    """The fingerprint of version 1: a hash of 256 signs of each second linear; "unknown" if weights cannot be read, or
+    are quantised."""
     digest = hashlib.sha256()
     for linear in (mlp.fc2_linear for block in tower.blocks for mlp in block.mlps):
         flat = _readable_weights(linear)

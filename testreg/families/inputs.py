@@ -34,7 +34,8 @@ def separate_images(config: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
     """The images (3, h, w) in a batch (B, 3, h, w), or all tiles in a batch of tiled images (B, tiles, 3, h, w).
 
     A tile is an image for the tower. Tiles of zeros are left out: they only fill up images that have fewer tiles than
-    others. Padding, which `pixel_attention_mask` marks, is cut off.
+    others. If there is a `pixel_attention_mask`, it says instead what is left out: the padding that it marks is cut
+    off, and so are tiles that are all padding.
     """
     pixels = pixels_of(inputs)
     images = pixels.reshape(-1, *pixels.shape[-3:])
@@ -87,7 +88,7 @@ def separate_packed_patches(config: Any, inputs: Mapping[str, Any]) -> list[Tens
         squares = patches.reshape(
             rows // merge, columns // merge, merge, merge, -1, config.temporal_patch_size, size**2
         )
-        squares = squares.unflatten(-1, (size, size))  # (h, w, merge, merge, 3, frames, p, p)
+        squares = squares.unflatten(-1, (size, size))  # (rows and columns of squares, merge, merge, 3, frames, p, p)
         image = squares.permute(5, 4, 0, 2, 6, 1, 3, 7).reshape(-1, squares.shape[4], rows * size, columns * size)
         images.append(image[0] if name == "image_grid_thw" else image)
     return images
@@ -105,7 +106,7 @@ def pack_patches(config: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = images.shape[-2] // size, images.shape[-1] // size
     squares = images.reshape(
         *images.shape[:3], rows // merge, merge, size, columns // merge, merge, size
-    )  # (B, frames, 3, h, merge, p, w, merge, p)
+    )  # (B, frames, 3, rows of squares, merge, p, columns of squares, merge, p)
     patches = squares.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(len(images) * rows * columns, -1)
     return patches, torch.tensor([1, rows, columns], device=images.device).expand(len(images), 3)
 

@@ -150,8 +150,9 @@ class Layout:
     def extend_mask(self, mask: Tensor | BlockMask) -> Tensor | BlockMask:
         """Add rows and columns for the registers to a mask, which is boolean or is added to the logits.
 
-        Registers are visible to all tokens, and see all tokens but padding, even if these do not see each other. In a
-        packed sequence they see the same tokens, and are visible to the same, as the last token of their image.
+        A mask with one row for all tokens gets columns alone. Registers are visible to all tokens, and see all tokens
+        but padding, even if these do not see each other. In a packed sequence they see the same tokens, and are visible
+        to the same, as the last token of their image.
         """
         if not isinstance(mask, Tensor):
             return self._extend_block_mask(mask)

@@ -52,7 +52,7 @@ def position_embedding(tower: Tower) -> PositionEmbedding | None:
     if parameter.ndim == 4:
         return PositionEmbedding(parameter, (parameter.shape[1], parameter.shape[2]))
     count = parameter.shape[:-1].numel()
-    # Some towers have embeddings for prefix tokens too, which come first, and some for a few of these.
+    # Some towers have embeddings for prefix tokens too, or for a few of these; they come first.
     for rows, columns in _grids(tower, count):
         if 0 <= count - rows * columns <= tower.num_prefix:
             return PositionEmbedding(parameter, (rows, columns))
@@ -60,7 +60,7 @@ def position_embedding(tower: Tower) -> PositionEmbedding | None:
 
 
 def _grids(tower: Tower, count: int) -> Iterator[tuple[int, int]]:
-    """What the grid may be: that of images of the size that the tower says, or the square of so many positions."""
+    """What the grid may be: that of images of the size that the tower says, or a square of `count` positions."""
     for path in ("config.image_size", "patch_embed.img_size", "image_size", "input_resolution"):
         size = find_part(tower.module, path)
         height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)

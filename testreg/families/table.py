@@ -14,7 +14,7 @@ FAMILIES: list[Family] = [
     *transformers_vlm.FAMILIES,
     *open_clip.FAMILIES,
     *others.FAMILIES,
-    *open_clip.VENDORED,  # last, since these rows ask only for a class name, which libraries use too
+    *open_clip.VENDORED,  # last, since these rows ask for no library, and libraries have classes of these names too
     *others.VENDORED,
 ]
 REFUSED = {**timm.REFUSED, **transformers.REFUSED, **transformers_vlm.REFUSED}

@@ -56,7 +56,8 @@ class Mlp:
 
     @property
     def columns(self) -> Tensor:
-        """The weight (C, H) of the second linear: `columns[:, unit]` is what a neuron adds to a token."""
+        """The weight (C, H) of the second linear: a neuron adds `columns[:, unit]` times its activation (normed, if a
+        norm is in front) to the linear's output."""
         weight = self.fc2_linear.weight
         return weight[:, self.first :] if self.first else weight
 
@@ -188,7 +189,7 @@ class Tower:
 
     @contextmanager
     def _checking_tokens(self, images: Tensor) -> Iterator[None]:
-        """Within the `with` block, block 0 raises ValueError if it gets another number of tokens than P + N."""
+        """Within the `with` block, block 0 raises ValueError unless it gets P + N tokens for each sequence."""
 
         def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tokens = args[0] if args else next(iter(kwargs.values()))

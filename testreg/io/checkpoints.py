@@ -242,7 +242,8 @@ def _replaceable_files(target: Path) -> list[str]:
 
 
 def _source(model: nn.Module) -> str | None:
-    """The name under which the model was loaded; None if it has none, or if it is a path, useless on other machines."""
+    """The name under which the model was loaded; None if it has none of the form LIBRARY:NAME, or if NAME is a path,
+    useless on other machines."""
     names = (name for name in checkpoint_names(model) if ":" in name)
     return next((name for name in names if not Path(name.partition(":")[2]).exists()), None)
 

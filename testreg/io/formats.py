@@ -1,7 +1,7 @@
 """Writes and reads checkpoints in the format of the model's library: timm, transformers, open_clip, torchvision.
 
-Weights are always safetensors, nothing is unpickled, and classes are looked up in the library only. After a config was
-written, the model is rebuilt from it without weights, to check that it fits.
+Weights are always safetensors, nothing is unpickled, and classes are looked up in the library only. When a checkpoint
+is written, a model without weights is built from the config, to check that it fits.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ LIBRARIES = ("timm", "transformers", "open_clip", "torchvision")
 
 
 def library_of(model: nn.Module) -> str | None:
-    """The library that can rebuild `model`; None if the model is not of one of that library's own classes."""
+    """The library that can rebuild `model`; None if there is none: its class is not the library's own, timm's config is
+    missing, or a torchvision model was not loaded by `testreg.load_model`."""
     package, class_name = type(model).__module__.partition(".")[0], type(model).__name__
     is_own_class = {
         "timm": lambda: bool(getattr(model, "pretrained_cfg", {}).get("architecture")),

@@ -4,7 +4,7 @@
 2. The old files are moved out of the target, testreg.json first, and the new files in, testreg.json last.
 
 So whenever the target has a testreg.json, the checkpoint that it describes is complete. If `PENDING` exists without a
-testreg.json beside it, a save was interrupted, and `PENDING` has what is needed to undo it.
+testreg.json beside it, a save was interrupted or is under way, and `PENDING` has what is needed to undo it.
 """
 
 from __future__ import annotations
@@ -163,7 +163,8 @@ def _record_last(names: Iterable[str]) -> list[str]:
 
 @contextmanager
 def _locked(target: Path) -> Iterator[None]:
-    """Within the `with` block, no other process or thread can save into `target`. The lock ends with its process."""
+    """Within the `with` block, no other process or thread can save into `target`, where files can be locked. The lock
+    ends with its process."""
     if fcntl is None:
         yield
         return

@@ -233,7 +233,8 @@ def _load_hub(name: str, rest: str, options: _LoadOptions) -> LoadedModel:
 
 
 def _hub_trusts(repository: str) -> bool:
-    """Whether the user or torch.hub trusts a repository. (By default, torch.hub trusts all that it has cached.)"""
+    """Whether the user or torch.hub trusts a repository. (torch.hub by itself trusts all that it has cached; that does
+    not count here.)"""
     owner, repo = repository.partition(":")[0].split("/")
     trusted_list = Path(torch.hub.get_dir()) / "trusted_list"
     trusted_lines = trusted_list.read_text(encoding="utf-8").splitlines() if trusted_list.is_file() else []

@@ -13,7 +13,8 @@ SMALL = 2**20  # images of at most so many bytes are not packed, since packing t
 
 @dataclass(frozen=True, eq=False)
 class PackedImage:
-    """An image (C, h, w) or a clip (frames, C, h, w) that takes a quarter of its memory, if it could be packed.
+    """An image (C, h, w) or a clip (frames, C, h, w) that takes a quarter of the memory of float32, if it could be
+    packed.
 
     A normalised image that was made of 8-bit pixels has at most 256 different values in each channel. A packed image
     stores a table of these values, and for each pixel the row of its value in the table. Images with more values (e.g.

@@ -24,7 +24,7 @@ Array = npt.NDArray[Any]
 
 FORMATS = (".safetensors", ".npz", ".parquet")
 READ = "read"
-"""The name of the array (N,) that says which images have been read, so that their rows are written."""
+"""The name of the array (N,) that says which images have been read, and their rows written."""
 _DTYPES = {"float32": "F32", "float16": "F16", "bool": "BOOL"}  # {NumPy's name: safetensors' name}
 _CHUNK = 2**26  # bytes that are converted to parquet at a time
 

@@ -206,7 +206,8 @@ def _is_folder(item: object) -> bool:
 
 
 def undecoded(items: Any) -> Any:
-    """A Hugging Face dataset reduced to its column of images, undecoded. Other sources stay as they are.
+    """A Hugging Face dataset reduced to its column of images, undecoded. Other sources stay as they are, and so do
+    datasets without such a column or with a transform (`set_transform`).
 
     Undecoded, images that other processes read cost nothing, and a damaged one can be skipped.
 

@@ -102,7 +102,7 @@ def without_asking() -> Iterator[None]:
 
 
 def asking_only_if(trusted: bool) -> AbstractContextManager[None]:
-    """A context manager in which libraries may ask whether to run a repository's code, if the user has trusted it.
+    """A context manager in which libraries may ask whether to run a repository's code, if `trusted`.
 
     If not, it is `without_asking`.
     """

@@ -21,8 +21,10 @@ _LAYOUT = "_testreg_layout"  # attribute of what a padded or packed block gets b
 
 
 def carry_layout(extended: Any, layout: Layout) -> None:
-    """Let an argument tell the layout to gradient checkpointing that recomputes a block from within (transformers)."""
-    # A block mask is told by what only it has: its class is in a module that takes half a second to import.
+    """Attach the layout to an extended argument of a block, for gradient checkpointing that recomputes a block from
+    within (transformers)."""
+    # A block mask is recognised by an attribute that only it has: its class is in a module that takes half a second to
+    # import.
     if torch.is_grad_enabled() and (isinstance(extended, Tensor) or hasattr(extended, "mask_mod")):
         setattr(extended, _LAYOUT, layout)
 
@@ -37,7 +39,7 @@ class AttentionWeights(Override):
     patch: Patch
     default_layout: Layout
     appended: int
-    """Tokens that the block appends behind the registers."""
+    """How many tokens the block itself appends behind the registers."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if running.layout is None:
@@ -65,8 +67,8 @@ class AttentionWeights(Override):
 class _UsedWeights(TorchFunctionMode):
     """Sees the weights (B, heads, T+R, T+R) that attention multiplies with the values, while it is active.
 
-    It makes them anew of those between tokens, which are returned: so these are part of what is used, and a relevance
-    map gets their gradient.
+    It takes the weights between tokens out (`shown`, which attention returns), and puts them back before the product.
+    So the output is computed from the returned tensor, which gets a gradient: relevance maps need it.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -97,12 +99,12 @@ def _find_layout_of_recomputed(*arguments: Any) -> None:
 
 @dataclass(eq=False)
 class PositionBias(Override):
-    """A method that makes a relative position bias (..., T, T): it has none for the registers."""
+    """A method that makes a relative position bias (..., T, T), which is extended to (..., T+R, T+R) by zeros."""
 
     patch: Patch
     default_layout: Layout
     count: str
-    """Argument that counts the tokens; "" if there is none."""
+    """Name of the method's argument that is the number of tokens; "" if there is none."""
     method: str
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

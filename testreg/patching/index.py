@@ -16,7 +16,7 @@ def index_tensor(values: Sequence[int], like: Tensor) -> Tensor:
         return _cached(tuple(values), like.device)
     if torch.compiler.is_dynamo_compiling() and is_exporting():
         # Strict export names a constant by the path on which it was found, which leads through our `forward` and is
-        # not in the exported module: so there is none.
+        # not in the exported module: so no constant is made here.
         return torch.stack([torch.full((), value, device=like.device) for value in values])
     return torch.tensor(values, device=like.device)
 

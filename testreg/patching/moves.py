@@ -1,8 +1,8 @@
 """What becomes of the register neurons' activations: one algorithm with three arms.
 
-All three read the neurons' activations, silence them on the patches, and write them back. `shift` gives the largest of
-each to the registers (arXiv 2506.08010, Algorithm 2), `steer` to patches of one's choice (section 5), and `silence` to
-nobody, as registers are constants then (A.2).
+All three read the neurons' activations, silence them on the patches (`zero`="all": on all tokens), and write them back.
+`shift` gives the largest of each neuron, or of a layer, to the registers (arXiv 2506.08010, Algorithm 2), `steer` to
+patches of one's choice (section 5), and `silence` to nobody, as registers are constants then (A.2).
 
 Shapes: B batch, T tokens without registers, P prefix tokens, R registers, H hidden, K neurons.
 """
@@ -36,8 +36,9 @@ def shift(
     """Move the activations of register neurons onto the registers (Algorithm 2, the inner loop).
 
     For each image and neuron, the value of largest magnitude over all tokens, prefix and registers included, is given
-    to every register, sign kept; the neuron becomes zero on the patches. With `owners`, each neuron goes to one of the
-    registers alone, and is zero on the others (paper A.5).
+    to every register, sign kept (`max_over`="layer": the largest of all K neurons, for each of them). The neuron
+    becomes zero on the patches, or on all tokens but the registers if `zero` is "all". With `owners`, each neuron goes
+    to one of the registers alone, and is zero on the others (paper A.5).
 
     Args:
         hidden: (B, T+R, H) input of an MLP's second linear: P prefix tokens, patches, R registers.
@@ -45,7 +46,7 @@ def shift(
         owners: the register, 0 to R-1, that holds each neuron; None: every register holds all.
         max_over, zero: as in `patch`.
         valid: (B, T+R) bool, which tokens are no padding and may give the value; None: all.
-        patches: (1, T+R) bool, which tokens are patches; None: all behind the prefix.
+        patches: (1, T+R) bool, which tokens are patches; None: all between the prefix and the registers.
 
     Returns:
         (B, T+R, H). Where gradients are off, `hidden` itself, edited in place.
@@ -72,7 +73,9 @@ def steer(
     valid: Tensor | None = None,
     patches: Tensor | None = None,
 ) -> Tensor:
-    """Copy the largest activation of each register neuron to the patches of a mask, and silence it on the others.
+    """Copy the largest activation of each register neuron to the patches of a mask, and silence it elsewhere.
+
+    Elsewhere: on the other patches, or on all other tokens if `zero` is "all".
 
     Args:
         hidden: (B, T, H) input of an MLP's second linear; there are no registers.
@@ -90,7 +93,7 @@ def steer(
 def silence(
     hidden: Tensor, units: Sequence[int], *, num_prefix: int, zero: Zero, patches: Tensor | None = None
 ) -> Tensor:
-    """Make the register neurons zero on the patches; the arguments are those of `shift`."""
+    """Make the register neurons zero on the patches, or on "all" tokens; the arguments are those of `shift`."""
     index = index_tensor(units, hidden)
     moved = _silenced(hidden.index_select(-1, index), zero, num_prefix, patches)
     return _with_channels(hidden, index, moved)

@@ -67,7 +67,7 @@ Part = Override | Constant
 
 @dataclass(frozen=True)
 class Refusal:
-    """In place of a method by which torch copies modules and leaves their patched `forward` behind."""
+    """Stands in for a method by which torch would copy or compile a module without its patched `forward`."""
 
     message: str
 

@@ -97,7 +97,8 @@ class Patch:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The arguments that make the same patch again, for JSON; of static registers, the form."""
+        """The arguments, beside neurons and target, that make the same patch again, for JSON; of static registers, only
+        the form."""
         options = {
             "num_registers": self.num_registers,
             "split_neurons": self.split_neurons,
@@ -143,7 +144,7 @@ class Patch:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within the `with` block, forwards that start have no registers."""
+        """Within the `with` block, forwards that start, in any thread, compute as in the unpatched model."""
         with _counting:
             self.disabled_by += 1
         try:

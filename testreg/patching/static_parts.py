@@ -104,8 +104,8 @@ class AttentionBias(Override):
 def fold(model: M) -> M:
     """Write static registers of the form "bias" into the weights, so that the model no longer needs testreg.
 
-    Attention gets parameters `bias_k` and `bias_v`, two more keys of each block in the state_dict. The columns of fc2
-    that read register neurons become zero. This cannot be undone.
+    Attention gets parameters `bias_k` and `bias_v`, two more entries for each block in the state_dict. The columns of
+    fc2 that read register neurons become zero. This cannot be undone.
 
     Returns:
         The same object, no longer patched.

@@ -1,7 +1,7 @@
 """Steering: the register neurons fire on patches of one's choice, and on no others.
 
-Outliers sit where the register neurons fire (arXiv 2506.08010, section 5), so a mask of patches says where. There is no
-register then.
+Outliers sit where the register neurons fire (arXiv 2506.08010, section 5), so a mask of patches says where outliers go.
+There is no register then.
 
 Shapes: B images, h x w patches.
 """
@@ -32,7 +32,7 @@ def check_target(target: object) -> None:
 
 
 def check_target_fits(target: Tensor, num_images: int, num_patches: int) -> None:
-    """Raise ValueError unless the mask is of this number of images and of patches in each."""
+    """Raise ValueError unless the mask is of one image or of `num_images`, and of `num_patches` in each."""
     masks, rows, columns = target.shape
     if masks not in (1, num_images):
         raise ValueError(

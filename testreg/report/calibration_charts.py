@@ -1,9 +1,9 @@
 """The charts in the report of a calibration.
 
 *Before* and *after* mean without and with registers. An outlier is a patch of huge norm; the *excess norm* is by how
-much outliers exceed the norms of other patches. A calibration measures both, and how much features change, for several
-numbers of register neurons (its curve), and may do so in several rounds. Functions `..._in_words` describe a chart for
-people who do not see it.
+much outliers exceed the norms of other patches. A calibration measures outliers, excess norm, and how much features
+change, for several numbers of register neurons (its curve), and may do so in several rounds. Functions `..._in_words`
+describe a chart for people who do not see it.
 """
 
 from __future__ import annotations

@@ -80,7 +80,8 @@ class Comparison:
         )
 
     def plot(self, max_images: int = 4, opacity: float = 0.75) -> Figure:
-        """Draw the maps before and after over the photographs, in the photographs' size and proportions.
+        """Draw the maps before and after over the photographs, in the photographs' proportions and, within bounds,
+        their size.
 
         Args:
             max_images: draw only so many of the images, the first ones.
@@ -229,7 +230,7 @@ def _edges(share: Tensor) -> tuple[float, float] | None:
 
 
 def _block_of_largest_norm(tower: Tower, images: Tensor) -> int:
-    """The block after which the largest norm of a patch is the largest multiple of the median norm."""
+    """The block after which the largest norm over the median norm of an image's patches is largest on average."""
     norms = token_norms(tower, images)[..., tower.patches(images)]
     return int((norms.amax(-1) / norms.median(-1).values).mean(1).argmax())
 

@@ -33,7 +33,8 @@ class Maps:
     norms: Tensor
     """The norms of the patches after one block, (B, rows, columns)."""
     attention: Tensor | None
-    """The attention of CLS to the patches in the last block, mean over heads, (B, rows, columns), or None."""
+    """The attention of CLS (or what `attention_to_patches` takes for it) to the patches in the last block, mean over
+    heads, (B, rows, columns), or None."""
     features: Tensor
     """The patch tokens after the last block, (B, rows, columns, C)."""
     outlier_fraction: float
@@ -127,7 +128,7 @@ def principal_colours(sides: Sequence[Tensor], *, foreground: bool = False) -> l
         sides: features before and after, or of other variants of a model.
         foreground: make the background black, and compute the colours from the rest, as in DINOv2's pictures (arXiv
             2304.07193, figure 1). The sign of the first component divides the patches in two; the background is the
-            part that has most of the images' borders.
+            part with the sign of the mean over the images' borders.
     """
     features = [side.double().cpu() for side in sides]
     norms = [each.norm(dim=-1) for each in features]  # (B, rows, columns)
@@ -152,7 +153,7 @@ def principal_colours(sides: Sequence[Tensor], *, foreground: bool = False) -> l
 def _components(tokens: Tensor, count: int = 3) -> tuple[Tensor, Tensor]:
     """The mean (C,) of tokens (n, C), and their first principal components (count, C).
 
-    The sign of a component is arbitrary; it is chosen so that the largest entry is positive.
+    The sign of a component is arbitrary; it is chosen so that the entry of largest magnitude is positive.
     """
     mean = tokens.mean(0)
     _, vectors = torch.linalg.eigh((tokens - mean).T @ (tokens - mean))  # ascending

@@ -40,7 +40,8 @@ class Norms:
     registers: Tensor | None
     """The mean norm of the registers after each block, (L,); None without registers."""
     ratios: dict[int, Tensor]
-    """{block: norms of the patches over the median norm of their image, (B, N)}, for two of the blocks."""
+    """{block: norms of the patches over the median norm of their image, (B, N)}, for `Report.block` and the last
+    block."""
     outliers: Tensor
     """The number of outliers in each image after the first block in `ratios`, (B,)."""
 
@@ -56,7 +57,7 @@ class Report:
     model: Mapping[str, Any]
     """The description of the model, see `testreg.neurons.describe_model`."""
     block: int
-    """The block after which outliers stand out most."""
+    """The block after which outliers stand out most; if there are none, the calibration's block, or the last."""
     ignored: list[Position]
     """(row, column) of patches that are not counted as outliers, since calibration left these fixed positions out."""
     before: Diagnosis
@@ -110,7 +111,7 @@ class Report:
 
     @property
     def head_disagrees(self) -> bool:
-        """Whether the user's head changes the class of too many images."""
+        """Whether the user's head gives too many images another class with registers."""
         return self.agreement is not None and self.agreement < MIN_AGREEMENT
 
     @property

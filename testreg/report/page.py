@@ -77,7 +77,8 @@ def write_report(
         images: preprocessed images of one size, (B, 3, h, w) or a list of (3, h, w). All are measured, a few are shown.
         command: the command line that made the neurons, to be shown.
         file: the file of the neurons, for the lines of code that use it; None for the file that they were read from.
-        figures: a folder for norms.png, histograms.png, maps.png, and curve.png if the calibration has a curve.
+        figures: a folder for norms.png, histograms.png, maps.png; and curve.png and rounds.png, if the calibration has
+            a curve, or curves of several rounds.
         rule: decides which patches are outliers.
         batch_size: how many images are run at once.
 
@@ -202,7 +203,8 @@ def _maps(report: Report) -> dict[str, Any]:
 
 
 def _trade_off(report: Report) -> dict[str, Any]:
-    """Tables of what different numbers of neurons and registers do, which the choice was made by; None if unknown."""
+    """Tables of what different numbers of neurons and registers do, which the choice was made by (each None if
+    unknown), and whether the checks are on other images than the choice."""
     facts = report.facts
     points = [*facts.curve, *([facts.chosen] if facts.chosen is not None else ())] if facts.curve else []
     notes = [""] * len(facts.curve) + ["chosen"]

@@ -26,7 +26,8 @@ def words_of(key: str) -> str:
 
 
 def value_of(value: object) -> str:
-    """A value of a JSON as text: "-" for None, "yes" and "no", four digits of a number, and 224 x 224 for a size."""
+    """A value of a JSON as text: "-" for None, "yes" and "no", four digits of a float, and 224 x 224 for two whole
+    numbers, which are taken for a size."""
     if value is None:
         return "-"
     if isinstance(value, bool):
