@@ -1,8 +1,8 @@
 """The method: test-time registers (arXiv 2506.08010, Algorithm 2).
 
 A few MLP neurons, the *register neurons*, give high norms to background patches, which the model then uses as scratch
-space. An extra token that starts as zeros, the *register*, is put behind the tokens, and the activations of the
-register neurons are moved onto it: the patches stay clean, and the model uses the register instead.
+space. An extra token, the *register* (which starts as zeros in the paper), is put behind the tokens, and the
+activations of the register neurons are moved onto it: the patches stay clean, and the model uses the register instead.
 
 `patch` does two things to each block of the tower:
 
@@ -61,10 +61,11 @@ def patch(
             bundled list (`testreg list`), or None for those of `static`, if it is given, and else for the bundled
             list of the checkpoint that the model holds, by its name or its weights.
         top_k: use only the best `top_k` of the list; None takes as many as the list recommends.
-        num_registers: R, the extra tokens, at most 256, each of which holds all of the neurons; None takes as many as
-            `static` has, or as the list recommends.
+        num_registers: R, the extra tokens, at most 256, each of which holds all of the neurons (but see
+            `split_neurons`); None takes as many as `static` has, or as the list recommends.
         split_neurons: share the neurons out among the registers by rank (paper A.5), so that each holds some of them.
-        max_over: "neuron" moves the largest value of each neuron (paper), "layer" one for the block (released code).
+        max_over: "neuron" moves the largest value of each neuron (paper), "layer" the largest of all neurons of a
+            block, for each of them (released code).
         zero: where the moved neurons are zero: on "patches" (released code), or on "all" tokens, CLS included (paper).
         start: what registers hold when they enter block 0: "zeros" (paper), or the "mean" of their image's patches;
             None takes what the list recommends.

@@ -55,19 +55,20 @@ class BlockCache:
         self.keys: list[Key] = []
         """The keys of the inputs with the current set of neurons, one for each block."""
         self.first_moved = 0
-        """The first block with moved neurons. Up to it, all sets give the same inputs; only its input is kept."""
+        """The first block with moved neurons of the current set. Up to it, no input depends on the set; of these
+        inputs, only its own is kept."""
         self.batch = 0
         """The number of the current batch."""
         self.first_run = 0
         """The first block that has to be run for the current batch."""
         self.start: CachedInput | None = None
-        """The cached input of this block; None if it is block 0."""
+        """The cached input of the block `first_run`; None if that is block 0."""
         self.new_inputs: dict[int, Any] = {}
         """Inputs that the current forward has computed, by the block that takes them."""
 
     @contextmanager
     def reused(self, neurons: Sequence[Neuron], registers: tuple[int, Start]) -> Iterator[None]:
-        """Within the context, blocks whose output is in the cache are not run.
+        """Within the context, the blocks in front of the last one whose input is in the cache are not run.
 
         The model must be patched with these neurons and registers (their number, and how they start). Call `begin`
         before each forward, and `finish` after it.
@@ -119,7 +120,7 @@ class BlockCache:
 
 @dataclass(eq=False)
 class CachedBlock(Override):
-    """Takes the place of a block's forward: the block is run only if its output is not in the cache."""
+    """Takes the place of a block's forward: the block is run unless the forward starts at a later one."""
 
     cache: BlockCache
     index: int

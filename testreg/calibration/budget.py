@@ -28,7 +28,7 @@ class Budget:
         self.seconds = seconds
         self.started = time.monotonic()
         self.forward_seconds = 0.0
-        """Seconds for a forward of one image, divided by the number of processes; `images` measures it."""
+        """Seconds for a forward of one image, divided by the number of processes; `affordable_images` measures it."""
         self.cut_steps: list[Step] = []
         """The steps that were cut short."""
 
@@ -46,7 +46,9 @@ class Budget:
         return True
 
     def affordable_images(self, num_images: int, forward: Callable[[], object]) -> int | None:
-        """How many of `num_images` images the time is enough for, an even number; None if it is enough for all.
+        """How many of `num_images` images the time is enough for; None if it is enough for all.
+
+        It is an even number, and at least `MIN_IMAGES`.
 
         `forward` runs one image; the time that this takes is measured. With fewer images every step gets its share of
         the time. A deadline alone would leave no time for the last steps.

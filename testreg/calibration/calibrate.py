@@ -96,8 +96,8 @@ def calibrate(
         rule: decides which tokens are outliers; None uses `testreg.OutlierRule()`.
         max_block: the last block whose neurons are ranked. None means, with the score "attribution", the last block
             after which there are outliers. The other scores cannot tell neurons that make outliers from neurons that
-            merely fire at them. With these scores, None means the block after which outliers first appear. Later
-            blocks are then ranked only if the neurons up to this block do not remove the outliers.
+            merely fire at them. With these scores, None means the onset block, after which outliers first have most of
+            their norm. Later blocks are then ranked only if the neurons up to this block do not remove the outliers.
         score: what the neurons are ranked by, see `testreg.measure.ranking.SUMS`. "attribution" takes a backward pass;
             "activation" is the paper's score.
         sparsity_filter: count a neuron in an image only if its |activation| is below 0.5 at half of the tokens or more,
@@ -109,15 +109,15 @@ def calibrate(
         max_change: how much features may change (1 - cosine, see `testreg.records.calibration.Effect`); None sets no
             limit.
         budget: roughly how many seconds the calibration may take. If the model is slow, fewer images are held out and
-            diagnosed. Once the time is over, no more images are ranked and no more sets of neurons are measured.
+            diagnosed. Once the time is over, no more images rank neurons and no more sets of neurons are measured.
             `calibration.out_of_time` says which steps were cut short.
         head: a function model, images (B, 3, h, w) -> scores (B, classes), such as
             `lambda model, images: model(images)`. The calibration then measures in how many images the best class stays
             the same with registers. The images are on the model's device and in its dtype.
         held_out: how many images are held out, at most; never more than every other image. `NUM_CHOOSING` of them
             choose the neurons and the others verify these, with similar shares of the outliers in both parts. If fewer
-            than `MIN_VERIFYING` images would verify, all held-out images do both, and the list does not count as
-            verified. With 0, nothing is measured, and `top_k` must be given.
+            than `MIN_VERIFYING` images would verify, all held-out images do both, and neurons that they chose do not
+            count as verified. With 0, nothing is measured, and `top_k` must be given.
         stability: ranking ends when the rankings by two halves of the images have this share of the best neurons in
             common (`testreg.measure.ranking.overlap`); None reads all images.
         resume: a safetensors file that keeps what was ranked and measured. If it exists, the run goes on from it. Of
@@ -132,13 +132,13 @@ def calibrate(
     Returns:
         The neurons. Their `calibration` is the record of this run. They are `verified` if they reach the target, and
         leave clean attention maps, on at least `MIN_VERIFYING` held-out images that had no part in the choice, at each
-        image size. If no set of neurons reached the target, `calibration.target_met` is False, and the neurons are
-        those that came closest to it.
+        image size. If they do not reach the target there, `calibration.target_met` is False. If no set reached it on
+        the images that choose, the neurons are the set that came closest to it.
 
     Raises:
         NoOutliersError: the model has no outliers, so there is nothing to fix.
-        ImmovableOutliersError: moving neurons would not remove the outliers. The error is not raised if `block` or
-            `max_block` is given: then the neurons are searched for all the same.
+        ImmovableOutliersError: moving neurons would not remove the outliers by the diagnosis, which is passed over if
+            `block` or `max_block` is given; or no neuron has a positive score.
         ValueError: an argument does not fit the model; too few images could be read; norms are not finite.
         RuntimeError: the model is patched.
     """

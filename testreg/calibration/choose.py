@@ -41,7 +41,8 @@ from testreg.records.record import Start
 NEGLIGIBLE = 0.01  # neurons that score less than this share of the best score are not measured
 NEGLIGIBLE_SELECTIVE = 0.001  # the limit for selective neurons: many small ones may together keep attention on a patch
 FORWARDS_TO_RANK = 3  # ranking by one image costs as much as this many forwards: a forward, a backward and the sums
-MIN_LISTED = 1000  # the list keeps at least this many neurons, so that it can be truncated differently later
+# The list keeps at least this many neurons, or all with positive scores, so that it can be truncated differently later.
+MIN_LISTED = 1000
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Choice:
 
     @property
     def dropped(self) -> tuple[Neuron, ...]:
-        """The neurons that the search added at first, and then found to have no effect."""
+        """The neurons that the search added at first, and then dropped: the set is as good without them."""
         return () if self.selection is None else self.selection.dropped
 
     @property
@@ -102,7 +103,7 @@ def choose(ranked: Ranked, meters: Sequence[Meters], options: Options, budget: B
         bar = stack.enter_context(progress_bar("choosing", MAX_MEASUREMENTS, options.progress, unit="set"))
 
         def measure(neurons: Sequence[Neuron], num_registers: int, start: Start = "zeros") -> Effect:
-            """The worst effect over the views; it is read from the state if an interrupted run has measured it."""
+            """The worst effect over the views; it is read from the state if it was measured before."""
             bar.update()
             key = key_of(neurons, num_registers, start)
             if key not in state.effects:
@@ -111,7 +112,8 @@ def choose(ranked: Ranked, meters: Sequence[Meters], options: Options, budget: B
             return state.effects[key]
 
         def rank(moved: Sequence[Neuron]) -> Candidates:
-            """Rank the neurons of the model in which some are moved; no candidates if there is no time to rank."""
+            """Rank the neurons of the model in which some are moved; no candidates if there is no time to rank
+            again."""
             forwards_to_come = forwards_to_rank_again + forwards_to_finish
             if moved and budget.is_spent("choosing", forwards_to_come=forwards_to_come):
                 return Candidates(())

@@ -139,11 +139,15 @@ class _DiagnosedView(NamedTuple):
 
 
 def _diagnose_view(split: Split, options: Options) -> _DiagnosedView:
-    """Diagnose a view again and again, each time without the fixed positions seen before, until there are none left."""
+    """Diagnose a view again and again, each time without the fixed positions seen before, until there are none left.
+
+    If no outliers are left either, and the user chose a block, no positions are ignored.
+    """
     ignored: Positions = frozenset()
     diagnosis_with_fixed, norms = _diagnose_images(split, ignored)
     diagnosis = diagnosis_with_fixed
-    # A position that is an outlier in all images has another cause than neurons, and would hide the other outliers.
+    # A position that is an outlier in half of the images or more has another cause than neurons, and would hide the
+    # other outliers.
     while (outliers := diagnosis.outliers) is not None and outliers.fixed_positions:
         ignored |= set(outliers.positions)
         diagnosis, norms = _diagnose_images(split, ignored)
@@ -180,7 +184,10 @@ def _diagnose_images(split: Split, ignored: Positions) -> tuple[Diagnosis, Mappi
 
 
 def _detected(view: _DiagnosedView, leader: _DiagnosedView, options: Options) -> Detected:
-    """Detect the outliers of a view at the blocks at which the leading view has its outliers."""
+    """Detect the outliers of a view at the blocks of the outliers of `leader`.
+
+    This is the view itself if it has movable outliers, and else the leading view.
+    """
     outliers = leader.diagnosis.outliers
     assert outliers is not None
     onset = outliers.onset_block

@@ -43,9 +43,9 @@ Head = Callable[[nn.Module, Tensor], Tensor]
 model's device and in its dtype."""
 
 CACHE_BYTES = 2**28  # memory for the inputs of blocks that are kept while sets of neurons are compared
-NORMAL_PATCHES = 64  # how many patches are sampled from each image, to measure how normal patches change
-HOTTER = 1.01  # an image is hotter if its hottest patch draws more than this many times as much attention as before
-MUCH_HOTTER = 1.1  # maps are hotter if the attention to the hottest patch, averaged over images, grows by this factor
+NORMAL_PATCHES = 64  # how many patches are sampled from each image, at most, to measure how normal patches change
+HOTTER = 1.01  # an image is hotter if its hottest patch draws over this many times what it draws in the plain model
+MUCH_HOTTER = 1.1  # maps are hotter if the mean attention to the hottest patch grows by more than this factor
 MAX_SINK = 1.5  # former outliers are a sink if they draw more than this many times the attention of other patches
 
 
@@ -71,7 +71,8 @@ def _largest(effects: Sequence[Effect], name: str) -> float | None:
 def what_is_wrong_with_maps(check: Verification) -> list[str]:
     """The faults of the attention maps of a patched model, in words; empty if the maps are clean.
 
-    A fault is a sink that stays, or a hottest patch that draws more attention than in the plain model.
+    A fault is that former outliers are a sink (`MAX_SINK`), or that the hottest patch draws much more attention than in
+    the plain model (`MUCH_HOTTER`).
     """
     faults = []
     sink, hottest = check.effect.sink, check.effect.hottest
@@ -89,8 +90,8 @@ class Figures:
 
     of_patches: Tensor
     """Three figures of each patch in each block, (3, L, B, N): its norm after the block, its mean cosine similarity to
-    its four neighbours after the block, and the attention that it draws in the block, averaged over queries and
-    heads."""
+    its neighbours (four, in an image) after the block, and the attention that it draws in the block, averaged over
+    queries and attention heads."""
     hottest: Tensor
     """The attention share of each image's hottest patch, (B,), see `Effect.hottest`; 0 if attention is not seen."""
     tokens: Tensor
@@ -119,7 +120,7 @@ class Baseline:
     excess: Tensor  # (L, B), how far norms are above normal, summed over the outliers, see `Effect.excess`
     attention_and_unlikeness: Tensor  # (L, B, 3), see `_attention_and_unlikeness`
     hottest: Tensor  # (B,), the attention share of the hottest patch
-    sampled: Tensor  # (B, K), the indices of the sampled patches, which are no outliers
+    sampled: Tensor  # (B, K), the indices of the sampled patches: no outliers, as far as there are enough others
     features: Tensor  # (B, 1 + K, C), the pooled token and the sampled patches after the last block
     classes: Tensor | None  # (B,), the best class by the user's head
 
@@ -161,8 +162,8 @@ class EffectMeter:
         head: a function of the user, see `Head`; None measures no classes.
 
     Raises:
-        ValueError: norms are not finite; the head does not run the model exactly once, or does not return scores.
-            `effect` raises it as well.
+        ValueError: norms are not finite; the user's head does not run the model exactly once, or does not return
+            scores. `effect` raises this error as well.
     """
 
     def __init__(
@@ -272,7 +273,7 @@ class EffectMeter:
 
     @contextmanager
     def comparing(self) -> Iterator[None]:
-        """Within the context, a block runs once for all sets of neurons that give it the same input (`BlockCache`)."""
+        """Within the context, blocks are not run again while the cache has what comes out of them (`BlockCache`)."""
         self.block_cache = BlockCache(self.tower, CACHE_BYTES // max(1, len(self.baselines)))
         try:
             yield
@@ -317,18 +318,20 @@ class EffectMeter:
         return sink, None if sink is None else float(sums["hottest"] / self.plain_sums["count"][0])
 
     def _sink(self, sums: Sums) -> float | None:
-        """The figure `Effect.sink`; None if there are no outliers, or if attention was not seen.
+        """The figure `Effect.sink`; None if there are no former outliers, no other patches, or if attention was not
+        seen.
 
-        It is taken from the blocks behind the onset block: these are the first that attend to the outliers.
+        It is taken from the blocks behind the onset block, since the first of them is the first that attends to the
+        outliers; from the last block, if that is the onset block.
         """
         num_former, num_others = self.plain_sums["former"], self.plain_sums["others"]
-        attention = sums["attention_and_unlikeness"][min(self.onset + 1, self.tower.depth - 1) :]  # (L', 3)
+        attention = sums["attention_and_unlikeness"][min(self.onset + 1, self.tower.depth - 1) :]  # (L', 3), L' blocks
         if not num_former or not num_others or not attention[:, 1].all():
             return None
         return float(((attention[:, 0] / num_former) / (attention[:, 1] / num_others)).max())
 
     def _unlike(self, sums: Sums) -> float | None:
-        """The figure `Effect.unlike`; None if there are no outliers."""
+        """The figure `Effect.unlike`; None if there are no former outliers."""
         before, after = (each["attention_and_unlikeness"][self.onset :, 2] for each in (self.plain_sums, sums))
         return float((after / before.clamp(min=1e-6)).mean()) if self.plain_sums["former"] else None
 

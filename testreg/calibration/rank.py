@@ -31,9 +31,9 @@ from testreg.measure.ranking import SUMS, Statistics, overlap, statistics_of
 from testreg.neurons import Neuron, unscored
 from testreg.register import patched
 
-NUM_RANKED_AGAIN = 16  # how many images with outliers each process uses to rank again once some neurons are moved
-# While the diagnosed images are read, ranking may end only after so many images with outliers, at least a quarter of
-# them in each half.
+NUM_RANKED_AGAIN = 16  # at most this many images with outliers rank again in each process once some neurons are moved
+# While the diagnosed images are read, ranking may end only after so many images with outliers, and a quarter of
+# this number in each half.
 MIN_RANKED = 16
 
 
@@ -63,12 +63,12 @@ class Ranked:
     def totals_with(self, moved: Sequence[Neuron]) -> list[Statistics]:
         """The sums of each view of a model in which the neurons `moved` are moved to a register.
 
-        They are taken over `NUM_RANKED_AGAIN` diagnosed images in each process.
+        They are taken over at most `NUM_RANKED_AGAIN` diagnosed images with outliers in each process.
         """
         return [_statistics_with(each, moved) for each in self.detected]
 
     def scores(self, totals: Sequence[Statistics]) -> Tensor:
-        """The scores (L, H) of the neurons, averaged over the views that have outliers.
+        """The scores (L, H) of the neurons, averaged over the views that have outliers, or over all if none has.
 
         Args:
             totals: the sums of each view.
@@ -134,9 +134,10 @@ def last_blocks(leader: Detected, options: Options) -> tuple[int, int]:
 
 
 def _statistics_with(detected: Detected, moved: Sequence[Neuron]) -> Statistics:
-    """The sums of one view of a model in which some neurons are moved, over `NUM_RANKED_AGAIN` diagnosed images.
+    """The sums of one view of a model in which some neurons are moved, over a few diagnosed images.
 
-    Only images that had outliers are used: in the others there is nothing left to find.
+    At most `NUM_RANKED_AGAIN` in each process are used, and only images that had outliers: in the others there is
+    nothing left to find.
     """
     with patched(detected.view.model, unscored(moved)):
         images = itertools.islice(detected.with_outliers(), NUM_RANKED_AGAIN)

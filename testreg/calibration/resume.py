@@ -29,8 +29,8 @@ FORMAT = "testreg-calibration"
 VERSION = 5  # goes up when the sums or effects change, so that older files are refused
 
 # After each chunk of images the state is saved, and ranking ends if it is stable.
-FIRST_CHUNK = 16  # images in a chunk, among the first images, which the diagnosis has left in memory
-CHUNK = 64  # images in a chunk, among all later images
+FIRST_CHUNK = 16  # numbers of images in a chunk, held-out ones included, among the first images, which are in memory
+CHUNK = 64  # numbers of images in a chunk, among all later images
 
 
 class State:
@@ -54,11 +54,11 @@ class State:
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
         """Everything that must be the same in a saved state that this run takes over, as JSON gives it back."""
         self.num_done = 0
-        """The sums include all images with a lower number than this, of all processes."""
+        """The sums include all images that rank neurons and have a lower number than this, of all processes."""
         self.statistics = [SUMS[each.view.options.score].zeros(each.tower) for each in detected]
         """The sums of each view."""
         self.effects: dict[str, Effect] = {}
-        """The effects of moving sets of neurons, by the key of the set (`key_of`)."""
+        """The effects of moving sets of neurons, by the key of the set and of the registers (`key_of`)."""
 
     def save(self) -> None:
         """Write the file, if there is a path. Only the first process writes."""
@@ -80,7 +80,8 @@ class State:
         The first process reads it for all processes: on other machines the file may be missing, or another one.
 
         Raises:
-            ValueError: the file is damaged, or was saved by a run with other facts.
+            ValueError: the file is damaged, or was saved by another version of testreg, or by a run with another
+                `identity`.
         """
         saved: tuple[int, list[Statistics], dict[str, Effect]] | ValueError | None = None
         if self.path is not None and rank() == 0 and self.path.exists():

@@ -22,23 +22,25 @@ from testreg.measure.ranking import RELEVANT_SHARE
 from testreg.neurons import Neuron
 from testreg.records.calibration import Effect, Round
 
-TOLERANCE = 0.02  # two sets remove the outliers equally well if their `excess` differs by less than this
+# A set removes the outliers as well as another if its `excess` is larger by no more than this. Within a round, the same
+# goes for its `remaining`.
+TOLERANCE = 0.02
 # Two sets change features equally if their changes (1 - cosine) differ by less than SAME_CHANGE, or by less than
 # SAME_SHARE of the larger one. The share matters for large changes, which occur where most of a feature was artefact.
 SAME_CHANGE = 0.01
 SAME_SHARE = 0.02
-LESS_ATTENTION = 0.1  # neurons are added if they lower the attention to sink or hottest patch by more than this share
-# Two sets leave maps equally clean if `sink` and `hottest` rise by no more than this share, and `unlike` by no more
-# than this difference.
+LESS_ATTENTION = 0.1  # attention is as even with a set if `sink` and `hottest` are higher by no more than this share
+# A set leaves maps as clean as another if its `sink` and `hottest` are higher by no more than the share SAME_ATTENTION,
+# and its `unlike` by no more than the difference SAME_UNLIKENESS.
 SAME_ATTENTION = 0.02
 SAME_UNLIKENESS = 0.01
 # A set keeps features as well as another if its change is larger by no more than this, or by no more than a tenth.
 SAME_OUTPUTS = 0.002
-SIMILAR_SCORE = 0.7  # a score is similar if it is at least this share of the lowest score among the chosen neurons
+SIMILAR_SCORE = 0.7  # a score is similar if it is at least this share of the lowest chosen selective one of the block
 # The search aims at this share of the target, since a cause that is rare in these images may be frequent in others.
 AIM = 0.2
-MAX_TRIED_SINGLY = 8  # at most this many neurons are dropped one by one, since each costs a measurement
-MAX_WITHOUT_HELP = 8  # a round that begins with few outliers ends if this many neurons have not halved their number
+MAX_TRIED_SINGLY = 8  # at most this many neurons are tried one by one, since each costs a measurement
+MAX_WITHOUT_HELP = 8  # a round that begins with few outliers ends if this many neurons do not halve the outliers
 MAX_NEURONS = 512  # one round adds at most this many neurons; InternViT-6B needed 300
 MAX_MEASUREMENTS = 64  # one selection measures at most this many sets of neurons
 MAX_ROUNDS = 8
@@ -92,29 +94,31 @@ def select(
     """Choose the fewest neurons that remove the outliers, the attention sink, and the effect of both on other patches.
 
     1. Add neurons in rounds. A round measures the best 1, 2, 4, ... neurons of a ranking. It ends when the outliers are
-       down to a fifth of `target`, and twice as many neurons remove hardly more of their norms. It also ends when most
-       outliers are gone, but twice as many neurons do not remove the rest. The rest then has another cause, which the
-       other outliers hid. To find it, the next round ranks the neurons of the model in which the neurons of earlier
-       rounds are moved. Rounds go on as long as they help.
+       down to a fifth of `target`, and either their norms are nearly normal or twice as many neurons remove hardly more
+       of them. It also ends at a limit (`max_change`, `MAX_WITHOUT_HELP`, `MAX_NEURONS`), and when most outliers are
+       gone, but twice as many neurons do not remove the rest. The rest then has another cause, which the other outliers
+       hid. To find it, the next round ranks the neurons of the model in which the neurons of earlier rounds are moved.
+       Rounds go on as long as they help.
     2. Add all selective candidates. The fewest neurons that leave no outlier may leave a sink. If attention is more
-       even with all selective candidates (`draws_as_little`), these stay. Otherwise they are taken out again, and the
-       last round is cut to the fewest neurons that are as good.
+       even with all selective candidates (`draws_as_little`), and the set is as good, these stay. Otherwise they are
+       taken out again, and the last round is cut to the fewest neurons that are as good.
     3. Drop needless neurons: the set is as good without them, within the tolerances. Neurons that are not selective are
-       tried first, and then selective ones from the last block on, since late neurons may fire because of outliers.
+       tried first, and then selective ones, the last block first, since late neurons may fire because of outliers.
     4. Add neurons with similar scores. Which of several equivalent neurons is needed depends on the images. So
-       selective candidates are added that score at least 70 % of the weakest chosen neuron of their block, if the set
-       is as good with them.
+       selective candidates are added that score at least 70 % of the weakest chosen selective neuron of their block, if
+       the set is as good with them.
     5. Add the relevant selective candidates, unless step 2 has kept all selective ones. A small set may leave some of
        the effect that outliers have on other patches. So all selective candidates are tried that score at least a tenth
-       of the best neuron. If features change more with them (by more than `SAME_CHANGE` and `SAME_SHARE`), they are
-       added, and those that change nothing are dropped again.
+       of the best neuron of their round. If the change of features differs with them (by more than both `SAME_CHANGE`
+       and `SAME_SHARE`), and the set is as good, they are added, and those that change nothing are dropped again.
     6. Drop what has become needless since step 3. Neurons that are not selective are tried again. Then neurons are
-       tried one by one: all of them, or those of the last block if there are more than `MAX_TRIED_SINGLY`. A neuron is
-       a by-product if it fires at outliers without causing them. It is dropped as one if the set is as good without it,
-       and it alone removes less than a tenth of the outliers.
+       tried one by one: all of them, or those of the last block if there are more than `MAX_TRIED_SINGLY`, or none if
+       these are more as well. A neuron is a by-product if it fires at outliers without causing them. It is dropped as
+       one if the set is as good without it, and it alone removes less than a tenth of the outliers and of their norms
+       above normal.
     7. Choose the number of registers. Every register holds the activations of all neurons. A single register has less
-       weight in the softmax of attention than the many outliers had. The smallest number is chosen with which features
-       change least, or nearly least.
+       weight in the softmax of attention than the many outliers had. Of the numbers that are as good as one register,
+       the smallest is chosen with which features change least, or nearly least.
 
     Args:
         rank: given the neurons that are moved already, ranks the other neurons of the model in which they are moved.
@@ -122,11 +126,12 @@ def select(
         target: how many outliers may be left after any block, as a fraction of those of the unpatched model. If no set
             reaches it, the set that comes closest is chosen.
         max_change: a set is not chosen if it changes pooled or patch features by more than this (1 - cosine).
-        out_of_time: called before each measurement but the first. Once it returns True, no more sets are measured: the
-            search takes the best set so far, and only tries more registers for it.
+        out_of_time: called before each further set of neurons is measured. Once it returns True, no more sets are
+            measured: the search takes the best set so far, and only tries more registers for it.
 
     Raises:
-        ValueError: even the first neuron changes more than `max_change`; there are no candidates at all.
+        ValueError: even the best neuron alone changes features by more than `max_change`; there are no candidates at
+            all.
     """
     search = _Search(measure, target, max_change, out_of_time)
     while not search.rounds or search.needs_more():
@@ -157,10 +162,11 @@ def select(
 
 
 def with_best_start(selection: Selection, from_mean: Effect) -> Selection:
-    """The selection, with registers that start as the mean of their image's patches if outputs change less then.
+    """The selection, with registers that start as the mean of their image's patches if features change less then.
 
-    `from_mean` is the effect of the same neurons on as many registers with that start. It is taken if the sum of the
-    two changes is smaller by a tenth, and by `SAME_OUTPUTS`, and no other measure is worse.
+    `from_mean` is the effect of the same neurons on as many registers with that start. It is taken if the sum of
+    `change_pooled` and `change_patches` is smaller by about a tenth and at least `SAME_OUTPUTS`, and the larger of the
+    two, `remaining` and attention (`draws_as_little`) are no worse.
     """
     from_zeros = selection.effect
     is_better = _change_limit(_both_changes(from_mean)) < _both_changes(from_zeros)
@@ -256,7 +262,7 @@ class _Search:
         return len(self.effects) > MAX_MEASUREMENTS - REGISTERS_TRIED or self.out_of_time()
 
     def needs_more(self) -> bool:
-        """Whether outliers are left that another round may remove."""
+        """Whether too many outliers are left, and no limit forbids another round."""
         return self.rounds[-1].effect.remaining > self.aim and len(self.rounds) < MAX_ROUNDS and not self.is_over()
 
     def is_allowed(self, effect: Effect) -> bool:
@@ -264,8 +270,8 @@ class _Search:
         return self.max_change is None or effect.change <= self.max_change
 
     def is_as_good(self, effect: Effect, best: Effect) -> bool:
-        """Whether a set with this effect is as good as the set with the effect `best`: it removes the outliers as far,
-        leaves attention as even, and does not change features by more than `max_change`."""
+        """Whether a set with this effect is as good as the set with the effect `best`: it removes the outliers as far
+        (or down to the aim), leaves attention as even, and does not change features by more than `max_change`."""
         removes_as_much = effect.remaining <= max(self.aim, best.remaining) and effect.excess <= best.excess + TOLERANCE
         return removes_as_much and draws_as_little(effect, best) and self.is_allowed(effect)
 
@@ -309,13 +315,13 @@ class _Search:
         return self.added, self.rounds[-1].effect
 
     def with_all_selective(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[tuple[Neuron, ...], Effect]:
-        """Add all selective candidates to a set, if attention is more even with them."""
+        """Add all selective candidates to a set, if it is as good with them, and attention more even."""
         selective = [neuron for of_round in self.selective for neuron in of_round]
         larger, effect_of_larger = self._with_if_as_good(selective, neurons, effect)
         return (neurons, effect) if draws_as_little(effect, effect_of_larger) else (larger, effect_of_larger)
 
     def effects_by_num_registers(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[Effect, ...]:
-        """Measure a set with 2, 3, ... registers, until one more register changes features more than before.
+        """Measure a set with 2, 3, ... registers, until features change more than with one register fewer.
 
         `effect` is the effect with one register. Returns the effects with 1, 2, ... registers.
         """
@@ -344,13 +350,14 @@ class _Search:
         """Drop needless neurons of a set.
 
         Neurons that are not selective are dropped as far as possible. Moving a selective neuron takes nothing from
-        other patches, so all selective neurons of a block are tried at once. The last block comes first, since late
-        neurons may fire because of outliers. If a block is needed, its neurons that score less than half of its best
-        one are tried as well, unless `must_change_as_much`.
+        normal patches, so all selective neurons of a block are tried at once. The last block comes first, since late
+        neurons may fire because of outliers. If a block is needed, its selective neurons that score less than half of
+        the best of them are tried as well, unless `must_change_as_much`.
 
         Args:
-            must_change_as_much: whether features must change as much without the dropped neurons. This is asked of sets
-                to which selective neurons were added on purpose: which of these are needed depends on the images.
+            must_change_as_much: whether features must change as much, and maps be as clean, without the dropped
+                selective neurons. This is asked of sets to which selective neurons were added on purpose: which of
+                these are needed depends on the images.
         """
         pruning = _Pruning(self, neurons, effect, must_change_as_much)
         pruning.drop_unselective()
@@ -379,7 +386,8 @@ class _Search:
         return self._with_if_as_good(similarly_scored, neurons, effect)
 
     def with_relevant_selective(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[tuple[Neuron, ...], Effect]:
-        """Add the relevant selective candidates to a set, if features change more with them.
+        """Add the relevant selective candidates to a set, if it is as good, and the change of features differs with
+        them.
 
         Needless neurons of the larger set are dropped again.
         """
@@ -389,10 +397,11 @@ class _Search:
         return self.without_needless(larger, effect_of_larger, must_change_as_much=True)
 
     def without_by_products(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[tuple[Neuron, ...], Effect]:
-        """Drop the by-products of a set: neurons that the set does not need, and that remove hardly anything alone.
+        """Drop the by-products of a set: neurons that the set does not need, and that alone remove hardly any of the
+        outliers.
 
-        If there are more than `MAX_TRIED_SINGLY` neurons, only those of the last block are tried, since by-products
-        are in later blocks than the cause.
+        If there are more than `MAX_TRIED_SINGLY` neurons, only those of the last block are tried, since by-products are
+        in later blocks than the cause. If these are more as well, or a single one, none is tried.
         """
         pruning = _Pruning(self, neurons, effect, must_change_as_much=True)
         last = max(block for block, _, _ in neurons)
@@ -428,8 +437,8 @@ class _Pruning:
     effect: Effect
     """The effect of the neurons that are kept."""
     must_change_as_much: bool
-    """Whether features must change as much after a selective neuron is dropped. This is not asked of other neurons:
-    they write at all patches, so moving them changes features in any case."""
+    """Whether features must change as much, and maps be as clean, after selective neurons are dropped. This is not
+    asked of other neurons: they write at all patches, so moving them changes features in any case."""
 
     def __post_init__(self) -> None:
         self.best = self.effect
@@ -456,7 +465,11 @@ class _Pruning:
         return self._without(chunk) is not None
 
     def _without(self, chunk: Sequence[Neuron]) -> tuple[tuple[Neuron, ...], Effect] | None:
-        """The set without some neurons, and its effect; None if it is not as good, or if the search is over."""
+        """The set without some neurons, and its effect.
+
+        None if it is not as good or changes features more, if no neuron is left out or none is left, or if the search
+        is over.
+        """
         rest = tuple(neuron for neuron in self.kept if neuron not in chunk)
         if not chunk or not rest or self.search.is_over():
             return None
@@ -499,7 +512,7 @@ class _Curve:
             low, high = (low, middle) if is_enough(self.measure_best(middle)) else (middle, high)
 
     def measure_doubling(self) -> None:
-        """Measure the best 1, 2, 4, ... neurons, until more of them remove no more, or change features too much."""
+        """Measure the best 1, 2, 4, ... neurons, until no more are needed or help, or features change too much."""
         number, last = 1, self.measure_best(1)
         if not self.search.is_allowed(last):
             if not self.of_earlier_rounds:

@@ -65,7 +65,7 @@ def attention_to_patches(
 ) -> Tensor:
     """The attention that a query gives to each patch in a block, (B, heads, N), or to each register, (B, heads, R).
 
-    The weights do not sum to one, since the rest goes to other tokens.
+    The weights may sum to less than one, since the rest goes to other tokens.
 
     Args:
         images: (B, 3, h, w).
@@ -174,9 +174,9 @@ def _not_observed(tower: Tower, where: str) -> RuntimeError:
 def attention_rollout(tower: Tower, images: Tensor, block: int = -1, query: Query | Tensor | None = None) -> Tensor:
     """Attention rollout (Abnar and Zuidema, arXiv 2005.00928) from a query to each patch: (B, 1, N).
 
-    It is the product of (A + I) / 2 over the blocks from the first one to `block`. A (T, T) is a block's attention,
-    averaged over its heads, and the identity I stands for the residual stream. All tokens take part, prefix tokens and
-    registers too.
+    It is the product of (A + I) / 2 over the blocks from the first one to `block`. A (T, T) is a block's attention, row
+    by row what each token gives, averaged over its heads; a later block's factor stands to the left; and the identity I
+    stands for the residual stream. All tokens take part, prefix tokens and registers too.
     """
     query = default_query(tower) if query is None else query
     if isinstance(query, Tensor) and query.ndim == 3:
@@ -202,9 +202,9 @@ def attention_rollout(tower: Tower, images: Tensor, block: int = -1, query: Quer
 
 
 def pooling_attention(tower: Tower, images: Tensor) -> list[Tensor]:
-    """The attention of a head that pools the last block's tokens: what its query gives to each token, (B, heads, T).
+    """The attention of a module that pools the last block's tokens: what its query gives to each token, (B, heads, T).
 
-    Returns a list with this one tensor, or an empty list if the tower has no such head.
+    Returns a list with this one tensor, or an empty list if the tower has no such module.
     """
     recorded: list[Tensor] = []
     num_tokens = tower.patches(images).stop
@@ -214,7 +214,7 @@ def pooling_attention(tower: Tower, images: Tensor) -> list[Tensor]:
             recorded.append(mean_of_queries(attention.weights(slice(None))))
 
     last = tower.blocks[-1].module
-    # What was recorded up to the end of the last block is not the head's attention.
+    # What was recorded up to the end of the last block is not the attention of this module.
     with AttentionObserver(record), recording_outputs([last], lambda index, tokens: recorded.clear()):
         tower.run_with_head(images)
     return recorded[:1]

@@ -229,7 +229,7 @@ def attention_of_module(
     appended = 0
     for extra in ((bias_k, bias_v), (torch.zeros_like(projected[1][:1]),) * 2 if add_zero_attn else (None, None)):
         for index, each in enumerate(extra, start=1):
-            if each is not None:  # (R, 1 or B, C)
+            if each is not None:  # (1, 1 or B, C)
                 projected[index] = torch.cat([projected[index], each.expand(-1, query.shape[1], -1)])
         appended += 0 if extra[0] is None else len(extra[0])
     mask: Tensor | None = None

@@ -1,10 +1,11 @@
 """Attribute the outliers, patches with huge norms, to MLP neurons of all blocks with one backward pass.
 
-Some neurons trigger others: they write little to the residual stream themselves, but cause what the others write. Both
-effects must count. Attribution patching (Nanda 2023; Syed et al., arXiv 2310.10348) does that. It takes the derivative
-of the outliers' *excess norm* (how far their norms are above normal) with respect to a neuron's activation. It
-multiplies it by how far this activation at the outlier is from the activation at normal patches. To first order, the
-product is what the outliers would lose of their excess norm if the neuron were as active at them as at normal patches.
+Some neurons trigger others: they write little to the residual stream themselves, but cause what the others write. What
+a neuron writes and what it triggers must both count. Attribution patching (Nanda 2023; Syed et al., arXiv 2310.10348)
+does that. It takes the derivative of the outliers' *excess norm* (how far their norms are above normal) with respect to
+a neuron's activation. This derivative is multiplied by how far the activation at the outlier is from the activation at
+normal patches. To first order, the product is what the outliers would lose of their excess norm if the neuron were as
+active at them as at normal patches.
 
 What makes a trigger fire is a cause as well, such as a neuron for flat background, which the whole network needs. Such
 a neuron must not be moved to a register. So a second figure tells how much of a neuron's activation is at outliers.

@@ -48,9 +48,9 @@ def diagnose(
         ('movable', 3)
 
     Args:
-        model: a vision tower, or any model that contains one. It is run on the device that it is on. A patched model
-            is measured with its registers at work, but the registers themselves are not: it should have no outliers
-            left.
+        model: a vision tower, or any model that contains one. It is run on the device that it is on. A patched model is
+            measured with its registers at work, but the registers themselves are not measured: it should have no
+            outliers left.
         images: a folder, a Dataset, or any iterable of PIL images or tensors, or of what the model's processor returns
             (see `testreg.io.images.ImageStream`). A model for videos takes clips in place of images.
         transform: a function PIL image -> tensor (3, h, w), or frames -> clip (frames, 3, h, w); None takes the

@@ -24,8 +24,9 @@ FORMAT = "testreg-diagnosis"
 VERSION = 1
 
 NO_OP = 0.2  # a sink is a no-op if the norm of its values is below this share of the median norm of the patches' values
-# Outliers begin and end where they have half of their largest excess norm. MLPs make them if they add half of it. A
-# position is fixed if it is an outlier in half of the images. Outliers are fixed if half of them lie at such positions.
+# Outliers begin and end where they have half of their largest excess norm. MLPs make them if they add at least half of
+# it. A position is fixed if it is an outlier in at least half of the images. Outliers are fixed if at least half of
+# them lie at such positions.
 HALF = 0.5
 BORDER = 0.9  # a note tells if at least this share of the outliers is in the border, the outermost rows and columns
 # Fixed positions are looked for in at least this many images. If 2 % of the patches of each image are outliers at
@@ -78,11 +79,11 @@ class Residual:
     outlier_ratio: float | None
     """The mean ratio of the outliers; None if there are no outliers."""
     outlier_cosine: float | None
-    """The mean cosine similarity of an outlier to its 4 neighbours in the grid; None if there are no outliers."""
+    """The mean cosine similarity of an outlier to its neighbours (4, in an image); None if there are no outliers."""
     normal_cosine: float | None
-    """The mean cosine similarity of a patch that is no outlier to its 4 neighbours."""
+    """The mean cosine similarity of a patch that is no outlier to its neighbours (4, in an image)."""
     massive_channels: list[tuple[int, float]]
-    """The channels whose |mean| over the outliers is more than 10 times that of the median channel, the largest first.
+    """The 3 channels, at most, whose |mean| over the outliers is over 10 times the median channel's, the largest first.
     Each comes with its share of the outliers' squared norm."""
     prefix_ratio: list[float]
     """The ratio of each prefix token, averaged over the images."""
@@ -124,7 +125,8 @@ class BlockDiagnosis:
     """The share of attention that goes to each prefix token."""
     column_ratio: float | None = None
     """The largest attention that a patch of an image draws from afar, over the median of the patches, averaged over the
-    images. "From afar" leaves out the attention of the patch itself and of the eight patches around it."""
+    images. "From afar" leaves out the attention of the patch itself and of the patches around it (eight, in an
+    image)."""
     value_ratio: float | None = None
     """The mean of the heads' `value_ratio`, weighted by the attention that each head gives to outliers; None also if
     there are no outliers."""
@@ -249,7 +251,8 @@ class Outliers:
     """The outliers after the block at which they stand out most, where they come from, and where they end."""
 
     block: int
-    """The block after which they stand out most: their excess norm is largest there."""
+    """The block after which they stand out most (their excess norm is largest there), or the one that the user
+    chose."""
     fraction: float
     """The fraction of the patches that are outliers after `block`."""
     onset_block: int
@@ -257,7 +260,8 @@ class Outliers:
     onset_part: Part
     """The first part of the model after which they have half of their largest excess norm."""
     fade_block: int | None
-    """The first later block after which less than half of this excess norm is left; None if there is no such block."""
+    """The first later block after which less than half of their largest excess norm is left; None if there is no such
+    block."""
     mlp_share: float | None
     """The share of their largest excess norm that MLPs add; attention and the embedding add the rest. None if attention
     and MLPs cannot be told apart."""
@@ -280,8 +284,8 @@ class Outliers:
     def kind(self) -> Kind:
         """Whether registers can remove the outliers: they can if the outliers are "movable".
 
-        "movable": MLPs make them, at positions that depend on the image. "fixed": they lie at fixed positions.
-        "immovable": something else than MLPs makes them.
+        "movable": MLPs make them (or may, if `mlp_share` is None), at positions that depend on the image. "fixed": they
+        lie at fixed positions. "immovable": something else than MLPs makes them.
         """
         if self.fixed_share is not None and self.fixed_share >= HALF:
             return "fixed"
@@ -290,7 +294,8 @@ class Outliers:
 
     @property
     def is_repairable(self) -> bool:
-        """Whether `testreg.repair` removes the fixed positions, if it is these that most outliers are at."""
+        """Whether the outliers are fixed, and all their fixed positions come from embeddings that `testreg.repair`
+        replaces."""
         return self.kind == "fixed" and all(each.is_repairable for each in self.fixed_positions)
 
     @property
@@ -389,7 +394,7 @@ class Diagnosis:
     """The residual stream in front of the first block."""
     blocks: list[BlockDiagnosis]
     outliers: Outliers | None
-    """The outliers; None if fewer than 0.1 % of the patches are outliers after every block."""
+    """The outliers; None if there is no block after which at least 0.1 % of the patches are outliers."""
     prefix_roles: list[PrefixRole]
     """The prefix tokens whose norm is as high as an outlier's."""
     trained_registers: int = 0
@@ -428,7 +433,7 @@ class Diagnosis:
         return html([f"Diagnosis: {self.verdict}", *self._summary()], heads, rows)
 
     def _summary(self) -> list[str]:
-        """Two lines: what was measured, and the first note."""
+        """Two lines: what was measured; and the first note, or the rule if there are no notes."""
         height, width = self.image_size
         patched = ", patched" if self.patched else ""
         images = "images" if self.num_frames is None else f"clips of {self.num_frames} frames"
@@ -550,10 +555,11 @@ class Diagnosis:
         return f"{'; '.join(parts)}, in the block where that is most."
 
     def table(self) -> str:
-        """The figures as text: a table of the residual stream, a table of attention, and what the terms mean.
+        """The figures as text: a table of the residual stream, one of attention if that was observed, and what the
+        terms mean.
 
-        Both tables have a line for each block. Fractions of outliers are given after the attention and after the MLP,
-        all other figures of the residual stream after the MLP.
+        Each table has a line for each block. Fractions of outliers are given after the attention and after the MLP, all
+        other figures of the residual stream after the MLP.
         """
         lines = [
             f"{'':9} {'median':>7} {'norm / median':^17} {'kurt-':>5}  {'outliers %':^11}  {'cosine':^11}",

@@ -60,8 +60,8 @@ def make_static(
             attention in place of a token, which needs nn.MultiheadAttention (open_clip, OpenAI CLIP, torchvision).
             The patches come out the same with both.
         transform, batch_size, num_images, workers, seed, progress: as in `testreg.diagnose`.
-        options: `top_k`, `num_registers`, `split_neurons`, `max_over` and `zero`, as in `testreg.patch`. With the form
-            "bias" there is one register, unless `num_registers` is given.
+        options: `top_k`, `num_registers`, `split_neurons`, `max_over`, `zero` and `start`, as in `testreg.patch`. With
+            the form "bias" there is one register, unless `num_registers` is given.
 
     Raises:
         ValueError: an argument does not fit the model, or its registers are constants already; no image could be read.

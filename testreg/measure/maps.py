@@ -38,7 +38,7 @@ def attention(
 ) -> Tensor:
     """The attention that CLS, or another `query`, gives to each patch in a block: (B, heads, h, w), for h x w patches.
 
-    The maps hold the attention to patches only. They sum to less than one, since the rest goes to prefix tokens and
+    The maps hold the attention to patches only. They may sum to less than one, since the rest goes to prefix tokens and
     registers. Attention is measured in float32 or a larger dtype, whichever kernel computes it.
 
     Example:
@@ -60,9 +60,9 @@ def attention(
             of all are returned.
         query: the token whose attention is returned. "cls" is the first token. "mean" is the mean of the patches.
             "register" is the mean of all registers. (row, column) is this patch. A bool mask (h, w) or (B, h, w) is the
-            mean of the patches in it. "pool" is the query of a head that pools the last block's tokens by attention
+            mean of the patches in it. "pool" is the query of a module that pools the last block's tokens by attention
             (SigLIP). None takes "cls" if there is a prefix token. Otherwise it takes "pool" for the last block if there
-            is such a head, and else "mean".
+            is such a module (but not with `rollout` or to="registers"), and else "mean".
         to: "patches"; or "registers" for the attention to each register, (B, heads, R): first the trained ones, then
             those that a patched model adds.
         rollout: follow attention from the first block to `block` (attention rollout, arXiv 2005.00928), instead of
@@ -201,7 +201,8 @@ def strip_registers(model: nn.Module, tensor: Tensor, lengths: list[int] | None 
 
     Args:
         tensor: tokens (B, T+R, C), or (T+R, B, C) in a tower whose blocks have the sequence first, with any number C of
-            channels; attention (B, heads, T+R, T+R); or a sequence (S, C) or (1, S, C) of several packed images.
+            channels; attention (B, heads, T+R, T+R); or a sequence (S, C) or (1, S, C) of the S tokens, registers
+            included, of several packed images.
         lengths: how many tokens T each image has in a packed sequence.
 
     Returns:
@@ -231,6 +232,8 @@ def strip_registers(model: nn.Module, tensor: Tensor, lengths: list[int] | None 
 
 def image_batch(model: nn.Module, images: Images, transform: Transform | None = None) -> Tensor:
     """Prepare images from any source as the model's input (B, 3, H, W), in the order of the source.
+
+    A float tensor is taken as it is.
 
     Raises:
         FileNotFoundError, ValueError: there are no images, one cannot be read, or their shapes differ.

@@ -201,7 +201,8 @@ class _BatchObserver:
         add(self.sums.attention[block], more)
 
     def _measure(self, tokens: Tensor | None) -> None:
-        """Add the figures of the tokens (B, T, C) at the next hook point, if they can be observed (else None)."""
+        """Add the figures of the tokens (B, T, C) at the next hook point, if they can be observed (if not, `tokens` is
+        None)."""
         norms = ratio = outlier = None
         if tokens is not None:
             where = self.attention.patches
@@ -219,10 +220,10 @@ class _BatchObserver:
 class _ResidualSum(TorchFunctionMode):
     """Finds the residual stream between attention and MLP, which is not the input or output of any module.
 
-    A block ends with a sum: the residual stream plus the MLP's output, perhaps after LayerScale or a norm. This class
-    follows everything that is computed from the MLP's output, up to the first sum with a tensor that does not depend on
-    it. If the block returns this sum, the other tensor is the residual stream. The stream cannot be found in blocks
-    that add attention and MLP at once, that have a norm after the sum, or that are compiled.
+    A block ends with a sum: the residual stream plus the MLP's output, which may have passed LayerScale or a norm. This
+    class follows everything that is computed from the MLP's output, up to the first sum with a tensor that does not
+    depend on it. If the block returns this sum, the other tensor is the residual stream. The stream cannot be found in
+    blocks that add attention and MLP at once, that have a norm after the sum, or that are compiled.
     """
 
     def __init__(self) -> None:

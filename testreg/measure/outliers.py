@@ -35,9 +35,9 @@ class OutlierRule:
     With `mixture`, the log norms of an image are divided into two Gaussian components, and the patches of the upper
     component are outliers. No k is needed, and up to half of the patches may be outliers. Of all ways to divide the
     sorted norms in two, the rule takes the one with the largest classification likelihood (Celeux and Govaert, 1992).
-    It must be better than a single Gaussian by the Bayesian information criterion (Schwarz, 1978), and the mean of the
-    upper component, and each outlier, must be at least `min_ratio` times the mean of the lower component. Otherwise the
-    image has no outliers: its limit is infinite.
+    It must be better than a single Gaussian by the Bayesian information criterion (Schwarz, 1978), and the geometric
+    mean of the upper component must be at least `min_ratio` times that of the lower one. Otherwise the image has no
+    outliers: its limit is infinite. Norms below `min_ratio` times the lower mean are never outliers.
 
     Example:
         >>> norms = torch.tensor([9.0, 10.0, 11.0, 10.0, 9.5, 80.0])  # of the patches of an image

@@ -4,9 +4,10 @@
 the value of this channel at a token.
 
 Which tokens are outliers is known only after the detection block has run, the block after which they are detected. But
-the neurons that cause them are in this block and in earlier ones. So the pass keeps the input of every MLP, which is
-four times smaller than its hidden activations. It recomputes the hidden activations afterwards, only at the outliers
-and at a few normal tokens. This takes about the time of a forward, and the memory of one batch.
+the neurons that cause them are in this block and in earlier ones. So the pass (of the scores "activation" and
+"contribution"; "attribution" has `testreg.measure.attribution`) keeps the input of every MLP, which is four times
+smaller than its hidden activations. It recomputes the hidden activations afterwards, only at the outliers and at a few
+normal tokens. This takes about the time of a forward, and the memory of one batch.
 
 Only sums over images are kept (`Statistics`). So the sums of several processes, or of an interrupted run and its
 continuation, can be added up.
@@ -40,8 +41,8 @@ RELEVANT_SHARE = 0.1  # a neuron is relevant if it has at least this share of th
 class Statistics(ABC):
     """Sums over images, for each half of the images apart. A subclass for each score adds the sums that it needs.
 
-    What is measured at outliers is first averaged over the outliers of an image, and then summed over the images with
-    outliers. So each image counts once, however many outliers it has (Algorithm 1).
+    What is measured at outliers (but energies) is first averaged over the outliers of an image, and then summed over
+    the images with outliers. So each image counts once, however many outliers it has (Algorithm 1).
 
     Shapes: S = 2 halves, L blocks, H neurons, C width. `total` and `half` return sums without the dimension S.
     """
@@ -176,7 +177,7 @@ def statistics_of(
         numbers: the number of each image. It decides to which half the image belongs, and which of its normal tokens
             are sampled.
         norms: the norms (L, B, T) of the tokens after each block, if they are known. The score "attribution" then runs
-            only the images that have outliers.
+            only the images that have outliers; the other scores do not use them.
 
     Raises:
         ValueError: norms are not finite; the model cannot be differentiated, as "attribution" needs.
@@ -196,7 +197,7 @@ def statistics_of(
     check_finite(norms, images)
     num_prefix, patches = tower.num_prefix, tower.patches(images)
     norms, tokens = norms[..., : patches.stop], block_tokens[0][:, : patches.stop]  # (L, B, T), (B, T, C)
-    include_prefix = score == "activation"  # as in the paper's released code
+    include_prefix = score == "activation"  # prefix tokens may be outliers, as in the paper's released code
     outlier = detection.outliers(norms, num_prefix, tower.grid(images), include_prefix=include_prefix)  # (L, B, T)
     detected = outlier[detection.block]  # (B, T)
     num_detected = detected.sum(-1)  # (B,)
@@ -259,7 +260,7 @@ def _fill_counts(statistics: Statistics, in_half: Tensor, outlier: Tensor, has_o
 
 
 def _sample_normal(outlier: Tensor, numbers: Sequence[int], seed: int) -> Tensor:
-    """Sample up to `NORMAL_TOKENS` patches of each image that are no outliers; both masks are (B, N).
+    """Sample up to `NORMAL_TOKENS` patches of each image that are no outliers, as a mask like `outlier` (B, N).
 
     Each image has a random generator with a seed of its own, so the sample depends neither on batches nor on processes.
     """

@@ -1,4 +1,4 @@
-"""Outliers at fixed positions that no neuron moves, since a position embedding makes them: it is replaced.
+"""Remove outliers at fixed positions, which position embeddings make and no neurons: these embeddings are replaced.
 
 The embeddings of a grid of positions vary smoothly. One that stands out, with a norm many times that of the others, is
 replaced by the mean of its neighbours, in the weights themselves. So nothing is computed in addition, and a tower that
@@ -34,7 +34,7 @@ class _Repair:
     former: Tensor
     """Their own embeddings, (n, C)."""
     put: Tensor
-    """Those in their place."""
+    """The embeddings that were put in their place, (n, C)."""
 
 
 def standing_out(embedding: PositionEmbedding) -> Tensor:
@@ -145,9 +145,10 @@ def is_repaired(tower: Tower) -> bool:
 
 
 def filled(values: Tensor, where: Tensor) -> Tensor:
-    """Values (h, w, C) on a grid, and `where` (h, w) the mean of those of the eight positions around that are not.
+    """Values (h, w, C) on a grid, replaced where the mask `where` (h, w) is true.
 
-    Positions of which all neighbours are too get the mean of neighbours that were replaced before them.
+    Each of these gets the mean of those of its eight neighbours where the mask is false. If it is true at all of them,
+    it gets the mean of the neighbours that were replaced before it.
     """
     known, replaced = ~where, values.movedim(-1, 0) * ~where  # (C, h, w)
     window = values.new_ones(1, 1, 3, 3)

@@ -32,8 +32,9 @@ def table(diagnoses: Mapping[str, Diagnosis]) -> str:
     """The figures as a table, with a line for each model; `diagnoses` are given by the name of the model.
 
     The fraction of outliers and the largest norm are those after the block whose outliers stand out most, or, if there
-    are no outliers, after the block whose norms differ most. Attention and value are those of the block in which
-    outliers draw the most attention. The norm of the prefix is the largest of any prefix token after any block.
+    are no outliers, after the block whose largest norm is furthest above the median. Attention and value are those of
+    the block in which outliers draw the most attention. The norm of the prefix is the largest of any prefix token after
+    any block.
     """
     rows = [_cells(each) for each in diagnoses.values()]
     columns = zip(_HEADS, zip(*rows, strict=True), strict=True)

@@ -46,6 +46,8 @@ def global_token(tokens: Tensor, tower: Tower) -> Tensor:
 def recorded_projections(tower: Tower, blocks: Sequence[int]) -> Iterator[dict[int, dict[Part, Tensor]]]:
     """Within the context, a forward records the queries, keys and values (B, T, C) of some blocks, by block and part.
 
+    If a block attends several times, they are those of the last time.
+
     All heads are side by side in C. The tokens are those inside the block: prefix tokens, patches, and the registers
     of a patched model.
 

@@ -44,8 +44,9 @@ def warn_of_other_weights(neurons: RegisterNeurons, model: nn.Module, tower: Tow
 
 
 def warn_of_activation(model: nn.Module, tower: Tower, neurons: RegisterNeurons | None = None) -> None:
-    """Warn if the model computes another activation than the one that its checkpoint was trained with, once for a
-    model, or another than that of the network in which the neurons were found.
+    """Warn if the model computes another activation than the one that its checkpoint was trained with.
+
+    This is done once for a model. Warn as well if it is not that of the network in which the neurons were found.
     """
     if tower.module not in _warned and (wrong := mismatch_of(model, tower)) is not None:
         _warned.add(tower.module)
@@ -109,7 +110,7 @@ class VerifiedUse:
         self.warns = bool(verified)
 
     def check(self, num_patches: int, tokens: Tensor) -> None:
-        """Warn, once, of an image size or dtype far from all with which the neurons were verified."""
+        """Warn, once, of an image size far from all with which the neurons were verified, or of another dtype."""
         if not self.warns:
             return
         device = tokens.device.type

@@ -61,8 +61,8 @@ class RegisterNeurons:
         >>> figure = neurons.plot()
 
     Raises:
-        ValueError: the list is empty, or not sorted by score; a neuron comes twice; an index is negative; a score is
-            not a finite number.
+        ValueError: the list is empty, or not sorted by score (unless it was found in rounds); a neuron comes twice; an
+            index is negative; a score is not a finite number; another field is not valid.
     """
 
     ranking: tuple[Neuron, ...]
@@ -74,7 +74,8 @@ class RegisterNeurons:
     start: Start = "zeros"
     """What registers hold when they enter block 0: zeros, or the mean of their image's patches."""
     model: Mapping[str, Any] = field(default_factory=dict)
-    """The checkpoint. All entries are optional: name, names (aliases), depth, mlp_width, activation, fingerprint."""
+    """The checkpoint. All entries are optional: name, names (aliases), depth, mlp_width, activation, fingerprint,
+    default_for (the names of the checkpoints for which `patch` takes the list by default)."""
     calibration: Calibration = field(default_factory=Calibration)
     """How the list was found, and what was measured."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -82,7 +83,7 @@ class RegisterNeurons:
     verified: bool = False
     """Whether testreg has measured on the checkpoint itself that the neurons in use remove the outliers."""
     source: str | None = field(default=None, compare=False)
-    """The file or the bundled list from which the list was read."""
+    """The file, the bundled list or the repository of the Hub from which the list was read."""
 
     def __post_init__(self) -> None:
         try:

@@ -42,7 +42,7 @@ class Effect(Record):
     """How many neurons were moved."""
     remaining: Number
     """The number of outliers of the patched model after `worst_block`, as a fraction of those of the plain model. A
-    patch of the patched model is an outlier if its norm exceeds the limit in both models."""
+    patch of the patched model is an outlier if its norm exceeds the limits of both models."""
     worst_block: Index
     """The block, from the onset block on, after which this fraction is largest."""
     excess: Number
@@ -64,15 +64,15 @@ class Effect(Record):
     sink: Number | None = None
     """The attention that a former outlier draws from all tokens, over what another patch draws, in the block behind the
     onset block where this is largest. It is 1 if former outliers draw as much as other patches. It can be high even
-    when norms are normal. None if attention cannot be observed."""
+    when norms are normal. None if attention cannot be observed, or if there are no former outliers."""
     hottest: Number | None = None
     """The share of CLS' attention to patches that goes to the hottest patch, the one that gets most, in the last block;
-    averaged over the images. Without CLS, the mean attention of all patches takes its place."""
+    averaged over the images. Without CLS, the mean attention of all patches takes its place. None where `sink` is."""
     hotter: Number | None = None
-    """The share of the images whose hottest patch gets more attention than in the plain model."""
+    """The share of the images whose hottest patch gets more attention than in the plain model, by more than 1 %."""
     unlike: Number | None = None
-    """How little former outliers resemble their four neighbours (1 - cosine), as a fraction of the same in the plain
-    model; averaged over the blocks from the onset block on."""
+    """How little former outliers resemble their neighbours, four in an image (1 - cosine), as a fraction of the same in
+    the plain model; averaged over the blocks from the onset block on."""
     start: ListedStart = "zeros"
     """What the registers held when they entered block 0: zeros, or the mean of their image's patches."""
 
@@ -129,7 +129,7 @@ class Stability(Record):
     """How far the rankings by two halves of the images agree, as `testreg.measure.ranking.overlap` measures it."""
 
     overlap: Number
-    """The share of the best neurons that is among the best by either half of the images."""
+    """The share of the best neurons that is among the best by one half of the images, averaged over both halves."""
     neurons: Index
     """How many of the best neurons were compared."""
 
@@ -157,7 +157,7 @@ class Calibration(Record):
     source: Text | None = None
     """Where the images came from."""
     image_size: Size | None = None
-    """Height and width in pixels, of the first image size that shows outliers."""
+    """Height and width in pixels, of the first image size with outliers that neurons can move."""
     rule: Text | None = None
     """The rule that decided which patches are outliers, in words."""
     score: Text | None = None
@@ -201,13 +201,13 @@ class Calibration(Record):
     target: Number | None = None
     """How many outliers may be left, as a fraction of those of the plain model."""
     target_met: Flag | None = None
-    """Whether no more outliers are left, on the images that verify the neurons, at each image size."""
+    """Whether at most `target` of the outliers are left, on the images that verify the neurons, at each image size."""
     verified_on_others: Flag | None = None
-    """Whether the neurons were verified on images that had no part in choosing them."""
+    """Whether the neurons were measured last on images that had no part in choosing them."""
     max_change: Number | None = None
     """How much features may change (`Effect.change`); None if there is no limit."""
     dropped: tuple[ListedNeuron, ...] = ()
-    """Neurons that a round added, and that were later found to have no effect."""
+    """Neurons that a round added, and that were later dropped: the set is as good without them."""
     verified_at: tuple[Verification, ...] = ()
     """What verified the chosen neurons, at each image size."""
     made_at: Text | None = None

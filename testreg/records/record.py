@@ -134,7 +134,8 @@ class Record:
     order: tuple[str, ...] = field(default=(), kw_only=True, repr=False, compare=False)
     """The keys of the object that the record was read from. They are all written again, in this order."""
     is_sparse: ClassVar[bool] = False
-    """Whether an entry is left out of the JSON if it has its default, and was not in the object that was read."""
+    """Whether entries that have their defaults are left out of the JSON of a record that was not read from an object.
+    If it was, such entries are always left out, unless they were in the object."""
 
     @classmethod
     def from_json(cls, data: Any, name: str = "the record") -> Self:
