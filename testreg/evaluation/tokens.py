@@ -50,6 +50,8 @@ def evaluate(
 ) -> Result:
     """What linear models predict from single tokens: the token's position, its pixels, and the image's class.
 
+    In the names of metrics, `*` is the kind of token: normal or outlier, and for `class_*` also cls or register.
+
     `position_*` is the share of patches whose position is predicted, and `distance_*` the mean distance, in patches, of
     the predicted from the true position. `pixels_*` is the L2 error of the predicted pixels of a patch, after
     normalisation. `class_*` is the accuracy of a logistic regression on one token of an image: CLS, a random normal
@@ -65,8 +67,8 @@ def evaluate(
             by their norm before it.
         size: side of the square that images are squashed to, in pixels.
         threshold: norm above which a token is an outlier (DINOv2-g: 150); None for the rule that adapts to the model.
-        choices: how often a random patch is chosen in each image: metrics are means over these choices, and the details
-            have their standard deviation.
+        choices: how often a random patch is chosen in each image, for `class_normal` and `class_outlier`. They are
+            means over these choices, and the result's details have the standard deviations.
         num_c: how many values of C (regularisation) from 1e-6 to 1e5 are compared, on a held-out fifth of train.
         epochs: how often the linear model of positions sees the patches of train.
         settings: see `testreg.evaluation.evaluation.Settings`.

@@ -1,5 +1,7 @@
 """`Tower`: a vision transformer that was found in a model, with its blocks, MLPs, and what is needed to run it.
 
+A family is a kind of tower. testreg knows a table of families; a family's row in it is a `Family`.
+
 Shapes: B batch, T tokens, C width of a token, H neurons (hidden channels of an MLP), N patches, P prefix tokens (CLS
 and trained registers, in front of the patches).
 """
@@ -40,8 +42,8 @@ class Mlp:
     fc2_linear: nn.Linear
     """The second linear."""
     first: int
-    """The input channel of `fc2` that is neuron 0. It is C if one linear takes attention's output and, behind it, the
-    hidden activation; otherwise 0."""
+    """The input channel of `fc2` that is neuron 0. It is C if one linear takes the concatenation of attention's output
+    (C channels) and the hidden activation (H channels); otherwise 0."""
     module: nn.Module | None
     """The whole MLP, which maps (..., C) to (..., C); None if the block has no module that can be called for that."""
     scale: nn.Parameter | None
@@ -68,7 +70,7 @@ class Block:
 
     module: nn.Module
     mlps: tuple[Mlp, ...]
-    """The block's MLP, or several in parallel. Units are the numbers of neurons, counted through all of them."""
+    """The block's MLP, or several in parallel. A neuron's index in the block, its unit, counts on from MLP to MLP."""
     attention: nn.Module | None
     """The attention module, if the family's row names it."""
     bias: tuple[nn.Module, str] | None
@@ -93,7 +95,7 @@ class Tower:
     """A vision transformer found in a model, and its parts. `testreg.families.find_tower` makes it."""
 
     family: Family
-    """The row of the table that describes this kind of tower."""
+    """The row of the table of families that describes this kind of tower."""
     path: str
     """The dotted name of the tower in the model that was searched; "" if the model is the tower."""
     module: nn.Module
@@ -111,7 +113,9 @@ class Tower:
     def final_norm(self) -> nn.Module | None:
         """The norm after the last block, which the tower applies to all tokens or to pooled ones; None if none.
 
-        If there are several candidates, it is the least nested one, and the first of these among the tower's modules.
+        It is found by its place and shape: a module that is listed after the first block among the tower's modules, is
+        in no block, has "Norm" in its class name, and a weight (C,). Of several such modules, it is the least nested
+        one, and the first of these.
         """
         inside = {module for block in self.blocks for module in block.module.modules()}
         is_behind_blocks, norms = False, list[tuple[int, nn.Module]]()
@@ -253,8 +257,8 @@ class Tower:
     def arranged(self, tokens: Tensor, images: Tensor) -> Tensor:
         """The tokens (B, T, C) of a batch of images or clips, from tokens (..., C) as blocks or their parts get them.
 
-        The order is: the prefix, the patches row by row, then all others, e.g. registers. For a clip whose frames are
-        separate sequences, the prefix is the mean over the frames, and others are left out.
+        The order is: the prefix, the patches row by row, then all others, e.g. test-time registers. For a clip whose
+        frames are separate sequences, the prefix is the mean over the frames, and others are left out.
         """
         tokens = self.batch_first(tokens)
         if self.family.frames_apart:
@@ -295,7 +299,8 @@ class Tower:
         return in_space if self.family.takes != "clips" else (images.shape[-4] // self.frames_per_patch, *in_space)
 
     def sequence_grid(self, images: Tensor) -> Grid:
-        """The same for a sequence that the blocks get: for a frame, not the clip, if frames are sequences."""
+        """How the patches of one of the blocks' sequences are arranged: `grid`, or that of a frame if each frame of a
+        clip is a separate sequence."""
         grid = self.grid(images)
         return grid[1:] if self.family.frames_apart else grid
 
@@ -315,5 +320,5 @@ class Tower:
         return height // rows, width // columns
 
     def patches(self, images: Tensor) -> slice:
-        """The slice of the tokens that are patches: behind the prefix, before registers."""
+        """The slice of tokens, in the order of `arranged`, that are patches: behind the prefix, before all others."""
         return slice(self.num_prefix, self.num_prefix + math.prod(self.grid(images)))

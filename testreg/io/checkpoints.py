@@ -311,7 +311,7 @@ def _local_folder(name: str | os.PathLike[str]) -> Path:
 
 
 def _check_files(folder: Path, record: Record) -> None:
-    """Raise an error if a file of the checkpoint is missing, damaged, or could harm."""
+    """Raise an error if a file of the checkpoint is missing, damaged, or not safe to load."""
     check_folder(folder)
     if not record.weights:
         raise ValueError(

@@ -2,7 +2,8 @@
 
 All three read the neurons' activations, silence them on the patches (`zero`="all": on all tokens), and write them back.
 `shift` gives the largest of each neuron, or of a layer, to the registers (arXiv 2506.08010, Algorithm 2), `steer` to
-patches of one's choice (section 5), and `silence` to nobody, as registers are constants then (A.2).
+patches of one's choice (section 5). `silence` gives it to no token: it is for static registers, which are constants and
+need no activations (A.2).
 
 Shapes: B batch, T tokens without registers, P prefix tokens, R registers, H hidden, K neurons.
 """
@@ -93,14 +94,17 @@ def steer(
 def silence(
     hidden: Tensor, units: Sequence[int], *, num_prefix: int, zero: Zero, patches: Tensor | None = None
 ) -> Tensor:
-    """Make the register neurons zero on the patches, or on "all" tokens; the arguments are those of `shift`."""
+    """Make the register neurons zero on the patches, or on all tokens if `zero` is "all"; arguments as in `shift`."""
     index = index_tensor(units, hidden)
     moved = _silenced(hidden.index_select(-1, index), zero, num_prefix, patches)
     return _with_channels(hidden, index, moved)
 
 
 def _largest(activations: Tensor, max_over: MaxOver, valid: Tensor | None) -> Tensor:
-    """The activation of largest magnitude over the tokens, sign kept: of each neuron, or of all K in the "layer"."""
+    """The activation of largest magnitude over the tokens, sign kept, for each neuron (B, 1, K).
+
+    If `max_over` is "layer", it is the largest of all K neurons, the same for each of them.
+    """
     magnitude = activations.abs()
     if valid is not None:
         magnitude = magnitude.masked_fill(~valid.unsqueeze(-1), -1)
@@ -111,7 +115,11 @@ def _largest(activations: Tensor, max_over: MaxOver, valid: Tensor | None) -> Te
 
 
 def _silenced(activations: Tensor, zero: Zero, num_prefix: int, patches: Tensor | None) -> Tensor:
-    """The activations, zero on the patches or on "all" tokens; edited in place where gradients are off."""
+    """The activations, zero on the patches, or on all tokens if `zero` is "all".
+
+    Without `patches`, "patches" are all tokens behind the prefix, registers included: `shift` fills these afterwards.
+    Without `patches` or with `zero`="all", the activations are edited in place where gradients are off.
+    """
     if patches is not None and zero == "patches":
         return activations.masked_fill(patches.unsqueeze(-1), 0)
     silent = activations.clone() if torch.is_grad_enabled() else activations

@@ -152,7 +152,7 @@ def compare(
 
     Args:
         model: a vision transformer, or any model that contains one. It is not changed.
-        images: a few images, as `testreg.attention` takes them. Photographs are drawn in their own size.
+        images: a few images, as `testreg.attention` takes them. Photographs are drawn in their own size, within bounds.
         neurons: the register neurons, as `testreg.patch` takes them. None: those of a patched model, or else the
             bundled list of the model's checkpoint.
         block: the block after which norms are compared; None for the block after which the largest norm of a patch is
@@ -230,7 +230,8 @@ def _edges(share: Tensor) -> tuple[float, float] | None:
 
 
 def _block_of_largest_norm(tower: Tower, images: Tensor) -> int:
-    """The block after which the largest norm over the median norm of an image's patches is largest on average."""
+    """The block after which the ratio of the largest to the median norm of an image's patches, averaged over the
+    images, is largest."""
     norms = token_norms(tower, images)[..., tower.patches(images)]
     return int((norms.amax(-1) / norms.median(-1).values).mean(1).argmax())
 
@@ -252,7 +253,7 @@ def _size_in_inches(picture: Tensor) -> tuple[float, float]:
 
 
 def _draw(axis: Axes, picture: Tensor, title: str, edge: Any) -> None:
-    """Draw a photograph with a title, and an edge of that colour."""
+    """Draw a photograph with a title, and with a border whose colour is `edge`."""
     axis.imshow(picture.numpy())
     axis.set(xticks=[], yticks=[])
     axis.set_title(title, fontsize=9)
