@@ -4,7 +4,7 @@ A table stands between `<!-- table NAME -->`, or `<!-- table NAME part -->`, and
 docs/evaluations/NAME.json: what `testreg evaluate --json` wrote; or `scripts/restoration`, whose parts are ways, tasks
 and samples; or `scripts/harmless.py`, whose parts are both and samples; or `scripts/evidence`, whose parts are columns,
 shows, values, intervals and times; or `scripts/quantisation`, whose parts are places,
-own, nearness, gaps and real. Where there is no such file yet, what stands there stays.
+own, nearness, gaps, neighbours and real. Where there is no such file yet, what stands there stays.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ PARTS = {
     "own": quantisation.of_own,
     "nearness": quantisation.of_nearness,
     "gaps": quantisation.of_gaps,
+    "neighbours": quantisation.of_knn,
     "real": quantisation.of_real,
 }
 
