@@ -7,7 +7,7 @@ docs/evaluations/NAME.json, which one of these has written:
 - `scripts/restoration`, with the parts ways, tasks and samples;
 - `scripts/harmless.py`, with the parts both and samples;
 - `scripts/evidence`, with the parts columns, shows, values, intervals and times;
-- `scripts/quantisation`, with the parts places, own, nearness, gaps and real.
+- `scripts/quantisation`, with the parts places, own, nearness, gaps, neighbours and real.
 
 If the file does not exist, the table in the docs is kept.
 """
@@ -44,6 +44,7 @@ PARTS = {  # {part: function that makes its table from the JSON}
     "own": quantisation.of_own,
     "nearness": quantisation.of_nearness,
     "gaps": quantisation.of_gaps,
+    "neighbours": quantisation.of_knn,
     "real": quantisation.of_real,
 }
 

@@ -39,6 +39,17 @@ def of_gaps(made: dict[str, Any]) -> str:
     return _headed(made, markdown([["setting", "to", *names], *rows]))
 
 
+def of_knn(made: dict[str, Any]) -> str:
+    """The accuracy of nearest neighbours, and how far it is from the plain network's in the same setting."""
+    settings = {name: metrics["top1"] for name, metrics in made["knn"]["settings"].items()}
+    names = list(settings["float"]["values"])
+    rows = [["setting", *names, *(f"{name} - plain, 95 % interval" for name in names if name != PLAIN)]]
+    for name, found in settings.items():
+        differences = (interval(each, 3) for each in found["difference"].values())
+        rows.append([name, *(number(value, 3) for value in found["values"].values()), *differences])
+    return _headed(made, markdown(rows))
+
+
 def of_real(made: dict[str, Any]) -> str:
     """What the recipes do with real small numbers."""
     rows = [["quantiser", "to", PLAIN, "together", "recipe", "recipe - plain, 95 % interval"]]

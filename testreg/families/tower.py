@@ -153,16 +153,16 @@ class Tower:
             self.check_runs()
         assert self.family.run is not None
         if self.family.takes == "clips" and images.ndim != 5:
-            raise self.takes_no_images()
+            raise self.no_images_error()
         with self._checking_tokens(images):
             return self.family.run(self.module, images.to(self.device, self.dtype))
 
     def check_runs(self) -> None:
         """Raise ValueError unless the tower takes a batch of images, so that its maps can be drawn."""
         if self.family.run is None or self.family.takes != "images":
-            raise self.takes_no_images()
+            raise self.no_images_error()
 
-    def takes_no_images(self) -> ValueError:
+    def no_images_error(self) -> ValueError:
         """The error to raise if the tower takes no batch of images, but should be run on one or drawn."""
         explanation = {
             "images": "so testreg cannot run it by itself: neither calibrate nor draw it. It can be patched with given "

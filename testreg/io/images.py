@@ -137,7 +137,7 @@ class ImageStream:
         which = f"{'image' if self.num_frames is None else 'clip'} {number} of {self.source}"
         if not isinstance(image, Tensor) or not self._has_shape(image) or not image.is_floating_point():
             if self.tower is not None and self.num_frames is not None and isinstance(image, Tensor) and image.ndim == 3:
-                raise self.tower.takes_no_images()
+                raise self.tower.no_images_error()
             what = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
             shape = "(3, h, w)" if self.num_frames is None else f"({self.num_frames}, 3, h, w)"
             raise ValueError(f"{which} is {what} after its transform: a model takes float tensors {shape}")

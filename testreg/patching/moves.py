@@ -96,8 +96,8 @@ def silence(
 ) -> Tensor:
     """Make the register neurons zero on the patches, or on all tokens if `zero` is "all"; arguments as in `shift`."""
     index = index_tensor(units, hidden)
-    moved = _silenced(hidden.index_select(-1, index), zero, num_prefix, patches)
-    return _with_channels(hidden, index, moved)
+    silenced = _silenced(hidden.index_select(-1, index), zero, num_prefix, patches)
+    return _with_channels(hidden, index, silenced)
 
 
 def _largest(activations: Tensor, max_over: MaxOver, valid: Tensor | None) -> Tensor:

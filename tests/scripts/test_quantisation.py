@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from quantisation.fake import PLAIN, Network, Setting, linears, quantised, ranges_of, reading, rounded
-from quantisation.tables import of_gaps, of_nearness, of_own, of_real
+from quantisation.tables import of_gaps, of_knn, of_nearness, of_own, of_real
 from tiny import HF, IMAGE
 from torch import Tensor, nn
 
@@ -91,9 +91,13 @@ def test_tables_by_hand() -> None:
     made = {
         "note": "tiny",
         "embed": {"settings": {"float": same}},
+        "knn": {"settings": {"float": {"top1": metric}}},
         "torchao": {"settings": {"8 bit": {"own": recipe}}},
     }
     for table in (of_own(made), of_nearness(made)):
         assert table.splitlines()[-1] == "| float | 0.500 | **0.750** | 0.250 |"
     assert of_gaps(made).splitlines()[-1] == ("| float | plain | +0.250 [+0.125, +0.375] | -0.250 [-0.500, +0.125] |")
+    assert of_knn(made).splitlines()[-1] == (
+        "| float | 0.500 | 0.750 | 0.250 | +0.250 [+0.125, +0.375] | -0.250 [-0.500, +0.125] |"
+    )
     assert of_real(made).splitlines()[-1].endswith("| own | 0.500 | 0.250 | 0.750 | +0.250 [+0.125, +0.375] |")
