@@ -48,6 +48,8 @@ def check_images(images: str | os.PathLike[str]) -> None:
         _dataset_name(name)
     elif name.endswith(".tar"):
         _shard_paths(name)
+    elif name.lower().endswith(".txt") and not Path(name).is_dir():
+        listed_paths(Path(name), Path.exists)  # images, or folders of clips: that depends on the model
     else:
         image_paths(name)
 

@@ -202,15 +202,15 @@ def _box(image: Image, transform: Transform) -> Box:
     It is found by transforming an image whose red grows from left to right, and whose green grows from top to bottom.
     If a transform does more than resize, crop and normalise, the whole image is returned.
     """
-    from PIL import Image as images
+    from PIL import Image as PILImage
 
     width, height = image.size
     ramp = np.zeros((height, width, 3), np.uint8)
     ramp[..., 0] = np.linspace(0, 255, width).round()[None]
     ramp[..., 1] = np.linspace(0, 255, height).round()[:, None]
-    black, white = (transform(images.new("RGB", image.size, colour)).double() for colour in ("black", "white"))
+    black, white = (transform(PILImage.new("RGB", image.size, colour)).double() for colour in ("black", "white"))
     # (3, h, w): where each pixel was in the image, from 0 to 1: across in the first channel, down in the second
-    share = (transform(images.fromarray(ramp)).double() - black) / (white - black)
+    share = (transform(PILImage.fromarray(ramp)).double() - black) / (white - black)
     horizontal, vertical = _edges(share[0].mean(0)), _edges(share[1].mean(1))
     if horizontal is None or vertical is None:
         return 0, 0, width, height

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from testreg.families import find_tower
 from testreg.io.clips import clip_paths, middle_frames, read_clip
 from testreg.io.images import ImageStream
+from testreg.io.sources import check_images
 
 FRAMES = 4
 
@@ -63,6 +64,7 @@ def test_a_folder_of_clips(clips: Path) -> None:
 def test_a_list_of_clips(clips: Path) -> None:
     (clips / "clips.txt").write_text("# two\nb.gif\na\n")
     assert [path.name for path in clip_paths(str(clips / "clips.txt"))] == ["b.gif", "a"]
+    check_images(clips / "clips.txt")  # the command line asks this before the model is known
     (clips / "clips.txt").write_text("c.gif\n")
     with pytest.raises(FileNotFoundError, match=r"there is no .*c\.gif"):
         clip_paths(str(clips / "clips.txt"))
