@@ -5,6 +5,7 @@ Modules are renamed between releases, so many rows have several candidates for a
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -44,7 +45,9 @@ def _run_on_patches(tower: Any, images: Tensor) -> Any:
 
 def _run_on_frames(tower: Any, clips: Tensor) -> Any:
     """Run X-CLIP, which takes the frames of all clips in a row: (B * frames, 3, h, w)."""
-    return tower(clips.flatten(0, 1), interpolate_pos_encoding=True)
+    frames, name = clips.flatten(0, 1), "interpolate_pos_encoding"
+    takes_any_size = name in inspect.signature(type(tower).forward).parameters  # not in transformers 4
+    return tower(frames, **{name: True}) if takes_any_size else tower(frames)
 
 
 def _square_patch_size(tower: Any) -> tuple[int, int]:

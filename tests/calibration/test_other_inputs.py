@@ -167,7 +167,7 @@ def test_neighbours_in_space_and_time() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("registers", [0, 2])
 @pytest.mark.parametrize(
-    "make", [qwen, lambda: transformers.PixtralVisionModel(transformers.PixtralVisionConfig(**HF))]
+    "make", [qwen, lambda: transformers.PixtralVisionModel(transformers.PixtralVisionConfig(**HF | {"image_size": 96}))]
 )
 def test_packed_images_are_arranged_as_each_alone(make: Callable[[], nn.Module], registers: int) -> None:
     """Tokens and attention of a batch are those of each image alone, and patches lie row by row."""

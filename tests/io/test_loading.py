@@ -20,7 +20,7 @@ import transformers
 from imitations import dinov2
 from marks import slow_except
 from PIL import Image
-from tiny import DEPTH, HF, IMAGE, MLP_WIDTH, NEURONS, PATCH, TIMM, WIDTH, build
+from tiny import DEPTH, HF, IMAGE, MLP_WIDTH, NEURONS, PATCH, TIMM, TIMM_RECORDS, WIDTH, build
 from torch import Tensor, nn
 from torchvision.models import Weights, WeightsEnum
 from torchvision.transforms._presets import ImageClassification
@@ -499,7 +499,8 @@ def test_what_save_writes_takes_photographs(name: str, tmp_path: Path, monkeypat
         loaded = load_model(str(tmp_path / "original"))
         model, expected = loaded.model, loaded.transform(PHOTO)
     expected = features(patch(model, {0: [1]}), expected[None])
-    save(model, tmp_path / "saved", **({"arch": OPEN_CLIP} if name == "open_clip" else {}))
+    args = {"open_clip": {"arch": OPEN_CLIP}, "timm_vit": {} if TIMM_RECORDS else {"model_args": TIMM}}
+    save(model, tmp_path / "saved", **args.get(name, {}))
     PHOTO.save(tmp_path / "photo.png")
     shutil.rmtree(tmp_path / "original", ignore_errors=True)
     (tmp_path / "saved").rename(tmp_path / "elsewhere")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from testreg.demo.run import PHOTOGRAPHS
 from testreg.families import find_tower
 from testreg.measure.hooks import recorded_tokens
+from testreg.patching.forward import first_of, with_first
 
 
 def with_an_outlier() -> tuple[Tensor, Tensor]:
@@ -43,10 +45,10 @@ def test_what_a_block_gets_is_replaced_within_the_context(name: str) -> None:
     model, images = build(name), torch.rand(2, 3, 64, 64)
     tower = find_tower(model)
 
-    def high(module: object, args: object, out: Tensor) -> Tensor:
-        out = out.clone()
-        out[:, 1 + 4 + 2] = 100.0
-        return out
+    def high(module: object, args: object, out: Any) -> Any:
+        tokens = first_of(out).clone()  # a tuple in transformers 4
+        tokens[:, 1 + 4 + 2] = 100.0
+        return with_first(out, tokens)
 
     handle = tower.blocks[1].module.register_forward_hook(high)
     with torch.no_grad(), replacing(tower, range(2, 3), lambda patches, outlier: patches * ~outlier[..., None]):
