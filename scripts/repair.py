@@ -174,7 +174,7 @@ def channels(patches: Tensor, outlier: Tensor) -> Tensor:
     return torch.where(replaced, neighbours(patches, outlier), patches)
 
 
-def seen_of(loaded: LoadedModel, images: Tensor) -> shows.Seen:
+def seen_of(loaded: LoadedModel, images: Tensor) -> shows.Recorded:
     """What the model, as it is now, shows of images."""
     variant = Variant("plain", loaded.model, loaded.transform, nullcontext, None)
     found = defaultdict[str, list[Tensor]](list)
@@ -182,11 +182,11 @@ def seen_of(loaded: LoadedModel, images: Tensor) -> shows.Seen:
         for batch in images.split(BATCH):
             for name, value in shows.compute(variant, batch).items():
                 found[name].append(value)
-    return shows.Seen(Stacked({name: torch.cat(values) for name, values in found.items()}))
+    return shows.Recorded(Stacked({name: torch.cat(values) for name, values in found.items()}))
 
 
 class Stacked(dict[str, Tensor]):
-    """What `shows.Seen` reads, in memory: hooks are not among what features on disk are known by."""
+    """What `shows.Recorded` reads, in memory: hooks are not among what features on disk are known by."""
 
     def stacked(self, name: str) -> Tensor:
         return self[name]

@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import functools
 import gc
-import io
 import itertools
 import json
 import math
@@ -26,7 +25,7 @@ from marks import slow_except
 from reference import LAYOUTS, block_outputs, build, forward_by_hand, run
 from safetensors import safe_open
 from timm.models.vision_transformer import checkpoint_filter_fn
-from tiny import IMAGE, TORCH_2_9, TRANSFORMERS_4
+from tiny import DUPLICATES, IMAGE, TORCH_2_9, TRANSFORMERS_4
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -414,20 +413,6 @@ def test_unpatch_leaves_no_trace(family: str) -> None:
     assert not is_patched(model)
     assert snapshot(model) == state
     assert outputs(model).equal(clean)
-
-
-def through_pickle(model: nn.Module) -> nn.Module:
-    return pickle.loads(pickle.dumps(model))
-
-
-def through_torch_save(model: nn.Module) -> nn.Module:
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
-DUPLICATES = (copy.deepcopy, through_pickle, through_torch_save)
 
 
 @pytest.mark.parametrize(

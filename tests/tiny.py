@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
+import pickle
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -155,3 +157,17 @@ def photograph_crops() -> Tensor:
 
 def packed(images: Iterable[Tensor]) -> list[PackedImage]:
     return [PackedImage.of(image) for image in images]
+
+
+def through_pickle(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+def through_torch_save(model: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+DUPLICATES = (copy.deepcopy, through_pickle, through_torch_save)

@@ -40,7 +40,7 @@ from testreg.evaluation.classification import top_1_and_5
 from testreg.evaluation.knn import vote
 from testreg.evaluation.labels import labelled_images
 from testreg.evaluation.preparing import IMAGENET_ZOOM, Square, normalisation_of
-from testreg.evaluation.samples import drawn
+from testreg.evaluation.samples import random_subset
 from testreg.io.images import ImageStream
 from testreg.io.loading import LoadedModel, load_model
 from testreg.neurons import resolve
@@ -173,7 +173,7 @@ def knn_task(
     after each column, of those that are done."""
     prepare = Square(normalisation_of(loaded.transform), 224, "crop", IMAGENET_ZOOM)
     splits = labelled_images(data).splits
-    samples = {name: drawn(splits[name], count, SEED) for name, count in (("train", train), ("val", test))}
+    samples = {name: random_subset(splits[name], count, SEED) for name, count in (("train", train), ("val", test))}
     images = {name: torch.stack([prepare(each.open()) for each in split]) for name, split in samples.items()}
     labels = {name: torch.tensor([each.target for each in split]) for name, split in samples.items()}
     scores: dict[str, dict[str, dict[str, Metric]]] = {}

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ def check_options(num_registers: int | None, max_over: str, zero: str, start: st
         raise ValueError(f"max_over must be 'neuron' or 'layer', got {max_over!r}")
     if zero not in ("patches", "all"):
         raise ValueError(f"zero must be 'patches' or 'all', got {zero!r}")
-    if start not in (None, "zeros", "mean"):
+    if start not in (None, *get_args(Start)):
         raise ValueError(f"start must be 'zeros' or 'mean', got {start!r}")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 import pickle
 import threading
@@ -25,6 +24,7 @@ from coverage.transformers_inputs import GRIDS
 from coverage.transformers_table import VLM
 from marks import slow_except
 from reference import shift_by_hand
+from tiny import DUPLICATES
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
@@ -559,21 +559,7 @@ def test_a_model_compiles_in_a_second_thread_after_a_masked_one() -> None:
     torch.testing.assert_close(found, model.forward_features(batch))
 
 
-def _pickled(model: nn.Module) -> nn.Module:
-    return pickle.loads(pickle.dumps(model))
-
-
-def _saved(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-COPIES = [copy.deepcopy, _pickled, _saved]
-
-
-@pytest.mark.parametrize("duplicate", slow_except(COPIES, copy.deepcopy))
+@pytest.mark.parametrize("duplicate", slow_except(DUPLICATES, copy.deepcopy))
 @pytest.mark.parametrize("name", CASES)
 def test_copies_of_padded_and_packed_models_work(name: str, duplicate: Callable[[nn.Module], nn.Module]) -> None:
     model = build(name, num_registers=2)
@@ -923,7 +909,7 @@ def test_a_family_of_your_own(own: OwnViT, options: dict[str, Any]) -> None:
     torch.testing.assert_close(held, by_hand.registers)
     assert not torch.allclose(plain, ours, atol=0.01)
     assert list(own.state_dict()) == keys
-    for duplicate in COPIES:
+    for duplicate in DUPLICATES:
         assert torch.equal(duplicate(own)(batch), ours)
     assert torch.equal(testreg.unpatch(own)(batch), plain)
     assert find_tower(own).grid(batch) == (3, 3)

@@ -1,5 +1,7 @@
 """Small numbers by simulation: what is rounded, to which values, and what is left alone."""
 
+import importlib
+
 import pytest
 import torch
 import transformers
@@ -9,6 +11,13 @@ from tiny import HF, IMAGE
 from torch import Tensor, nn
 
 LARGEST = Setting(8, "largest", symmetric=True)
+
+
+def test_the_command_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    """All that it imports from testreg and from the other scripts is there."""
+    with pytest.raises(SystemExit, match="0"):
+        importlib.import_module("quantisation.__main__").main(["--help"])
+    assert "--photographs" in capsys.readouterr().out
 
 
 def test_rounding_by_hand() -> None:

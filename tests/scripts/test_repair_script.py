@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from repair import channels, main, neighbours, replacing
+from repair import BATCH, channels, main, neighbours, replacing, seen_of
 from tiny import HF_DINOV2, build
-from torch import Tensor
+from torch import Tensor, nn
 
 from testreg.demo.run import PHOTOGRAPHS
 from testreg.families import find_tower
+from testreg.io.loading import LoadedModel
 from testreg.measure.hooks import recorded_tokens
 from testreg.patching.forward import first_of, with_first
 
@@ -62,6 +63,15 @@ def test_what_a_block_gets_is_replaced_within_the_context(name: str) -> None:
         tower.run(images)
     assert (after[0][:, 7] == 100).all()
     handle.remove()
+
+
+def test_what_is_seen_is_of_all_batches() -> None:
+    images = torch.rand(BATCH + 1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    model = build("timm_vit")
+    seen = seen_of(LoadedModel(model, nn.Identity(), "tiny"), images)
+    with torch.no_grad(), recorded_tokens(find_tower(model), images, 3) as after:
+        find_tower(model).run(images)
+    torch.testing.assert_close(seen.last, after[0][:, 1:])
 
 
 def test_positions_are_planted_and_repaired(
