@@ -67,8 +67,9 @@ def patch(
         max_over: "neuron" moves the largest value of each neuron (paper), "layer" the largest of all neurons of a
             block, for each of them (released code).
         zero: where the moved neurons are zero: on "patches" (released code), or on "all" tokens, CLS included (paper).
-        start: what registers hold when they enter block 0: "zeros" (paper), or the "mean" of their image's patches;
-            None takes what the list recommends.
+        start: "zeros" (paper): registers enter block 0 as zeros. "mean": they enter the first block that has register
+            neurons as the mean of their image's patches, and earlier blocks are not changed. None takes what `static`
+            has, or what the list recommends.
         static: constants that replace the states of the registers, from `testreg.make_static`, or their file's path.
         target: a mask of patches that take the register's place in every forward, as in `testreg.steered`.
 
@@ -95,10 +96,12 @@ def patch(
     chosen.check_fits(tower.depth, tower.mlp_width)
     if num_registers is None:
         num_registers = chosen.num_registers if constant is None else constant.num_registers
+    if start is None:
+        start = chosen.start if constant is None else constant.start
     if constant is not None:
         if target is not None:
             raise ValueError("pass static or target: where neurons are steered onto patches there are no registers")
-        constant.check_fits(tower, chosen, num_registers)
+        constant.check_fits(tower, chosen, num_registers, start)
     warn_of_other_weights(chosen, model, tower)
     warn_of_activation(model, tower, chosen)
     warn_of_unverified(chosen)
@@ -109,7 +112,7 @@ def patch(
         split_neurons,
         max_over,
         zero,
-        start or chosen.start,
+        start,
         tower.num_prefix,
         target,
         constant,
@@ -166,7 +169,8 @@ def disabled(model: M) -> Iterator[M]:
 def registers(model: nn.Module) -> Iterator[list[Tensor]]:
     """Within the `with` block, the list holds the registers (B, R, C) after each block of this thread's last forward.
 
-    They are read from the output of the blocks, before the final norm. Contexts nest, each with a list of its own.
+    They are read from the output of the blocks, before the final norm. After the blocks in front of the one that they
+    enter (`start` of `testreg.patch`) there are none: (B, 0, C). Contexts nest, each with a list of its own.
 
     Example:
         >>> with testreg.patched(model, neurons), testreg.registers(model) as after_block:

@@ -24,11 +24,12 @@ from torch import Tensor
 from testreg.families import Tower, compare_weights
 from testreg.files import check_format, plain, regular_file, replacing, shown
 from testreg.neurons import RegisterNeurons
+from testreg.records.record import Start
 
 FORMAT = "testreg-static"
 VERSION = 1
 SUFFIX = ".static.safetensors"
-_KEYS = {"format", "version", "neurons", "form", "model", "images"}
+_KEYS = {"format", "version", "neurons", "form", "start", "model", "images"}
 
 Form = Literal["token", "bias"]
 """What static registers are in a model, see `StaticRegisters.form`."""
@@ -67,6 +68,9 @@ class StaticRegisters:
     """The checkpoint, as in `RegisterNeurons.model`."""
     images: Mapping[str, Any] = field(default_factory=dict)
     """The images over which the states were averaged: their number, source and size in pixels."""
+    start: Start = "zeros"
+    """How the registers started that were averaged. If as the mean patch, they do not enter the first blocks, and their
+    states there are zeros, which are not used."""
 
     def __post_init__(self) -> None:
         if self.states.ndim != 3 or not self.states.numel() or not self.states.is_floating_point():
@@ -77,6 +81,8 @@ class StaticRegisters:
             raise ValueError("the states of registers are not all finite")
         if self.form not in get_args(Form):
             raise ValueError(f"form must be 'token' or 'bias', got {shown(self.form)}")
+        if self.start not in get_args(Start):
+            raise ValueError(f"start must be 'zeros' or 'mean', got {shown(self.start)}")
 
     def __repr__(self) -> str:
         depth, count, width = self.states.shape
@@ -102,8 +108,8 @@ class StaticRegisters:
         """The number of registers, R."""
         return self.states.shape[1]
 
-    def check_fits(self, tower: Tower, neurons: RegisterNeurons, num_registers: int) -> None:
-        """Raise ValueError unless the states fit this tower, these neurons and this number of registers."""
+    def check_fits(self, tower: Tower, neurons: RegisterNeurons, num_registers: int, start: Start) -> None:
+        """Raise ValueError unless the states fit this tower, and these neurons, number of registers and start."""
         depth, num_static, width = self.states.shape
         expected = tower.depth, tower.width
         if (depth, width) != expected:
@@ -115,6 +121,8 @@ class StaticRegisters:
             raise ValueError(
                 f"there are {num_static} static registers: pass num_registers={num_static}, got {num_registers}"
             )
+        if start != self.start:
+            raise ValueError(f"these static registers are of registers with start={self.start!r}, not {start!r}")
         if compare_weights(str(self.model.get("fingerprint")), tower) == "other":
             raise ValueError(
                 f"these static registers are of {plain(self.model.get('name', 'another checkpoint'))}, whose weights "
@@ -135,6 +143,7 @@ class StaticRegisters:
             "format": FORMAT,
             "version": VERSION,
             "form": self.form,
+            "start": self.start,
             "neurons": {str(block): list(units) for block, units in self.neurons.items()},
             "model": dict(self.model),
             "images": dict(self.images),
@@ -160,7 +169,14 @@ class StaticRegisters:
                 json.loads(text), FORMAT, VERSION, _KEYS, source=source, expected="a file of static registers"
             )
             neurons = {int(block): [int(unit) for unit in units] for block, units in data["neurons"].items()}
-            return cls(states, neurons, data["form"], dict(data["model"]), dict(data["images"]))
+            return cls(
+                states,
+                neurons,
+                data["form"],
+                model=dict(data["model"]),
+                images=dict(data["images"]),
+                start=data.get("start", "zeros"),
+            )
         except SafetensorError as error:
             raise ValueError(f"{source} is damaged or truncated: {error}") from None
         except (AttributeError, KeyError, TypeError, RecursionError) as error:

@@ -29,7 +29,7 @@ from testreg.static import StaticRegisters
 PLAIN = "plain"
 COLUMNS: Mapping[str, str] = {
     "testreg": "testreg's neurons, on registers that are as many as its list says, and start as it says",
-    "from zeros": "the same, on registers that start as zeros",
+    "from zeros": "the same, on registers that start as zeros, as many as change outputs least then",
     "one register": "the same neurons, on one register",
     "paper": "what the paper's score ranks first, on one register: mean |activation|, the blocks and the number of "
     "neurons that it names for a ViT-B/16",
@@ -38,8 +38,8 @@ COLUMNS: Mapping[str, str] = {
     "released code",
     "static": "testreg's neurons silent, and the registers' mean states on other images as constants",
     "zeroed": "testreg's neurons write nothing, and there is no register",
-    "random": "as many random neurons of the same blocks, on as many registers",
-    "bare": "as many registers, to which nothing is moved",
+    "random": "as many random neurons of the same blocks, on as many registers as start as zeros",
+    "bare": "as many registers as start as zeros, to which nothing is moved",
 }
 """{column: what it is}, for all columns but the plain network."""
 
@@ -81,13 +81,18 @@ class Columns:
             case "random":
                 width = find_tower(self.network.model).mlp_width
                 random_neurons = random_like(self.chosen.by_block(), width, 0, but=self.chosen.by_block())
-                return replace(RegisterNeurons.from_blocks(random_neurons), num_registers=self.chosen.num_registers)
+                return replace(RegisterNeurons.from_blocks(random_neurons), num_registers=self.from_zeros.num_registers)
         return None
 
     @property
     def from_zeros(self) -> RegisterNeurons:
-        """testreg's neurons, for registers that start as zeros, as those of all other columns do."""
-        return replace(self.chosen, start="zeros")
+        """testreg's neurons, for registers that start as zeros, as those of all other columns do.
+
+        The number of registers is the one with which outputs changed least when the neurons were calibrated.
+        """
+        measured = [each for each in self.chosen.calibration.registers if each.start == "zeros"]
+        best = min(measured, key=lambda effect: effect.change, default=self.chosen)
+        return replace(self.chosen, start="zeros", num_registers=best.num_registers)
 
     @property
     def one_register(self) -> RegisterNeurons:
@@ -135,7 +140,7 @@ class Columns:
         elif name == "zeroed":
             network = zeroed_copy(plain, self.chosen.by_block())
         else:
-            network = with_bare_registers(plain, self.chosen.num_registers)
+            network = with_bare_registers(plain, self.from_zeros.num_registers)
         return LoadedModel(network, self.network.transform, name)
 
     def _static(self) -> StaticRegisters:

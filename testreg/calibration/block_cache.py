@@ -128,7 +128,12 @@ class CachedBlock(Override):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cache = self.cache
         if cache.start is not None and self.index < cache.first_run:
-            return _copied(cache.start.output)
+            output = cache.start.output
+            if self.index == cache.first_run - 1:
+                return _copied(output)
+            # Not the last tokens that are kept: these may have registers, which enter at a later block than this.
+            tokens = args[0] if args else next(iter(kwargs.values()))
+            return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
         output = self.original(*args, **kwargs)
         cache.keep(self.index, output)
         return output

@@ -25,7 +25,7 @@ from testreg.calibration.resume import State, key_of
 from testreg.calibration.selection import (
     MAX_MEASUREMENTS,
     MAX_NEURONS,
-    REGISTERS_TRIED,
+    MEASURED_LAST,
     Candidates,
     Selection,
     select,
@@ -93,9 +93,7 @@ def choose(ranked: Ranked, meters: Sequence[Meters], options: Options, budget: B
         return Choice(ranking[: options.top_k], ranking, last_in_first_round, None)
     # Three steps still follow once the budget is spent, and need these forwards: the set that is being measured is
     # finished, numbers and starts of registers are compared, and the chosen neurons are verified.
-    forwards_to_finish = (
-        sum(each.num_images for each in set(meters[0])) + REGISTERS_TRIED * meters[0].choosing.num_images
-    )
+    forwards_to_finish = sum(each.num_images for each in set(meters[0])) + MEASURED_LAST * meters[0].choosing.num_images
     forwards_to_rank_again = FORWARDS_TO_RANK * NUM_RANKED_AGAIN * world_size()
     with ExitStack() as stack:
         for each in meters:
@@ -134,7 +132,7 @@ def choose(ranked: Ranked, meters: Sequence[Meters], options: Options, budget: B
             max_change=options.max_change,
             out_of_time=lambda: budget.is_spent("choosing", forwards_to_come=forwards_to_finish),
         )
-        selection = with_best_start(selection, measure(selection.neurons, selection.effect.num_registers, "mean"))
+        selection = with_best_start(selection, lambda number: measure(selection.neurons, number, "mean"))
     last = max(last_in_first_round, *(block for block, _, _ in selection.neurons))
     effect = selection.effect
     return Choice(selection.neurons, ranking, last, selection, effect.num_registers, effect.start)

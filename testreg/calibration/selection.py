@@ -45,6 +45,8 @@ MAX_NEURONS = 512  # one round adds at most this many neurons; InternViT-6B need
 MAX_MEASUREMENTS = 64  # one selection measures at most this many sets of neurons
 MAX_ROUNDS = 8
 REGISTERS_TRIED = 4  # at most this many registers are tried
+# To choose the number of registers and their start, at most this many sets are measured: all numbers, and one twice.
+MEASURED_LAST = REGISTERS_TRIED + 1
 
 Measure = Callable[[Sequence[Neuron], int], Effect]
 """Measures the effect of moving some neurons to a number of registers."""
@@ -73,8 +75,8 @@ class Selection:
     dropped: tuple[Neuron, ...]
     """Neurons that were added in a round, and later dropped: the set is as good without them."""
     effects_by_num_registers: tuple[Effect, ...]
-    """The effects of moving the chosen neurons to 1, 2, ... registers, as far as they were measured; and, last, to the
-    chosen number of registers that start as the mean patch."""
+    """The effects of moving the chosen neurons to 1, 2, ... registers that start as zeros, as far as they were
+    measured; and then to some numbers of registers that start as the mean patch."""
 
     @property
     def curve(self) -> tuple[Effect, ...]:
@@ -161,18 +163,33 @@ def select(
     )
 
 
-def with_best_start(selection: Selection, from_mean: Effect) -> Selection:
+def with_best_start(selection: Selection, from_mean: Callable[[int], Effect]) -> Selection:
     """The selection, with registers that start as the mean of their image's patches if features change less then.
 
-    `from_mean` is the effect of the same neurons on as many registers with that start. It is taken if the sum of
-    `change_pooled` and `change_patches` is smaller by about a tenth and at least `SAME_OUTPUTS`, and the larger of the
-    two, `remaining` and attention (`draws_as_little`) are no worse.
+    `from_mean` measures the chosen neurons on a number of registers with that start: first on as many as were chosen.
+    That is taken if the sum of `change_pooled` and `change_patches` is smaller by about a tenth and at least
+    `SAME_OUTPUTS`, and the larger of the two, `remaining` and attention (`draws_as_little`) are no worse. Then more
+    registers are tried, as long as features change less with each.
     """
-    from_zeros = selection.effect
-    is_better = _change_limit(_both_changes(from_mean)) < _both_changes(from_zeros)
-    is_as_good = from_mean.change <= from_zeros.change and from_mean.remaining <= from_zeros.remaining
-    effect = from_mean if is_better and is_as_good and draws_as_little(from_mean, from_zeros) else from_zeros
-    return replace(selection, effect=effect, effects_by_num_registers=(*selection.effects_by_num_registers, from_mean))
+    from_zeros = effect = selection.effect
+    effects = [from_mean(from_zeros.num_registers)]
+
+    def is_as_good(one: Effect) -> bool:
+        return (
+            one.change <= from_zeros.change
+            and one.remaining <= from_zeros.remaining
+            and draws_as_little(one, from_zeros)
+        )
+
+    if is_as_good(effects[0]) and _change_limit(_both_changes(effects[0])) < _both_changes(from_zeros):
+        while (number := effects[-1].num_registers) < REGISTERS_TRIED:
+            effects.append(from_mean(number + 1))
+            if _both_changes(effects[-1]) > _both_changes(effects[-2]):
+                break
+        good = [each for each in effects if is_as_good(each)]
+        least = min(map(_both_changes, good))
+        effect = next(each for each in good if _both_changes(each) <= _change_limit(least))
+    return replace(selection, effect=effect, effects_by_num_registers=(*selection.effects_by_num_registers, *effects))
 
 
 def _both_changes(effect: Effect) -> float:
@@ -259,7 +276,7 @@ class _Search:
 
     def is_over(self) -> bool:
         """Whether no more sets of neurons are measured. Numbers of registers are still tried then."""
-        return len(self.effects) > MAX_MEASUREMENTS - REGISTERS_TRIED or self.out_of_time()
+        return len(self.effects) > MAX_MEASUREMENTS - MEASURED_LAST or self.out_of_time()
 
     def needs_more(self) -> bool:
         """Whether too many outliers are left, and no limit forbids another round."""

@@ -21,6 +21,7 @@ from testreg.families import Tower
 from testreg.families.kernels import attention_kernel
 from testreg.measure.attention_observer import Attention, AttentionObserver, TokenSelection
 from testreg.measure.hooks import recording_inputs, recording_outputs
+from testreg.patching.state import find_patch
 
 Query = Literal["cls", "pool", "mean", "register"]
 To = Literal["patches", "registers"]
@@ -96,7 +97,7 @@ def attention_to_patches(
     attention = torch.cat(recorded, 1)  # a block may have several attentions in parallel: all their heads are returned
     registers = register_numbers(tower, images, attention.shape[-1])
     if not len(registers) and (to == "registers" or (isinstance(query, str) and query == "register")):
-        raise _has_no_registers(tower)
+        raise _has_no_registers(tower, block)
     return attention[..., tower.patches(images) if to == "patches" else registers]
 
 
@@ -126,7 +127,9 @@ def register_numbers(tower: Tower, images: Tensor, num_tokens: int) -> Tensor:
     return torch.tensor([*trained, *added], dtype=torch.long, device=tower.device)
 
 
-def _has_no_registers(tower: Tower) -> ValueError:
+def _has_no_registers(tower: Tower, block: int) -> ValueError:
+    if (patch := find_patch(tower.module)) is not None and patch.mode_for_new_forward.has_registers:
+        return ValueError(f"registers enter block {patch.entry_block} of this model: there are none in block {block}")
     return ValueError(f"{type(tower.module).__name__} has no registers: call testreg.patch(model, ...) first")
 
 
@@ -176,7 +179,8 @@ def attention_rollout(tower: Tower, images: Tensor, block: int = -1, query: Quer
 
     It is the product of (A + I) / 2 over the blocks from the first one to `block`. A (T, T) is a block's attention, row
     by row what each token gives, averaged over its heads; a later block's factor stands to the left; and the identity I
-    stands for the residual stream. All tokens take part, prefix tokens and registers too.
+    stands for the residual stream. All tokens take part, prefix tokens and registers too. Registers that start as the
+    mean patch in a later block than the first begin there with the mean of the patches' rows.
     """
     query = default_query(tower) if query is None else query
     if isinstance(query, Tensor) and query.ndim == 3:
@@ -191,14 +195,20 @@ def attention_rollout(tower: Tower, images: Tensor, block: int = -1, query: Quer
         tower.run(images)
     if any(len(each) != len(images) for each in of_blocks[0]):  # the tower packs images in one sequence
         return torch.cat([attention_rollout(tower, image, block, query) for image in images.split(1)])
-    first = of_blocks[0][0]
-    rollout = torch.eye(first.shape[-1], device=first.device, dtype=first.dtype)
-    if isinstance(query, str) and query == "register" and not len(register_numbers(tower, images, first.shape[-1])):
-        raise _has_no_registers(tower)
+    first, num_tokens = of_blocks[0][0], of_blocks[-1][0].shape[-1]
+    patches = tower.patches(images)
+    rollout = torch.eye(first.shape[-1], device=first.device, dtype=first.dtype).expand(len(images), -1, -1)
+    if isinstance(query, str) and query == "register" and not len(register_numbers(tower, images, num_tokens)):
+        raise _has_no_registers(tower, block)
     for recorded in of_blocks:
-        rollout = (torch.stack(recorded).mean(0) @ rollout + rollout) / 2
-    of_queries = rollout[:, queries_of(tower, images, query)(first.shape[-1])]
-    return of_queries.mean(1, keepdim=True)[..., tower.patches(images)]
+        weights = torch.stack(recorded).mean(0)
+        if num_entering := weights.shape[-1] - rollout.shape[1]:
+            start = rollout[:, patches].mean(1, keepdim=True).expand(-1, num_entering, -1)
+            parts = [rollout[:, : patches.stop], start, rollout[:, patches.stop :]]
+            rollout = torch.cat(parts, 1)  # its columns are still the tokens that entered block 0
+        rollout = (weights @ rollout + rollout) / 2
+    of_queries = rollout[:, queries_of(tower, images, query)(num_tokens)]
+    return of_queries.mean(1, keepdim=True)[..., patches]
 
 
 def pooling_attention(tower: Tower, images: Tensor) -> list[Tensor]:

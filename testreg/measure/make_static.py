@@ -89,7 +89,9 @@ def make_static(
         for batch in batches:
             with _entering(tower, patch) as entering, registers(model) as after_block:
                 tower.run(batch)
-            states = torch.stack([*entering, *after_block[:-1]])  # (L, B, R, C), in front of each block
+            absent = [torch.zeros_like(entering[0])] * patch.entry_block
+            in_front = [*absent, *entering, *after_block[patch.entry_block : -1]]  # of each block
+            states = torch.stack(in_front)  # (L, B, R, C)
             add(sums, {"states": states.double().sum(1), "images": torch.tensor(len(batch))})
             image_size = image_size or list(batch.shape[-2:])
             bar.update(len(batch))
@@ -103,12 +105,13 @@ def make_static(
         form=form,
         model=describe_model(model, tower),
         images={"number": num_images_read, "source": stream.source, "image_size": image_size},
+        start=patch.start,
     )
 
 
 @contextmanager
 def _entering(tower: Tower, patch: Patch) -> Iterator[list[Tensor]]:
-    """Within the `with` block, the list gets the registers (B, R, C) that enter block 0."""
+    """Within the `with` block, the list gets the registers (B, R, C) that enter the entry block."""
     first = next(part for part in patch.overrides if isinstance(part, RegisterBlock))
     entering: list[Tensor] = []
 
@@ -116,7 +119,7 @@ def _entering(tower: Tower, patch: Patch) -> Iterator[list[Tensor]]:
         tokens = args[0] if args else next(iter(kwargs.values()))
         entering[:] = [first.first_registers(tokens, first.default_layout)]
 
-    handle = tower.blocks[0].module.register_forward_pre_hook(record, with_kwargs=True)
+    handle = tower.blocks[patch.entry_block].module.register_forward_pre_hook(record, with_kwargs=True)
     try:
         yield entering
     finally:

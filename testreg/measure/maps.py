@@ -183,7 +183,9 @@ def _feature_map(tower: Tower, images: Tensor, block: int, norm: bool) -> Tensor
     return patches.mT.unflatten(-1, tower.grid(images))
 
 
-def strip_registers(model: nn.Module, tensor: Tensor, lengths: list[int] | None = None) -> Tensor:
+def strip_registers(
+    model: nn.Module, tensor: Tensor, lengths: list[int] | None = None, *, block: int | None = None
+) -> Tensor:
     """Remove the registers from a tensor that a hook inside a block of a patched model gets.
 
     A block of a patched model takes and returns T tokens, but computes on T+R tokens, with R registers. Output of a
@@ -204,15 +206,24 @@ def strip_registers(model: nn.Module, tensor: Tensor, lengths: list[int] | None 
             channels; attention (B, heads, T+R, T+R); or a sequence (S, C) or (1, S, C) of the S tokens, registers
             included, of several packed images.
         lengths: how many tokens T each image has in a packed sequence.
+        block: the block that the tensor is from, 0 to L-1. It must be given where registers enter a later block than
+            the first (`start` of `testreg.patch`), since the tensors of earlier blocks have none.
 
     Returns:
         The tensor with T tokens in place of T+R. Tokens of a batch are a view of it.
 
     Raises:
-        ValueError: the tensor has another shape, or a packed sequence comes without its lengths.
+        ValueError: the tensor has another shape, a packed sequence comes without its lengths, or `block` is missing.
     """
     patch = find_patch(model)
     if patch is None or not patch.mode_for_new_forward.has_registers or has_no_registers(tensor):
+        return tensor
+    if block is None and patch.entry_block > 0:
+        raise ValueError(
+            f"the registers of this model enter block {patch.entry_block}, and blocks in front of it have none: pass "
+            "block=, the block that the tensor is from, or run the hooks within testreg.hooks_without_registers(model)"
+        )
+    if block is not None and block < patch.entry_block:
         return tensor
     tower = find_tower(model)
     layout = Layout(patch.num_registers, tower.sequence_first, lengths)

@@ -72,7 +72,8 @@ class RegisterNeurons:
     num_registers: int = 1
     """How many registers are used. Each register holds the activations of all neurons in use."""
     start: Start = "zeros"
-    """What registers hold when they enter block 0: zeros, or the mean of their image's patches."""
+    """How registers start: as zeros in block 0, or as the mean of their image's patches in the first block that has
+    register neurons."""
     model: Mapping[str, Any] = field(default_factory=dict)
     """The checkpoint. All entries are optional: name, names (aliases), depth, mlp_width, activation, fingerprint,
     default_for (the names of the checkpoints for which `patch` takes the list by default)."""

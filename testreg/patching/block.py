@@ -60,6 +60,7 @@ class RegisterBlock(Override):
         super().__post_init__()
         self.argument_names = _argument_names(self.module)
         self.layout_without_registers = self.default_layout.replace(num_registers=0)
+        self.is_entry = self.index == self.patch.entry_block
         self.is_last = self.index == self.tower.depth - 1
         # If testreg had replaced the block's `forward` method before (`BlockCache`), that method may skip the block. So
         # it is no error here if no neurons are moved.
@@ -105,7 +106,7 @@ class RegisterBlock(Override):
     def _forward_and_registers(self, tokens: Any, call: Call) -> tuple[Forward, Tensor | None]:
         """The forward that this call of the block is part of, and the registers of its tokens."""
         mode = self.patch.mode_for_new_forward
-        if self.index == 0 or not isinstance(tokens, Tensor):
+        if self.is_entry or not isinstance(tokens, Tensor):
             return begin(self.patch, tokens, mode, call.waiting), None
         if (found := find_forward(tokens, call, self.index)) is not None:
             return found
@@ -122,7 +123,7 @@ class RegisterBlock(Override):
         layout = self.default_layout if mode.has_registers else self.layout_without_registers
         if arguments or self.tower.family.layout is not None:
             layout = (self.tower.family.layout or padded)(self.tower.module, layout, arguments)
-        if self.index == 0:
+        if self.is_entry:
             self._check_use(mode, tokens, layout)
         sequence = tokens
         if mode.has_registers:
@@ -138,7 +139,7 @@ class RegisterBlock(Override):
         if self.patch.static is not None:
             states = getattr(self.module, STATE).to(tokens.dtype)  # (R, C)
             return layout.extend(tokens, layout.dim, states.unsqueeze(1) if layout.sequence_first else states)
-        if self.index == 0:
+        if self.is_entry:
             return layout.join(tokens, self.first_registers(tokens, layout))
         if registers is None and torch.compiler.is_compiling():
             registers = self._registers_left_for(tokens)
@@ -163,7 +164,7 @@ class RegisterBlock(Override):
         return layout.join(tokens, registers)
 
     def first_registers(self, tokens: Tensor, layout: Layout) -> Tensor:
-        """The registers (B, R, C) that enter block 0 with these tokens: zeros, or the mean of their image's patches."""
+        """The registers (B, R, C) with which these tokens enter: zeros, or the mean of their image's patches."""
         if self.patch.start == "mean":
             means = layout.patch_means(tokens, self.patch.num_prefix)
             return means.expand(-1, self.patch.num_registers, -1)

@@ -1,9 +1,11 @@
 """The life of a forward through a patched tower.
 
-1. Block 0 is called with T tokens: a `Forward` begins in this thread. Its mode is decided (with registers, steered onto
-   patches, or unpatched), and holds to its end, whatever `testreg.disabled` and `testreg.steered` do meanwhile.
-2. The block appends R registers to the tokens (zeros, the mean of each image's patches, or static states), and calls
-   the block's own forward on the T+R (`block`).
+1. The entry block is called with T tokens: a `Forward` begins in this thread. It is block 0 if registers start as
+   zeros; if they start as the mean of their image's patches, it is the first block with register neurons, and those in
+   front of it are as they were. The mode of the forward is decided (with registers, steered onto patches, or
+   unpatched), and holds to its end, whatever `testreg.disabled` and `testreg.steered` do meanwhile.
+2. The block appends R registers to the tokens (zeros, means, or static states), and calls the block's own forward on
+   the T+R (`block`).
 3. In front of the second MLP linear, before any hook on it, the register neurons are moved to the registers (`fc2`).
 4. The block hands on T tokens. They carry the registers as an attribute, a `Handoff`: no state is left on the module.
 5. Hooks of the block run. If one puts other tokens in the place of these, the registers are given to what it returns.
@@ -31,12 +33,12 @@ from torch import Tensor
 from testreg.families.layout import Layout
 
 CARRIED = "_testreg_carried"  # attribute of the tokens between two blocks: a `Handoff`, or registers if compiled
-_START = "_testreg_start"  # attribute of the tokens that enter block 0: a `StartMode`
+_START = "_testreg_start"  # attribute of the tokens that registers enter with: a `StartMode`
 
 
 @dataclass(frozen=True, eq=False)
 class Mode:
-    """What a forward computes, from its first block to its last."""
+    """What a forward computes, from the block that registers enter to the last."""
 
     is_patched: bool = True
     """Whether the forward changes the activations of the register neurons: it moves them or silences them."""
@@ -110,7 +112,7 @@ class Handoff(_Unsaved):
 
 
 class StartMode(_Unsaved):
-    """The mode of a forward. Tokens that enter block 0 carry it, so that checkpointing recomputes the block in it."""
+    """The mode of a forward. The tokens at the entry block carry it, for checkpointing that recomputes the block."""
 
     def __init__(self, mode: Mode) -> None:
         self.mode = mode
@@ -152,7 +154,7 @@ class Recorder:
 
     patch: object
     recorded: list[Tensor] = field(default_factory=list)
-    """The registers after each block."""
+    """The registers after each block, (B, R, C); (B, 0, C) after the blocks in front of the one that they enter."""
     forward: Forward | None = None
     """The forward that computes these registers."""
 
@@ -216,9 +218,9 @@ def is_recomputing() -> bool:
 
 
 def begin(patch: object, tokens: object, mode: Mode, waiting: Forward | None) -> Forward:
-    """Begin a forward in this mode, with the tokens that enter block 0.
+    """Begin a forward in this mode, with the tokens at the entry block.
 
-    If gradient checkpointing recomputes block 0, the forward has the mode in which the block first ran instead.
+    If gradient checkpointing recomputes that block, the forward has the mode in which the block first ran instead.
     `waiting` is the forward of this thread that waited for its next block, if there is one. Unless it is over (a block
     of it was recomputed), later tokens that carry nothing may belong to it.
     """
@@ -379,6 +381,7 @@ def record(patch: object, registers: Tensor, index: int) -> None:
     """Store the registers of block `index` in the recorders of this thread that record the current forward."""
     for recorder in running.recorders:
         if recorder.patch is patch and (running.call is None or recorder.forward is running.call.forward):
+            recorder.recorded += [registers[:, :0]] * (index - len(recorder.recorded))  # before they entered
             recorder.recorded[index : index + 1] = [registers]
 
 

@@ -15,12 +15,13 @@ from testreg.patching.static_parts import static_parts
 
 
 def parts(tower: Tower, patch: Patch) -> Iterator[Part]:
-    """What moves the neurons in front of each fc2 that reads some, and what takes registers through each block."""
+    """What moves the neurons in front of each fc2 that reads some, and what takes registers through each block from the
+    one that they enter."""
     layout = Layout(patch.num_registers, tower.sequence_first)
     units = patch.neurons.by_block()
     if patch.static is not None:
         yield from static_parts(tower, patch, patch.static)
-    for i, block in enumerate(tower.blocks):
+    for i, block in list(enumerate(tower.blocks))[patch.entry_block :]:
         moves = tuple(_moves(block, i, units.get(i, []), patch, layout))
         yield from moves
         forward = RegisterBlock(block.module, patch, layout, tower, i, moves)

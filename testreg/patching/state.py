@@ -119,6 +119,12 @@ class Patch:
         return {(block, unit): i % self.num_registers for i, (block, unit, _) in enumerate(self.neurons.ranking)}
 
     @property
+    def entry_block(self) -> int:
+        """The block that registers enter: the first one, or the first that has register neurons if they start as the
+        mean patch. The blocks in front of it are not changed."""
+        return 0 if self.start == "zeros" else min(self.neurons.by_block(), default=0)
+
+    @property
     def mode_for_new_forward(self) -> Mode:
         """The mode of a forward that starts now in this thread."""
         if self.disabled_by > 0:

@@ -33,7 +33,8 @@ def static_parts(tower: Tower, patch: Patch, static: StaticRegisters) -> Iterato
     Raises:
         ValueError: the model has no place for this form.
     """
-    for block, state in zip(tower.blocks, static.states, strict=True):
+    entered = list(zip(tower.blocks, static.states, strict=True))[patch.entry_block :]
+    for block, state in entered:
         weight = next(each for each in block.module.parameters() if each.is_floating_point())
         here = state.to(weight.device, tower.dtype)
         if static.form == "token":

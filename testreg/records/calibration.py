@@ -74,7 +74,8 @@ class Effect(Record):
     """How little former outliers resemble their neighbours, four in an image (1 - cosine), as a fraction of the same in
     the plain model; averaged over the blocks from the onset block on."""
     start: ListedStart = "zeros"
-    """What the registers held when they entered block 0: zeros, or the mean of their image's patches."""
+    """How the registers started: as zeros in block 0, or as the mean of their image's patches in the first block that
+    has register neurons."""
 
     @property
     def change(self) -> float:
@@ -196,7 +197,7 @@ class Calibration(Record):
     """The effect of the chosen neurons, with the chosen number of registers."""
     registers: tuple[Effect, ...] = ()
     """The effects of moving the chosen neurons to 1, 2, ... registers that start as zeros, as far as they were
-    measured; and, last, to the chosen number of registers that start as the mean of their image's patches."""
+    measured; and then to some numbers of registers that start as the mean of their image's patches."""
     rounds: tuple[Round, ...] = ()
     target: Number | None = None
     """How many outliers may be left, as a fraction of those of the plain model."""

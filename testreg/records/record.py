@@ -117,7 +117,8 @@ Position = Annotated[
     ),
 ]
 Start = Literal["zeros", "mean"]
-"""What registers hold when they enter block 0: zeros, or the mean of their image's patches."""
+"""How registers start: as zeros in block 0, or as the mean of their image's patches in the first block that has
+register neurons."""
 ListedStart = Annotated[Start, Kind("'zeros' or 'mean'", lambda value: value in get_args(Start))]
 ListedNeuron = Annotated[
     tuple[int, int, float | None],

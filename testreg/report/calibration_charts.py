@@ -133,7 +133,7 @@ def _norms_in_words(report: Report) -> str:
 
 def _peak(values: Sequence[float], unit: str = "") -> str:
     """The largest of the values after each block, and the block, in words."""
-    highest = max(values)
+    highest = max(value for value in values if not math.isnan(value))
     return f"{highest:.3g}{unit} after block {values.index(highest)}"
 
 

@@ -38,7 +38,8 @@ class Norms:
     median: Tensor
     """The median norm of an image's patches after each block, mean over images, (L,)."""
     registers: Tensor | None
-    """The mean norm of the registers after each block, (L,); None without registers."""
+    """The mean norm of the registers after each block, (L,), NaN after blocks in front of the one that they enter; None
+    without registers."""
     ratios: dict[int, Tensor]
     """{block: norms of the patches over the median norm of their image, (B, N)}, for `Report.block` and the last
     block."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,14 +27,14 @@ def words_of(key: str) -> str:
 
 
 def value_of(value: object) -> str:
-    """A value of a JSON as text: "-" for None, "yes" and "no", four digits of a float, and 224 x 224 for two whole
-    numbers, which are taken for a size."""
+    """A value of a JSON as text: "-" for None and NaN, "yes" and "no", four digits of a float, and 224 x 224 for two
+    whole numbers, which are taken for a size."""
     if value is None:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return "-" if math.isnan(value) else f"{value:.4g}"
     if isinstance(value, list | tuple):
         is_size = len(value) == 2 and all(isinstance(each, int) for each in value)
         return (" x " if is_size else ", ").join(map(value_of, value))

@@ -218,9 +218,31 @@ def test_registers_start_as_the_mean_patch_if_outputs_change_less(change_pooled,
     of_zeros = Effect(3, 0.01, 5, 0.0, 0.01, 0.02, num_registers=2, sink=0.5)
     selection = Selection(((0, 1, 0.5),), of_zeros, (), (), (of_zeros,))
     of_mean = replace(of_zeros, start="mean", change_pooled=change_pooled, **others)
-    found = with_best_start(selection, of_mean)
+    found = with_best_start(selection, lambda number: replace(of_mean, num_registers=number))
     assert found.effect == (of_mean if taken else of_zeros)
-    assert found.effects_by_num_registers == (of_zeros, of_mean)
+    more = (replace(of_mean, num_registers=3), replace(of_mean, num_registers=4))
+    assert found.effects_by_num_registers == (of_zeros, of_mean, *(more if taken else ()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "others", "best", "tried"),
+    [
+        ({2: 0.010, 3: 0.006, 4: 0.003}, {}, 4, 4),
+        ({2: 0.010, 3: 0.006, 4: 0.005}, {}, 3, 4),  # nearly the least
+        ({2: 0.010, 3: 0.012, 4: 0.003}, {}, 2, 3),  # no further, once features change more
+        ({2: 0.010, 3: 0.006, 4: 0.003}, {4: {"sink": 2.0}}, 3, 4),
+        ({2: 0.010, 3: 0.006, 4: 0.003}, {4: {"remaining": 0.02}}, 3, 4),
+    ],
+)
+def test_more_registers_are_tried_that_start_as_the_mean_patch(changes, others, best, tried):
+    of_zeros = Effect(3, 0.01, 5, 0.0, 0.02, 0.02, num_registers=2, sink=0.5)
+    of_mean = {
+        number: replace(of_zeros, start="mean", num_registers=number, change_pooled=change, **others.get(number, {}))
+        for number, change in changes.items()
+    }
+    found = with_best_start(Selection(((0, 1, 0.5),), of_zeros, (), (), (of_zeros,)), of_mean.__getitem__)
+    assert found.effect == of_mean[best]
+    assert found.effects_by_num_registers == (of_zeros, *(of_mean[number] for number in range(2, tried + 1)))
 
 
 def test_of_a_few_neurons_each_must_do_something_alone_or_beside_the_others():

@@ -71,7 +71,7 @@ def test_the_list_of_clip_says_whose_it_is_and_how_it_was_made() -> None:
     """The published list for the same checkpoint stays, and is not the default."""
     ours, published = BUNDLED["openai-clip-vitb16"], BUNDLED["openai-clip-vitb16-jroth-224"]
     assert ours.verified
-    assert (ours.top_k, ours.num_registers, ours.start, ours.model["activation"]) == (16, 3, "mean", "quick_gelu")
+    assert (ours.top_k, ours.num_registers, ours.start, ours.model["activation"]) == (16, 4, "mean", "quick_gelu")
     assert set(ours.model["names"]) == set(published.model["names"]) == {*ours.model["default_for"], GELU}
     assert published.model["default_for"] == []
     assert ours.model["fingerprint"] == published.model["fingerprint"]
