@@ -454,13 +454,15 @@ def forward_by_hand(
     max_over: str = "neuron",
     zero: str = "patches",
     target: Tensor | None = None,
+    start: str = "zeros",
     static: Tensor | None = None,
     attentions: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """The tokens that leave each block of the *unpatched* `model`, had it registers; (block, unit) in rank order.
 
     `target` (B, N) says which patches take the place of the register, `static` (L, R, C) what registers enter each
-    block. `attentions` is given the weights of each block, register included.
+    block. With `start`="mean" they enter the first block that has neurons. `attentions` is given the weights of each
+    block, register included.
     """
     layout = LAYOUTS[name]
     if target is not None:
@@ -469,21 +471,27 @@ def forward_by_hand(
     registers = torch.zeros(len(images), num_registers, x.shape[-1], dtype=x.dtype)
     if layout.entry_norm is not None:
         registers = registers + layout.entry_norm(model).bias  # what a LayerNorm makes of zeros
+    entry, num_tokens = 0, x.shape[1]
+    if start == "mean":
+        entry, registers = min(block for block, _ in ranking), registers[:, :0]
     x = torch.cat([x, registers], dim=1)
 
     def turn(heads: Tensor) -> Tensor:
         if layout.rope is None:
             return heads
         prefix, patches, register = heads.split(
-            [layout.prefix, heads.shape[2] - layout.prefix - num_registers, num_registers], 2
+            [layout.prefix, num_tokens - layout.prefix, heads.shape[2] - num_tokens], 2
         )
         return torch.cat([prefix, rotate(patches, *layout.rope(model, images), layout.interleaved), register], 2)
 
     outputs = []
     for index, module in enumerate(layout.blocks(model)):
         block = layout.read(module)
-        if static is not None:
-            x = torch.cat([x[:, : x.shape[1] - num_registers], static[index].expand(len(x), -1, -1)], dim=1)
+        if start == "mean" and index == entry:
+            mean = x[:, layout.prefix :].sum(1, keepdim=True) / (num_tokens - layout.prefix)
+            x = torch.cat([x, *[mean] * num_registers], dim=1)
+        if static is not None and index >= entry:
+            x = torch.cat([x[:, :num_tokens], static[index].expand(len(x), -1, -1)], dim=1)
         attended, weights = attend(layer_norm(x, block.norm1), block, turn)
         if attentions is not None:
             attentions.append(weights)
@@ -513,5 +521,5 @@ def forward_by_hand(
         if block.middle_norm is not None:
             hidden = layer_norm(hidden, block.middle_norm)
         x = after_attention + apply(hidden, block.fc2) * block.scale2
-        outputs.append(x[:, : x.shape[1] - num_registers])
+        outputs.append(x[:, :num_tokens])
     return outputs

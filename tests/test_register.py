@@ -356,6 +356,34 @@ def test_every_block_agrees_with_the_forward_by_hand(family: str) -> None:
             assert (ours - by_hand).abs().max() < 1e-10, f"{variant}, block {block}"
 
 
+@all_families
+@torch.no_grad()
+def test_registers_that_start_as_the_mean_patch_enter_the_first_block_with_neurons(family: str) -> None:
+    model, inputs = build64(family), images(dtype=torch.float64)
+    unpatched = block_outputs(family, model, inputs)
+    for entry in (0, 1, 2):
+        ranking = [(block, unit) for block, unit in RANKING if block >= entry]
+        neurons = {block: [unit for at, unit in ranking if at == block] for block, _ in ranking}
+        for options in ({}, {"num_registers": 3, "zero": "all", "max_over": "layer"}):
+            expected = forward_by_hand(family, model, inputs, ranking, start="mean", **options)
+            with testreg.patched(model, neurons, start="mean", **options), testreg.registers(model) as after_block:
+                patched = block_outputs(family, model, inputs)
+            count = options.get("num_registers", 1)
+            assert [each.shape[1] for each in after_block] == [0] * entry + [count] * (len(expected) - entry)
+            assert (expected[-1] - unpatched[-1]).abs().max() > 0.01
+            for block, (ours, by_hand) in enumerate(zip(patched, expected, strict=True)):
+                assert (ours - by_hand).abs().max() < 1e-10, f"entry {entry}, {options}, block {block}"
+
+
+def test_blocks_in_front_of_the_entry_are_not_changed() -> None:
+    model = patch(build("timm_vit"), {2: [3], 3: [5]}, start="mean")
+    changed = [any("forward" in vars(module) for module in block.modules()) for block in model.blocks]
+    assert changed == [False, False, True, True]
+    with testreg.registers(model) as after_block:
+        model(images())
+    assert [tuple(each.shape) for each in after_block] == [(2, 0, 48), (2, 0, 48), (2, 1, 48), (2, 1, 48)]
+
+
 def test_the_variants_differ() -> None:
     model, inputs = build64("timm_dinov2_reg4"), images(dtype=torch.float64)
     finals = [

@@ -16,27 +16,29 @@ from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 import testreg
 
-REGISTERS = 3
-
 
 class RegistersInFloat(nn.Module):
     """A linear that reads all tokens but the last, the registers. These are multiplied by its weights in float."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, count: int) -> None:
         super().__init__()
-        self.linear = linear
+        self.linear, self.count = linear, count
 
     def forward(self, tokens: Tensor) -> Tensor:
-        registers = F.linear(tokens[:, -REGISTERS:], self.linear.weight.dequantize(), self.linear.bias)
-        return torch.cat([self.linear(tokens[:, :-REGISTERS]), registers], dim=1)
+        registers = F.linear(tokens[:, -self.count :], self.linear.weight.dequantize(), self.linear.bias)
+        return torch.cat([self.linear(tokens[:, : -self.count]), registers], dim=1)
 
 
-def keep_registers_apart(model: nn.Module) -> None:
-    """Wrap the linears in the blocks of a patched CLIP, in place."""
-    for parent in list(model.vision_model.encoder.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, RegistersInFloat(child))
+@torch.no_grad()
+def keep_registers_apart(model: nn.Module, pixels: Tensor) -> None:
+    """Wrap the linears of a patched CLIP, in place, in the blocks in which pixels (n, 3, h, w) have registers."""
+    with testreg.registers(model) as after_block:
+        model(pixels)
+    for block, registers in zip(model.vision_model.encoder.layers, after_block, strict=True):
+        for parent in list(block.modules()) if registers.shape[1] else []:
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(parent, name, RegistersInFloat(child, registers.shape[1]))
 
 
 @torch.no_grad()
@@ -59,11 +61,11 @@ def quantise(model: nn.Module, pixels: Tensor) -> None:
 @torch.no_grad()
 def main(name: str, folder: str, neurons: str | None = None) -> tuple[Tensor, Tensor]:
     model = CLIPVisionModelWithProjection.from_pretrained(name).eval()
-    testreg.patch(model, neurons, num_registers=REGISTERS)
+    testreg.patch(model, neurons)
     photos = [Image.open(file).convert("RGB") for file in sorted(Path(folder).iterdir())]
     pixels = CLIPImageProcessor.from_pretrained(name)(images=photos, return_tensors="pt")["pixel_values"]
     exact = model(pixels).image_embeds
-    keep_registers_apart(model)
+    keep_registers_apart(model, pixels[:1])
     quantise(model, pixels)
     quantised = model(pixels).image_embeds
     print(f"cosine to float: {F.cosine_similarity(quantised, exact).mean():.4f}")

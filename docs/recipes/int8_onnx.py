@@ -15,19 +15,17 @@ from transformers import CLIPVisionModelWithProjection
 
 import testreg
 
-REGISTERS = 3
-
 
 class RegistersApart(nn.Module):
     """A linear that reads the last tokens, the registers, apart from the others."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, count: int) -> None:
         super().__init__()
-        self.linear = linear
+        self.linear, self.count = linear, count
         self.weight = nn.Parameter(linear.weight.T.contiguous())  # a constant of the graph, which is quantised
 
     def forward(self, tokens: Tensor) -> Tensor:
-        parts = tokens[:, :-REGISTERS] @ self.weight, tokens[:, -REGISTERS:] @ self.weight
+        parts = tokens[:, : -self.count] @ self.weight, tokens[:, -self.count :] @ self.weight
         return torch.cat(parts, dim=1) + self.linear.bias
 
 
@@ -42,12 +40,16 @@ class Embedding(nn.Module):
         return self.model(pixels).image_embeds
 
 
-def keep_registers_apart(model: nn.Module) -> None:
-    """Wrap the linears in the blocks of a patched CLIP, in place."""
-    for parent in list(model.vision_model.encoder.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, RegistersApart(child))
+@torch.no_grad()
+def keep_registers_apart(model: nn.Module, pixels: Tensor) -> None:
+    """Wrap the linears of a patched CLIP, in place, in the blocks in which pixels (n, 3, h, w) have registers."""
+    with testreg.registers(model) as after_block:
+        model(pixels)
+    for block, registers in zip(model.vision_model.encoder.layers, after_block, strict=True):
+        for parent in list(block.modules()) if registers.shape[1] else []:
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(parent, name, RegistersApart(child, registers.shape[1]))
 
 
 @torch.no_grad()
@@ -64,8 +66,8 @@ def export(model: nn.Module, file: str) -> None:
 
 def main(name: str, file: str, neurons: str | None = None) -> None:
     model = CLIPVisionModelWithProjection.from_pretrained(name).eval()
-    testreg.patch(model, neurons, num_registers=REGISTERS)
-    keep_registers_apart(model)
+    testreg.patch(model, neurons)
+    keep_registers_apart(model, torch.randn(1, 3, model.config.image_size, model.config.image_size))
     export(model, file)
 
 

@@ -34,16 +34,18 @@ from restoration.tables import write
 
 import testreg
 from quantisation import real
-from quantisation.fake import PLAIN, Network, Place, Scale, Setting, quantised, ranges_of
+from quantisation.fake import PLAIN, Network, Place, Scale, Setting, linears, quantised, ranges_of
 from testreg.evaluation.bootstrap import Metric, difference, mean_of
 from testreg.evaluation.classification import top_1_and_5
 from testreg.evaluation.knn import vote
 from testreg.evaluation.labels import labelled_images
 from testreg.evaluation.preparing import IMAGENET_ZOOM, Square, normalisation_of
 from testreg.evaluation.samples import random_subset
+from testreg.families import find_tower
 from testreg.io.images import ImageStream
 from testreg.io.loading import LoadedModel, load_model
 from testreg.neurons import resolve
+from testreg.patching.state import patch_of
 
 TASKS = ("embed", "knn", "torchao", "onnxruntime")
 BATCH, RESAMPLES, SEED = 8, 1000, 0
@@ -124,7 +126,10 @@ def column(model: nn.Module, name: str, neurons: str | None, others: Tensor) -> 
         with torch.autocast("cpu", torch.bfloat16):
             options = {"static": testreg.make_static(model, others, chosen, batch_size=BATCH, progress=False)}
     with testreg.patched(model, chosen, **options):
-        yield Network(model, options.get("num_registers", chosen.num_registers), place)
+        first_blocks = find_tower(model).blocks[: patch_of(model).entry_block]
+        early = {module for block in first_blocks for module in block.module.modules()}
+        before_registers = frozenset(name for name, linear in linears(model).items() if linear in early)
+        yield Network(model, patch_of(model).num_registers, place, before_registers)
 
 
 def embed_task(model: nn.Module, images: Tensor, others: Tensor, neurons: str | None) -> Iterator[dict[str, Any]]:

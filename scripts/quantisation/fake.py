@@ -38,6 +38,8 @@ class Network:
     registers: int = 0
     """The last tokens that linears read."""
     place: Place = "together"
+    before_registers: frozenset[str] = frozenset()
+    """The names of the linears in blocks that registers do not enter."""
 
 
 Ranges = Mapping[str, Mapping[Scale, tuple[Tensor, Tensor]]]
@@ -70,11 +72,12 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
 @contextmanager
 def reading(network: Network, change: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
     """Within the context linears read what `change` makes of their name and input."""
-    place, count = network.place, network.registers
+    place = network.place
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor]], Tensor]:
         def changed(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
             (tokens,) = inputs
+            count = 0 if name in network.before_registers else network.registers
             if not count or place == "together" or tokens.ndim < 3:
                 return change(name, tokens)
             tokens, registers = tokens[:, :-count], tokens[:, -count:]

@@ -56,7 +56,7 @@ def embeddings(
             testreg.patch(made, neurons)
         own = torch.cat([made(image).image_embeds for image in images.split(1)])
         if keep is not None:
-            _recipe(keep).keep_registers_apart(made)
+            _recipe(keep).keep_registers_apart(made, images[:1])
         run = quantise(made)
         found[name] = own, torch.cat([run(image) for image in images.split(1)])
     return found

@@ -206,7 +206,7 @@ def strip_registers(
             channels; attention (B, heads, T+R, T+R); or a sequence (S, C) or (1, S, C) of the S tokens, registers
             included, of several packed images.
         lengths: how many tokens T each image has in a packed sequence.
-        block: the block that the tensor is from, 0 to L-1. It must be given where registers enter a later block than
+        block: the block that the tensor is from, -L to L-1. It must be given where registers enter a later block than
             the first (`start` of `testreg.patch`), since the tensors of earlier blocks have none.
 
     Returns:
@@ -223,9 +223,11 @@ def strip_registers(
             f"the registers of this model enter block {patch.entry_block}, and blocks in front of it have none: pass "
             "block=, the block that the tensor is from, or run the hooks within testreg.hooks_without_registers(model)"
         )
-    if block is not None and block < patch.entry_block:
-        return tensor
     tower = find_tower(model)
+    if block is not None:
+        _check_block(tower, block)
+        if block % tower.depth < patch.entry_block:
+            return tensor
     layout = Layout(patch.num_registers, tower.sequence_first, lengths)
     if lengths is None and not {"cu_seqlens", "cu_seq_lens_q"}.isdisjoint(tower.family.block_arguments):
         raise ValueError(f"{tower.family.name} packs images in one sequence: pass lengths, the tokens T of each image")

@@ -23,8 +23,8 @@ def meter_of(name, head=None):
     return meter, neurons
 
 
-def measured(meter, neurons, num_registers=1):
-    return meter.effect(neurons, num_registers)
+def measured(meter, neurons, num_registers=1, start="zeros"):
+    return meter.effect(neurons, num_registers, start)
 
 
 def assert_alike(one, other):
@@ -52,6 +52,20 @@ def test_effects_are_what_they_would_be_without_it(name):
         meter.block_cache = BlockCache(meter.tower)
         assert_alike(effect, measured(meter, each))
     assert all("forward" not in vars(block.module) for block in meter.tower.blocks)
+
+
+@pytest.mark.parametrize("name", ["timm_clip", "hf_siglip"])
+def test_registers_that_enter_late_are_kept_from_the_block_that_they_enter(name):
+    meter, neurons = meter_of(name)
+    late = [neuron for neuron in neurons if neuron[0] == 2]
+    # With the third set, blocks are skipped in front of the entry and behind it.
+    sets = [neurons, late, [*late, (3, 5, None)], [(0, 5, None), *late], [*late, (3, 6, None)], late]
+    reused = [measured(meter, each, 2, start) for each in sets for start in ("zeros", "mean")]
+    again = iter(reused)
+    for each in sets:
+        for start in ("zeros", "mean"):
+            meter.block_cache = BlockCache(meter.tower)
+            assert_alike(next(again), measured(meter, each, 2, start))
 
 
 def counting_blocks(tower):

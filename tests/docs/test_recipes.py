@@ -164,15 +164,20 @@ def test_clip_in_8_bits(classes: Path, neurons: str, tmp_path: Path) -> None:
     assert nn.functional.cosine_similarity(quantised, exact).min() > 0.999
     assert not quantised.equal(exact)
 
-    testreg.patch(model, NEURONS, num_registers=module.REGISTERS)
+    testreg.patch(model, NEURONS, num_registers=3, start="mean")
     pixels = torch.randn(2, 3, IMAGE, IMAGE, generator=torch.Generator().manual_seed(1))
     tower = model.vision_model
-    entered = tower.encoder.layers[0].layer_norm1(tower.pre_layrnorm(tower.embeddings(pixels)))  # without registers
-    module.keep_registers_apart(model)
+    entered = []  # what the linears of block 1 read, without registers
+    handle = tower.encoder.layers[1].layer_norm1.register_forward_hook(lambda *seen: entered.append(seen[-1]))
+    with testreg.hooks_without_registers(model):
+        model(pixels)
+    handle.remove()
+    module.keep_registers_apart(model, pixels)
     module.quantise(model, pixels)
     parts = [each for each in tower.encoder.modules() if isinstance(each, module.RegistersInFloat)]
-    assert len(parts) == 6 * len(tower.encoder.layers)
-    assert tower.encoder.layers[0].self_attn.q_proj.linear.weight.act_quant_scale.item() * 127 == entered.abs().max()
+    assert len(parts) == 6 * (len(tower.encoder.layers) - 1)  # registers enter block 1
+    scale = tower.encoder.layers[1].self_attn.q_proj.linear.weight.act_quant_scale.item()
+    assert scale * 127 == entered[0].abs().max()
     testreg.unpatch(model)
     for part in parts:
         tokens, registers = torch.randn(2, 9, part.linear.in_features), torch.randn(2, 3, part.linear.in_features)
@@ -196,7 +201,7 @@ def test_clip_for_onnxruntime_in_8_bits(neurons: str, tmp_path: Path) -> None:
     module.main(name, str(tmp_path / "clip.onnx"), neurons)
     types = [node.op_type for node in onnx.load(tmp_path / "clip.onnx").graph.node]
     assert types.count("MatMulInteger") >= 2 * 6 * len(model.vision_model.encoder.layers)  # tokens, and registers
-    testreg.patch(model, NEURONS, num_registers=module.REGISTERS)
+    testreg.patch(model, neurons)
     session = runtime.InferenceSession(tmp_path / "clip.onnx", providers=["CPUExecutionProvider"])
     for size in (1, 3):
         pixels = torch.randn(size, 3, IMAGE, IMAGE)

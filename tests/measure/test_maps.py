@@ -106,6 +106,34 @@ def test_attention_of_and_to_registers_of_patches_and_rolled_out(family: str) ->
     expect(testreg.attention(model, images(), 2, rollout=True), default)
 
 
+def test_attention_where_registers_enter_a_later_block() -> None:
+    neurons, weights = {2: [3], 3: [5]}, list[Tensor]()
+    model = build("timm_dinov2_reg4").double()
+    forward_by_hand(
+        "timm_dinov2_reg4", model, images(), [(2, 3), (3, 5)], num_registers=2, start="mean", attentions=weights
+    )
+    testreg.patch(model, neurons, num_registers=2, start="mean")
+    assert [each.shape[-1] for each in weights] == [21, 21, 23, 23]
+    to_registers = [weights[block][:, :, 0, [1, 2, 3, 4, *range(21, length)]] for block, length in ((1, 21), (2, 23))]
+    for block, expected in zip((1, 2), to_registers, strict=True):
+        torch.testing.assert_close(testreg.attention(model, images(), block, to="registers"), expected)
+    flow = torch.eye(21, dtype=torch.float64)
+    for each in weights[:2]:
+        flow = 0.5 * (each.mean(1) + torch.eye(21)) @ flow
+    flow = torch.cat([flow, *[flow[:, 5:].mean(1, keepdim=True)] * 2], 1)  # registers enter as the mean patch
+    for each in weights[2:]:
+        flow = 0.5 * (each.mean(1) + torch.eye(23)) @ flow
+    for query, rows in (("cls", flow[:, 0]), ("register", flow[:, [1, 2, 3, 4, 21, 22]].mean(1))):
+        found = testreg.attention(model, images(), query=query, rollout=True)
+        torch.testing.assert_close(found, rows[:, 5:].unflatten(-1, GRID)[:, None])
+
+    without_trained = testreg.patch(build("timm_vit"), neurons, start="mean")
+    asked: list[dict[str, Any]] = [{"query": "register"}, {"to": "registers"}, {"query": "register", "rollout": True}]
+    for options in asked:
+        with pytest.raises(ValueError, match="registers enter block 2 of this model: there are none in block 1"):
+            testreg.attention(without_trained, images().float(), 1, **options)
+
+
 def test_queries_that_do_not_fit() -> None:
     model = build("timm_vit")
     plain: list[dict[str, Any]] = [{"query": "register"}, {"to": "registers"}, {"query": "register", "rollout": True}]
@@ -342,6 +370,17 @@ def test_registers_are_stripped_by_hand() -> None:
         with pytest.raises(ValueError, match="expected tokens"):
             testreg.strip_registers(model, wrong)
     assert testreg.strip_registers(testreg.unpatch(model), tokens) is tokens
+
+
+def test_registers_that_enter_a_later_block_are_stripped_there() -> None:
+    model = testreg.patch(build("timm_vit"), {2: [3]}, start="mean")
+    tokens = torch.arange(3.0).view(1, 3, 1)
+    with pytest.raises(ValueError, match="enter block 2, and blocks in front of it have none: pass block="):
+        testreg.strip_registers(model, tokens)
+    for block, length in ((0, 3), (1, 3), (-3, 3), (2, 2), (-1, 2)):
+        assert testreg.strip_registers(model, tokens, block=block).shape[1] == length
+    with pytest.raises(ValueError, match="block=4 is out of range"):
+        testreg.strip_registers(model, tokens, block=4)
 
 
 def test_registers_of_a_sequence_first_tower_are_stripped_from_the_first_axis() -> None:

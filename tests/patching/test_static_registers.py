@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import pickle
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -99,6 +100,24 @@ def test_what_enters_block_0_is_as_the_registers_start() -> None:
     assert not zeros[0].any()
     torch.testing.assert_close(mean[0], entered[0].expand(2, -1))
     assert not torch.allclose(zeros[1], mean[1])
+
+
+@torch.no_grad()
+def test_those_that_enter_a_later_block_are_absent_in_front_of_it(tmp_path: Path) -> None:
+    model, neurons, inputs = build("timm_vit").double(), {2: [3, 7], 3: [5]}, images(dtype=torch.float64)
+    made = testreg.make_static(model, images(), neurons, progress=False, start="mean", num_registers=2)
+    assert [bool(state.any()) for state in made.states] == [False, False, True, True]
+    made.save(tmp_path / "it.static.safetensors")
+    read = testreg.StaticRegisters.load(tmp_path / "it.static.safetensors")
+    assert read.start == "mean"
+    ranking = [(block, unit) for block, units in neurons.items() for unit in units]
+    states = made.states.double()
+    expected = forward_by_hand("timm_vit", model, inputs, ranking, num_registers=2, start="mean", static=states)
+    ours = block_outputs("timm_vit", patch(model, neurons, static=read), inputs)
+    for block, by_hand in enumerate(expected):
+        assert (ours[block] - by_hand).abs().max() < 1e-10, f"block {block}"
+    with pytest.raises(ValueError, match="are of registers with start='mean', not 'zeros'"):
+        patch(unpatch(model), neurons, static=read, start="zeros")
 
 
 @torch.no_grad()

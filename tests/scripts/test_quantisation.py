@@ -10,6 +10,8 @@ from quantisation.tables import of_gaps, of_knn, of_nearness, of_own, of_real
 from tiny import HF, IMAGE
 from torch import Tensor, nn
 
+from testreg.neurons import RegisterNeurons
+
 LARGEST = Setting(8, "largest", symmetric=True)
 
 
@@ -59,6 +61,27 @@ def test_registers_are_in_the_tensor_or_not(scale: str) -> None:
     torch.testing.assert_close(found["float"][:, :2], exact)
     torch.testing.assert_close(found["together"][:, :2], exact if scale == "token" else torch.zeros(1, 2, 2))
     assert found["float"][0, 2].tolist() == [1270.0, 640.0]
+
+
+@torch.no_grad()
+def test_in_front_of_the_block_that_registers_enter_there_are_only_tokens() -> None:
+    torch.manual_seed(0)
+    model = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**HF)).eval()
+    neurons = RegisterNeurons.from_json({**RegisterNeurons.from_blocks({1: [3], 2: [4]}).to_json(), "start": "mean"})
+    pixels, lengths = torch.randn(2, 3, IMAGE, IMAGE), {}
+
+    def look(name: str, tokens: Tensor) -> Tensor:
+        lengths.setdefault(name, []).append(tokens.shape[1])
+        return tokens
+
+    column = importlib.import_module("quantisation.__main__").column
+    with column(model, "apart", neurons, pixels) as network, reading(network, look):
+        model(pixels)
+    assert lengths["vision_model.encoder.layers.0.mlp.fc2"] == [17]
+    assert "vision_model.encoder.layers.0.mlp.fc2, registers" not in lengths
+    for block in (1, 2, 3):
+        assert lengths[f"vision_model.encoder.layers.{block}.mlp.fc2"] == [17]
+        assert lengths[f"vision_model.encoder.layers.{block}.mlp.fc2, registers"] == [1]
 
 
 @torch.no_grad()
