@@ -68,8 +68,8 @@ def patch(
             block, for each of them (released code).
         zero: where the moved neurons are zero: on "patches" (released code), or on "all" tokens, CLS included (paper).
         start: "zeros" (paper): registers enter block 0 as zeros. "mean": they enter the first block that has register
-            neurons as the mean of their image's patches, and earlier blocks are not changed. None takes what `static`
-            has, or what the list recommends.
+            neurons as the mean of their image's patches, brought to these patches' mean norm, and earlier blocks are
+            not changed. None takes what `static` has, or what the list recommends.
         static: constants that replace the states of the registers, from `testreg.make_static`, or their file's path.
         target: a mask of patches that take the register's place in every forward, as in `testreg.steered`.
 

@@ -69,8 +69,8 @@ class StaticRegisters:
     images: Mapping[str, Any] = field(default_factory=dict)
     """The images over which the states were averaged: their number, source and size in pixels."""
     start: Start = "zeros"
-    """How the registers started that were averaged. If as the mean patch, they do not enter the first blocks, and their
-    states there are zeros, which are not used."""
+    """How the averaged registers started: as "zeros" in block 0, or as the "mean" of their image's patches in the first
+    block that has register neurons. In front of that block, states are zeros that are not used."""
 
     def __post_init__(self) -> None:
         if self.states.ndim != 3 or not self.states.numel() or not self.states.is_floating_point():

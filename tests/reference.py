@@ -489,6 +489,8 @@ def forward_by_hand(
         block = layout.read(module)
         if start == "mean" and index == entry:
             mean = x[:, layout.prefix :].sum(1, keepdim=True) / (num_tokens - layout.prefix)
+            mean_norm = x[:, layout.prefix :].square().sum(-1).sqrt().sum(1) / (num_tokens - layout.prefix)
+            mean = mean / mean.square().sum(-1, keepdim=True).sqrt() * mean_norm[:, None, None]
             x = torch.cat([x, *[mean] * num_registers], dim=1)
         if static is not None and index >= entry:
             x = torch.cat([x[:, :num_tokens], static[index].expand(len(x), -1, -1)], dim=1)

@@ -1046,7 +1046,10 @@ def test_registers_start_as_zeros_or_as_the_mean_patch(family: str) -> None:
         with testreg.patched(model, recommended), norm.register_forward_pre_hook(record):
             run(model, images())
         zeros = torch.zeros(1, 1, 48) if tower.entry_norm is None else tower.entry_norm(torch.zeros(1, 1, 48))
-        expected = zeros if start == "zeros" else entered[0][:, tower.num_prefix :].mean(1, keepdim=True)
+        patches = entered[0][:, tower.num_prefix :]
+        mean = patches.mean(1, keepdim=True)
+        mean *= patches.norm(dim=-1).mean(1)[:, None, None] / mean.norm(dim=-1, keepdim=True)
+        expected = zeros if start == "zeros" else mean
         torch.testing.assert_close(entered[-1][:, -2:], expected.expand(2, 2, 48))
         torch.testing.assert_close(entered[-1][:, :-2], entered[0])
     with testreg.patched(model, recommended, start="zeros"):

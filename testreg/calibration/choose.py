@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -25,7 +26,7 @@ from testreg.calibration.resume import State, key_of
 from testreg.calibration.selection import (
     MAX_MEASUREMENTS,
     MAX_NEURONS,
-    MEASURED_LAST,
+    REGISTERS_TRIED,
     Candidates,
     Selection,
     select,
@@ -93,7 +94,9 @@ def choose(ranked: Ranked, meters: Sequence[Meters], options: Options, budget: B
         return Choice(ranking[: options.top_k], ranking, last_in_first_round, None)
     # Three steps still follow once the budget is spent, and need these forwards: the set that is being measured is
     # finished, numbers and starts of registers are compared, and the chosen neurons are verified.
-    forwards_to_finish = sum(each.num_images for each in set(meters[0])) + MEASURED_LAST * meters[0].choosing.num_images
+    forwards_to_finish = (
+        sum(each.num_images for each in set(meters[0])) + REGISTERS_TRIED * meters[0].choosing.num_images
+    )
     forwards_to_rank_again = FORWARDS_TO_RANK * NUM_RANKED_AGAIN * world_size()
     with ExitStack() as stack:
         for each in meters:
@@ -125,14 +128,17 @@ def choose(ranked: Ranked, meters: Sequence[Meters], options: Options, budget: B
             selective = best_neurons(magnitudes, last, MAX_NEURONS, at_least=NEGLIGIBLE_SELECTIVE, without=moved)
             return Candidates(candidates, [(block, unit, float(scores[block, unit])) for block, unit, _ in selective])
 
+        out_of_time = partial(budget.is_spent, "choosing", forwards_to_come=forwards_to_finish)
         selection = select(
             rank,
             measure,
             target=options.target,
             max_change=options.max_change,
-            out_of_time=lambda: budget.is_spent("choosing", forwards_to_come=forwards_to_finish),
+            out_of_time=out_of_time,
         )
-        selection = with_best_start(selection, lambda number: measure(selection.neurons, number, "mean"))
+        selection = with_best_start(
+            selection, lambda number: measure(selection.neurons, number, "mean"), out_of_time=out_of_time
+        )
     last = max(last_in_first_round, *(block for block, _, _ in selection.neurons))
     effect = selection.effect
     return Choice(selection.neurons, ranking, last, selection, effect.num_registers, effect.start)

@@ -4,7 +4,8 @@ A neuron is *moved* when its activation is taken from the patches and placed on 
 are patches with huge norms. Former outliers may still draw much attention once their norms are normal: they are then a
 *sink*. The *hottest* patch is the one that draws the most attention. What moving a set of neurons does is its *effect*,
 a record of figures (`testreg.records.calibration.Effect`): above all `remaining`, the share of the outliers that is
-left, and `excess`, the share of their norms above normal that is left. A *selective* neuron is active at outliers and
+left, `excess`, the share of their norms above normal that is left, and `unlike`, how little former outliers resemble
+their neighbours. A *selective* neuron is active at outliers and
 hardly anywhere else.
 
 The search first adds the neurons that remove the outliers, in rounds, and then those that remove the sink. It then
@@ -29,15 +30,17 @@ TOLERANCE = 0.02
 # SAME_SHARE of the larger one. The share matters for large changes, which occur where most of a feature was artefact.
 SAME_CHANGE = 0.01
 SAME_SHARE = 0.02
-LESS_ATTENTION = 0.1  # attention is as even with a set if `sink` and `hottest` are higher by no more than this share
-# A set leaves maps as clean as another if its `sink` and `hottest` are higher by no more than the share SAME_ATTENTION,
-# and its `unlike` by no more than the difference SAME_UNLIKENESS.
+LESS_ATTENTION = 0.1  # a set draws as little attention if its `sink` and `hottest` are higher by at most this share
+# A set leaves maps of attention and features as clean as another if its `sink` and `hottest` are higher by no more
+# than the share SAME_ATTENTION, and its `unlike` by no more than the difference SAME_UNLIKENESS.
 SAME_ATTENTION = 0.02
 SAME_UNLIKENESS = 0.01
 # A set keeps features as well as another if its change is larger by no more than this, or by no more than a tenth.
 SAME_OUTPUTS = 0.002
-SIMILAR_SCORE = 0.7  # a score is similar if it is at least this share of the lowest chosen selective one of the block
-# The search aims at this share of the target, since a cause that is rare in these images may be frequent in others.
+# A score is similar if it is at least this share of the lowest score of the chosen selective neurons in its block.
+SIMILAR_SCORE = 0.7
+# The search tries to leave no more than this share of the outliers that `target` allows: a neuron that causes few
+# outliers in these images may cause many in others.
 AIM = 0.2
 MAX_TRIED_SINGLY = 8  # at most this many neurons are tried one by one, since each costs a measurement
 MAX_WITHOUT_HELP = 8  # a round that begins with few outliers ends if this many neurons do not halve the outliers
@@ -45,8 +48,6 @@ MAX_NEURONS = 512  # one round adds at most this many neurons; InternViT-6B need
 MAX_MEASUREMENTS = 64  # one selection measures at most this many sets of neurons
 MAX_ROUNDS = 8
 REGISTERS_TRIED = 4  # at most this many registers are tried
-# To choose the number of registers and their start, at most this many sets are measured: all numbers, and one twice.
-MEASURED_LAST = REGISTERS_TRIED + 1
 
 Measure = Callable[[Sequence[Neuron], int], Effect]
 """Measures the effect of moving some neurons to a number of registers."""
@@ -114,10 +115,10 @@ def select(
        of the best neuron of their round. If the change of features differs with them (by more than both `SAME_CHANGE`
        and `SAME_SHARE`), and the set is as good, they are added, and those that change nothing are dropped again.
     6. Drop what has become needless since step 3. Neurons that are not selective are tried again. Then neurons are
-       tried one by one: all of them, or those of the last block if there are more than `MAX_TRIED_SINGLY`, or none if
-       these are more as well. A neuron is a by-product if it fires at outliers without causing them. It is dropped as
-       one if the set is as good without it, and it alone removes less than a tenth of the outliers and of their norms
-       above normal.
+       tried one by one: all of them, or only those of the last block if there are more than `MAX_TRIED_SINGLY`; none,
+       if the last block has more than that too. A neuron is dropped if the set is as good without it, and it alone
+       removes less than a tenth of the outliers and of their norms above normal. It is then a by-product, which fires
+       at outliers without causing them.
     7. Choose the number of registers. Every register holds the activations of all neurons. A single register has less
        weight in the softmax of attention than the many outliers had. Of the numbers that are as good as one register,
        the smallest is chosen with which features change least, or nearly least.
@@ -163,13 +164,19 @@ def select(
     )
 
 
-def with_best_start(selection: Selection, from_mean: Callable[[int], Effect]) -> Selection:
+def with_best_start(
+    selection: Selection, from_mean: Callable[[int], Effect], *, out_of_time: Callable[[], bool] = lambda: False
+) -> Selection:
     """The selection, with registers that start as the mean of their image's patches if features change less then.
 
-    `from_mean` measures the chosen neurons on a number of registers with that start: first on as many as were chosen.
-    That is taken if the sum of `change_pooled` and `change_patches` is smaller by about a tenth and at least
-    `SAME_OUTPUTS`, and the larger of the two, `remaining` and attention (`draws_as_little`) are no worse. Then more
-    registers are tried, as long as features change less with each.
+    The chosen neurons are measured on as many registers with that start. It is taken if the sum of `change_pooled` and
+    `change_patches` is smaller by about a tenth, and by at least `SAME_OUTPUTS`, while the larger of the two changes,
+    `remaining` and attention (`draws_as_little`) are each no worse. More registers are then tried, as long as each
+    further one makes the sum smaller. The smallest number is chosen with which it is smallest, or nearly so.
+
+    Args:
+        from_mean: measures the chosen neurons on a number of registers that start as the mean patch.
+        out_of_time: as in `select`; once it returns True, no more registers are tried.
     """
     from_zeros = effect = selection.effect
     effects = [from_mean(from_zeros.num_registers)]
@@ -182,7 +189,7 @@ def with_best_start(selection: Selection, from_mean: Callable[[int], Effect]) ->
         )
 
     if is_as_good(effects[0]) and _change_limit(_both_changes(effects[0])) < _both_changes(from_zeros):
-        while (number := effects[-1].num_registers) < REGISTERS_TRIED:
+        while (number := effects[-1].num_registers) < REGISTERS_TRIED and not out_of_time():
             effects.append(from_mean(number + 1))
             if _both_changes(effects[-1]) > _both_changes(effects[-2]):
                 break
@@ -276,7 +283,7 @@ class _Search:
 
     def is_over(self) -> bool:
         """Whether no more sets of neurons are measured. Numbers of registers are still tried then."""
-        return len(self.effects) > MAX_MEASUREMENTS - MEASURED_LAST or self.out_of_time()
+        return len(self.effects) > MAX_MEASUREMENTS - REGISTERS_TRIED or self.out_of_time()
 
     def needs_more(self) -> bool:
         """Whether too many outliers are left, and no limit forbids another round."""

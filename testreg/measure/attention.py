@@ -69,9 +69,10 @@ def attention_to_patches(
     The weights may sum to less than one, since the rest goes to other tokens.
 
     Args:
-        images: (B, 3, h, w).
-        query: one of the queries of `testreg.attention`, or a mask (h, w) or (B, h, w) of patches, whose mean is taken.
-            None takes CLS, or the mean of all patches in towers without prefix tokens.
+        images: (B, 3, height, width) in pixels.
+        query: one of the queries that `testreg.attention` names ("pool" is asked in the last block, whatever `block`
+            is), or a mask of the grid of patches, (h, w) or (B, h, w), the mean of whose attention is taken. None takes
+            CLS, or the mean of all patches in towers without prefix tokens.
         to: whether attention to the patches or to the registers is returned.
 
     Raises:
@@ -177,10 +178,10 @@ def _not_observed(tower: Tower, where: str) -> RuntimeError:
 def attention_rollout(tower: Tower, images: Tensor, block: int = -1, query: Query | Tensor | None = None) -> Tensor:
     """Attention rollout (Abnar and Zuidema, arXiv 2005.00928) from a query to each patch: (B, 1, N).
 
-    It is the product of (A + I) / 2 over the blocks from the first one to `block`. A (T, T) is a block's attention, row
-    by row what each token gives, averaged over its heads; a later block's factor stands to the left; and the identity I
-    stands for the residual stream. All tokens take part, prefix tokens and registers too. Registers that start as the
-    mean patch in a later block than the first begin there with the mean of the patches' rows.
+    It is the product of (A + I) / 2 over the blocks from the first one to `block`. The matrix A (T, T) is a block's
+    attention, row by row what each token gives, averaged over its heads; a later block's factor stands to the left; and
+    the identity I stands for the residual stream. All tokens take part, prefix tokens and registers too. Registers that
+    enter a later block, as the mean patch, get the mean of the patches' rows as their row.
     """
     query = default_query(tower) if query is None else query
     if isinstance(query, Tensor) and query.ndim == 3:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from testreg.families import Tower
@@ -164,10 +165,14 @@ class RegisterBlock(Override):
         return layout.join(tokens, registers)
 
     def first_registers(self, tokens: Tensor, layout: Layout) -> Tensor:
-        """The registers (B, R, C) with which these tokens enter: zeros, or the mean of their image's patches."""
+        """The registers (B, R, C) with which these tokens enter: zeros, or the mean of their image's patches.
+
+        The mean gets the mean norm of the patches, of which it has only a part where patches differ.
+        """
         if self.patch.start == "mean":
             means = layout.patch_means(tokens, self.patch.num_prefix)
-            return means.expand(-1, self.patch.num_registers, -1)
+            mean_norms = layout.patch_means(tokens.norm(dim=-1, keepdim=True), self.patch.num_prefix)
+            return (F.normalize(means, dim=-1) * mean_norms).expand(-1, self.patch.num_registers, -1)
         zeros = tokens.new_zeros(1, 1, tokens.shape[-1])
         if (norm := self.tower.entry_norm) is not None:
             zeros = norm.forward(zeros).to(tokens.dtype)  # all tokens went through it; .forward calls no hooks

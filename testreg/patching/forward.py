@@ -1,12 +1,12 @@
 """The life of a forward through a patched tower.
 
-1. The entry block is called with T tokens: a `Forward` begins in this thread. It is block 0 if registers start as
-   zeros; if they start as the mean of their image's patches, it is the first block with register neurons, and those in
-   front of it are as they were. The mode of the forward is decided (with registers, steered onto patches, or
-   unpatched), and holds to its end, whatever `testreg.disabled` and `testreg.steered` do meanwhile.
+1. The entry block is called with T tokens: a `Forward` begins in this thread. The entry block is block 0 if registers
+   start as zeros. If they start as the mean of their image's patches, it is the first block with register neurons, and
+   the blocks in front of it are not changed. The mode of the forward is decided (with registers, steered onto patches,
+   or unpatched), and holds to its end, whatever `testreg.disabled` and `testreg.steered` do meanwhile.
 2. The block appends R registers to the tokens (zeros, means, or static states), and calls the block's own forward on
-   the T+R (`block`).
-3. In front of the second MLP linear, before any hook on it, the register neurons are moved to the registers (`fc2`).
+   the T+R (block.py).
+3. In front of the second MLP linear, before any hook on it, the register neurons are moved to the registers (fc2.py).
 4. The block hands on T tokens. They carry the registers as an attribute, a `Handoff`: no state is left on the module.
 5. Hooks of the block run. If one puts other tokens in the place of these, the registers are given to what it returns.
 6. Block i takes the registers that its tokens carry. So gradient checkpointing can recompute a block (the tokens that
@@ -15,7 +15,8 @@
    this thread's forward. It is an error if their shape is another, or if they might belong to another forward.
 8. The last block hands on tokens that carry nothing, and the forward is over.
 
-The state belongs to the thread (`running`), not to the model. Compiled code knows only what the tokens carry.
+The state belongs to the thread (`running`), not to the model. Compiled code knows only what the tokens carry. A `patch`
+is what `testreg.patch` puts on a tower (`state.Patch`), not a patch of an image.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from torch import Tensor
 from testreg.families.layout import Layout
 
 CARRIED = "_testreg_carried"  # attribute of the tokens between two blocks: a `Handoff`, or registers if compiled
-_START = "_testreg_start"  # attribute of the tokens that registers enter with: a `StartMode`
+_START = "_testreg_start"  # attribute of the tokens at the entry block: a `StartMode`
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +151,7 @@ class Hooked:
 
 @dataclass(eq=False)
 class Recorder:
-    """Records registers for `testreg.registers`: those of one patch, in this thread's last forward."""
+    """Records the registers of one patched tower, in this thread's last forward of it, for `testreg.registers`."""
 
     patch: object
     recorded: list[Tensor] = field(default_factory=list)
@@ -221,8 +222,8 @@ def begin(patch: object, tokens: object, mode: Mode, waiting: Forward | None) ->
     """Begin a forward in this mode, with the tokens at the entry block.
 
     If gradient checkpointing recomputes that block, the forward has the mode in which the block first ran instead.
-    `waiting` is the forward of this thread that waited for its next block, if there is one. Unless it is over (a block
-    of it was recomputed), later tokens that carry nothing may belong to it.
+    `waiting` is the forward of this thread that waited for its next block, if there is one. If it is unfinished, later
+    tokens that carry nothing may belong to it. (If it is over, a backward pass has recomputed one of its blocks.)
     """
     if isinstance(tokens, Tensor):
         if is_recomputing():
@@ -261,7 +262,11 @@ def carried(tokens: object, patch: object) -> Handoff | None:
 
 
 def has_no_registers(tensor: Tensor) -> bool:
-    """Whether a tensor has no registers: a block has handed it on, or hooks are running that see no registers."""
+    """Whether a tensor holds no registers behind its T tokens.
+
+    That is so if a block has handed it on, which attaches the registers as an attribute, or if hooks are running that
+    see no registers.
+    """
     return getattr(tensor, CARRIED, None) is not None or running.hooked is not None
 
 
