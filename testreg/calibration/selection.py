@@ -47,7 +47,8 @@ MAX_WITHOUT_HELP = 8  # a round that begins with few outliers ends if this many 
 MAX_NEURONS = 512  # one round adds at most this many neurons; InternViT-6B needed 300
 MAX_MEASUREMENTS = 64  # one selection measures at most this many sets of neurons
 MAX_ROUNDS = 8
-REGISTERS_TRIED = 4  # at most this many registers are tried
+NUMBERS_OF_REGISTERS = (1, 2, 3, 4, 6, 8, 12, 16)  # tried in this order, while features change less with more
+TRIED_IN_ANY_CASE = 4  # up to this number of registers is tried even if there is no more time
 
 Measure = Callable[[Sequence[Neuron], int], Effect]
 """Measures the effect of moving some neurons to a number of registers."""
@@ -157,7 +158,7 @@ def select(
     by_num_registers = search.effects_by_num_registers(kept, effect)
     return Selection(
         neurons=kept,
-        effect=by_num_registers[search.best_num_registers(by_num_registers) - 1],
+        effect=search.with_best_num_registers(by_num_registers),
         rounds=tuple(search.rounds),
         dropped=tuple(neuron for neuron in search.added if neuron not in kept),
         effects_by_num_registers=by_num_registers,
@@ -189,10 +190,11 @@ def with_best_start(
         )
 
     if is_as_good(effects[0]) and _change_limit(_both_changes(effects[0])) < _both_changes(from_zeros):
-        while (number := effects[-1].num_registers) < REGISTERS_TRIED and not out_of_time():
-            effects.append(from_mean(number + 1))
-            if _both_changes(effects[-1]) > _both_changes(effects[-2]):
-                break
+        for number in NUMBERS_OF_REGISTERS:
+            if number > effects[-1].num_registers and not out_of_time():
+                effects.append(from_mean(number))
+                if _both_changes(effects[-1]) >= _both_changes(effects[-2]):
+                    break
         good = [each for each in effects if is_as_good(each)]
         least = min(map(_both_changes, good))
         effect = next(each for each in good if _both_changes(each) <= _change_limit(least))
@@ -283,7 +285,7 @@ class _Search:
 
     def is_over(self) -> bool:
         """Whether no more sets of neurons are measured. Numbers of registers are still tried then."""
-        return len(self.effects) > MAX_MEASUREMENTS - REGISTERS_TRIED or self.out_of_time()
+        return len(self.effects) > MAX_MEASUREMENTS - TRIED_IN_ANY_CASE or self.out_of_time()
 
     def needs_more(self) -> bool:
         """Whether too many outliers are left, and no limit forbids another round."""
@@ -345,28 +347,27 @@ class _Search:
         return (neurons, effect) if draws_as_little(effect, effect_of_larger) else (larger, effect_of_larger)
 
     def effects_by_num_registers(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[Effect, ...]:
-        """Measure a set with 2, 3, ... registers, until features change more than with one register fewer.
+        """Measure a set with more and more registers, until features no longer change less than with the number before.
 
         `effect` is the effect with one register. Returns the effects with 1, 2, ... registers.
         """
         effects = [effect]
-        while len(effects) < REGISTERS_TRIED:
-            if len(effects) > 1 and effects[-1].change > effects[-2].change:
+        for number in NUMBERS_OF_REGISTERS[1:]:
+            if len(effects) > 1 and effects[-1].change >= effects[-2].change:
                 break
-            effects.append(self.effect_of(neurons, len(effects) + 1))
+            if number > TRIED_IN_ANY_CASE and self.is_over():
+                break
+            effects.append(self.effect_of(neurons, number))
         return tuple(effects)
 
-    def best_num_registers(self, effects: Sequence[Effect]) -> int:
-        """The smallest number of registers with which features change least, or nearly least.
+    def with_best_num_registers(self, effects: Sequence[Effect]) -> Effect:
+        """The effect with the smallest number of registers with which features change least, or nearly least.
 
         `effects` are those with 1, 2, ... registers. Only numbers that are as good as one register come into question.
         """
-        changes = {
-            number: effect.change
-            for number, effect in enumerate(effects, start=1)
-            if self.is_as_good(effect, effects[0])
-        }
-        return next(number for number, change in changes.items() if change <= _change_limit(min(changes.values())))
+        good = [effect for effect in effects if self.is_as_good(effect, effects[0])]
+        least = min(effect.change for effect in good)
+        return next(effect for effect in good if effect.change <= _change_limit(least))
 
     def without_needless(
         self, neurons: tuple[Neuron, ...], effect: Effect, *, must_change_as_much: bool
