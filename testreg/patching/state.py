@@ -29,7 +29,7 @@ def check_options(num_registers: int | None, max_over: str, zero: str, start: st
     if num_registers is not None and num_registers < 1:
         raise ValueError(f"num_registers must be at least 1, got {num_registers}")
     if num_registers is not None and num_registers > MAX_REGISTERS:
-        raise ValueError(f"num_registers must be at most {MAX_REGISTERS}, got {shown(num_registers)}: 1 to 4 do")
+        raise ValueError(f"num_registers must be at most {MAX_REGISTERS}, got {shown(num_registers)}: 1 to 16 do")
     if max_over not in ("neuron", "layer"):
         raise ValueError(f"max_over must be 'neuron' or 'layer', got {max_over!r}")
     if zero not in ("patches", "all"):
