@@ -1,6 +1,7 @@
 """Checks one architecture: is it supported, refused, absent, or does it fail?
 
-The model is built with random weights, and patched with three neurons in two blocks. It is *supported* if
+The model is built with random weights, and patched with three neurons in two blocks; then with one in block 1, and a
+register that enters there as the mean patch. It is *supported* if
 
 - every public output has the same shape with the patch as without, and the state_dict has the same keys;
 - every public output for a batch equals that of the reference (explicit_register.py), and those for single images;
@@ -88,25 +89,26 @@ def _check(architecture: Architecture) -> str:
     keys = list(model.state_dict())
     neurons = _loud_neurons(tower, lambda: run(0, 1))
     plain = run(0, 1)
-    with explicit_register(tower, neurons):
-        references = [run(0), run(1)]
-    _assert_same("the reference left something", run(0, 1), plain, exactly=True)
+    for start, moved in (("zeros", neurons), ("mean", {1: neurons[1]})):
+        with explicit_register(tower, moved, start):
+            references = [run(0), run(1)]
+        _assert_same("the reference left something", run(0, 1), plain, exactly=True)
 
-    testreg.patch(model, neurons)
-    patched = run(0, 1)
-    if list(model.state_dict()) != keys:
-        raise AssertionError("the keys of the state_dict changed")
-    shapes = lambda outputs: {(name, tensor.shape) for name, tensor in outputs.items()}
-    if changed := shapes(patched) ^ shapes(plain):
-        raise AssertionError(f"shapes changed: {sorted(changed)}")
-    if all(torch.equal(patched[name], plain[name]) for name in plain):
-        raise AssertionError("the patch changes nothing")
-    singles = [run(0), run(1)]
-    _assert_same("a batch differs from its images one by one", patched, _concatenated(singles))
-    _assert_same("differs from the explicit register", patched, _concatenated(references))
+        testreg.patch(model, moved, start=start)
+        patched = run(0, 1)
+        if list(model.state_dict()) != keys:
+            raise AssertionError("the keys of the state_dict changed")
+        shapes = lambda outputs: {(name, tensor.shape) for name, tensor in outputs.items()}
+        if changed := shapes(patched) ^ shapes(plain):
+            raise AssertionError(f"shapes changed: {sorted(changed)}")
+        if all(torch.equal(patched[name], plain[name]) for name in plain):
+            raise AssertionError("the patch changes nothing")
+        singles = [run(0), run(1)]
+        _assert_same(f"start={start}: a batch differs from its images one by one", patched, _concatenated(singles))
+        _assert_same(f"start={start}: differs from the explicit register", patched, _concatenated(references))
 
-    testreg.unpatch(model)
-    _assert_same("unpatch is not exact", run(0, 1), plain, exactly=True)
+        testreg.unpatch(model)
+        _assert_same("unpatch is not exact", run(0, 1), plain, exactly=True)
     return ""
 
 

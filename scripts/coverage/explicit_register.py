@@ -15,8 +15,10 @@ Forward = Callable[..., Any]
 
 
 @contextmanager
-def explicit_register(tower: Tower, neurons: Mapping[int, Sequence[int]]) -> Iterator[None]:
+def explicit_register(tower: Tower, neurons: Mapping[int, Sequence[int]], start: str) -> Iterator[None]:
     """Within the `with` block, the blocks of the unpatched tower run with a register, which is a local variable here.
+
+    It enters block 0 as zeros, or, if `start` is "mean", the first block with neurons as the mean of the patches.
 
     It works for one image at a time, without padding and packing. Masks and other arguments of blocks get one more row,
     which is decided by their shapes alone. It shares no code with `testreg.patch`, except the table of families.
@@ -30,7 +32,15 @@ def explicit_register(tower: Tower, neurons: Mapping[int, Sequence[int]]) -> Ite
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             tokens = args[0] if args else kwargs[next(iter(kwargs))]
-            if first:
+            count = tokens.shape[dim]
+            padding[:] = _padding((*args, *kwargs.values()), count)
+            if first and start == "mean":
+                numbers = [number for number in _patches(tower, count) if number not in padding]
+                patches = tokens.index_select(dim, torch.tensor(numbers))
+                mean = patches.mean(dim, keepdim=True)
+                mean_norm = patches.norm(dim=-1, keepdim=True).mean(dim, keepdim=True)
+                register[:] = [mean / mean.norm(dim=-1, keepdim=True) * mean_norm]
+            elif first:
                 token = tokens.new_zeros(1, 1, tokens.shape[-1])
                 if tower.entry_norm is not None:
                     token = type(tower.entry_norm).forward(tower.entry_norm, token)
@@ -38,8 +48,6 @@ def explicit_register(tower: Tower, neurons: Mapping[int, Sequence[int]]) -> Ite
                 shape[dim] = 1
                 register[:] = [token.flatten().expand(shape)]
             longer = torch.cat([tokens, register[0]], dim)
-            count = tokens.shape[dim]
-            padding[:] = _padding((*args, *kwargs.values()), count)
             extend = lambda extra: longer if extra is tokens else _with_one_more_row(extra, count, tower.num_prefix)
             output = original(*map(extend, args), **{name: extend(extra) for name, extra in kwargs.items()})
             output_tokens = output[0] if isinstance(output, tuple) else output
@@ -101,14 +109,16 @@ def explicit_register(tower: Tower, neurons: Mapping[int, Sequence[int]]) -> Ite
             setattr(module, method, wrap(getattr(module, method), *extra))
             stack.callback(delattr, module, method)
 
-        for i, each in enumerate(tower.blocks):
-            replace(each.module, block, i == 0)
-            start = 0
+        entry = min(neurons) if start == "mean" else 0
+        for i, each in list(enumerate(tower.blocks))[entry:]:
+            replace(each.module, block, i == entry)
+            offset = 0
             for mlp in each.mlps:
-                units = [mlp.first + unit - start for unit in neurons.get(i, ()) if start <= unit < start + mlp.width]
+                end = offset + mlp.width
+                units = [mlp.first + unit - offset for unit in neurons.get(i, ()) if offset <= unit < end]
                 for module in mlp.consumers:
                     replace(module, wrap_linear, units)
-                start += mlp.width
+                offset = end
             if each.attention is not None:
                 replace(each.attention, attention)
             if each.bias is not None:
