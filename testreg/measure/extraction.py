@@ -116,7 +116,8 @@ def extract(
     path = Path(output)
     check_output(path)
     tower = find_tower(model)
-    extractor = _Extractor(model, tower, _checked_blocks(tower, blocks), _checked_what(model, tower, what), norm)
+    numbers = _checked_blocks(tower, blocks)
+    extractor = _Extractor(model, tower, numbers, _checked_what(model, tower, numbers, what), norm)
     if norm and tower.final_norm is None:
         raise ValueError(f"{type(tower.module).__name__} has no norm behind its last block: leave norm out")
     if batch_size < 1:
@@ -231,8 +232,8 @@ def _checked_blocks(tower: Tower, blocks: Sequence[int]) -> list[int]:
     return list(dict.fromkeys(block % tower.depth for block in blocks))
 
 
-def _checked_what(model: nn.Module, tower: Tower, what: Sequence[What] | None) -> Sequence[What]:
-    """What is to be extracted, after a check that the model has it."""
+def _checked_what(model: nn.Module, tower: Tower, blocks: Sequence[int], what: Sequence[What] | None) -> Sequence[What]:
+    """What is to be extracted, after a check that the blocks of the model have it."""
     if not what:
         return ("patches", "cls") if tower.num_prefix else ("patches",)
     if unknown := [each for each in what if each not in get_args(What)]:
@@ -240,8 +241,12 @@ def _checked_what(model: nn.Module, tower: Tower, what: Sequence[What] | None) -
     name = type(tower.module).__name__
     if "cls" in what and not tower.num_prefix:
         raise ValueError(f"{name} has no CLS token: leave cls out")
-    if "registers" in what and find_patch(model) is None and not tower.num_trained_registers:
-        raise ValueError(f"{name} has no registers: call testreg.patch(model, ...) first, or leave registers out")
+    if "registers" in what and not tower.num_trained_registers:
+        patch = find_patch(model)
+        if patch is None:
+            raise ValueError(f"{name} has no registers: call testreg.patch(model, ...) first, or leave registers out")
+        if min(blocks) < patch.entry_block:
+            raise ValueError(f"registers enter block {patch.entry_block} of {name}: leave them or earlier blocks out")
     return what
 
 

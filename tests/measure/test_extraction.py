@@ -178,6 +178,11 @@ def test_what_cannot_be_written_is_said_at_once(folder: Path, tmp_path: Path, ph
             write(model, images, path, **options)
         assert not output.exists()
         output.with_name(output.name + ".unfinished").unlink(missing_ok=True)
+    with (
+        testreg.patched(model, {2: [3]}, start="mean"),
+        pytest.raises(ValueError, match="registers enter block 2 of VisionTransformer: leave them or earlier blocks"),
+    ):
+        write(model, folder, output, blocks=[1, 3], what=["registers"])
     with pytest.raises(ValueError, match="has no CLS token"):
         write(build("hf_siglip"), folder, output, what=["cls"])
     model.blocks[3].mlp.fc2.bias.data.fill_(1e5)  # type: ignore[index, union-attr]
