@@ -44,7 +44,7 @@ model's device and in its dtype."""
 
 CACHE_BYTES = 2**28  # memory for the inputs of blocks that are kept while sets of neurons are compared
 NORMAL_PATCHES = 64  # how many patches are sampled from each image, at most, to measure how normal patches change
-HOTTER = 1.01  # an image is hotter if its hottest patch draws over this many times what it draws in the plain model
+HOTTER = 1.01  # an image is hotter if its hottest patch draws over this many times what the plain model's hottest does
 MUCH_HOTTER = 1.1  # maps are hotter if the mean attention to the hottest patch grows by more than this factor
 MAX_SINK = 1.5  # former outliers are a sink if they draw more than this many times the attention of other patches
 

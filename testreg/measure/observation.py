@@ -155,7 +155,7 @@ class _BatchObserver:
 
     @functools.cached_property
     def grid(self) -> Grid:
-        """The grid of patches. It is computed once a block runs: a model that takes no images has failed by then."""
+        """The grid of patches. It is not computed before a block runs, so a model that takes no images fails first."""
         return self.tower.grid(self.images)
 
     @contextmanager
@@ -289,7 +289,7 @@ def _residual_sums(
     ratio = norms / median
     outlier = (norms > rule.limit(norms)) & counted
     cosine = neighbour_cosine(patches, norms, grid)
-    at_outliers = patches[outlier]  # (n, C)
+    at_outliers = patches[outlier]  # (number of outliers, C)
     exact = ratio.cpu().double()
     sums = {
         "images": torch.tensor(len(norms)),
@@ -335,7 +335,7 @@ def _attention_sums(weights: Tensor, share: Tensor, is_far: Tensor, patches: sli
 
 
 def _value_sums(weights: Tensor, values: Tensor, outlier: Tensor, share: Tensor) -> Sums:
-    """The norms of the outliers' values, and the second moment of what queries take from them, summed over a batch.
+    """Sums over a batch: the outliers' value norms over the median, and second moments of what queries take from them.
 
     Args:
         weights: the attention weights (B, heads, n, N) of n queries to the patches.

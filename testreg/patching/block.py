@@ -69,7 +69,7 @@ class RegisterBlock(Override):
             0 if isinstance(self.previous, Override) else sum(move.is_always_called for move in self.moves)
         )
 
-    # The life of a forward, steps 1 to 8 -----------------------------------------------------------------------------
+    # A call of the block: find its registers, run it with them, hand them on -----------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # dynamo makes one graph for each mode: it guards on what decides the mode
@@ -167,7 +167,7 @@ class RegisterBlock(Override):
     def first_registers(self, tokens: Tensor, layout: Layout) -> Tensor:
         """The registers (B, R, C) with which these tokens enter: zeros, or the mean of their image's patches.
 
-        The mean gets the mean norm of the patches, of which it has only a part where patches differ.
+        The mean of patches that differ has a smaller norm than they have, so it is scaled to the mean of their norms.
         """
         if self.patch.start == "mean":
             means = layout.patch_means(tokens, self.patch.num_prefix)
@@ -224,7 +224,7 @@ class RegisterBlock(Override):
             call.tokens = tokens
         return out
 
-    # Compiled code, which knows no `Forward` of the thread ----------------------------------------------------------
+    # Compiled code: registers go with the tokens or in `running.compiled`, not in a `Forward` ------------------------
 
     def _hand_on_compiled(self, tokens: Tensor, registers: Tensor | None) -> None:
         if registers is not None and not self.is_last:
@@ -246,9 +246,9 @@ class RegisterBlock(Override):
         return with_first(out, view)
 
     def _registers_left_for(self, tokens: Tensor) -> Tensor | None:
-        """The registers that the block before has left for these tokens; this block or that one may be compiled.
+        """The registers that the previous block left for these tokens, or None. Either block may be compiled.
 
-        The tokens carry them, or a hook has put the tokens in the place of those that did.
+        The tokens carry them, or a hook has returned these tokens in place of the tokens that carried the registers.
         """
         handoff = getattr(tokens, CARRIED, None)
         if handoff is not None:
@@ -267,7 +267,7 @@ class RegisterBlock(Override):
             return args[0], {}
         if len(args) > len(self.argument_names):
             raise NotImplementedError(f"block {self.index} takes arguments without a name, which testreg does not know")
-        # The lengths are made equal because torch.compile ignored `strict=False` in older releases.
+        # The names are cut to as many as `args`: even with `strict=False`, older torch.compile wants equal lengths.
         arguments = dict(zip(self.argument_names[: len(args)], args, strict=True)) | kwargs
         return arguments.pop(self.argument_names[0]), arguments
 
@@ -333,7 +333,7 @@ class RegisterBlock(Override):
 
 @dataclass(eq=False)
 class BlockCall(Override):
-    """The call of a block, its hooks included: tokens that they return in place of the block's get the registers."""
+    """The call of a block with its hooks: if a hook replaces the block's tokens, the new ones get the registers."""
 
     method = "_call_impl"
     block: RegisterBlock

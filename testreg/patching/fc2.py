@@ -1,4 +1,7 @@
-"""Moves the register neurons in front of an MLP's second linear (fc2), before any hook on it sees the activation."""
+"""Moves the register neurons of an MLP: takes their activation from the patches and puts it where the mode says.
+
+This is done to the input of the MLP's second linear (fc2), before any hook on that linear sees it.
+"""
 
 from __future__ import annotations
 
