@@ -15,7 +15,7 @@ from testreg.families import Tower
 from testreg.families.extend import MASKS, padded
 from testreg.families.layout import Layout
 from testreg.patching.attention import carry_layout
-from testreg.patching.fc2 import MoveInFront, not_moved, replaced_forward
+from testreg.patching.fc2 import MoveInFront, not_moved_message, replaced_forward_message
 from testreg.patching.forward import (
     CARRIED,
     Call,
@@ -69,7 +69,7 @@ class RegisterBlock(Override):
             0 if isinstance(self.previous, Override) else sum(move.is_always_called for move in self.moves)
         )
 
-    # A call of the block: find its registers, run it with them, hand them on -----------------------------------------
+    # A call of the block, steps 1 to 8 in forward.py: find its registers, run it with them, hand them on -------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # dynamo makes one graph for each mode: it guards on what decides the mode
@@ -92,7 +92,7 @@ class RegisterBlock(Override):
         try:
             out = function(*args, **kwargs)
             if call.forward is None and self.patch.mode_for_new_forward.is_patched:
-                raise RuntimeError(replaced_forward(self.index))
+                raise RuntimeError(replaced_forward_message(self.index))
             out = carry_through_hooks(out, call)
             running.waiting = None if self.is_last else call.forward
         except BaseException:
@@ -186,7 +186,7 @@ class RegisterBlock(Override):
         try:
             out = self._run_with_layout(sequence, arguments, layout)
             if running.moves < self.required_moves and _is_tokens(first_of(out), sequence):
-                raise RuntimeError(not_moved(self.index))
+                raise RuntimeError(not_moved_message(self.index))
         finally:
             running.moves = outer
         return out

@@ -39,7 +39,9 @@ class MoveInFront(Override):
     patch: Patch
     default_layout: Layout
     channels: tuple[int, ...]
+    """The register neurons, as input channels of the linear."""
     owners: tuple[int, ...] | None
+    """The register that each of them is moved to; None if every register holds all."""
     width: int | None
     """The number of input channels; None where it is not known."""
     is_always_called: bool
@@ -165,7 +167,7 @@ class MoveInFront(Override):
         if not self.patch.mode_for_new_forward.is_patched:
             return
         if getattr(self.block.__dict__.get("forward"), "patch", None) is not self.patch:
-            raise RuntimeError(replaced_forward(self.index))
+            raise RuntimeError(replaced_forward_message(self.index))
         if self.patch.warns_outside:
             self.patch.warns_outside = False
             warnings.warn(
@@ -188,7 +190,7 @@ class MoveCompiled(Override):
         return self.original(*args, **kwargs)
 
 
-def replaced_forward(index: int) -> str:
+def replaced_forward_message(index: int) -> str:
     """The error for a block whose patched forward was replaced."""
     return (
         f"the forward of block {index}, which testreg.patch() replaced, was replaced again and did not run, so that "
@@ -196,7 +198,7 @@ def replaced_forward(index: int) -> str:
     )
 
 
-def not_moved(index: int) -> str:
+def not_moved_message(index: int) -> str:
     """The error for a block that has not called its second linear."""
     return (
         f"block {index} does not call its second MLP linear, or replaces what is in front of it, so that its register "
