@@ -443,6 +443,13 @@ def steer_by_hand(
     return moved
 
 
+def mean_patch(patches: Tensor) -> Tensor:
+    """The mean (B, 1, C) of the patches (B, N, C) of each image, at their mean norm."""
+    mean = patches.sum(1, keepdim=True) / patches.shape[1]
+    mean_norm = patches.square().sum(-1).sqrt().sum(1) / patches.shape[1]
+    return mean / mean.square().sum(-1, keepdim=True).sqrt() * mean_norm[:, None, None]
+
+
 def forward_by_hand(
     name: str,
     model: nn.Module,
@@ -488,10 +495,7 @@ def forward_by_hand(
     for index, module in enumerate(layout.blocks(model)):
         block = layout.read(module)
         if start == "mean" and index == entry:
-            mean = x[:, layout.prefix :].sum(1, keepdim=True) / (num_tokens - layout.prefix)
-            mean_norm = x[:, layout.prefix :].square().sum(-1).sqrt().sum(1) / (num_tokens - layout.prefix)
-            mean = mean / mean.square().sum(-1, keepdim=True).sqrt() * mean_norm[:, None, None]
-            x = torch.cat([x, *[mean] * num_registers], dim=1)
+            x = torch.cat([x, *[mean_patch(x[:, layout.prefix :])] * num_registers], dim=1)
         if static is not None and index >= entry:
             x = torch.cat([x[:, :num_tokens], static[index].expand(len(x), -1, -1)], dim=1)
         attended, weights = attend(layer_norm(x, block.norm1), block, turn)

@@ -22,7 +22,7 @@ import timm
 import torch
 import transformers
 from marks import slow_except
-from reference import LAYOUTS, block_outputs, build, forward_by_hand, run
+from reference import LAYOUTS, block_outputs, build, forward_by_hand, mean_patch, run
 from safetensors import safe_open
 from timm.models.vision_transformer import checkpoint_filter_fn
 from tiny import DUPLICATES, IMAGE, TORCH_2_9, TRANSFORMERS_4
@@ -1046,10 +1046,7 @@ def test_registers_start_as_zeros_or_as_the_mean_patch(family: str) -> None:
         with testreg.patched(model, recommended), norm.register_forward_pre_hook(record):
             run(model, images())
         zeros = torch.zeros(1, 1, 48) if tower.entry_norm is None else tower.entry_norm(torch.zeros(1, 1, 48))
-        patches = entered[0][:, tower.num_prefix :]
-        mean = patches.mean(1, keepdim=True)
-        mean *= patches.norm(dim=-1).mean(1)[:, None, None] / mean.norm(dim=-1, keepdim=True)
-        expected = zeros if start == "zeros" else mean
+        expected = zeros if start == "zeros" else mean_patch(entered[0][:, tower.num_prefix :])
         torch.testing.assert_close(entered[-1][:, -2:], expected.expand(2, 2, 48))
         torch.testing.assert_close(entered[-1][:, :-2], entered[0])
     with testreg.patched(model, recommended, start="zeros"):

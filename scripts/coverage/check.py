@@ -89,6 +89,7 @@ def _check(architecture: Architecture) -> str:
     keys = list(model.state_dict())
     neurons = _loud_neurons(tower, lambda: run(0, 1))
     plain = run(0, 1)
+    shapes = lambda outputs: {(name, tensor.shape) for name, tensor in outputs.items()}
     for start, moved in (("zeros", neurons), ("mean", {1: neurons[1]})):
         with explicit_register(tower, moved, start):
             references = [run(0), run(1)]
@@ -98,7 +99,6 @@ def _check(architecture: Architecture) -> str:
         patched = run(0, 1)
         if list(model.state_dict()) != keys:
             raise AssertionError("the keys of the state_dict changed")
-        shapes = lambda outputs: {(name, tensor.shape) for name, tensor in outputs.items()}
         if changed := shapes(patched) ^ shapes(plain):
             raise AssertionError(f"shapes changed: {sorted(changed)}")
         if all(torch.equal(patched[name], plain[name]) for name in plain):

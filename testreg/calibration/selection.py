@@ -5,8 +5,7 @@ are patches with huge norms. Former outliers may still draw much attention once 
 *sink*. The *hottest* patch is the one that draws the most attention. What moving a set of neurons does is its *effect*,
 a record of figures (`testreg.records.calibration.Effect`): above all `remaining`, the share of the outliers that is
 left, `excess`, the share of their norms above normal that is left, and `unlike`, how little former outliers resemble
-their neighbours. A *selective* neuron is active at outliers and
-hardly anywhere else.
+their neighbours. A *selective* neuron is active at outliers and hardly anywhere else.
 
 The search first adds the neurons that remove the outliers, in rounds, and then those that remove the sink. It then
 drops needless neurons, and last chooses the number of registers.
@@ -15,7 +14,7 @@ drops needless neurons, and last chooses the number of registers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -190,14 +189,13 @@ def with_best_start(
         )
 
     if is_as_good(effects[0]) and _change_limit(_both_changes(effects[0])) < _both_changes(from_zeros):
-        for number in NUMBERS_OF_REGISTERS:
-            if number > effects[-1].num_registers and not out_of_time():
-                effects.append(from_mean(number))
-                if _both_changes(effects[-1]) >= _both_changes(effects[-2]):
-                    break
-        good = [each for each in effects if is_as_good(each)]
-        least = min(map(_both_changes, good))
-        effect = next(each for each in good if _both_changes(each) <= _change_limit(least))
+        for number in NUMBERS_OF_REGISTERS[NUMBERS_OF_REGISTERS.index(from_zeros.num_registers) + 1 :]:
+            if out_of_time():
+                break
+            effects.append(from_mean(number))
+            if _both_changes(effects[-1]) >= _both_changes(effects[-2]):
+                break
+        effect = _first_with_nearly_least(_both_changes, filter(is_as_good, effects))
     return replace(selection, effect=effect, effects_by_num_registers=(*selection.effects_by_num_registers, *effects))
 
 
@@ -242,6 +240,13 @@ def changes_the_same(one: Effect, other: Effect) -> bool:
 def _change_limit(change: float) -> float:
     """The largest change of features (1 - cosine) that counts as no larger than `change`."""
     return change + max(SAME_OUTPUTS, change / 10)
+
+
+def _first_with_nearly_least(change: Callable[[Effect], float], effects: Iterable[Effect]) -> Effect:
+    """The first of some effects whose change of features is the least, or counts as no larger."""
+    effects = list(effects)
+    limit = _change_limit(min(map(change, effects)))
+    return next(effect for effect in effects if change(effect) <= limit)
 
 
 def _score(neuron: Neuron) -> float:
@@ -365,9 +370,8 @@ class _Search:
 
         `effects` are those with 1, 2, ... registers. Only numbers that are as good as one register come into question.
         """
-        good = [effect for effect in effects if self.is_as_good(effect, effects[0])]
-        least = min(effect.change for effect in good)
-        return next(effect for effect in good if effect.change <= _change_limit(least))
+        good = (effect for effect in effects if self.is_as_good(effect, effects[0]))
+        return _first_with_nearly_least(lambda effect: effect.change, good)
 
     def without_needless(
         self, neurons: tuple[Neuron, ...], effect: Effect, *, must_change_as_much: bool

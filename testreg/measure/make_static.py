@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from testreg.families import Tower, find_tower
+from testreg.families import find_tower
 from testreg.io.images import Images, ImageStream, batched
 from testreg.io.preprocessing import OwnTransform, Transform
 from testreg.io.processes import add, all_reduce_sum, rank, world_size
 from testreg.io.progress import progress_bar
+from testreg.measure.hooks import recording_inputs
 from testreg.neurons import AnyNeurons, describe_model
 from testreg.patching.block import RegisterBlock
 from testreg.patching.state import Patch, patch_of
@@ -87,7 +88,7 @@ def make_static(
     ):
         patch = patch_of(model)
         for batch in batches:
-            with _entering(tower, patch) as entering, registers(model) as after_block:
+            with _entering(patch) as entering, registers(model) as after_block:
                 tower.run(batch)
             absent = [torch.zeros_like(entering[0])] * patch.entry_block
             in_front = [*absent, *entering, *after_block[patch.entry_block : -1]]  # of each block
@@ -110,17 +111,13 @@ def make_static(
 
 
 @contextmanager
-def _entering(tower: Tower, patch: Patch) -> Iterator[list[Tensor]]:
+def _entering(patch: Patch) -> Iterator[list[Tensor]]:
     """Within the `with` block, the list gets the registers (B, R, C) that enter the entry block."""
     first = next(part for part in patch.overrides if isinstance(part, RegisterBlock))
     entering: list[Tensor] = []
 
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tokens = args[0] if args else next(iter(kwargs.values()))
+    def record(index: int, tokens: Tensor) -> None:
         entering[:] = [first.first_registers(tokens, first.default_layout)]
 
-    handle = tower.blocks[patch.entry_block].module.register_forward_pre_hook(record, with_kwargs=True)
-    try:
+    with recording_inputs([first.module], record):
         yield entering
-    finally:
-        handle.remove()
