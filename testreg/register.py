@@ -26,12 +26,11 @@ from testreg.families import find_tower
 from testreg.neurons import AnyNeurons, RegisterNeurons, resolve
 from testreg.neurons.notices import log_bundled, warn_of_activation, warn_of_other_weights, warn_of_unverified
 from testreg.patching.forward import recording
-from testreg.patching.moves import MaxOver, Zero
 from testreg.patching.moves import shift as shift
 from testreg.patching.placement import parts
 from testreg.patching.state import Patch, check_options, find_patch, patch_of
 from testreg.patching.steering import check_target
-from testreg.records.record import Start
+from testreg.records.options import MaxOver, Start, Zero
 from testreg.static import AnyStatic, resolve_static
 
 M = TypeVar("M", bound=nn.Module)
@@ -45,7 +44,7 @@ def patch(
     num_registers: int | None = None,
     split_neurons: bool = False,
     max_over: MaxOver = "neuron",
-    zero: Zero = "patches",
+    zero: Zero | None = None,
     start: Start | None = None,
     static: AnyStatic = None,
     target: Tensor | None = None,
@@ -66,7 +65,9 @@ def patch(
         split_neurons: share the neurons out among the registers by rank (paper A.5), so that each holds some of them.
         max_over: "neuron" moves the largest value of each neuron (paper), "layer" the largest of all neurons of a
             block, for each of them (released code).
-        zero: where the moved neurons are zero: on "patches" (released code), or on "all" tokens, CLS included (paper).
+        zero: where the moved neurons become zero: on all "patches" (released code), on "all" tokens, CLS included
+            (paper), or on patches where they are "firing" (where they are at rest they keep their value, which is a
+            little below zero with GELU and SiLU). None: "firing" if registers start as the mean, else "patches".
         start: "zeros" (paper): registers enter block 0 as zeros. "mean": they enter the first block that has register
             neurons as the mean of their image's patches, brought to these patches' mean norm, and earlier blocks are
             not changed. None takes what `static` has, or what the list recommends.
@@ -98,6 +99,8 @@ def patch(
         num_registers = chosen.num_registers if constant is None else constant.num_registers
     if start is None:
         start = chosen.start if constant is None else constant.start
+    if zero is None:
+        zero = "firing" if start == "mean" else "patches"
     if constant is not None:
         if target is not None:
             raise ValueError("pass static or target: where neurons are steered onto patches there are no registers")

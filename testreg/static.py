@@ -24,7 +24,7 @@ from torch import Tensor
 from testreg.families import Tower, compare_weights
 from testreg.files import check_format, plain, regular_file, replacing, shown
 from testreg.neurons import RegisterNeurons
-from testreg.records.record import Start
+from testreg.records.options import Start
 
 FORMAT = "testreg-static"
 VERSION = 1

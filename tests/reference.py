@@ -6,6 +6,7 @@ the shift as loops over images, neurons and tokens. Only the embedding is the mo
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -400,6 +401,12 @@ def attend(x: Tensor, block: Block, turn: Callable[[Tensor], Tensor] = lambda x:
     return apply((weights @ v).transpose(1, 2).reshape(images, tokens, width), block.out), weights
 
 
+def silent(value: Tensor, zero: str) -> Tensor:
+    """What becomes of a neuron's value on a patch."""
+    at_rest = zero == "firing" and value <= 0
+    return value.clamp(min=-0.28) if at_rest else torch.zeros_like(value)
+
+
 def shift_by_hand(
     hidden: Tensor,
     owners: Mapping[int, int | None],
@@ -420,8 +427,10 @@ def shift_by_hand(
                 register = token - (tokens - num_registers)
                 if register >= 0 and owner in (None, register):
                     moved[image, token, unit] = peak
-                elif token >= num_prefix or zero == "all":
+                elif register >= 0:
                     moved[image, token, unit] = 0
+                elif token >= num_prefix or zero == "all":
+                    moved[image, token, unit] = silent(hidden[image, token, unit], zero)
     return moved
 
 
@@ -437,7 +446,8 @@ def steer_by_hand(
             peak = max((hidden[image, t, u] for t in range(tokens) for u in candidates), key=lambda value: abs(value))
             for token in range(tokens):
                 if token >= num_prefix:
-                    moved[image, token, unit] = peak if target[image, token - num_prefix] else 0
+                    at_rest = silent(hidden[image, token, unit], zero)
+                    moved[image, token, unit] = peak if target[image, token - num_prefix] else at_rest
                 elif zero == "all":
                     moved[image, token, unit] = 0
     return moved
@@ -459,7 +469,7 @@ def forward_by_hand(
     num_registers: int = 1,
     split_neurons: bool = False,
     max_over: str = "neuron",
-    zero: str = "patches",
+    zero: str | None = None,
     target: Tensor | None = None,
     start: str = "zeros",
     static: Tensor | None = None,
@@ -472,6 +482,7 @@ def forward_by_hand(
     block, register included.
     """
     layout = LAYOUTS[name]
+    zero = zero or {"zeros": "patches", "mean": "firing"}[start]
     if target is not None:
         num_registers = 0
     x = block_outputs(name, model, images).entry
@@ -513,8 +524,10 @@ def forward_by_hand(
             hidden = steer_by_hand(hidden, units, target, num_prefix=layout.prefix, max_over=max_over, zero=zero)
         elif static is not None:
             hidden = hidden.clone()
-            for unit in units:
-                hidden[:, layout.prefix if zero == "patches" else 0 :, unit] = 0
+            before = hidden.clone()
+            for image, unit in itertools.product(range(len(hidden)), units):
+                for token in range(0 if zero == "all" else layout.prefix, hidden.shape[1]):
+                    hidden[image, token, unit] = silent(before[image, token, unit], zero)
         elif owners:
             hidden = shift_by_hand(
                 hidden,

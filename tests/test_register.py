@@ -33,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 import testreg
 from testreg import RegisterNeurons, disabled, is_patched, patch, unpatch
 from testreg.neurons import Calibration
+from testreg.patching.moves import AT_REST
 from testreg.patching.state import patch_of
 from testreg.records.calibration import Effect, Verification
 from testreg.register import shift
@@ -42,6 +43,7 @@ RANKING = ((1, 3), (2, 127), (1, 120), (2, 0), (1, 77), (0, 5), (3, 9), (2, 64))
 NEURONS = RegisterNeurons(tuple((block, unit, None) for block, unit in RANKING))
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
+    "zero_firing": {"zero": "firing"},
     "zero_all": {"zero": "all"},
     "max_over_layer": {"max_over": "layer"},
     "three_registers": {"num_registers": 3},
@@ -165,6 +167,25 @@ def test_shift_gives_the_literal_result(options: dict[str, Any], expected: list[
     torch.testing.assert_close(moved[0], torch.tensor(expected, dtype=torch.float32), rtol=0, atol=0)
     torch.testing.assert_close(moved[1], -moved[0], rtol=0, atol=0)
     assert not moved[2].equal(moved[0])
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_shift_keeps_what_neurons_at_rest_give(grad: bool, masked: bool) -> None:
+    # Rows: CLS, three patches, register. Neuron 0 fires on the first patch, neuron 1 on the second; 2 does not move.
+    hidden = torch.tensor([[[0.5, -0.1, 2], [6, -0.17, -2], [-0.05, 4, 3], [-9, 0, 4], [0.3, -0.2, 5]]])
+    patches = torch.tensor([[False, True, True, True, False]]) if masked else None
+    with torch.set_grad_enabled(grad):
+        moved = shift(hidden, (0, 1), zero="firing", patches=patches)
+    expected = torch.tensor([[[0.5, -0.1, 2], [0, -0.17, -2], [-0.05, 0, 3], [-0.28, 0, 4], [-9, 4, 5]]])
+    torch.testing.assert_close(moved, expected, rtol=0, atol=0)
+
+
+def test_a_resting_neuron_is_within_the_range_that_shift_keeps() -> None:
+    values = torch.linspace(-20, 0, 20_001)
+    for activation in (F.gelu, F.silu, F.relu, lambda x: x * torch.sigmoid(1.702 * x)):
+        at_rest = activation(values)
+        assert at_rest.clamp(*AT_REST).equal(at_rest)
 
 
 def test_registers_of_a_forward_are_never_beside_those_of_another() -> None:
@@ -880,7 +901,7 @@ def test_a_thousand_patches_leave_nothing_behind() -> None:
         ({"num_registers": 0}, ValueError, "num_registers must be at least 1, got 0"),
         ({"num_registers": 10**9}, ValueError, r"num_registers must be at most 256, got 1000000000"),
         ({"max_over": "image"}, ValueError, "max_over must be 'neuron' or 'layer', got 'image'"),
-        ({"zero": "cls"}, ValueError, "zero must be 'patches' or 'all', got 'cls'"),
+        ({"zero": "cls"}, ValueError, "zero must be 'patches', 'all' or 'firing', got 'cls'"),
         ({"neurons": {4: [0]}}, ValueError, r"block 4 \(unit 0\) is out of range: the model has 4 blocks"),
         ({"neurons": {1: [192]}}, ValueError, "unit 192 of block 1 is out of range: .* 192 neurons"),
         ({"neurons": {-1: [0]}}, ValueError, "0-based"),
@@ -1029,6 +1050,13 @@ def test_the_list_says_how_many_registers() -> None:
     }
     assert ours(inputs).equal(patch(build("timm_vit"), NEURONS, num_registers=3)(inputs))
     assert patch_of(patch(build("timm_vit"), recommended, num_registers=1)).num_registers == 1
+
+
+def test_neurons_at_rest_keep_their_value_if_registers_start_as_the_mean_patch() -> None:
+    listed = dataclasses.replace(NEURONS, start="mean")
+    assert patch_of(patch(build("timm_vit"), listed)).zero == "firing"
+    assert patch_of(patch(build("timm_vit"), listed, start="zeros")).zero == "patches"
+    assert patch_of(patch(build("timm_vit"), listed, zero="patches")).zero == "patches"
 
 
 @pytest.mark.parametrize("family", LAYOUTS)

@@ -23,7 +23,7 @@ from torch import Tensor
 from testreg.families import Tower
 from testreg.neurons import Neuron
 from testreg.patching.override import Override
-from testreg.records.record import Start
+from testreg.records.options import Start
 
 Key = tuple[int, tuple[int, Start], frozenset[tuple[int, int]]]
 """What the input of a block depends on: the index of the block, the number of registers and how they start, and the

@@ -37,7 +37,7 @@ from testreg.io.progress import progress_bar
 from testreg.measure.ranking import SELECTIVE, best_neurons
 from testreg.neurons import Neuron
 from testreg.records.calibration import Effect
-from testreg.records.record import Start
+from testreg.records.options import Start
 
 NEGLIGIBLE = 0.01  # neurons that score less than this share of the best score are not measured
 NEGLIGIBLE_SELECTIVE = 0.001  # the limit for selective neurons: many small ones may together keep attention on a patch

@@ -35,7 +35,7 @@ from testreg.measure.outliers import MIN_FRACTION, Detection, autocast_off, chec
 from testreg.measure.sampling import SampledAttention
 from testreg.neurons import Neuron, unscored
 from testreg.records.calibration import Effect, Verification
-from testreg.records.record import Start
+from testreg.records.options import Start
 from testreg.register import patched
 
 Head = Callable[[nn.Module, Tensor], Tensor]

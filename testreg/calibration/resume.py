@@ -23,7 +23,7 @@ from testreg.io.processes import all_gather, rank
 from testreg.measure.ranking import SUMS, Statistics
 from testreg.neurons import Neuron
 from testreg.records.calibration import Effect
-from testreg.records.record import Start
+from testreg.records.options import Start
 
 FORMAT = "testreg-calibration"
 VERSION = 5  # goes up when the sums or effects change, so that older files are refused

@@ -10,7 +10,7 @@ import typer
 
 from testreg.calibration.options import MEANINGS
 from testreg.io.names import CLIP_KINDS, KINDS, NAMES
-from testreg.records.record import Start
+from testreg.records import options
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=NAMES, show_default=False)]
 Models = Annotated[list[str], typer.Argument(metavar="MODEL...", help=f"one or several: {NAMES}", show_default=False)]
@@ -52,10 +52,16 @@ NumRegisters = Annotated[
 SplitNeurons = Annotated[
     bool, typer.Option("--split-neurons", help="share the neurons out among the registers (paper A.5)")
 ]
-MaxOver = Annotated[Literal["neuron", "layer"], typer.Option("--max-over", help="layer: the released code's")]
-Zero = Annotated[Literal["patches", "all"], typer.Option("--zero", help="all: prefix tokens too")]
+MaxOver = Annotated[options.MaxOver, typer.Option("--max-over", help="layer: the released code's")]
+Zero = Annotated[
+    options.Zero | None,
+    typer.Option(
+        help="where moved neurons are zero: on patches, on all tokens, or on patches where they fire (default: as "
+        "--start wants it)"
+    ),
+]
 StartOption = Annotated[
-    Start | None,
+    options.Start | None,
     typer.Option("--start", help="what registers hold at first: zeros or the mean patch (default: as listed)"),
 ]
 
@@ -83,5 +89,5 @@ class Patching:
     num_registers: NumRegisters = None
     split_neurons: SplitNeurons = False
     max_over: MaxOver = "neuron"
-    zero: Zero = "patches"
+    zero: Zero = None
     start: StartOption = None

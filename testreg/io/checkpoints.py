@@ -26,7 +26,7 @@ from testreg.io.preprocessing import own_processor
 from testreg.io.trust import check_folder, is_file_name, one_line, read_json
 from testreg.neurons import MAX_REGISTERS, RegisterNeurons
 from testreg.patching.state import patch_of
-from testreg.records.record import Start
+from testreg.records.options import MaxOver, Start, Zero
 from testreg.register import is_patched, patch
 from testreg.static import Form, StaticRegisters
 
@@ -116,8 +116,8 @@ def _are_options(value: object) -> bool:
     registers, form = value["num_registers"], value.get("static", "token")
     rules = (
         isinstance(value["split_neurons"], bool),
-        value["max_over"] in ("neuron", "layer"),
-        value["zero"] in ("patches", "all"),
+        value["max_over"] in get_args(MaxOver),
+        value["zero"] in get_args(Zero),
         value.get("start", "zeros") in get_args(Start),
         form in get_args(Form),
     )

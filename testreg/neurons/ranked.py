@@ -18,7 +18,8 @@ from testreg.files import plain, replacing, shown
 from testreg.neurons.configs import bundled_file
 from testreg.neurons.format import FORMAT, VERSION, check_model, checked, read_json, text_of
 from testreg.records.calibration import Calibration
-from testreg.records.record import Start, is_finite, is_index
+from testreg.records.options import Start
+from testreg.records.record import is_finite, is_index
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

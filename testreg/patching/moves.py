@@ -1,9 +1,13 @@
 """What becomes of the register neurons' activations: one algorithm with three arms.
 
-All three read the neurons' activations, silence them on the patches (`zero`="all": on all tokens), and write them back.
-`shift` gives the largest of each neuron, or of a layer, to the registers (arXiv 2506.08010, Algorithm 2), `steer` to
-patches of one's choice (section 5). `silence` gives it to no token: it is for static registers, which are constants and
-need no activations (A.2).
+All three read the neurons' activations, silence them on the patches, and write them back. `shift` gives the largest of
+each neuron, or of a layer, to the registers (arXiv 2506.08010, Algorithm 2), `steer` to patches of one's choice
+(section 5). `silence` gives it to no token: it is for static registers, which are constants and need no activations
+(A.2).
+
+The argument `zero` says what silent means. "patches": a neuron is zero on all patches (released code). "all": it is
+zero on all tokens but the registers (paper). "firing": it is brought back to rest on patches where it fires; where it
+is at rest it keeps its value, which is not zero with GELU.
 
 Shapes: B batch, T tokens without registers, P prefix tokens, R registers, H hidden, K neurons.
 """
@@ -11,15 +15,14 @@ Shapes: B batch, T tokens without registers, P prefix tokens, R registers, H hid
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from testreg.patching.index import index_tensor
+from testreg.records.options import MaxOver, Zero
 
-MaxOver = Literal["neuron", "layer"]
-Zero = Literal["patches", "all"]
+AT_REST = -0.28, 0.0  # what GELU, QuickGELU, SiLU and ReLU give for a neuron that does not fire
 
 
 def shift(
@@ -37,9 +40,9 @@ def shift(
     """Move the activations of register neurons onto the registers (Algorithm 2, the inner loop).
 
     For each image and neuron, the value of largest magnitude over all tokens, prefix and registers included, is given
-    to every register, sign kept (`max_over`="layer": the largest of all K neurons, for each of them). The neuron
-    becomes zero on the patches, or on all tokens but the registers if `zero` is "all". With `owners`, each neuron goes
-    to one of the registers alone, and is zero on the others (paper A.5).
+    to every register, sign kept (`max_over`="layer": the largest of all K neurons, for each of them). On the
+    patches the neuron becomes silent, as `zero` says. With `owners`, each neuron goes to one of the registers alone,
+    and is zero on the others (paper A.5).
 
     Args:
         hidden: (B, T+R, H) input of an MLP's second linear: P prefix tokens, patches, R registers.
@@ -76,8 +79,6 @@ def steer(
 ) -> Tensor:
     """Copy the largest activation of each register neuron to the patches of a mask, and silence it elsewhere.
 
-    Elsewhere: on the other patches, or on all other tokens if `zero` is "all".
-
     Args:
         hidden: (B, T, H) input of an MLP's second linear; there are no registers.
         target: (B, h, w) bool, or (1, h, w) for all images.
@@ -94,7 +95,7 @@ def steer(
 def silence(
     hidden: Tensor, units: Sequence[int], *, num_prefix: int, zero: Zero, patches: Tensor | None = None
 ) -> Tensor:
-    """Make the register neurons zero on the patches, or on all tokens if `zero` is "all"; arguments as in `shift`."""
+    """Silence the register neurons, as `zero` says; arguments as in `shift`."""
     index = index_tensor(units, hidden)
     silenced = _silenced(hidden.index_select(-1, index), zero, num_prefix, patches)
     return _with_channels(hidden, index, silenced)
@@ -115,16 +116,21 @@ def _largest(activations: Tensor, max_over: MaxOver, valid: Tensor | None) -> Te
 
 
 def _silenced(activations: Tensor, zero: Zero, num_prefix: int, patches: Tensor | None) -> Tensor:
-    """The activations, zero on the patches, or on all tokens if `zero` is "all".
+    """The activations, silent on the patches, or on all tokens if `zero` is "all".
 
-    Without `patches`, "patches" are all tokens behind the prefix, registers included: `shift` fills these afterwards.
+    Without `patches`, all tokens behind the prefix become silent, registers included: `shift` fills these afterwards.
     Without `patches` or with `zero`="all", the activations are edited in place where gradients are off.
     """
-    if patches is not None and zero == "patches":
-        return activations.masked_fill(patches.unsqueeze(-1), 0)
-    silent = activations.clone() if torch.is_grad_enabled() else activations
-    silent[:, num_prefix if zero == "patches" else 0 :].zero_()  # strict export fails on `= 0`
-    return silent
+    if patches is not None and zero != "all":
+        silent = activations.clamp(*AT_REST) if zero == "firing" else torch.zeros_like(activations)
+        return torch.where(patches.unsqueeze(-1), silent, activations)
+    activations = activations.clone() if torch.is_grad_enabled() else activations
+    silent = activations if zero == "all" else activations[:, num_prefix:]
+    if zero == "firing":
+        silent.clamp_(*AT_REST)
+    else:
+        silent.zero_()  # strict export fails on `= 0`
+    return activations
 
 
 def _with_channels(hidden: Tensor, index: Tensor, activations: Tensor) -> Tensor:

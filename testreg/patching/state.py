@@ -15,25 +15,24 @@ from testreg.files import shown
 from testreg.neurons import MAX_REGISTERS, RegisterNeurons
 from testreg.neurons.notices import VerifiedUse
 from testreg.patching.forward import UNPATCHED, Mode, is_recomputing, running
-from testreg.patching.moves import MaxOver, Zero
 from testreg.patching.override import REFUSALS, Part
-from testreg.records.record import Start
+from testreg.records.options import MaxOver, Start, Zero
 from testreg.static import StaticRegisters
 
 _PATCH = "_testreg_patch"  # attribute of a patched tower
 _counting = threading.Lock()  # not on the patch: a lock can be neither copied nor pickled
 
 
-def check_options(num_registers: int | None, max_over: str, zero: str, start: str | None = None) -> None:
+def check_options(num_registers: int | None, max_over: str, zero: str | None, start: str | None = None) -> None:
     """Raise ValueError unless `patch` can be called with these."""
     if num_registers is not None and num_registers < 1:
         raise ValueError(f"num_registers must be at least 1, got {num_registers}")
     if num_registers is not None and num_registers > MAX_REGISTERS:
         raise ValueError(f"num_registers must be at most {MAX_REGISTERS}, got {shown(num_registers)}: 1 to 16 do")
-    if max_over not in ("neuron", "layer"):
+    if max_over not in get_args(MaxOver):
         raise ValueError(f"max_over must be 'neuron' or 'layer', got {max_over!r}")
-    if zero not in ("patches", "all"):
-        raise ValueError(f"zero must be 'patches' or 'all', got {zero!r}")
+    if zero not in (None, *get_args(Zero)):
+        raise ValueError(f"zero must be 'patches', 'all' or 'firing', got {zero!r}")
     if start not in (None, *get_args(Start)):
         raise ValueError(f"start must be 'zeros' or 'mean', got {start!r}")
 

@@ -113,8 +113,8 @@ def fold(model: M) -> M:
 
     Raises:
         RuntimeError: the model is not patched.
-        ValueError: the weights cannot express the patch: it has no static registers of form="bias", it leaves the
-            neurons active on CLS (zero="patches"), or there is a norm between the neurons and fc2.
+        ValueError: the weights cannot express the patch: it has no static registers of form="bias", the neurons are
+            not silent on all tokens (zero="all"), or there is a norm between the neurons and fc2.
 
     Example:
         >>> from torchvision.models import VisionTransformer

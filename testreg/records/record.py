@@ -12,9 +12,10 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
 from testreg.files import shown
+from testreg.records.options import Start
 
 INLINE = "inline"
 """Marks a field that holds a record whose entries are not in an object of their own, but among the entries of the outer
@@ -116,9 +117,6 @@ Position = Annotated[
         _as_tuple,
     ),
 ]
-Start = Literal["zeros", "mean"]
-"""How registers start: as zeros in block 0, or as the mean of their image's patches in the first block that has
-register neurons."""
 ListedStart = Annotated[Start, Kind("'zeros' or 'mean'", lambda value: value in get_args(Start))]
 ListedNeuron = Annotated[
     tuple[int, int, float | None],

@@ -23,6 +23,7 @@ RANKING = ((1, 3), (2, 127), (1, 120), (2, 0), (1, 77), (0, 5), (3, 9), (2, 64))
 NEURONS = testreg.RegisterNeurons(tuple((layer, unit, None) for layer, unit in RANKING))
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
+    "zero_firing": {"zero": "firing"},
     "zero_all": {"zero": "all"},
     "max_over_layer": {"max_over": "layer"},
 }
