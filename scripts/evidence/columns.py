@@ -28,7 +28,8 @@ from testreg.static import StaticRegisters
 
 PLAIN = "plain"
 COLUMNS: Mapping[str, str] = {
-    "testreg": "testreg's neurons, on registers that are as many as its list says, and start as it says",
+    "testreg": "testreg's neurons, on registers that are as many as its list says, and start as it says; neurons "
+    "at rest keep their value",
     "from zeros": "the same, on registers that start as zeros, as many as change outputs least then",
     "one register": "the same neurons, on one register",
     "paper": "what the paper's score ranks first, on one register: mean |activation|, the blocks and the number of "
@@ -121,7 +122,7 @@ class Columns:
         neurons = {block: sorted(units) for block, units in used.by_block().items()}
         facts = {"what": COLUMNS[name], "neurons": neurons, "num_registers": used.num_registers}
         if used.start != "zeros":
-            facts["start"] = used.start
+            facts |= {"start": used.start, "zero": "firing"}  # as `patch` does it with this start
         if name == "bare":
             del facts["neurons"]
         if name == "zeroed":
