@@ -26,7 +26,7 @@ from testreg.calibration.resume import State, key_of
 from testreg.calibration.selection import (
     MAX_MEASUREMENTS,
     MAX_NEURONS,
-    TRIED_IN_ANY_CASE,
+    TRIED_WITHOUT_TIME,
     Candidates,
     Selection,
     select,
@@ -95,7 +95,7 @@ def choose(ranked: Ranked, meters: Sequence[Meters], options: Options, budget: B
     # Three steps still follow once the budget is spent, and need these forwards: the set that is being measured is
     # finished, numbers and starts of registers are compared, and the chosen neurons are verified.
     forwards_to_finish = (
-        sum(each.num_images for each in set(meters[0])) + TRIED_IN_ANY_CASE * meters[0].choosing.num_images
+        sum(each.num_images for each in set(meters[0])) + TRIED_WITHOUT_TIME * meters[0].choosing.num_images
     )
     forwards_to_rank_again = FORWARDS_TO_RANK * NUM_RANKED_AGAIN * world_size()
     with ExitStack() as stack:

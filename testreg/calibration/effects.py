@@ -93,7 +93,8 @@ class Figures:
     its neighbours (four, in an image) after the block, and the attention that it draws in the block, averaged over
     queries and attention heads."""
     hottest: Tensor
-    """The attention share of each image's hottest patch, (B,), see `Effect.hottest`; 0 if attention is not seen."""
+    """The share of the attention to patches that goes to each image's hottest patch in the last block, (B,). It is the
+    attention that CLS gives; without CLS, that which patches give on average. 0 if attention is not seen."""
     tokens: Tensor
     """The prefix tokens and patches after the last block, (B, P + N, C), float32."""
     classes: Tensor | None
@@ -234,7 +235,8 @@ class EffectMeter:
         return parts[0], parts[1]
 
     def _baselines_of(self, is_wanted: Sequence[bool]) -> Iterator[Baseline]:
-        """The baselines of the images of this process for which `is_wanted` is true."""
+        """The baselines of the images of this process for which `is_wanted`, which has an entry for each of them, is
+        true."""
         start = 0
         for plain in self.baselines:
             end = start + len(plain.images)
@@ -318,11 +320,11 @@ class EffectMeter:
         return sink, None if sink is None else float(sums["hottest"] / self.plain_sums["count"][0])
 
     def _sink(self, sums: Sums) -> float | None:
-        """The figure `Effect.sink`; None if there are no former outliers, no other patches, or if attention was not
-        seen.
+        """The figure `Effect.sink`: how many times as much attention a former outlier draws as another patch.
 
-        It is taken from the blocks behind the onset block, since the first of them is the first that attends to the
-        outliers; from the last block, if that is the onset block.
+        It is the largest over the blocks behind the onset block, the first of which is the first that attends to the
+        outliers. If the onset block is the last block, that block is used. Returns None if there are no former
+        outliers, no other patches, or if attention was not seen.
         """
         num_former, num_others = self.plain_sums["former"], self.plain_sums["others"]
         attention = sums["attention_and_unlikeness"][min(self.onset + 1, self.tower.depth - 1) :]  # (L', 3), L' blocks
@@ -331,7 +333,8 @@ class EffectMeter:
         return float(((attention[:, 0] / num_former) / (attention[:, 1] / num_others)).max())
 
     def _unlike(self, sums: Sums) -> float | None:
-        """The figure `Effect.unlike`; None if there are no former outliers."""
+        """The figure `Effect.unlike`: 1 - cosine of former outliers to their neighbours, as a fraction of what it is in
+        the plain model, averaged over the blocks from the onset on. Returns None if there are no former outliers."""
         before, after = (each["attention_and_unlikeness"][self.onset :, 2] for each in (self.plain_sums, sums))
         return float((after / before.clamp(min=1e-6)).mean()) if self.plain_sums["former"] else None
 
@@ -389,7 +392,8 @@ class EffectMeter:
         return torch.cat([pooled, patches], 1)
 
     def _excess(self, norms: Tensor, outlier: Tensor) -> Tensor:
-        """The excess (L, B) of the norms (L, B, N), summed over the plain model's outliers, see `Effect.excess`."""
+        """The excess (L, B) of the norms (L, B, N), see `Effect.excess`: how far the ratio of a norm to `rule.normal`
+        exceeds 1, summed over the plain model's outliers."""
         return ((norms / self.detection.rule.normal(norms) - 1).clamp(min=0) * outlier).sum(-1)
 
     def _add_comparison(self, plain: Baseline, sums: Sums) -> None:

@@ -5,7 +5,8 @@ are patches with huge norms. Former outliers may still draw much attention once 
 *sink*. The *hottest* patch is the one that draws the most attention. What moving a set of neurons does is its *effect*,
 a record of figures (`testreg.records.calibration.Effect`): above all `remaining`, the share of the outliers that is
 left, `excess`, the share of their norms above normal that is left, and `unlike`, how little former outliers resemble
-their neighbours. A *selective* neuron is active at outliers and hardly anywhere else.
+their neighbours (1: as little as in the plain model). A *selective* neuron is active at outliers and hardly anywhere
+else.
 
 The search first adds the neurons that remove the outliers, in rounds, and then those that remove the sink. It then
 drops needless neurons, and last chooses the number of registers.
@@ -47,7 +48,7 @@ MAX_NEURONS = 512  # one round adds at most this many neurons; InternViT-6B need
 MAX_MEASUREMENTS = 64  # one selection measures at most this many sets of neurons
 MAX_ROUNDS = 8
 NUMBERS_OF_REGISTERS = (1, 2, 3, 4, 6, 8, 12, 16)  # tried in this order, while features change less with more
-TRIED_IN_ANY_CASE = 4  # up to this number of registers is tried even if there is no more time
+TRIED_WITHOUT_TIME = 4  # up to this number of registers is tried even if there is no more time
 
 Measure = Callable[[Sequence[Neuron], int], Effect]
 """Measures the effect of moving some neurons to a number of registers."""
@@ -76,8 +77,8 @@ class Selection:
     dropped: tuple[Neuron, ...]
     """Neurons that were added in a round, and later dropped: the set is as good without them."""
     effects_by_num_registers: tuple[Effect, ...]
-    """The effects of moving the chosen neurons to 1, 2, ... registers that start as zeros, as far as they were
-    measured; and then to some numbers of registers that start as the mean patch."""
+    """The effects of moving the chosen neurons to registers that start as zeros, with the `NUMBERS_OF_REGISTERS` from 1
+    upwards, as far as they were measured; and then with some numbers of registers that start as the mean patch."""
 
     @property
     def curve(self) -> tuple[Effect, ...]:
@@ -97,14 +98,15 @@ def select(
     """Choose the fewest neurons that remove the outliers, the attention sink, and the effect of both on other patches.
 
     1. Add neurons in rounds. A round measures the best 1, 2, 4, ... neurons of a ranking. It ends when the outliers are
-       down to a fifth of `target`, and either their norms are nearly normal or twice as many neurons remove hardly more
-       of them. It also ends at a limit (`max_change`, `MAX_WITHOUT_HELP`, `MAX_NEURONS`), and when most outliers are
-       gone, but twice as many neurons do not remove the rest. The rest then has another cause, which the other outliers
-       hid. To find it, the next round ranks the neurons of the model in which the neurons of earlier rounds are moved.
-       Rounds go on as long as they help.
-    2. Add all selective candidates. The fewest neurons that leave no outlier may leave a sink. If attention is more
-       even with all selective candidates (`draws_as_little`), and the set is as good, these stay. Otherwise they are
-       taken out again, and the last round is cut to the fewest neurons that are as good.
+       down to a fifth of `target`, and either their norms are nearly normal or twice as many neurons hardly lower these
+       norms. It also ends at a limit (`max_change`, `MAX_NEURONS`). If it began with no more outliers than `target`
+       allows, it ends once at least `MAX_WITHOUT_HELP` neurons together have not halved them. Last, it ends when most
+       outliers are gone, but twice as many neurons do not remove the rest. The rest then has another cause, which the
+       other outliers hid. To find it, the next round ranks the neurons of the model in which the neurons of earlier
+       rounds are moved. Rounds go on as long as they help.
+    2. Add all selective candidates. The fewest neurons that leave no outlier may leave a sink. All selective candidates
+       stay if the set is as good with them, and does not draw as little attention without them (`draws_as_little`).
+       Otherwise they are taken out again, and the last round is cut to the fewest neurons that are as good.
     3. Drop needless neurons: the set is as good without them, within the tolerances. Neurons that are not selective are
        tried first, and then selective ones, the last block first, since late neurons may fire because of outliers.
     4. Add neurons with similar scores. Which of several equivalent neurons is needed depends on the images. So
@@ -117,8 +119,8 @@ def select(
     6. Drop what has become needless since step 3. Neurons that are not selective are tried again. Then neurons are
        tried one by one: all of them, or only those of the last block if there are more than `MAX_TRIED_SINGLY`; none,
        if the last block has more than that too. A neuron is dropped if the set is as good without it, and it alone
-       removes less than a tenth of the outliers and of their norms above normal. It is then a by-product, which fires
-       at outliers without causing them.
+       removes less than a tenth of the outliers, and also less than a tenth of their norms above normal. It is then a
+       by-product, which fires at outliers without causing them.
     7. Choose the number of registers. Every register holds the activations of all neurons. A single register has less
        weight in the softmax of attention than the many outliers had. Of the numbers that are as good as one register,
        the smallest is chosen with which features change least, or nearly least.
@@ -171,8 +173,9 @@ def with_best_start(
 
     The chosen neurons are measured on as many registers with that start. It is taken if the sum of `change_pooled` and
     `change_patches` is smaller by about a tenth, and by at least `SAME_OUTPUTS`, while the larger of the two changes,
-    `remaining` and attention (`draws_as_little`) are each no worse. More registers are then tried, as long as each
-    further one makes the sum smaller. The smallest number is chosen with which it is smallest, or nearly so.
+    `remaining` and attention (`draws_as_little`) are each no worse. The next `NUMBERS_OF_REGISTERS` are then tried, as
+    long as each makes the sum smaller than the one before. The smallest number is chosen with which it is smallest, or
+    nearly so.
 
     Args:
         from_mean: measures the chosen neurons on a number of registers that start as the mean patch.
@@ -206,8 +209,9 @@ def _both_changes(effect: Effect) -> float:
 def draws_as_little(one: Effect, other: Effect) -> bool:
     """Whether attention is as even with the set that has the effect `one` as with the set that has the effect `other`.
 
-    Within the tolerance `LESS_ATTENTION`, two things must hold. Former outliers draw no more attention than with the
-    other set, or no more than other patches do. The hottest patch draws no more than with the other set.
+    Two things must hold, where a figure may be higher by the share `LESS_ATTENTION`. Former outliers draw no more
+    attention than with the other set, or no more than other patches do. The hottest patch draws no more than with the
+    other set.
     """
     is_sink = one.sink is not None and one.sink > (1 + LESS_ATTENTION) * max(1.0, other.sink or 0.0)
     return not is_sink and _is_at_most(one.hottest, other.hottest, share=LESS_ATTENTION)
@@ -216,8 +220,9 @@ def draws_as_little(one: Effect, other: Effect) -> bool:
 def is_as_clean(one: Effect, other: Effect) -> bool:
     """Whether the set with the effect `one` leaves maps as clean as the set with the effect `other`.
 
-    Within the tolerances `SAME_ATTENTION` and `SAME_UNLIKENESS`, three things must hold. Former outliers draw no more
-    attention. The hottest patch draws no more attention. Former outliers resemble their neighbours no less.
+    Three things must hold. Former outliers draw no more attention. The hottest patch draws no more attention. Former
+    outliers resemble their neighbours no less. The first two figures may be higher by the share `SAME_ATTENTION`, the
+    third by the difference `SAME_UNLIKENESS`.
     """
     return (
         _is_at_most(one.sink, other.sink, share=SAME_ATTENTION)
@@ -232,13 +237,15 @@ def _is_at_most(value: float | None, limit: float | None, *, share: float = 0.0,
 
 
 def changes_the_same(one: Effect, other: Effect) -> bool:
-    """Whether two sets of neurons change features equally much, within `SAME_CHANGE` or `SAME_SHARE`."""
+    """Whether two sets of neurons change pooled features equally much, and patch features too, each within
+    `SAME_CHANGE` or the share `SAME_SHARE`."""
     is_same = partial(math.isclose, rel_tol=SAME_SHARE, abs_tol=SAME_CHANGE)
     return is_same(one.change_pooled, other.change_pooled) and is_same(one.change_patches, other.change_patches)
 
 
 def _change_limit(change: float) -> float:
-    """The largest change of features (1 - cosine) that counts as no larger than `change`."""
+    """The largest change of features (1 - cosine) that counts as no larger than `change`: a tenth more, or
+    `SAME_OUTPUTS` more if that is larger."""
     return change + max(SAME_OUTPUTS, change / 10)
 
 
@@ -289,11 +296,12 @@ class _Search:
         return tuple(neuron for each in self.rounds for neuron in each.added)
 
     def is_over(self) -> bool:
-        """Whether no more sets of neurons are measured. Numbers of registers are still tried then."""
-        return len(self.effects) > MAX_MEASUREMENTS - TRIED_IN_ANY_CASE or self.out_of_time()
+        """Whether no more sets of neurons are measured: time is up, or the rest of `MAX_MEASUREMENTS` is kept for
+        numbers of registers up to `TRIED_WITHOUT_TIME`. These are still tried then."""
+        return len(self.effects) > MAX_MEASUREMENTS - TRIED_WITHOUT_TIME or self.out_of_time()
 
     def needs_more(self) -> bool:
-        """Whether too many outliers are left, and no limit forbids another round."""
+        """Whether more outliers are left than the aim, and no limit forbids another round."""
         return self.rounds[-1].effect.remaining > self.aim and len(self.rounds) < MAX_ROUNDS and not self.is_over()
 
     def is_allowed(self, effect: Effect) -> bool:
@@ -301,8 +309,11 @@ class _Search:
         return self.max_change is None or effect.change <= self.max_change
 
     def is_as_good(self, effect: Effect, best: Effect) -> bool:
-        """Whether a set with this effect is as good as the set with the effect `best`: it removes the outliers as far
-        (or down to the aim), leaves attention as even, and does not change features by more than `max_change`."""
+        """Whether a set with this effect is as good as the set with the effect `best`.
+
+        It leaves no more outliers (or no more than the aim), no more excess norm (within `TOLERANCE`), and attention as
+        even (`draws_as_little`), and it does not change features by more than `max_change`.
+        """
         removes_as_much = effect.remaining <= max(self.aim, best.remaining) and effect.excess <= best.excess + TOLERANCE
         return removes_as_much and draws_as_little(effect, best) and self.is_allowed(effect)
 
@@ -352,15 +363,17 @@ class _Search:
         return (neurons, effect) if draws_as_little(effect, effect_of_larger) else (larger, effect_of_larger)
 
     def effects_by_num_registers(self, neurons: tuple[Neuron, ...], effect: Effect) -> tuple[Effect, ...]:
-        """Measure a set with more and more registers, until features no longer change less than with the number before.
+        """Measure a set with more and more of the `NUMBERS_OF_REGISTERS`.
 
-        `effect` is the effect with one register. Returns the effects with 1, 2, ... registers.
+        None is tried after the first number with which features change no less than with the number before. Once the
+        search is over, numbers above `TRIED_WITHOUT_TIME` are not tried. `effect` is the effect with one register.
+        Returns the effects with all numbers that were tried, from 1 upwards.
         """
         effects = [effect]
         for number in NUMBERS_OF_REGISTERS[1:]:
             if len(effects) > 1 and effects[-1].change >= effects[-2].change:
                 break
-            if number > TRIED_IN_ANY_CASE and self.is_over():
+            if number > TRIED_WITHOUT_TIME and self.is_over():
                 break
             effects.append(self.effect_of(neurons, number))
         return tuple(effects)
@@ -430,7 +443,7 @@ class _Search:
         outliers.
 
         If there are more than `MAX_TRIED_SINGLY` neurons, only those of the last block are tried, since by-products are
-        in later blocks than the cause. If these are more as well, or a single one, none is tried.
+        in later blocks than the cause. None is tried if these are more as well, or if only one neuron would be tried.
         """
         pruning = _Pruning(self, neurons, effect, must_change_as_much=True)
         last = max(block for block, _, _ in neurons)
@@ -459,7 +472,7 @@ class _Search:
 
 @dataclass
 class _Pruning:
-    """Drops neurons from a set, as long as the set is as good without them."""
+    """Drops neurons from a set, as long as the rest is as good as the whole set was."""
 
     search: _Search
     kept: tuple[Neuron, ...]
@@ -496,8 +509,8 @@ class _Pruning:
     def _without(self, chunk: Sequence[Neuron]) -> tuple[tuple[Neuron, ...], Effect] | None:
         """The set without some neurons, and its effect.
 
-        None if it is not as good or changes features more, if no neuron is left out or none is left, or if the search
-        is over.
+        None if it is not as good as the set with which the pruning began, changes features more than that set, or does
+        not meet `must_change_as_much`; if no neuron is left out or none is left; or if the search is over.
         """
         rest = tuple(neuron for neuron in self.kept if neuron not in chunk)
         if not chunk or not rest or self.search.is_over():
@@ -566,11 +579,13 @@ class _Curve:
                 return
 
     def is_enough(self, effect: Effect) -> bool:
-        """Whether a set with this effect leaves so little of the outliers that no more neurons are needed."""
+        """Whether a set with this effect leaves so few outliers, and so little excess norm, that no more neurons are
+        needed."""
         return effect.remaining <= self.search.aim and effect.excess < TOLERANCE
 
     def removes_as_much(self, effect: Effect, best: Effect) -> bool:
-        """Whether a set with this effect removes as much of the outliers as the best one, within `TOLERANCE`."""
+        """Whether a set with this effect leaves no more outliers and no more excess norm than the best one, each within
+        `TOLERANCE`."""
         return effect.remaining <= best.remaining + TOLERANCE and effect.excess <= best.excess + TOLERANCE
 
     def best(self) -> Effect | None:

@@ -44,7 +44,8 @@ class Layout:
         return tokens.transpose(0, 1) if self.sequence_first else tokens
 
     def extend(self, rows: Tensor, dim: int, value: float | Tensor) -> Tensor:
-        """Put R entries of `value` behind those of each image in `rows`, which have one per token along `dim`."""
+        """Put R entries of `value` (a tensor is expanded to their shape) behind those of each image in `rows`, which
+        have one per token along `dim`."""
         shape = list(rows.shape)
         shape[dim] = self.num_registers
         more = value.expand(shape) if isinstance(value, Tensor) else rows.new_full(shape, value)
@@ -54,7 +55,7 @@ class Layout:
 
     @property
     def dim(self) -> int:
-        """The dimension along which tokens are counted."""
+        """The dimension along which tokens lie, counted from the end."""
         return -3 if self.sequence_first else -2
 
     def join(self, tokens: Tensor, registers: Tensor) -> Tensor:
@@ -116,10 +117,12 @@ class Layout:
         return sequence.split([length + self.num_registers for length in self.lengths], -2)
 
     def weights_without_registers(self, weights: Tensor, appended: int = 0) -> Tensor:
-        """Take rows and columns of the registers off attention weights (..., T+R, T+R).
+        """Take the rows and columns of the registers off attention weights.
+
+        Those of a batch are (..., T+R+A, T+R+A), and (..., T+A, T+A) without registers.
 
         Args:
-            appended: how many more tokens stand behind the registers.
+            appended: A, the number of tokens behind the registers, whose rows and columns stay; 0 in a packed sequence.
         """
         if self.lengths is not None:
             index = torch.arange(weights.shape[-1], device=weights.device).view(1, -1, 1)
@@ -134,7 +137,7 @@ class Layout:
     def weights_with_registers(self, shown: Tensor, weights: Tensor) -> Tensor:
         """The inverse of `weights_without_registers`, for a batch.
 
-        Returns `weights` (..., T+R, T+R), in which `shown` (..., T, T) replaces those between tokens.
+        Returns a copy of `weights` (..., T+R, T+R), in which `shown` (..., T, T) replaces those between tokens.
         """
         size = weights.shape[-1] - self.num_registers
         rows = torch.cat([shown, weights[..., :size, size:]], -1)

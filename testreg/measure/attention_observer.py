@@ -63,13 +63,16 @@ class FusedAttention:
         return self.key.shape[-2]
 
     @property
-    def values(self) -> Tensor | None:
+    def values(self) -> Tensor:
         """The values (B, heads, T, D), for each head of the queries."""
         return self._for_each_head(self.value)
 
     @property
-    def projections(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """The queries (B, S, C), keys and values (B, T, C), with all heads side by side in C."""
+    def projections(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The queries (B, S, C), keys and values (B, T, C), with all heads side by side in C.
+
+        Keys and values of grouped queries have fewer heads, hence a smaller C.
+        """
         query, key, value = (each.transpose(1, 2).flatten(2) for each in (self.query, self.key, self.value))
         return query, key, value
 
@@ -108,7 +111,8 @@ class UnfusedAttention:
     """Attention that is computed as a softmax, and a product of its weights with values."""
 
     all_weights: Tensor
-    """The attention weights of all queries, (B, heads, S, T)."""
+    """The attention weights of all queries, (B, heads, S, T), as they are multiplied with the values, so after
+    dropout."""
     values: Tensor | None
     """The values (B, heads, T, D); None if no product with the weights was seen."""
 
@@ -246,7 +250,8 @@ def attention_of_module(
 
 
 def _as_addend(mask: Tensor, query: Tensor) -> Tensor:
-    """A mask of nn.MultiheadAttention as what is added to logits: a bool mask becomes -inf where it is true."""
+    """A mask of nn.MultiheadAttention as what is added to logits: a bool mask becomes -inf where it is true; others are
+    returned as they are."""
     if mask.dtype is not torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=query.dtype).masked_fill(mask, -torch.inf)

@@ -91,7 +91,7 @@ def observe(
         rule: decides which patches are outliers.
         ignored: positions at which patches never count as outliers.
         attention: whether to measure attention, which takes at most a tenth of the time of a forward.
-        on_images: called after each batch with how many images it has.
+        on_images: called after each batch with how many images or clips it has.
         on_norms: called after each batch with the norms (B, L, T) of the tokens after each block.
 
     Raises:
@@ -260,7 +260,8 @@ class _ResidualSum(TorchFunctionMode):
         """The residual stream (B, T, C) between attention and MLP; None if it was not found.
 
         Args:
-            block_input: the tokens (B, T, C) that the block got.
+            block_input: the tokens (B, T, C) that the block got. If the sum's other tensor equals them, it is no stream
+                between attention and MLP.
             block_output: the tokens (B, T, C) that it returned.
         """
         if self.sum is None:
@@ -311,18 +312,21 @@ def _residual_sums(
 
 
 def _attention_sums(weights: Tensor, share: Tensor, is_far: Tensor, patches: slice, outlier: Tensor) -> Sums:
-    """The attention that tokens draw, summed over a batch.
+    """The attention that tokens draw, and the column ratio, summed over a batch.
+
+    The column ratio is the most attention that a patch of an image draws from queries far from it, over the median of
+    what the image's patches draw from such queries.
 
     Args:
         weights: the attention weights (B, heads, n, T) of n queries.
-        share: the share of all tokens that each query stands for, (n,).
+        share: the share of all tokens that each query stands for, (n,); the shares add up to 1.
         is_far: whether a query is far from a patch, (n, N).
         patches: where the patches are among the tokens.
         outlier: whether a patch is an outlier, (B, N).
     """
     drawn = torch.einsum("bhqt,q->bht", weights, share.to(weights.dtype))
-    # The column ratio is the largest attention that a patch draws, over the median. Queries near the patch do not
-    # count: patches attend to their neighbours, so a patch with a neighbour in the sample would seem to draw too much.
+    # Queries near the patch do not count for the column ratio: patches attend to their neighbours, so a patch with a
+    # neighbour in the sample would seem to draw too much.
     weight_of_query = share.unsqueeze(1) * is_far  # (n, N)
     drawn_from_afar = torch.einsum("bqt,qt->bt", weights[..., patches].mean(1), weight_of_query.to(weights.dtype))
     drawn_from_afar = drawn_from_afar / weight_of_query.sum(0).clamp(min=TINY)  # (B, N)
@@ -335,13 +339,14 @@ def _attention_sums(weights: Tensor, share: Tensor, is_far: Tensor, patches: sli
 
 
 def _value_sums(weights: Tensor, values: Tensor, outlier: Tensor, share: Tensor) -> Sums:
-    """Sums over a batch: the outliers' value norms over the median, and second moments of what queries take from them.
+    """Sums over a batch for each head: the outliers' value norms over the median, and the second moments, a matrix
+    (D, D), of what queries take from the outliers' values.
 
     Args:
         weights: the attention weights (B, heads, n, N) of n queries to the patches.
         values: the values of the patches, (B, heads, N, D).
         outlier: whether a patch is an outlier, (B, N).
-        share: the share of all tokens that each query stands for, (n,).
+        share: the share of all tokens that each query stands for, (n,); the shares add up to 1.
     """
     norms = values.norm(dim=-1)  # (B, heads, N)
     ratio = norms / norms.median(-1, keepdim=True).values.clamp(min=TINY)
