@@ -48,11 +48,16 @@ MIN_LISTED = 1000
 
 @dataclass(frozen=True)
 class Choice:
-    """The recommended neurons, and the ranking that they come from."""
+    """The recommended neurons, and the ranking of the unpatched model.
+
+    Not all of the neurons need be in this ranking: later rounds of the search rank neurons anew, in the model in which
+    some are moved, and selective neurons may be added whose scores are negative.
+    """
 
     neurons: tuple[Neuron, ...]
     ranking: tuple[Neuron, ...]
-    """The ranking of the unpatched model, best neuron first."""
+    """The best neurons of the unpatched model, best first. All of them have positive scores. They are at most
+    `MIN_LISTED`, or ten times `top_k` if that is more."""
     last_ranked_block: int
     selection: Selection | None
     """How the neurons were chosen; None if the user gave their number (`top_k`)."""
@@ -61,7 +66,8 @@ class Choice:
 
     @property
     def dropped(self) -> tuple[Neuron, ...]:
-        """The neurons that the search added at first, and then dropped: the set is as good without them."""
+        """The neurons that the search added at first, and then dropped: the set is as good without them. There are none
+        if there was no search."""
         return () if self.selection is None else self.selection.dropped
 
     @property
@@ -79,7 +85,7 @@ def choose(ranked: Ranked, meters: Sequence[Meters], options: Options, budget: B
         meters: the meters of each view.
 
     Raises:
-        ImmovableOutliersError: no neuron has a positive score.
+        ImmovableOutliersError: no neuron is ranked with a positive score. It is raised if `top_k` is given, too.
     """
     last_in_first_round, last_in_later_rounds = last_blocks(ranked.leader, options)
     ranking = best_neurons(

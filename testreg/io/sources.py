@@ -70,8 +70,8 @@ def named_source(images: str) -> Any:
 def image_paths(images: str | os.PathLike[str]) -> list[Path]:
     """The image files that `images` stands for: all in a folder, sorted; those in a list (.txt), in order; or a file.
 
-    A list has one path on each line, relative to the list's folder; blank lines and lines that start with # are
-    skipped.
+    A folder is searched with its subfolders. A list has one path on each line, relative to the list's folder; blank
+    lines and lines that start with # are skipped.
 
     Raises:
         FileNotFoundError, ValueError: the folder or file does not exist, has no image, or lists a missing file.
@@ -93,7 +93,7 @@ def image_paths(images: str | os.PathLike[str]) -> list[Path]:
 
 
 def is_named_as_image(path: str | os.PathLike[str]) -> bool:
-    """Whether a path has the suffix of an image file."""
+    """Whether a path has the suffix of an image file, in lower or upper case."""
     return Path(path).suffix.lower() in EXTENSIONS
 
 
@@ -198,7 +198,8 @@ def images_in(images: Any, tower: Tower | None = None) -> Any:
 
 
 def _is_frame(item: object) -> bool:
-    """Whether an item can be a frame in a list of frames."""
+    """Whether an item can be a frame in a list of frames: it is a PIL image or the path of an image file. Arrays and
+    tensors are not frames."""
     return is_pil(item) or (isinstance(item, str | os.PathLike) and is_named_as_image(item))
 
 
@@ -274,9 +275,13 @@ def single_images(items: Iterable[Any], tower: Tower | None = None) -> Iterator[
 
 
 def image_of(item: Any, clips: bool = False) -> Any:
-    """The image, decoded or not, in an item that is an image, an (image, label) pair or a row; None if it is missing.
+    """The image, decoded or not, in an item that is an image, an (image, label) pair or a row.
 
-    If `clips`, it is the clip in the item, and a list of frames is a clip.
+    It is None if a row's column of images holds None, or if a sample of a shard has no such column. If `clips`, it is
+    the clip in the item, and a list of two or more frames (`_is_frame`) is a clip.
+
+    Raises:
+        ValueError: a row, other than a sample of a shard, has no column of images.
     """
     if clips and isinstance(item, tuple | list) and len(item) > 1 and all(map(_is_frame, item)):
         return item

@@ -76,8 +76,8 @@ def attention_to_patches(
         to: whether attention to the patches or to the registers is returned.
 
     Raises:
-        RuntimeError: the model computes attention in a way that cannot be observed from Python.
-        ValueError: registers are asked for, and the model has none.
+        RuntimeError: attention is compiled or computed by a custom kernel, and cannot be observed from Python.
+        ValueError: `query` or `to` asks for registers, and there are none in the block.
     """
     query = default_query(tower) if query is None else query
     with attention_kernel(tower.module, "sdpa", instead_of=UNSEEN):
@@ -181,7 +181,7 @@ def attention_rollout(tower: Tower, images: Tensor, block: int = -1, query: Quer
     It is the product of (A + I) / 2 over the blocks from the first one to `block`. The matrix A (T, T) is a block's
     attention, row by row what each token gives, averaged over its heads; a later block's factor stands to the left; and
     the identity I stands for the residual stream. All tokens take part, prefix tokens and registers too. Registers that
-    enter a later block, as the mean patch, get the mean of the patches' rows as their row.
+    enter a later block, as the mean patch, get the mean of the patches' rows as their row, but no column.
     """
     query = default_query(tower) if query is None else query
     if isinstance(query, Tensor) and query.ndim == 3:
@@ -215,7 +215,8 @@ def attention_rollout(tower: Tower, images: Tensor, block: int = -1, query: Quer
 def pooling_attention(tower: Tower, images: Tensor) -> list[Tensor]:
     """The attention of a module that pools the last block's tokens: what its query gives to each token, (B, heads, T).
 
-    Returns a list with this one tensor, or an empty list if the tower has no such module.
+    The tokens are the prefix tokens and the patches; registers that a patched model adds are not among them. Returns a
+    list with this one tensor, or an empty list if the tower has no such module.
     """
     recorded: list[Tensor] = []
     num_tokens = tower.patches(images).stop

@@ -34,8 +34,9 @@ TENSORS_PER_BLOCK = 24  # roughly how many tensors (B, T, C) a block keeps for t
 def recorded_graph(tower: Tower) -> Iterator[tuple[list[Tensor], list[list[Tensor]]]]:
     """Within the context, a forward can be differentiated, and fills two lists.
 
-    They are the tokens (B, T, C) after each block, and for each block a list of the hidden activations (B, T, H) of its
-    MLPs.
+    The first has the tokens after each block, as the block returns them. The second has a list for each block, with the
+    input of the second linear of each of its MLPs. `Tower.arranged` brings them into the form (B, T, channels). Some
+    inputs have other channels in front of the neurons' hidden activations (`Mlp.first`).
     """
     tokens: list[Tensor] = []
     hidden: list[list[Tensor]] = [[] for _ in tower.blocks]
@@ -65,7 +66,8 @@ class Attribution:
     """The share of the image's excess norm that the neuron causes, to first order, directly and through later blocks,
     (B, L, H); zero for images without outliers."""
     energy_at_outliers: Tensor
-    """The neuron's squared activation, summed over the patches that are outliers after some block, (B, L, H)."""
+    """The neuron's squared activation, summed over the patches that are outliers after at least one of the blocks that
+    count, (B, L, H). These patches are the same for all neurons."""
     energy: Tensor
     """The neuron's squared activation, summed over all patches, (B, L, H); zero for images without outliers."""
     outlier: Tensor
@@ -76,10 +78,11 @@ class Attribution:
 def attribution_of(tower: Tower, images: Tensor, detection: Detection, *, norms: Tensor | None = None) -> Attribution:
     """Attribute the outliers of images (B, 3, h, w) to neurons.
 
-    The excess of a patch is how far its norm is above the largest normal norm of its image (`OutlierRule.normal`),
-    divided by this norm. An image's excess after a block is the sum over its outliers after this block. A neuron's
-    share is the part of the image's excess that comes from how far the neuron's activation at the outliers is from its
-    activation at normal patches. It is averaged over the blocks after which the image has outliers that count.
+    The largest normal norm of an image after a block is median + k * 1.4826 * MAD of its patches' norms
+    (`OutlierRule.normal`). The excess of a patch is how far its norm is above this largest normal norm, as a fraction
+    of it. An image's excess after a block is the sum over its outliers after this block. A neuron's share is the part
+    of the image's excess that comes from how far the neuron's activation at the outliers is from its activation at
+    normal patches. It is averaged over the blocks after which the image has outliers that count.
 
     Images without outliers take a forward, or no time if `norms` are given.
 

@@ -131,9 +131,10 @@ class RegisterNeurons:
 
     @property
     def has_to_be_trusted(self) -> bool:
-        """Whether `patch` warns about this list: it comes from a file or a calibration, and is not verified.
+        """Whether `patch` warns about this list: it was read or calibrated, and is not verified.
 
-        There is no warning about neurons that a user names one by one.
+        It may have been read from a file or from the Hub, or be a bundled list. There is no warning about neurons that
+        a user names one by one.
         """
         return not self.verified and (self.source is not None or self.calibration.is_known)
 
@@ -146,7 +147,8 @@ class RegisterNeurons:
         """Make a list of the best `top_k` neurons of this list; None takes the neurons in use.
 
         Raises:
-            ValueError: `top_k` is below 1 or larger than the list; or the list has no scores, and `top_k` is smaller.
+            ValueError: `top_k` is below 1, or larger than the number of listed neurons, in use or not; or the list has
+                no scores, and `top_k` is smaller than that number.
         """
         top_k = self.top_k if top_k is None else top_k
         if top_k is None or top_k == len(self.ranking):
@@ -160,7 +162,8 @@ class RegisterNeurons:
         return replace(self, ranking=self.ranking[:top_k], top_k=None)
 
     def by_block(self, top_k: int | None = None) -> dict[int, list[int]]:
-        """The best `top_k` neurons by block, {block: [units, best first]}; None takes the neurons in use."""
+        """The best `top_k` neurons by block, {block: [units, best first]}, in the order of the blocks; None takes the
+        neurons in use."""
         blocks: dict[int, list[int]] = {}
         for block, unit, _ in self.truncate(top_k).ranking:
             blocks.setdefault(block, []).append(unit)
@@ -224,7 +227,10 @@ class RegisterNeurons:
         return figure
 
     def check_fits(self, depth: int, mlp_width: int) -> None:
-        """Raise ValueError unless the list fits a tower of `depth` blocks with `mlp_width` MLP neurons each."""
+        """Raise ValueError unless the list fits a tower of `depth` blocks with `mlp_width` MLP neurons each.
+
+        All blocks and units of the list must be in range. If `model` has a depth or an MLP width, it must be the same.
+        """
         name = plain(self.model.get("name", "the register neurons"))
         if (expected := self.model.get("depth", depth)) != depth:
             raise ValueError(f"{name}: made for {expected} blocks, but this model has {depth}")
@@ -241,7 +247,7 @@ class RegisterNeurons:
                 )
 
     def to_json(self) -> dict[str, Any]:
-        """The whole list as a JSON object."""
+        """The whole list as a JSON object, but without `source`."""
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -383,7 +389,8 @@ def unscored(neurons: Iterable[Neuron]) -> RegisterNeurons:
 
 
 def _as_index(value: Any) -> Any:
-    """Turn a whole number of any type into an int. Anything else is returned as it is; `RegisterNeurons` refuses it."""
+    """Turn an integer of any type (also of numpy and torch) into an int. Anything else, such as 3.0, is returned as it
+    is; `RegisterNeurons` refuses it."""
     try:
         return value if isinstance(value, bool) else operator.index(value)
     except TypeError:
