@@ -22,8 +22,6 @@ from testreg.patching.forward import (
     Forward,
     Mode,
     begin,
-    can_share,
-    carried,
     carry_through_hooks,
     check_shape,
     find_forward,
@@ -157,11 +155,6 @@ class RegisterBlock(Override):
                 "blocks in their order, one forward after the other; put what replaces their tokens into a forward "
                 "hook of a block, or keep a block's output until the next is called; do not detach it in between"
             )
-        handoff = None if torch.compiler.is_compiling() else carried(tokens, self.patch)
-        if handoff is not None and handoff.registers is registers:
-            sequence = handoff.take_sequence(tokens, layout)
-            if sequence is not None:
-                return sequence
         return layout.join(tokens, registers)
 
     def first_registers(self, tokens: Tensor, layout: Layout) -> Tensor:
@@ -203,7 +196,7 @@ class RegisterBlock(Override):
         The tokens carry the registers to the next block; those of the last block carry nothing.
         """
         sequence, call = first_of(out), running.call
-        registers, is_shared = None, False
+        registers = None
         if layout.num_registers:
             assert entered is not None
             if not _is_tokens(sequence, entered):
@@ -213,14 +206,13 @@ class RegisterBlock(Override):
             if running.recorders:
                 record(self.patch, registers.clone(), self.index)
             out = _each(out, lambda each: layout.tokens(each).contiguous() if each.shape == entered.shape else each)
-            is_shared = not torch.compiler.is_compiling() and layout.lengths is None and can_share(sequence)
         tokens = first_of(out)
         if not isinstance(tokens, Tensor):
             return out
         if torch.compiler.is_compiling():
             self._hand_on_compiled(tokens, registers)
         elif not self.is_last and call is not None and call.forward is not None:
-            hand_on(tokens, call.forward, self.index, registers, sequence if is_shared else None)
+            hand_on(tokens, call.forward, self.index, registers)
             call.tokens = tokens
         return out
 

@@ -90,26 +90,10 @@ class _Unsaved:
 
 
 class Handoff(_Unsaved):
-    """What the tokens between two blocks carry: the forward they belong to, and its registers (B, R, C), if any.
+    """What the tokens between two blocks carry: the forward they belong to, and its registers (B, R, C), if any."""
 
-    Without gradients they may also carry the T+R tokens that the block made, as `sequence`. If the T tokens are a view
-    of these, as they are for a single image, the next block takes the sequence without a copy. Whoever edits such
-    tokens in place edits the sequence as well.
-    """
-
-    def __init__(self, forward: Forward, registers: Tensor | None, sequence: Tensor | None = None) -> None:
-        self.forward, self.registers, self.sequence = forward, registers, sequence
-
-    def take_sequence(self, tokens: Tensor, layout: Layout) -> Tensor | None:
-        """Return the T+R tokens if `tokens` are still a view of them, else None.
-
-        The handoff lets go of the T+R tokens in either case. Else they would live as long as somebody keeps `tokens`,
-        even where these are a copy.
-        """
-        sequence, self.sequence = self.sequence, None
-        if sequence is None or torch.is_grad_enabled() or tokens.data_ptr() != sequence.data_ptr():
-            return None
-        return sequence if tokens.shape[layout.dim] + layout.num_registers == sequence.shape[layout.dim] else None
+    def __init__(self, forward: Forward, registers: Tensor | None) -> None:
+        self.forward, self.registers = forward, registers
 
 
 class StartMode(_Unsaved):
@@ -199,20 +183,6 @@ class Running(threading.local):
 running = Running()
 
 
-def can_share(sequence: Tensor) -> bool:
-    """Whether a block may hand on its T+R tokens without a copy.
-
-    They must be a plain tensor on a CPU or CUDA device, and be part of no autograd graph, trace or functorch transform.
-    """
-    return (
-        not torch.is_grad_enabled()
-        and type(sequence) is Tensor
-        and (sequence.is_cpu or sequence.is_cuda)
-        and not torch.jit.is_tracing()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(sequence)
-    )
-
-
 def is_recomputing() -> bool:
     """Whether this thread is in a backward pass: a block that runs there is recomputed by gradient checkpointing."""
     return torch._C._current_graph_task_id() != -1
@@ -240,11 +210,9 @@ def begin(patch: object, tokens: object, mode: Mode, waiting: Forward | None) ->
     return forward
 
 
-def hand_on(
-    tokens: Tensor, forward: Forward, index: int, registers: Tensor | None, sequence: Tensor | None = None
-) -> None:
-    """Attach the registers, and the whole sequence if it is shared, to the tokens that a block hands on to the next."""
-    handoff = Handoff(forward, registers, sequence)
+def hand_on(tokens: Tensor, forward: Forward, index: int, registers: Tensor | None) -> None:
+    """Attach the registers to the tokens that a block hands on to the next."""
+    handoff = Handoff(forward, registers)
     setattr(tokens, CARRIED, handoff)
     forward.index, forward.shape, forward.handoff = index, tuple(tokens.shape), weakref.ref(handoff)
     forward.kept = None
