@@ -35,10 +35,9 @@ from testreg.patching.forward import (
     with_first,
 )
 from testreg.patching.index import is_exporting
+from testreg.patching.moves import check_target_fits
 from testreg.patching.override import Override
-from testreg.patching.state import Patch
-from testreg.patching.static_parts import STATE
-from testreg.patching.steering import check_target_fits
+from testreg.patching.state import STATE, Patch
 
 
 @dataclass(eq=False)
@@ -85,7 +84,7 @@ class RegisterBlock(Override):
         If `block.forward(...)` was called instead of `block(...)`, `function` is that forward, and no hooks run.
         """
         tokens, outer = args[0] if args else kwargs.get(self.argument_names[0]), running.call
-        call = running.call = Call(self, self.patch, tokens, outer, running.waiting)
+        call = running.call = Call(self, self.patch, tokens, running.waiting)
         running.waiting = None
         try:
             out = function(*args, **kwargs)
@@ -128,8 +127,6 @@ class RegisterBlock(Override):
         if mode.has_registers:
             sequence = self._with_registers(tokens, registers, layout)
             arguments = {name: self._extended(name, value, layout) for name, value in arguments.items()}
-        if running.call is not None and not torch.compiler.is_compiling():
-            running.call.length = sequence.shape[layout.dim] if mode.has_registers else 0
         out = self._run_with_moves(sequence, arguments, layout)
         return self._hand_on(out, sequence, layout)
 

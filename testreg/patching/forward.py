@@ -111,26 +111,12 @@ class Call:
     patch: object
     argument: object
     """The tokens that the block was called with, before hooks have seen them."""
-    outer: Call | None
-    """The call during which this one was made, for instance by a hook that starts another forward; None if none."""
     waiting: Forward | None
     """The forward of this thread that waited for its next block when this block was called; None if there was none."""
     forward: Forward | None = None
     """The forward that this call is part of; None until the block's `forward` method is entered."""
     tokens: Tensor | None = None
     """The tokens that it hands on, before hooks have seen them."""
-    length: int = 0
-    """The length T+R of the sequence that the block computes with, of all images if packed; 0 without registers."""
-
-
-@dataclass(eq=False)
-class Hooked:
-    """A module inside a block, while its hooks run and see no registers."""
-
-    module: object
-    rejoin: Callable[[Any], Any]
-    """Puts registers back behind tokens: those of the module's input until its forward has run, then those of its
-    output."""
 
 
 @dataclass(eq=False)
@@ -151,8 +137,6 @@ class Running(threading.local):
     """The call of a block that the thread is in; None outside of blocks, and while they are compiled."""
     waiting: Forward | None
     """The forward that is between two blocks, and waits for the next."""
-    hooked: Hooked | None
-    """The module whose hooks run, under `testreg.hooks_without_registers`."""
     moves: int
     """The number of calls of a second linear in the current block that have moved neurons so far."""
     layout: Layout | None
@@ -171,7 +155,6 @@ class Running(threading.local):
         # If these were defaults of the class, compiled code would still read them after the instance was given others.
         self.call = None
         self.waiting = None
-        self.hooked = None
         self.moves = 0
         self.layout = None
         self.recomputed = None
@@ -227,15 +210,6 @@ def carried(tokens: object, patch: object) -> Handoff | None:
     """What tokens carry from one block of this patch to the next; None if no block of it has handed them on."""
     handoff = getattr(tokens, CARRIED, None)
     return handoff if isinstance(handoff, Handoff) and handoff.forward.patch is patch else None
-
-
-def has_no_registers(tensor: Tensor) -> bool:
-    """Whether a tensor holds no registers behind its T tokens.
-
-    That is so if a block has handed it on, which attaches the registers as an attribute, or if hooks are running that
-    see no registers.
-    """
-    return getattr(tensor, CARRIED, None) is not None or running.hooked is not None
 
 
 def find_forward(tokens: Tensor, call: Call, index: int) -> tuple[Forward, Tensor | None] | None:

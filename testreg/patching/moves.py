@@ -140,6 +140,21 @@ def _with_channels(hidden: Tensor, index: Tensor, activations: Tensor) -> Tensor
     return hidden.index_copy_(-1, index, activations)
 
 
+def check_target_fits(target: Tensor, num_images: int, num_patches: int) -> None:
+    """Raise ValueError unless the mask is of one image or of `num_images`, and of `num_patches` in each."""
+    masks, rows, columns = target.shape
+    if masks not in (1, num_images):
+        raise ValueError(
+            f"the target mask {tuple(target.shape)} is of {masks} images, and the batch has {num_images}: pass one "
+            "mask for each image, or (1, h, w) for all"
+        )
+    if rows * columns != num_patches:
+        raise ValueError(
+            f"the target mask has {rows} x {columns} = {rows * columns} patches, and the images have {num_patches}: "
+            "it must have their grid, height and width in pixels divided by the patch size"
+        )
+
+
 def _tokens_of(target: Tensor, num_prefix: int, patches: Tensor | None) -> Tensor:
     """Which tokens (B, T) the patches of a mask (B, h, w) are."""
     mask = target.flatten(1)

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import nn
+
+
+class Part(Protocol):
+    """One change of one module, which can be installed and taken back."""
+
+    def install(self) -> None: ...
+    def installed(self) -> bool: ...
+    def remove(self) -> None: ...
 
 
 @dataclass(eq=False)
@@ -41,28 +49,6 @@ class Override:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
-
-
-@dataclass(eq=False)
-class Constant:
-    """A tensor that a module holds while it is patched: it moves with the module, and is not in its state_dict."""
-
-    module: nn.Module
-    name: str
-    value: Tensor
-
-    def install(self) -> None:
-        self.module.register_buffer(self.name, self.value, persistent=False)
-
-    def installed(self) -> bool:
-        return self.name in self.module._buffers
-
-    def remove(self) -> None:
-        delattr(self.module, self.name)
-
-
-Part = Override | Constant
-"""One change of one module, which can be installed and taken back."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from testreg.patching.block import BlockCall, RegisterBlock
 from testreg.patching.fc2 import MoveInFront
 from testreg.patching.override import Part
 from testreg.patching.state import Patch
-from testreg.patching.static_parts import static_parts
 
 
 def parts(tower: Tower, patch: Patch) -> Iterator[Part]:
@@ -19,8 +18,6 @@ def parts(tower: Tower, patch: Patch) -> Iterator[Part]:
     one that they enter."""
     layout = Layout(patch.num_registers, tower.sequence_first)
     units = patch.neurons.by_block()
-    if patch.static is not None:
-        yield from static_parts(tower, patch, patch.static)
     for i, block in list(enumerate(tower.blocks))[patch.entry_block :]:
         moves = tuple(_moves(block, i, units.get(i, []), patch, layout))
         yield from moves

@@ -6,35 +6,21 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from testreg.files import shown
-from testreg.neurons import MAX_REGISTERS, RegisterNeurons
+from testreg.neurons import RegisterNeurons
 from testreg.neurons.notices import VerifiedUse
 from testreg.patching.forward import UNPATCHED, Mode, is_recomputing, running
 from testreg.patching.override import REFUSALS, Part
 from testreg.records.options import MaxOver, Start, Zero
 from testreg.static import StaticRegisters
 
+STATE = "testreg_state"  # buffer of a block: its registers (R, C), if they are constants
 _PATCH = "_testreg_patch"  # attribute of a patched tower
 _counting = threading.Lock()  # not on the patch: a lock can be neither copied nor pickled
-
-
-def check_options(num_registers: int | None, max_over: str, zero: str | None, start: str | None = None) -> None:
-    """Raise ValueError unless `patch` can be called with these."""
-    if num_registers is not None and num_registers < 1:
-        raise ValueError(f"num_registers must be at least 1, got {num_registers}")
-    if num_registers is not None and num_registers > MAX_REGISTERS:
-        raise ValueError(f"num_registers must be at most {MAX_REGISTERS}, got {shown(num_registers)}: 1 to 16 do")
-    if max_over not in get_args(MaxOver):
-        raise ValueError(f"max_over must be 'neuron' or 'layer', got {max_over!r}")
-    if zero not in (None, *get_args(Zero)):
-        raise ValueError(f"zero must be 'patches', 'all' or 'firing', got {zero!r}")
-    if start not in (None, *get_args(Start)):
-        raise ValueError(f"start must be 'zeros' or 'mean', got {start!r}")
 
 
 def find_patch(model: nn.Module) -> Patch | None:

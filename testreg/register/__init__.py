@@ -28,9 +28,10 @@ from testreg.neurons.notices import log_bundled, warn_of_activation, warn_of_oth
 from testreg.patching.forward import recording
 from testreg.patching.moves import shift as shift
 from testreg.patching.placement import parts
-from testreg.patching.state import Patch, check_options, find_patch, patch_of
-from testreg.patching.steering import check_target
-from testreg.records.options import MaxOver, Start, Zero
+from testreg.patching.state import Patch, find_patch, patch_of
+from testreg.records.options import MaxOver, Start, Zero, check_options
+from testreg.register.static_parts import static_parts
+from testreg.register.steering import check_target
 from testreg.static import AnyStatic, resolve_static
 
 M = TypeVar("M", bound=nn.Module)
@@ -120,7 +121,7 @@ def patch(
         target,
         constant,
     )
-    state.install(parts(tower, state))
+    state.install([*static_parts(tower, state), *parts(tower, state)])
     if neurons is None and constant is None:
         log_bundled(chosen, model)
     return model
