@@ -15,7 +15,7 @@ from testreg.families import Tower
 from testreg.families.extend import MASKS, padded
 from testreg.families.layout import Layout
 from testreg.patching.attention import carry_layout
-from testreg.patching.fc2 import MoveInFront, not_moved_message, replaced_forward_message
+from testreg.patching.fc2 import MoveInFront
 from testreg.patching.forward import (
     CARRIED,
     Call,
@@ -89,7 +89,11 @@ class RegisterBlock(Override):
         try:
             out = function(*args, **kwargs)
             if call.forward is None and self.patch.mode_for_new_forward.is_patched:
-                raise RuntimeError(replaced_forward_message(self.index))
+                raise RuntimeError(
+                    f"the forward of block {self.index}, which testreg.patch() replaced, was replaced again and did "
+                    "not run, so that the block has no registers: call testreg.unpatch(model), make the changes, and "
+                    "patch the model last"
+                )
             out = carry_through_hooks(out, call)
             running.waiting = None if self.is_last else call.forward
         except BaseException:
@@ -176,7 +180,11 @@ class RegisterBlock(Override):
         try:
             out = self._run_with_layout(sequence, arguments, layout)
             if running.moves < self.required_moves and _is_tokens(first_of(out), sequence):
-                raise RuntimeError(not_moved_message(self.index))
+                raise RuntimeError(
+                    f"block {self.index} does not call its second MLP linear, or replaces what is in front of it, so "
+                    "that its register neurons are not moved: its parts were changed after testreg.patch(). Call "
+                    "testreg.unpatch(model), make the changes, and patch the model last"
+                )
         finally:
             running.moves = outer
         return out

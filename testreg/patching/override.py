@@ -42,6 +42,13 @@ class Override:
         else:
             setattr(self.module, self.method, self.previous)
 
+    def move_to(self, module: nn.Module) -> None:
+        """Take the place of another module's method instead."""
+        self.remove()
+        self.module = module
+        self.previous = module.__dict__.get(self.method)
+        self.install()
+
     def original(self, *args: Any, **kwargs: Any) -> Any:
         if self.previous is not None:
             return self.previous(*args, **kwargs)

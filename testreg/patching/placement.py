@@ -20,9 +20,8 @@ def parts(tower: Tower, patch: Patch) -> Iterator[Part]:
     units = patch.neurons.by_block()
     for i, block in list(enumerate(tower.blocks))[patch.entry_block :]:
         moves = tuple(_moves(block, i, units.get(i, []), patch, layout))
-        yield from moves
         forward = RegisterBlock(block.module, patch, layout, tower, i, moves)
-        yield from (forward, BlockCall(block.module, forward))
+        yield from (*moves, *(move.compiled for move in moves), forward, BlockCall(block.module, forward))
         if block.attention is not None:
             yield AttentionWeights(block.attention, patch, layout, tower.family.appended)
         if block.bias is not None:
@@ -36,8 +35,5 @@ def _moves(block: Block, index: int, units: list[int], patch: Patch, layout: Lay
         channels = tuple(mlp.first + unit for unit in own.values())
         owners = None if owner is None else tuple(owner[index, unit] for unit in own)
         width = mlp.first + mlp.width
-        for module in mlp.consumers:
-            is_always_called = module is mlp.fc2
-            yield MoveInFront(
-                module, block.module, block.module, index, patch, layout, channels, owners, width, is_always_called
-            )
+        for linear in mlp.consumers:
+            yield MoveInFront(linear, block.module, index, patch, layout, channels, owners, width, linear is mlp.fc2)

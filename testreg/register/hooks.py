@@ -118,10 +118,11 @@ class BlockBetweenHooks:
     def __call__(self, sequence: Tensor, *args: Any, **kwargs: Any) -> Any:
         module = self.block.module
         forward = self.original or type(module).forward.__get__(module)
-        if torch.compiler.is_compiling() or not self.patch.current_mode.has_registers:
+        if torch.compiler.is_compiling():
             return forward(sequence, *args, **kwargs)
-        layout = layout_now(self.block.default_layout)
-        stripper = _Stripper(self.patch, layout, sequence.shape[layout.dim])
+        layout, stripper = layout_now(self.block.default_layout), None
+        if self.patch.current_mode.has_registers:
+            stripper = _Stripper(self.patch, layout, sequence.shape[layout.dim])
         outer, _running.stripper = _running.stripper, stripper
         before = {module: dict(vars(module)) for module in module.modules()}
         try:
@@ -130,7 +131,7 @@ class BlockBetweenHooks:
             _running.stripper = outer
         for module, attributes in before.items():
             for name, value in list(vars(module).items()):
-                if isinstance(value, Tensor) and attributes.get(name) is not value:
+                if stripper is not None and isinstance(value, Tensor) and attributes.get(name) is not value:
                     setattr(module, name, stripper.without_registers(value)[0])
         return out
 
