@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from testreg.families import Tower
 from testreg.families.extend import MASKS, padded
@@ -23,15 +24,12 @@ from testreg.patching.forward import (
     Mode,
     begin,
     carry_through_hooks,
-    check_shape,
     find_forward,
     first_of,
     hand_on,
     is_recomputing,
-    rebuilt_as,
     record,
     running,
-    running_with_layout,
     with_first,
 )
 from testreg.patching.index import is_exporting
@@ -68,23 +66,13 @@ class RegisterBlock(Override):
 
     # A call of the block, steps 1 to 8 in forward.py: find its registers, run it with them, hand them on -------------
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # dynamo makes one graph for each mode: it guards on what decides the mode
-            return self._run(self.patch.mode_for_new_forward, None, args, kwargs)
-        call = running.call
-        if call is None or call.block is not self or call.forward is not None:  # `block.forward(...)`, not `block(...)`
-            return self.run_call(self, args, kwargs)
-        forward, registers = self._forward_and_registers(args[0] if args else kwargs.get(self.argument_names[0]), call)
-        call.forward = forward
-        return self._run(forward.mode, registers, args, kwargs)
-
     def run_call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the block by `function`, which runs its forward between its hooks, and keep track of the call.
 
         If `block.forward(...)` was called instead of `block(...)`, `function` is that forward, and no hooks run.
         """
-        tokens, outer = args[0] if args else kwargs.get(self.argument_names[0]), running.call
-        call = running.call = Call(self, self.patch, tokens, running.waiting)
+        outer, tokens = running.call, self._tokens(args, kwargs)
+        call = running.call = Call(self, self.patch, self.index, tokens, running.waiting)
         running.waiting = None
         try:
             out = function(*args, **kwargs)
@@ -105,23 +93,42 @@ class RegisterBlock(Override):
             call.forward.is_over = True
         return out
 
-    def _forward_and_registers(self, tokens: Any, call: Call) -> tuple[Forward, Tensor | None]:
-        """The forward that this call of the block is part of, and the registers of its tokens."""
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         mode = self.patch.mode_for_new_forward
+        if torch.compiler.is_compiling():  # dynamo makes one graph for each mode: it guards on what decides the mode
+            return self._run(None, mode, None, args, kwargs)
+        call = running.call
+        if call is None or call.block is not self or call.forward is not None:  # `block.forward(...)`, not `block(...)`
+            return self.run_call(self, args, kwargs)
+        tokens, registers = self._tokens(args, kwargs), None
         if self.is_entry or not isinstance(tokens, Tensor):
-            return begin(self.patch, tokens, mode, call.waiting), None
-        if (found := find_forward(tokens, call, self.index)) is not None:
-            return found
-        return Forward(self.patch, mode, is_certain=False), self._registers_left_for(tokens)
+            call.forward = begin(tokens, call, mode)
+        elif isinstance(left := getattr(tokens, CARRIED, None), Tensor):  # by a compiled block
+            call.forward, registers = Forward(self.patch, mode, is_certain=False), left
+        else:
+            found = find_forward(tokens, call)
+            call.forward, registers = found or (Forward(self.patch, mode, is_certain=False), None)
+        return self._run(call, call.forward.mode, registers, args, kwargs)
 
-    def _run(self, mode: Mode, registers: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the block's own forward on tokens and registers; in a mode without registers, on the tokens alone."""
+    def _run(
+        self, call: Call | None, mode: Mode, registers: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the block's own forward on tokens and registers; in a mode without registers, on the tokens alone.
+
+        `call` is None while the block is compiled.
+        """
         if not mode.is_patched:
-            return self._hand_on(self.original(*args, **kwargs), None, self.layout_without_registers)
+            return self._hand_on(call, self.original(*args, **kwargs), None, self.layout_without_registers)
         tokens, arguments = self._by_name(args, kwargs)
         if isinstance(tokens, torch.fx.Proxy):
             return self._as_one_node(tokens, arguments)
-        self._check(tokens)
+        if not isinstance(tokens, Tensor):
+            raise NotImplementedError(
+                f"block {self.index} was called with a {type(tokens).__name__} of tokens (images of several sizes at "
+                "once): call the model on one tensor at a time"
+            )
+        for move in self.moves:
+            move.check()
         layout = self.default_layout if mode.has_registers else self.layout_without_registers
         if arguments or self.tower.family.layout is not None:
             layout = (self.tower.family.layout or padded)(self.tower.module, layout, arguments)
@@ -131,8 +138,7 @@ class RegisterBlock(Override):
         if mode.has_registers:
             sequence = self._with_registers(tokens, registers, layout)
             arguments = {name: self._extended(name, value, layout) for name, value in arguments.items()}
-        out = self._run_with_moves(sequence, arguments, layout)
-        return self._hand_on(out, sequence, layout)
+        return self._hand_on(call, self._run_with_moves(sequence, arguments, layout), sequence, layout)
 
     def _with_registers(self, tokens: Tensor, registers: Tensor | None, layout: Layout) -> Tensor:
         """The tokens, with this block's registers behind those of each image."""
@@ -141,8 +147,9 @@ class RegisterBlock(Override):
             return layout.extend(tokens, layout.dim, states.unsqueeze(1) if layout.sequence_first else states)
         if self.is_entry:
             return layout.join(tokens, self.first_registers(tokens, layout))
-        if registers is None and torch.compiler.is_compiling():
-            registers = self._registers_left_for(tokens)
+        if torch.compiler.is_compiling():
+            left = getattr(tokens, CARRIED, None)
+            registers = left if left is None or isinstance(left, Tensor) else left.registers  # by an eager block
         if registers is None and is_recomputing():
             raise RuntimeError(
                 f"block {self.index} is recomputed from an input that was saved elsewhere (save_on_cpu, "
@@ -174,89 +181,57 @@ class RegisterBlock(Override):
 
     def _run_with_moves(self, sequence: Tensor, arguments: dict[str, Any], layout: Layout) -> Any:
         """Run the block's own forward, in which the neurons are moved; raise RuntimeError if they were not."""
-        if self.required_moves == 0 or is_exporting():
-            return self._run_with_layout(sequence, arguments, layout)
-        outer, running.moves = running.moves, 0
+        outer = running.layout, running.moves
+        running.layout, running.moves, running.recomputed = layout, 0, None
         try:
-            out = self._run_with_layout(sequence, arguments, layout)
-            if running.moves < self.required_moves and _is_tokens(first_of(out), sequence):
-                raise RuntimeError(
-                    f"block {self.index} does not call its second MLP linear, or replaces what is in front of it, so "
-                    "that its register neurons are not moved: its parts were changed after testreg.patch(). Call "
-                    "testreg.unpatch(model), make the changes, and patch the model last"
-                )
+            out = self.original(sequence, **arguments)
+            is_moved = running.moves >= self.required_moves or is_exporting()
         finally:
-            running.moves = outer
+            running.layout, running.moves = outer
+        if not is_moved and _is_tokens(first_of(out), sequence):
+            raise RuntimeError(
+                f"block {self.index} does not call its second MLP linear, or replaces what is in front of it, so "
+                "that its register neurons are not moved: its parts were changed after testreg.patch(). Call "
+                "testreg.unpatch(model), make the changes, and patch the model last"
+            )
         return out
 
-    def _run_with_layout(self, sequence: Tensor, arguments: dict[str, Any], layout: Layout) -> Any:
-        if self._is_plain(layout) and running.layout is None and running.recomputed is None:
-            return self.original(sequence, **arguments)
-        with running_with_layout(layout):
-            return self.original(sequence, **arguments)
-
-    def _hand_on(self, out: Any, entered: Tensor | None, layout: Layout) -> Any:
+    def _hand_on(self, call: Call | None, out: Any, entered: Tensor | None, layout: Layout) -> Any:
         """The block's output without registers, as the next block or the model gets it.
 
         The tokens carry the registers to the next block; those of the last block carry nothing.
         """
-        sequence, call = first_of(out), running.call
         registers = None
-        if layout.num_registers:
-            assert entered is not None
+        if layout.num_registers and entered is not None:
+            sequence = first_of(out)
             if not _is_tokens(sequence, entered):
                 return out  # DINO's blocks can be asked for their attention weights instead of tokens
-            self._check_length(sequence, entered)
+            if sequence.shape != entered.shape:
+                raise NotImplementedError(
+                    f"block {self.index} made {tuple(sequence.shape)} of {tuple(entered.shape)}: where tokens are "
+                    "merged or pruned, the register cannot be told from them"
+                )
             registers = layout.registers(sequence)
             if running.recorders:
-                record(self.patch, registers.clone(), self.index)
-            out = _each(out, lambda each: layout.tokens(each).contiguous() if each.shape == entered.shape else each)
+                record(registers.clone(), self.patch, self.index)
+            out = tree_map_only(
+                Tensor, lambda each: layout.tokens(each).contiguous() if each.shape == entered.shape else each, out
+            )
         tokens = first_of(out)
-        if not isinstance(tokens, Tensor):
+        if self.is_last or not isinstance(tokens, Tensor):
             return out
-        if torch.compiler.is_compiling():
-            self._hand_on_compiled(tokens, registers)
-        elif not self.is_last and call is not None and call.forward is not None:
-            hand_on(tokens, call.forward, self.index, registers)
-            call.tokens = tokens
+        if call is not None:
+            hand_on(tokens, call, registers)
+        elif registers is not None:
+            setattr(tokens, CARRIED, registers)
+            if self.module._forward_hooks:
+                running.compiled = tokens
         return out
 
-    # Compiled code: registers go with the tokens or in `running.compiled`, not in a `Forward` ------------------------
-
-    def _hand_on_compiled(self, tokens: Tensor, registers: Tensor | None) -> None:
-        if registers is not None and not self.is_last:
-            setattr(tokens, CARRIED, registers)
-        hooked = registers is not None and not self.is_last and bool(self.module._forward_hooks)
-        if hooked or running.compiled is not None:
-            running.compiled = (self.patch, self.index, tuple(tokens.shape), registers) if hooked else None  # type: ignore[assignment]
-
-    def carry_through_hooks_compiled(self, out: Any) -> Any:
-        """The same as `carry_through_hooks` while the block is traced for compilation."""
-        tokens, left = first_of(out), running.compiled
-        if left is None or left[1] != self.index or not isinstance(tokens, Tensor):
-            return out
-        running.compiled = None
-        if getattr(tokens, CARRIED, None) is not None or tuple(tokens.shape) != left[2]:
-            return out
-        view = tokens.view_as(tokens)
-        setattr(view, CARRIED, left[3].to(tokens.device, tokens.dtype))
-        return with_first(out, view)
-
-    def _registers_left_for(self, tokens: Tensor) -> Tensor | None:
-        """The registers that the previous block left for these tokens, or None. Either block may be compiled.
-
-        The tokens carry them, or a hook has returned these tokens in place of the tokens that carried the registers.
-        """
-        handoff = getattr(tokens, CARRIED, None)
-        if handoff is not None:
-            return handoff if isinstance(handoff, Tensor) else handoff.registers
-        left = running.compiled
-        if left is None or left[0] is not self.patch or left[1] != self.index - 1:
-            return None
-        check_shape(tokens, left[2], self.index)
-        return left[3].to(tokens.device, tokens.dtype)
-
     # Arguments beside the tokens -------------------------------------------------------------------------------------
+
+    def _tokens(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args[0] if args else kwargs.get(self.argument_names[0])
 
     def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The tokens, and the other arguments by name."""
@@ -291,20 +266,10 @@ class RegisterBlock(Override):
         tracer: Any = tokens.tracer
         return tracer.create_proxy("call_module", tracer.path_of_module(self.module), (tokens,), arguments)
 
-    # Checks ----------------------------------------------------------------------------------------------------------
-
-    def _check(self, tokens: Any) -> None:
-        if not isinstance(tokens, Tensor):
-            raise NotImplementedError(
-                f"block {self.index} was called with a {type(tokens).__name__} of tokens (images of several sizes at "
-                "once): call the model on one tensor at a time"
-            )
-        for move in self.moves:
-            move.check()
-
     def _check_use(self, mode: Mode, tokens: Tensor, layout: Layout) -> None:
         """Warn if the images are unlike those that the neurons were verified on; raise if the target does not fit."""
-        if self._is_plain(layout) and not torch.compiler.is_compiling():
+        is_plain = layout is self.default_layout or layout is self.layout_without_registers
+        if is_plain and not torch.compiler.is_compiling():
             self.patch.verified_use.check(tokens.shape[layout.dim] - self.patch.num_prefix, tokens)
         if mode.target is None:
             return
@@ -317,16 +282,6 @@ class RegisterBlock(Override):
         patches = num_tokens - self.patch.num_prefix if layout.patches is None else int(layout.patches.sum())
         check_target_fits(mode.target, num_images, patches)
 
-    def _is_plain(self, layout: Layout) -> bool:
-        return layout is self.default_layout or layout is self.layout_without_registers
-
-    def _check_length(self, sequence: Tensor, entered: Tensor) -> None:
-        if sequence.shape != entered.shape:
-            raise NotImplementedError(
-                f"block {self.index} made {tuple(sequence.shape)} of {tuple(entered.shape)}: where tokens are merged "
-                "or pruned, the register cannot be told from them"
-            )
-
 
 @dataclass(eq=False)
 class BlockCall(Override):
@@ -336,20 +291,22 @@ class BlockCall(Override):
     block: RegisterBlock
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self.block.carry_through_hooks_compiled(self.original(*args, **kwargs))
-        return self.block.run_call(self.original, args, kwargs)
+        if not torch.compiler.is_compiling():
+            return self.block.run_call(self.original, args, kwargs)
+        running.compiled = None
+        out = self.original(*args, **kwargs)
+        tokens, handed_on, running.compiled = first_of(out), running.compiled, None
+        if handed_on is None or tokens is handed_on or not isinstance(tokens, Tensor):
+            return out
+        if tokens.shape != handed_on.shape or getattr(tokens, CARRIED, None) is not None:
+            return out
+        view = tokens.view_as(tokens)
+        setattr(view, CARRIED, getattr(handed_on, CARRIED).to(tokens.device, tokens.dtype))
+        return with_first(out, view)
 
 
 def _is_tokens(out: Any, entered: Tensor) -> bool:
     return isinstance(out, Tensor) and out.ndim == entered.ndim
-
-
-def _each(out: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The output of a block with `change` applied to each of its tensors."""
-    if isinstance(out, (tuple, list)):
-        return rebuilt_as(out, [change(each) if isinstance(each, Tensor) else each for each in out])
-    return change(out)
 
 
 def _argument_names(module: nn.Module) -> tuple[str, ...]:

@@ -23,8 +23,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,8 +32,7 @@ from torch import Tensor
 
 from testreg.families.layout import Layout
 
-CARRIED = "_testreg_carried"  # attribute of the tokens between two blocks: a `Handoff`, or registers if compiled
-_START = "_testreg_start"  # attribute of the tokens at the entry block: a `StartMode`
+CARRIED = "_testreg_carried"  # attribute of the tokens at a block: a `Handoff`, or registers if compiled
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,49 +56,32 @@ class Forward:
 
     patch: object
     mode: Mode
+    is_certain: bool = True
+    """Whether tokens that carry nothing can only belong to this forward. It is False if an earlier forward was left
+    unfinished, for example, since they may belong to that one."""
+    is_over: bool = False
     index: int = -1
     """The last block that has handed on tokens; -1 before the first has."""
     shape: tuple[int, ...] = ()
     """The shape of these tokens."""
-    handoff: Callable[[], Handoff | None] = lambda: None
-    """A weak reference to what these tokens carry. It returns None once neither they nor their autograd graph keep that
-    alive."""
-    kept: Tensor | None = None
-    """The registers (B, R, C) of these tokens, if the registers need no gradient; else None. The forward keeps them
-    itself, since then no autograd graph keeps the handoff alive."""
-    is_over: bool = False
-    is_certain: bool = True
-    """Whether tokens that carry nothing can only belong to this forward. It is False if an earlier forward was left
-    unfinished, for example, since they may belong to that one."""
-
-    def registers(self) -> Tensor | None:
-        """The registers (B, R, C) that block `index` has handed on; None if they are gone, or if there are none."""
-        handoff = self.handoff()
-        return self.kept if handoff is None else handoff.registers
+    registers: Callable[[], Tensor | None] = lambda: None
+    """Returns the registers (B, R, C) of these tokens, or None if there are none. If they need a gradient, only the
+    tokens and their autograd graph keep them alive; then it returns None once these are gone."""
 
 
-class _Unsaved:
-    """A base class for objects that are attached to a tensor as an attribute.
+@dataclass(eq=False)
+class Handoff:
+    """What tokens carry from one block to the next: the forward they belong to, and its registers (B, R, C), if any.
 
-    When the tensor is saved or copied, an empty set takes the place of the object.
+    The tokens at the entry block carry one without registers, so that a block that gradient checkpointing recomputes
+    has the mode of its forward.
     """
 
+    forward: Forward
+    registers: Tensor | None
+
     def __reduce__(self) -> Any:
-        return set, ()  # torch.load accepts a set with weights_only=True
-
-
-class Handoff(_Unsaved):
-    """What the tokens between two blocks carry: the forward they belong to, and its registers (B, R, C), if any."""
-
-    def __init__(self, forward: Forward, registers: Tensor | None) -> None:
-        self.forward, self.registers = forward, registers
-
-
-class StartMode(_Unsaved):
-    """The mode of a forward. The tokens at the entry block carry it, for checkpointing that recomputes the block."""
-
-    def __init__(self, mode: Mode) -> None:
-        self.mode = mode
+        return set, ()  # in place of it, where the tensor is saved or copied: torch.load accepts it (weights_only=True)
 
 
 @dataclass(eq=False)
@@ -109,6 +90,7 @@ class Call:
 
     block: object
     patch: object
+    index: int
     argument: object
     """The tokens that the block was called with, before hooks have seen them."""
     waiting: Forward | None
@@ -117,6 +99,8 @@ class Call:
     """The forward that this call is part of; None until the block's `forward` method is entered."""
     tokens: Tensor | None = None
     """The tokens that it hands on, before hooks have seen them."""
+    registers: Tensor | None = None
+    """The registers (B, R, C) that these tokens carry."""
 
 
 @dataclass(eq=False)
@@ -140,13 +124,12 @@ class Running(threading.local):
     moves: int
     """The number of calls of a second linear in the current block that have moved neurons so far."""
     layout: Layout | None
-    """The layout of the current block, if it is padded or packed."""
+    """The layout of the current block, if it is patched."""
     recomputed: Layout | None
     """The layout of a block, if gradient checkpointing recomputes what is inside the block without calling the block
     itself (transformers 5)."""
-    compiled: tuple[object, int, tuple[int, ...], Tensor] | None
-    """What a compiled block with hooks has handed on, in case the hooks replace its tokens: the patch, the index of the
-    block, the shape of the tokens, and the registers."""
+    compiled: Tensor | None
+    """The tokens that a compiled block hands on, while its hooks run, which may replace them."""
     recorders: tuple[Recorder, ...]
     steered: tuple[tuple[object, Mode], ...]
     """The patch and the mode of each `testreg.steered` context that is open, the innermost last."""
@@ -171,39 +154,9 @@ def is_recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def begin(patch: object, tokens: object, mode: Mode, waiting: Forward | None) -> Forward:
-    """Begin a forward in this mode, with the tokens at the entry block.
-
-    If gradient checkpointing recomputes that block, the forward has the mode in which the block first ran instead.
-    `waiting` is the forward of this thread that waited for its next block, if there is one. If it is unfinished, later
-    tokens that carry nothing may belong to it. (If it is over, a backward pass has recomputed one of its blocks.)
-    """
-    if isinstance(tokens, Tensor):
-        if is_recomputing():
-            start = getattr(tokens, _START, None)
-            mode = start.mode if isinstance(start, StartMode) else mode
-        elif torch.is_grad_enabled():
-            setattr(tokens, _START, StartMode(mode))
-    forward = Forward(patch, mode, is_certain=waiting is None or waiting.is_over)
-    if not is_recomputing():
-        for recorder in running.recorders:
-            if recorder.patch is patch:
-                recorder.recorded.clear()
-                recorder.forward = forward
-    return forward
-
-
-def hand_on(tokens: Tensor, forward: Forward, index: int, registers: Tensor | None) -> None:
-    """Attach the registers to the tokens that a block hands on to the next."""
-    handoff = Handoff(forward, registers)
-    setattr(tokens, CARRIED, handoff)
-    forward.index, forward.shape, forward.handoff = index, tuple(tokens.shape), weakref.ref(handoff)
-    forward.kept = None
-    if registers is not None and not registers.requires_grad:
-        forward.kept = registers
-    elif tokens.grad_fn is not None:
-        metadata: Any = tokens.grad_fn.metadata
-        metadata[CARRIED] = handoff  # the tokens' graph keeps it alive, even if they are replaced
+def layout_now(default: Layout) -> Layout:
+    """The layout of the block that this thread is in; `default` if it is in none."""
+    return running.layout or running.recomputed or default
 
 
 def carried(tokens: object, patch: object) -> Handoff | None:
@@ -212,42 +165,101 @@ def carried(tokens: object, patch: object) -> Handoff | None:
     return handoff if isinstance(handoff, Handoff) and handoff.forward.patch is patch else None
 
 
-def find_forward(tokens: Tensor, call: Call, index: int) -> tuple[Forward, Tensor | None] | None:
+def begin(tokens: object, call: Call, mode: Mode) -> Forward:
+    """Begin a forward in this mode, with the tokens at the entry block.
+
+    If gradient checkpointing recomputes that block, the forward has the mode in which the block first ran instead.
+    """
+    waiting, start = call.waiting, carried(tokens, call.patch)
+    # If a forward that waits is over, a backward pass has recomputed one of its blocks.
+    forward = Forward(call.patch, mode, is_certain=waiting is None or waiting.is_over)
+    if is_recomputing():
+        forward.mode = mode if start is None else start.forward.mode
+        return forward
+    if torch.is_grad_enabled() and isinstance(tokens, Tensor):
+        setattr(tokens, CARRIED, Handoff(forward, None))
+    for recorder in running.recorders:
+        if recorder.patch is call.patch:
+            recorder.recorded.clear()
+            recorder.forward = forward
+    return forward
+
+
+def hand_on(tokens: Tensor, call: Call, registers: Tensor | None) -> None:
+    """Attach the registers to the tokens that a block hands on to the next."""
+    forward = call.forward
+    assert forward is not None
+    handoff = Handoff(forward, registers)
+    setattr(tokens, CARRIED, handoff)
+    call.tokens, call.registers = tokens, registers
+    forward.index, forward.shape = call.index, tuple(tokens.shape)
+    if registers is None or not registers.requires_grad:
+        forward.registers = lambda: registers
+        return
+    reference = weakref.ref(handoff)
+    forward.registers = lambda: getattr(reference(), "registers", None)
+    if tokens.grad_fn is not None:
+        metadata: Any = tokens.grad_fn.metadata
+        metadata[CARRIED] = handoff  # the tokens' graph keeps it alive, even if they are replaced
+
+
+def find_forward(tokens: Tensor, call: Call) -> tuple[Forward, Tensor | None] | None:
     """Find the forward that the tokens at a block belong to, and their registers; None if that is not certain.
 
     Raises:
         RuntimeError: the tokens have another shape than those that they replace, or re-entrant gradient checkpointing
             has dropped the gradient of the registers.
     """
-    handoff, expected = carried(call.argument, call.patch), _expected(call, index)
-    if handoff is not None and (expected is None or not handoff.forward.is_over or is_recomputing()):
-        forward, registers = handoff.forward, handoff.registers
+    given, waiting = carried(call.argument, call.patch), _waiting_for(call)
+    if given is not None and (waiting is None or not given.forward.is_over or is_recomputing()):
+        forward, registers = given.forward, given.registers
         if tokens is call.argument:
-            _check_gradient(tokens, registers, index)
+            _check_gradient(tokens, registers, call.index)
             return forward, registers
-        expected_shape = call.argument.shape  # type: ignore[attr-defined]
-    elif expected is not None and expected.is_certain:
-        # Code between the blocks has replaced the tokens of the expected forward, by new ones or by tokens that it had
-        # kept from a forward which is over.
-        forward, registers, expected_shape = expected, expected.registers(), expected.shape
+        _check_shape(tokens, call.argument.shape, forward, call.index)  # type: ignore[attr-defined]
+    elif waiting is not None:
+        # Code between the blocks has replaced the tokens, by new ones or by some of a forward that is over.
+        forward, registers = waiting, waiting.registers()
+        _check_shape(tokens, forward.shape, forward, call.index)
+        if not forward.is_certain:
+            return None
     else:
-        if expected is not None and expected.mode.has_registers:
-            check_shape(tokens, expected.shape, index)
         return None
-    if forward.mode.has_registers:
-        check_shape(tokens, expected_shape, index)
-    earlier = carried(tokens, call.patch)
-    if earlier is not None and earlier.forward is forward:  # the tokens of an earlier block in the same forward
-        return forward, earlier.registers
-    return forward, registers_for(tokens, registers)
+    return forward, _registers_for(tokens, forward, registers)
 
 
-def _expected(call: Call, index: int) -> Forward | None:
-    """The forward of this thread that waits for the block of this index; None if there is none."""
+def _waiting_for(call: Call) -> Forward | None:
+    """The forward of this thread that waits for the block that is called; None if there is none."""
     forward = call.waiting
-    if forward is None or forward.patch is not call.patch or forward.index != index - 1:
+    if forward is None or forward.patch is not call.patch or forward.index != call.index - 1:
         return None
     return None if forward.is_over and not is_recomputing() else forward
+
+
+def carry_through_hooks(out: Any, call: Call) -> Any:
+    """Attach the registers to the tokens that hooks return, if the hooks have replaced the tokens of the block."""
+    tokens, forward = first_of(out), call.forward
+    if forward is None or call.tokens is None or tokens is call.tokens or not isinstance(tokens, Tensor):
+        return out
+    if forward.mode.has_registers and tokens.shape != call.tokens.shape:
+        return out  # an error, which the next block raises
+    view = tokens.view_as(tokens)  # the hook may return the same tensor in other forwards too
+    hand_on(view, call, _registers_for(tokens, forward, call.registers))
+    return with_first(out, view)
+
+
+def _registers_for(tokens: Tensor, forward: Forward, registers: Tensor | None) -> Tensor | None:
+    """The registers for tokens that take the place of those that had `registers`.
+
+    They are those of the tokens themselves if these are of an earlier block in the same forward. They are on the device
+    and in the dtype of the tokens, and detached if the tokens need no gradient.
+    """
+    own = carried(tokens, forward.patch)
+    if own is not None and own.forward is forward:
+        registers = own.registers
+    if registers is None:
+        return None
+    return (registers if tokens.requires_grad else registers.detach()).to(tokens.device, tokens.dtype)
 
 
 def _check_gradient(tokens: Tensor, registers: Tensor | None, index: int) -> None:
@@ -259,32 +271,9 @@ def _check_gradient(tokens: Tensor, registers: Tensor | None, index: int) -> Non
         )
 
 
-def carry_through_hooks(out: Any, call: Call) -> Any:
-    """Attach the registers to the tokens that hooks return, if the hooks have replaced the tokens of the block."""
-    tokens, forward = first_of(out), call.forward
-    if call.tokens is None or tokens is call.tokens or not isinstance(tokens, Tensor) or forward is None:
-        return out
-    if forward.mode.has_registers and tokens.shape != call.tokens.shape:
-        return out  # an error, which the next block raises
-    handoff = carried(tokens, call.patch)
-    if handoff is None or handoff.forward is not forward:
-        handoff = carried(call.tokens, call.patch)
-    assert handoff is not None
-    view = tokens.view_as(tokens)  # the hook may return the same tensor in other forwards too
-    hand_on(view, forward, forward.index, registers_for(tokens, handoff.registers))
-    return with_first(out, view)
-
-
-def registers_for(tokens: Tensor, registers: Tensor | None) -> Tensor | None:
-    """The registers on the device and in the dtype of their new tokens; detached if these tokens need no gradient."""
-    if registers is None:
-        return None
-    return (registers if tokens.requires_grad else registers.detach()).to(tokens.device, tokens.dtype)
-
-
-def check_shape(tokens: Tensor, handed_on: tuple[int, ...], index: int) -> None:
-    """Raise RuntimeError if the tokens at a block have another shape than those that the block before handed on."""
-    if tuple(tokens.shape) != tuple(handed_on):
+def _check_shape(tokens: Tensor, handed_on: tuple[int, ...], forward: Forward, index: int) -> None:
+    """Raise RuntimeError if there are registers, and the tokens at a block have another shape than those handed on."""
+    if forward.mode.has_registers and tuple(tokens.shape) != tuple(handed_on):
         raise RuntimeError(
             f"the register did not arrive at block {index}: block {index - 1} handed on tokens {tuple(handed_on)}, and "
             f"{tuple(tokens.shape)} came. Where images leave the batch, or tokens are merged, pruned or added between "
@@ -300,44 +289,15 @@ def first_of(out: Any) -> Any:
 
 def with_first(out: Any, tokens: Tensor) -> Any:
     """The input or output of a block with other tokens in it."""
-    return rebuilt_as(out, [tokens, *out[1:]]) if isinstance(out, (tuple, list)) else tokens
-
-
-def rebuilt_as(out: Any, parts: list[Any]) -> Any:
-    """These parts as a list, tuple or named tuple of the type of `out`."""
+    if not isinstance(out, (tuple, list)):
+        return tokens
+    parts = [tokens, *out[1:]]
     return type(out)(*parts) if hasattr(out, "_fields") else type(out)(parts)
 
 
-def layout_now(default: Layout) -> Layout:
-    """The layout of the block that this thread is in, which is `default` unless it is padded or packed."""
-    return running.layout or running.recomputed or default
-
-
-@contextmanager
-def running_with_layout(layout: Layout) -> Iterator[None]:
-    """Within the `with` block this thread is in a block of that layout."""
-    outer, running.layout = running.layout, layout
-    running.recomputed = None  # a backward pass may have left it
-    try:
-        yield
-    finally:
-        running.layout = outer
-
-
-def record(patch: object, registers: Tensor, index: int) -> None:
+def record(registers: Tensor, patch: object, index: int) -> None:
     """Store the registers of block `index` in the recorders of this thread that record the current forward."""
     for recorder in running.recorders:
         if recorder.patch is patch and (running.call is None or recorder.forward is running.call.forward):
             recorder.recorded += [registers[:, :0]] * (index - len(recorder.recorded))  # before they entered
             recorder.recorded[index : index + 1] = [registers]
-
-
-@contextmanager
-def recording(patch: object) -> Iterator[list[Tensor]]:
-    """Within the `with` block, the list gets the registers after each block of the patch."""
-    recorder = Recorder(patch)
-    running.recorders = (*running.recorders, recorder)
-    try:
-        yield recorder.recorded
-    finally:
-        running.recorders = tuple(each for each in running.recorders if each is not recorder)

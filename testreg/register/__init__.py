@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from testreg.families import find_tower
 from testreg.neurons import AnyNeurons, RegisterNeurons, resolve
 from testreg.neurons.notices import log_bundled, warn_of_activation, warn_of_other_weights, warn_of_unverified
-from testreg.patching.forward import recording
+from testreg.patching.forward import Recorder, running
 from testreg.patching.moves import shift as shift
 from testreg.patching.placement import parts
 from testreg.patching.state import Patch, find_patch, patch_of
@@ -182,8 +182,12 @@ def registers(model: nn.Module) -> Iterator[list[Tensor]]:
         >>> after_block[-1].shape
         torch.Size([45, 1, 48])
     """
-    with recording(patch_of(model)) as recorded:
-        yield recorded
+    recorder = Recorder(patch_of(model))
+    running.recorders = (*running.recorders, recorder)
+    try:
+        yield recorder.recorded
+    finally:
+        running.recorders = tuple(each for each in running.recorders if each is not recorder)
 
 
 def is_patched(model: nn.Module) -> bool:

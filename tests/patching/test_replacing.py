@@ -74,7 +74,7 @@ def _nothing_is_left() -> Any:
     running.waiting = None
     yield
     assert running.call is None
-    assert running.waiting is None or running.waiting.handoff() is None
+    assert running.waiting is None or (left := running.waiting.registers()) is None or left.grad_fn is None
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -404,7 +404,7 @@ def test_no_activation_outlives_its_forward(how: str, grad: bool) -> None:
     gc.collect()
     assert len(left) == 4
     assert [each() for each in left] == [None] * 4
-    assert running.waiting is None or running.waiting.kept is None or running.waiting.kept.grad_fn is None
+    assert running.waiting is None or (kept := running.waiting.registers()) is None or kept.grad_fn is None
 
 
 @pytest.mark.slow
