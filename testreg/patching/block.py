@@ -21,12 +21,12 @@ from testreg.patching.forward import (
     CARRIED,
     Call,
     Forward,
+    Handoff,
     Mode,
+    arrived,
     begin,
     carry_through_hooks,
-    find_forward,
     first_of,
-    hand_on,
     is_recomputing,
     record,
     running,
@@ -71,9 +71,8 @@ class RegisterBlock(Override):
 
         If `block.forward(...)` was called instead of `block(...)`, `function` is that forward, and no hooks run.
         """
-        outer, tokens = running.call, self._tokens(args, kwargs)
-        call = running.call = Call(self, self.patch, self.index, tokens, running.waiting)
-        running.waiting = None
+        outer, call = running.call, Call(self, self._tokens(args, kwargs))
+        running.call = call
         try:
             out = function(*args, **kwargs)
             if call.forward is None and self.patch.mode_for_new_forward.is_patched:
@@ -82,16 +81,9 @@ class RegisterBlock(Override):
                     "not run, so that the block has no registers: call testreg.unpatch(model), make the changes, and "
                     "patch the model last"
                 )
-            out = carry_through_hooks(out, call)
-            running.waiting = None if self.is_last else call.forward
-        except BaseException:
-            running.waiting = None if call.forward is call.waiting else call.waiting
-            raise
+            return carry_through_hooks(out, call)
         finally:
             running.call = outer
-        if self.is_last and call.forward is not None:
-            call.forward.is_over = True
-        return out
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         mode = self.patch.mode_for_new_forward
@@ -102,12 +94,12 @@ class RegisterBlock(Override):
             return self.run_call(self, args, kwargs)
         tokens, registers = self._tokens(args, kwargs), None
         if self.is_entry or not isinstance(tokens, Tensor):
-            call.forward = begin(tokens, call, mode)
-        elif isinstance(left := getattr(tokens, CARRIED, None), Tensor):  # by a compiled block
-            call.forward, registers = Forward(self.patch, mode, is_certain=False), left
+            call.forward = begin(self.patch, tokens, mode)
+        elif (handoff := arrived(self.patch, self.index, tokens, call)) is not None:
+            call.forward, registers = handoff.forward, handoff.registers
         else:
-            found = find_forward(tokens, call)
-            call.forward, registers = found or (Forward(self.patch, mode, is_certain=False), None)
+            left = getattr(tokens, CARRIED, None)
+            call.forward, registers = Forward(self.patch, mode), left if isinstance(left, Tensor) else None
         return self._run(call, call.forward.mode, registers, args, kwargs)
 
     def _run(
@@ -158,10 +150,10 @@ class RegisterBlock(Override):
             )
         if registers is None:
             raise RuntimeError(
-                f"the register did not arrive at block {self.index}: its tokens are not those that block "
-                f"{self.index - 1} has just handed on in the same forward, nor certainly in their place. Call the "
-                "blocks in their order, one forward after the other; put what replaces their tokens into a forward "
-                "hook of a block, or keep a block's output until the next is called; do not detach it in between"
+                f"the register did not arrive at block {self.index}: its tokens are not the tensor that block "
+                f"{self.index - 1} handed on to it. Edit that tensor in place, or replace it in a forward hook of that "
+                "block; do not detach it in between. Where images leave the batch, or tokens are merged or pruned, use "
+                "testreg.disabled(model)"
             )
         return layout.join(tokens, registers)
 
@@ -220,8 +212,9 @@ class RegisterBlock(Override):
         tokens = first_of(out)
         if self.is_last or not isinstance(tokens, Tensor):
             return out
-        if call is not None:
-            hand_on(tokens, call, registers)
+        if call is not None and call.forward is not None:
+            setattr(tokens, CARRIED, Handoff(call.forward, registers, tokens.shape))
+            call.tokens = tokens
         elif registers is not None:
             setattr(tokens, CARRIED, registers)
             if self.module._forward_hooks:

@@ -10,20 +10,19 @@
 4. The block hands on T tokens. They carry the registers as an attribute, a `Handoff`: no state is left on the module.
 5. Hooks of the block run. If one puts other tokens in the place of these, the registers are given to what it returns.
 6. Block i takes the registers that its tokens carry. So gradient checkpointing can recompute a block (the tokens that
-   it saved are the same tensor), and forwards can run in other threads or interleaved.
-7. Tokens that carry nothing were computed by code between the blocks. They get the registers that block i-1 left in
-   this thread's forward. It is an error if their shape is another, or if they might belong to another forward.
+   it saved are the same tensor), and forwards can run in other threads or interleaved. If a hook in front of the block
+   puts other tokens in the place of these, the registers are given to them.
+7. Tokens that carry nothing were computed by code between the blocks. Nothing tells which forward they belong to, so it
+   is an error if the block needs registers.
 8. The last block hands on tokens that carry nothing, and the forward is over.
 
-The state belongs to the thread (`running`), not to the model. Compiled code knows only what the tokens carry. A `patch`
-is what `testreg.patch` puts on a tower (`state.Patch`), not a patch of an image.
+What is known of a running block belongs to the thread (`running`), not to the model. Compiled code knows only what the
+tokens carry. A `patch` is what `testreg.patch` puts on a tower (`state.Patch`), not a patch of an image.
 """
 
 from __future__ import annotations
 
 import threading
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,17 +55,6 @@ class Forward:
 
     patch: object
     mode: Mode
-    is_certain: bool = True
-    """Whether tokens that carry nothing can only belong to this forward. It is False if an earlier forward was left
-    unfinished, for example, since they may belong to that one."""
-    is_over: bool = False
-    index: int = -1
-    """The last block that has handed on tokens; -1 before the first has."""
-    shape: tuple[int, ...] = ()
-    """The shape of these tokens."""
-    registers: Callable[[], Tensor | None] = lambda: None
-    """Returns the registers (B, R, C) of these tokens, or None if there are none. If they need a gradient, only the
-    tokens and their autograd graph keep them alive; then it returns None once these are gone."""
 
 
 @dataclass(eq=False)
@@ -79,6 +67,8 @@ class Handoff:
 
     forward: Forward
     registers: Tensor | None
+    shape: tuple[int, ...]
+    """The shape of the tokens that the block has made."""
 
     def __reduce__(self) -> Any:
         return set, ()  # in place of it, where the tensor is saved or copied: torch.load accepts it (weights_only=True)
@@ -89,18 +79,12 @@ class Call:
     """One call of a block, its hooks included."""
 
     block: object
-    patch: object
-    index: int
     argument: object
     """The tokens that the block was called with, before hooks have seen them."""
-    waiting: Forward | None
-    """The forward of this thread that waited for its next block when this block was called; None if there was none."""
     forward: Forward | None = None
     """The forward that this call is part of; None until the block's `forward` method is entered."""
     tokens: Tensor | None = None
     """The tokens that it hands on, before hooks have seen them."""
-    registers: Tensor | None = None
-    """The registers (B, R, C) that these tokens carry."""
 
 
 @dataclass(eq=False)
@@ -119,8 +103,6 @@ class Running(threading.local):
 
     call: Call | None
     """The call of a block that the thread is in; None outside of blocks, and while they are compiled."""
-    waiting: Forward | None
-    """The forward that is between two blocks, and waits for the next."""
     moves: int
     """The number of calls of a second linear in the current block that have moved neurons so far."""
     layout: Layout | None
@@ -137,7 +119,6 @@ class Running(threading.local):
     def __init__(self) -> None:
         # If these were defaults of the class, compiled code would still read them after the instance was given others.
         self.call = None
-        self.waiting = None
         self.moves = 0
         self.layout = None
         self.recomputed = None
@@ -165,121 +146,72 @@ def carried(tokens: object, patch: object) -> Handoff | None:
     return handoff if isinstance(handoff, Handoff) and handoff.forward.patch is patch else None
 
 
-def begin(tokens: object, call: Call, mode: Mode) -> Forward:
+def begin(patch: object, tokens: object, mode: Mode) -> Forward:
     """Begin a forward in this mode, with the tokens at the entry block.
 
     If gradient checkpointing recomputes that block, the forward has the mode in which the block first ran instead.
     """
-    waiting, start = call.waiting, carried(tokens, call.patch)
-    # If a forward that waits is over, a backward pass has recomputed one of its blocks.
-    forward = Forward(call.patch, mode, is_certain=waiting is None or waiting.is_over)
     if is_recomputing():
-        forward.mode = mode if start is None else start.forward.mode
-        return forward
+        start = carried(tokens, patch)
+        return Forward(patch, mode if start is None else start.forward.mode)
+    forward = Forward(patch, mode)
     if torch.is_grad_enabled() and isinstance(tokens, Tensor):
-        setattr(tokens, CARRIED, Handoff(forward, None))
+        setattr(tokens, CARRIED, Handoff(forward, None, tokens.shape))
     for recorder in running.recorders:
-        if recorder.patch is call.patch:
+        if recorder.patch is patch:
             recorder.recorded.clear()
             recorder.forward = forward
     return forward
 
 
-def hand_on(tokens: Tensor, call: Call, registers: Tensor | None) -> None:
-    """Attach the registers to the tokens that a block hands on to the next."""
-    forward = call.forward
-    assert forward is not None
-    handoff = Handoff(forward, registers)
-    setattr(tokens, CARRIED, handoff)
-    call.tokens, call.registers = tokens, registers
-    forward.index, forward.shape = call.index, tuple(tokens.shape)
-    if registers is None or not registers.requires_grad:
-        forward.registers = lambda: registers
-        return
-    reference = weakref.ref(handoff)
-    forward.registers = lambda: getattr(reference(), "registers", None)
-    if tokens.grad_fn is not None:
-        metadata: Any = tokens.grad_fn.metadata
-        metadata[CARRIED] = handoff  # the tokens' graph keeps it alive, even if they are replaced
-
-
-def find_forward(tokens: Tensor, call: Call) -> tuple[Forward, Tensor | None] | None:
-    """Find the forward that the tokens at a block belong to, and their registers; None if that is not certain.
+def arrived(patch: object, index: int, tokens: Tensor, call: Call) -> Handoff | None:
+    """What the tokens at block `index` carry, or those had carried that a hook in front of it has replaced by them.
 
     Raises:
-        RuntimeError: the tokens have another shape than those that they replace, or re-entrant gradient checkpointing
-            has dropped the gradient of the registers.
+        RuntimeError: the registers cannot follow the tokens, or re-entrant gradient checkpointing has dropped their
+            gradient.
     """
-    given, waiting = carried(call.argument, call.patch), _waiting_for(call)
-    if given is not None and (waiting is None or not given.forward.is_over or is_recomputing()):
-        forward, registers = given.forward, given.registers
-        if tokens is call.argument:
-            _check_gradient(tokens, registers, call.index)
-            return forward, registers
-        _check_shape(tokens, call.argument.shape, forward, call.index)  # type: ignore[attr-defined]
-    elif waiting is not None:
-        # Code between the blocks has replaced the tokens, by new ones or by some of a forward that is over.
-        forward, registers = waiting, waiting.registers()
-        _check_shape(tokens, forward.shape, forward, call.index)
-        if not forward.is_certain:
-            return None
-    else:
+    handoff = carried(call.argument, patch)
+    if handoff is None:
         return None
-    return forward, _registers_for(tokens, forward, registers)
-
-
-def _waiting_for(call: Call) -> Forward | None:
-    """The forward of this thread that waits for the block that is called; None if there is none."""
-    forward = call.waiting
-    if forward is None or forward.patch is not call.patch or forward.index != call.index - 1:
-        return None
-    return None if forward.is_over and not is_recomputing() else forward
-
-
-def carry_through_hooks(out: Any, call: Call) -> Any:
-    """Attach the registers to the tokens that hooks return, if the hooks have replaced the tokens of the block."""
-    tokens, forward = first_of(out), call.forward
-    if forward is None or call.tokens is None or tokens is call.tokens or not isinstance(tokens, Tensor):
-        return out
-    if forward.mode.has_registers and tokens.shape != call.tokens.shape:
-        return out  # an error, which the next block raises
-    view = tokens.view_as(tokens)  # the hook may return the same tensor in other forwards too
-    hand_on(view, call, _registers_for(tokens, forward, call.registers))
-    return with_first(out, view)
-
-
-def _registers_for(tokens: Tensor, forward: Forward, registers: Tensor | None) -> Tensor | None:
-    """The registers for tokens that take the place of those that had `registers`.
-
-    They are those of the tokens themselves if these are of an earlier block in the same forward. They are on the device
-    and in the dtype of the tokens, and detached if the tokens need no gradient.
-    """
-    own = carried(tokens, forward.patch)
-    if own is not None and own.forward is forward:
-        registers = own.registers
-    if registers is None:
-        return None
-    return (registers if tokens.requires_grad else registers.detach()).to(tokens.device, tokens.dtype)
-
-
-def _check_gradient(tokens: Tensor, registers: Tensor | None, index: int) -> None:
-    """Raise RuntimeError if the tokens at a block have a gradient and their registers have none."""
-    if tokens.grad_fn is not None and registers is not None and not registers.requires_grad:
+    if handoff.forward.mode.has_registers and tokens.shape != handoff.shape:
+        raise RuntimeError(
+            f"the register did not arrive at block {index}: block {index - 1} handed on tokens {tuple(handoff.shape)}, "
+            f"and {tuple(tokens.shape)} came. Where images leave the batch, or tokens are merged, pruned or added "
+            "between the blocks, the register cannot follow them: do it outside of the blocks, or under "
+            "testreg.disabled(model)"
+        )
+    if tokens is not call.argument:
+        return _for_replaced(tokens, handoff)
+    if tokens.grad_fn is not None and handoff.registers is not None and not handoff.registers.requires_grad:
         raise RuntimeError(
             f"the gradient did not arrive at block {index} with the register: re-entrant gradient checkpointing "
             "drops it. Use use_reentrant=False"
         )
+    return handoff
 
 
-def _check_shape(tokens: Tensor, handed_on: tuple[int, ...], forward: Forward, index: int) -> None:
-    """Raise RuntimeError if there are registers, and the tokens at a block have another shape than those handed on."""
-    if forward.mode.has_registers and tuple(tokens.shape) != tuple(handed_on):
-        raise RuntimeError(
-            f"the register did not arrive at block {index}: block {index - 1} handed on tokens {tuple(handed_on)}, and "
-            f"{tuple(tokens.shape)} came. Where images leave the batch, or tokens are merged, pruned or added between "
-            "the blocks, the register cannot follow them: do it outside of the blocks, or under "
-            "testreg.disabled(model)"
-        )
+def carry_through_hooks(out: Any, call: Call) -> Any:
+    """Attach the registers to the tokens that hooks return, if the hooks have replaced the tokens of the block."""
+    tokens = first_of(out)
+    if call.tokens is None or tokens is call.tokens or not isinstance(tokens, Tensor):
+        return out
+    view = tokens.view_as(tokens)  # the hook may return the same tensor in other forwards too
+    setattr(view, CARRIED, _for_replaced(tokens, getattr(call.tokens, CARRIED)))
+    return with_first(out, view)
+
+
+def _for_replaced(tokens: Tensor, handoff: Handoff) -> Handoff:
+    """The handoff for tokens that take the place of those that carried `handoff`.
+
+    Its registers are those of the tokens themselves if these are of an earlier block in the same forward. They are on
+    the device and in the dtype of the tokens, and detached if the tokens need no gradient.
+    """
+    own = carried(tokens, handoff.forward.patch)
+    registers = handoff.registers if own is None or own.forward is not handoff.forward else own.registers
+    if registers is not None:
+        registers = (registers if tokens.requires_grad else registers.detach()).to(tokens.device, tokens.dtype)
+    return Handoff(handoff.forward, registers, handoff.shape)
 
 
 def first_of(out: Any) -> Any:

@@ -128,9 +128,9 @@ class Patch:
         which block it is part of, nor does a backward pass that recomputes the inside of one: they take the mode for
         new forwards.
         """
-        call = running.call
-        if call is not None and call.patch is self and call.forward is not None:
-            return call.forward.mode
+        forward = None if running.call is None else running.call.forward
+        if forward is not None and forward.patch is self:
+            return forward.mode
         return self.mode_for_new_forward if torch.compiler.is_compiling() or is_recomputing() else UNPATCHED
 
     @contextmanager
