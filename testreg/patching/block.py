@@ -23,17 +23,17 @@ from testreg.patching.forward import (
     Forward,
     Handoff,
     Mode,
-    arrived,
     begin,
+    carried,
     carry_through_hooks,
     first_of,
+    for_replaced,
     is_recomputing,
     record,
     running,
     with_first,
 )
 from testreg.patching.index import is_exporting
-from testreg.patching.moves import check_target_fits
 from testreg.patching.override import Override
 from testreg.patching.state import STATE, Patch
 
@@ -60,9 +60,8 @@ class RegisterBlock(Override):
         self.is_last = self.index == self.tower.depth - 1
         # If testreg had replaced the block's `forward` method before (`BlockCache`), that method may skip the block. So
         # it is no error here if no neurons are moved.
-        self.required_moves = (
-            0 if isinstance(self.previous, Override) else sum(move.is_always_called for move in self.moves)
-        )
+        required = () if isinstance(self.previous, Override) else self.moves
+        self.required_moves = sum(move.is_always_called for move in required)
 
     # A call of the block, steps 1 to 8 in forward.py: find its registers, run it with them, hand them on -------------
 
@@ -77,9 +76,8 @@ class RegisterBlock(Override):
             out = function(*args, **kwargs)
             if call.forward is None and self.patch.mode_for_new_forward.is_patched:
                 raise RuntimeError(
-                    f"the forward of block {self.index}, which testreg.patch() replaced, was replaced again and did "
-                    "not run, so that the block has no registers: call testreg.unpatch(model), make the changes, and "
-                    "patch the model last"
+                    f"the forward of block {self.index}, which testreg.patch() replaced, was replaced again, without "
+                    "registers: call testreg.unpatch(model), make the changes, and patch the model last"
                 )
             return carry_through_hooks(out, call)
         finally:
@@ -92,15 +90,33 @@ class RegisterBlock(Override):
         call = running.call
         if call is None or call.block is not self or call.forward is not None:  # `block.forward(...)`, not `block(...)`
             return self.run_call(self, args, kwargs)
-        tokens, registers = self._tokens(args, kwargs), None
+        tokens = self._tokens(args, kwargs)
         if self.is_entry or not isinstance(tokens, Tensor):
-            call.forward = begin(self.patch, tokens, mode)
-        elif (handoff := arrived(self.patch, self.index, tokens, call)) is not None:
-            call.forward, registers = handoff.forward, handoff.registers
+            call.forward, registers = begin(self.patch, mode, tokens), None
         else:
-            left = getattr(tokens, CARRIED, None)
-            call.forward, registers = Forward(self.patch, mode), left if isinstance(left, Tensor) else None
+            call.forward, registers = self._arriving(tokens, call, mode)
         return self._run(call, call.forward.mode, registers, args, kwargs)
+
+    def _arriving(self, tokens: Tensor, call: Call, mode: Mode) -> tuple[Forward, Tensor | None]:
+        """The forward and the registers that the tokens carry, or those carried that a hook has replaced by them."""
+        handoff = carried(call.argument, self.patch)
+        if handoff is None:
+            left = getattr(tokens, CARRIED, None)  # by a compiled block
+            return Forward(self.patch, mode), left if isinstance(left, Tensor) else None
+        if handoff.forward.mode.has_registers and tokens.shape != handoff.shape:
+            raise RuntimeError(
+                f"the register did not arrive at block {self.index}: block {self.index - 1} handed on tokens "
+                f"{tuple(handoff.shape)}, and {tuple(tokens.shape)} came. Where images leave the batch, or tokens are "
+                "merged, pruned or added, the register cannot follow them: use testreg.disabled(model)"
+            )
+        if tokens is not call.argument:
+            handoff = for_replaced(tokens, handoff)
+        elif tokens.grad_fn is not None and handoff.registers is not None and not handoff.registers.requires_grad:
+            raise RuntimeError(
+                f"the gradient did not arrive at block {self.index} with the register: re-entrant gradient "
+                "checkpointing drops it. Use use_reentrant=False"
+            )
+        return handoff.forward, handoff.registers
 
     def _run(
         self, call: Call | None, mode: Mode, registers: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -112,8 +128,9 @@ class RegisterBlock(Override):
         if not mode.is_patched:
             return self._hand_on(call, self.original(*args, **kwargs), None, self.layout_without_registers)
         tokens, arguments = self._by_name(args, kwargs)
-        if isinstance(tokens, torch.fx.Proxy):
-            return self._as_one_node(tokens, arguments)
+        if isinstance(tokens, torch.fx.Proxy):  # torch.fx traces: the block becomes one node
+            tracer: Any = tokens.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self.module), (tokens,), arguments)
         if not isinstance(tokens, Tensor):
             raise NotImplementedError(
                 f"block {self.index} was called with a {type(tokens).__name__} of tokens (images of several sizes at "
@@ -124,8 +141,9 @@ class RegisterBlock(Override):
         layout = self.default_layout if mode.has_registers else self.layout_without_registers
         if arguments or self.tower.family.layout is not None:
             layout = (self.tower.family.layout or padded)(self.tower.module, layout, arguments)
-        if self.is_entry:
-            self._check_use(mode, tokens, layout)
+        is_usual = layout is self.default_layout or layout is self.layout_without_registers
+        if self.is_entry and is_usual and not torch.compiler.is_compiling():
+            self.patch.verified_use.check(tokens.shape[layout.dim] - self.patch.num_prefix, tokens)
         sequence = tokens
         if mode.has_registers:
             sequence = self._with_registers(tokens, registers, layout)
@@ -144,9 +162,8 @@ class RegisterBlock(Override):
             registers = left if left is None or isinstance(left, Tensor) else left.registers  # by an eager block
         if registers is None and is_recomputing():
             raise RuntimeError(
-                f"block {self.index} is recomputed from an input that was saved elsewhere (save_on_cpu, "
-                "offload_wrapper), which has lost the register: checkpoint the blocks without offloading their inputs, "
-                "or offload what is inside of them alone"
+                f"block {self.index} is recomputed from an input that was saved elsewhere (save_on_cpu, offload), "
+                "without its register: offload no inputs of blocks, only what is inside of them"
             )
         if registers is None:
             raise RuntimeError(
@@ -182,9 +199,8 @@ class RegisterBlock(Override):
             running.layout, running.moves = outer
         if not is_moved and _is_tokens(first_of(out), sequence):
             raise RuntimeError(
-                f"block {self.index} does not call its second MLP linear, or replaces what is in front of it, so "
-                "that its register neurons are not moved: its parts were changed after testreg.patch(). Call "
-                "testreg.unpatch(model), make the changes, and patch the model last"
+                f"block {self.index} does not call its second MLP linear, or replaces what is in front of it, so that "
+                "its neurons are not moved: call testreg.unpatch(model), make the changes, and patch the model last"
             )
         return out
 
@@ -253,27 +269,6 @@ class RegisterBlock(Override):
                 "does not say what the register has there: call the model without it, or under testreg.disabled(model)"
             )
         return value
-
-    def _as_one_node(self, tokens: torch.fx.Proxy, arguments: dict[str, Any]) -> torch.fx.Proxy:
-        """The node of this block in a graph that torch.fx traces; nothing inside the block is traced."""
-        tracer: Any = tokens.tracer
-        return tracer.create_proxy("call_module", tracer.path_of_module(self.module), (tokens,), arguments)
-
-    def _check_use(self, mode: Mode, tokens: Tensor, layout: Layout) -> None:
-        """Warn if the images are unlike those that the neurons were verified on; raise if the target does not fit."""
-        is_plain = layout is self.default_layout or layout is self.layout_without_registers
-        if is_plain and not torch.compiler.is_compiling():
-            self.patch.verified_use.check(tokens.shape[layout.dim] - self.patch.num_prefix, tokens)
-        if mode.target is None:
-            return
-        if layout.lengths is not None:
-            raise NotImplementedError(
-                "images are packed in one sequence here, in which a target mask has no place: steer them one at a time "
-                "with a tower that takes a batch"
-            )
-        num_images, num_tokens = layout.batch_first(tokens).shape[:2]
-        patches = num_tokens - self.patch.num_prefix if layout.patches is None else int(layout.patches.sum())
-        check_target_fits(mode.target, num_images, patches)
 
 
 @dataclass(eq=False)

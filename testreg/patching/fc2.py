@@ -107,6 +107,11 @@ class MoveInFront(Override):
     def _moved(self, hidden: Tensor, mode: Mode) -> Tensor:
         self._check_width(hidden)
         patch, layout = self.patch, layout_now(self.layout)
+        if mode.target is not None and layout.lengths is not None:
+            raise NotImplementedError(
+                "images are packed in one sequence here, in which a target mask has no place: steer them one at a time "
+                "with a tower that takes a batch"
+            )
         if not torch.is_grad_enabled() and self._may_be_kept():
             hidden = hidden.clone()
         moved = [
@@ -138,8 +143,7 @@ class MoveInFront(Override):
             raise NotImplementedError(
                 f"the second MLP linear of block {self.index} got {hidden.shape[-1]} of {self.width} channels in a "
                 f"{type(hidden).__name__}: where an MLP is split over devices (tensor parallel, DTensor), no device "
-                "sees all of its neurons. Shard the model by FSDP or data parallelism, or call "
-                "testreg.unpatch(model)"
+                "sees all of its neurons. Shard the model by FSDP or data parallelism, or call testreg.unpatch(model)"
             )
 
     def _warn_if_outside(self) -> None:

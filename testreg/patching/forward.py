@@ -1,6 +1,6 @@
 """The life of a forward through a patched tower.
 
-1. The entry block is called with T tokens: a `Forward` begins in this thread. The entry block is block 0 if registers
+1. The entry block is called with T tokens: a `Forward` begins. The entry block is block 0 if registers
    start as zeros. If they start as the mean of their image's patches, it is the first block with register neurons, and
    the blocks in front of it are not changed. The mode of the forward is decided (with registers, steered onto patches,
    or unpatched), and holds to its end, whatever `testreg.disabled` and `testreg.steered` do meanwhile.
@@ -146,7 +146,7 @@ def carried(tokens: object, patch: object) -> Handoff | None:
     return handoff if isinstance(handoff, Handoff) and handoff.forward.patch is patch else None
 
 
-def begin(patch: object, tokens: object, mode: Mode) -> Forward:
+def begin(patch: object, mode: Mode, tokens: object) -> Forward:
     """Begin a forward in this mode, with the tokens at the entry block.
 
     If gradient checkpointing recomputes that block, the forward has the mode in which the block first ran instead.
@@ -164,44 +164,17 @@ def begin(patch: object, tokens: object, mode: Mode) -> Forward:
     return forward
 
 
-def arrived(patch: object, index: int, tokens: Tensor, call: Call) -> Handoff | None:
-    """What the tokens at block `index` carry, or those had carried that a hook in front of it has replaced by them.
-
-    Raises:
-        RuntimeError: the registers cannot follow the tokens, or re-entrant gradient checkpointing has dropped their
-            gradient.
-    """
-    handoff = carried(call.argument, patch)
-    if handoff is None:
-        return None
-    if handoff.forward.mode.has_registers and tokens.shape != handoff.shape:
-        raise RuntimeError(
-            f"the register did not arrive at block {index}: block {index - 1} handed on tokens {tuple(handoff.shape)}, "
-            f"and {tuple(tokens.shape)} came. Where images leave the batch, or tokens are merged, pruned or added "
-            "between the blocks, the register cannot follow them: do it outside of the blocks, or under "
-            "testreg.disabled(model)"
-        )
-    if tokens is not call.argument:
-        return _for_replaced(tokens, handoff)
-    if tokens.grad_fn is not None and handoff.registers is not None and not handoff.registers.requires_grad:
-        raise RuntimeError(
-            f"the gradient did not arrive at block {index} with the register: re-entrant gradient checkpointing "
-            "drops it. Use use_reentrant=False"
-        )
-    return handoff
-
-
 def carry_through_hooks(out: Any, call: Call) -> Any:
     """Attach the registers to the tokens that hooks return, if the hooks have replaced the tokens of the block."""
     tokens = first_of(out)
     if call.tokens is None or tokens is call.tokens or not isinstance(tokens, Tensor):
         return out
     view = tokens.view_as(tokens)  # the hook may return the same tensor in other forwards too
-    setattr(view, CARRIED, _for_replaced(tokens, getattr(call.tokens, CARRIED)))
+    setattr(view, CARRIED, for_replaced(tokens, getattr(call.tokens, CARRIED)))
     return with_first(out, view)
 
 
-def _for_replaced(tokens: Tensor, handoff: Handoff) -> Handoff:
+def for_replaced(tokens: Tensor, handoff: Handoff) -> Handoff:
     """The handoff for tokens that take the place of those that carried `handoff`.
 
     Its registers are those of the tokens themselves if these are of an earlier block in the same forward. They are on

@@ -58,8 +58,8 @@ def shift(
     activations = hidden.index_select(-1, index)  # (B, T+R, K)
     if target is not None:
         peak = _largest(activations, max_over, valid)  # (B, 1, K)
-        chosen = _tokens_of(target.to(hidden.device), num_prefix, patches).unsqueeze(-1)  # (B, T, 1)
-        moved = torch.where(chosen, peak, _silenced(activations, zero, num_prefix, patches))
+        chosen = _tokens_of(target.to(hidden.device), hidden, num_prefix, patches)
+        moved = torch.where(chosen.unsqueeze(-1), peak, _silenced(activations, zero, num_prefix, patches))
     elif num_registers:
         peak = _largest(activations, max_over, valid)
         if owners is not None:
@@ -106,9 +106,11 @@ def _silenced(activations: Tensor, zero: Zero, num_prefix: int, patches: Tensor 
     return activations
 
 
-def check_target_fits(target: Tensor, num_images: int, num_patches: int) -> None:
-    """Raise ValueError unless the mask is of one image or of `num_images`, and of `num_patches` in each."""
+def _tokens_of(target: Tensor, hidden: Tensor, num_prefix: int, patches: Tensor | None) -> Tensor:
+    """Which tokens (B or 1, T) the patches of a mask (B or 1, h, w) are; raises ValueError if it does not fit."""
+    num_images, num_tokens = hidden.shape[:2]
     masks, rows, columns = target.shape
+    num_patches = num_tokens - num_prefix if patches is None else int(patches.sum())
     if masks not in (1, num_images):
         raise ValueError(
             f"the target mask {tuple(target.shape)} is of {masks} images, and the batch has {num_images}: pass one "
@@ -119,11 +121,7 @@ def check_target_fits(target: Tensor, num_images: int, num_patches: int) -> None
             f"the target mask has {rows} x {columns} = {rows * columns} patches, and the images have {num_patches}: "
             "it must have their grid, height and width in pixels divided by the patch size"
         )
-
-
-def _tokens_of(target: Tensor, num_prefix: int, patches: Tensor | None) -> Tensor:
-    """Which tokens (B, T) the patches of a mask (B, h, w) are."""
     mask = target.flatten(1)
     if patches is None:
-        return torch.cat([mask.new_zeros(len(mask), num_prefix), mask], 1)
-    return patches.new_zeros(len(mask), patches.shape[-1]).masked_scatter(patches, mask)
+        return torch.cat([mask.new_zeros(masks, num_prefix), mask], 1)
+    return patches.new_zeros(masks, num_tokens).masked_scatter(patches, mask)

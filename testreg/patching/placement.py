@@ -30,10 +30,11 @@ def parts(tower: Tower, patch: Patch) -> Iterator[Part]:
 
 
 def _moves(block: Block, index: int, units: list[int], patch: Patch, layout: Layout) -> Iterator[MoveInFront]:
-    owner = patch.owner
+    # If neurons are shared out, each goes to the next register, in the order of the ranking.
+    ranks = {(block, unit): rank for rank, (block, unit, _) in enumerate(patch.neurons.ranking)}
     for mlp, own in block.units_by_mlp(units):
         channels = tuple(mlp.first + unit for unit in own.values())
-        owners = None if owner is None else tuple(owner[index, unit] for unit in own)
+        owners = tuple(ranks[index, unit] % patch.num_registers for unit in own) if patch.split_neurons else None
         width = mlp.first + mlp.width
         for linear in mlp.consumers:
             yield MoveInFront(linear, block.module, index, patch, layout, channels, owners, width, linear is mlp.fc2)

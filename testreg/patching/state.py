@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +18,6 @@ from testreg.static import StaticRegisters
 
 STATE = "testreg_state"  # buffer of a block: its registers (R, C), if they are constants
 _PATCH = "_testreg_patch"  # attribute of a patched tower
-_counting = threading.Lock()  # not on the patch: a lock can be neither copied nor pickled
 
 
 def find_patch(model: nn.Module) -> Patch | None:
@@ -84,24 +81,9 @@ class Patch:
     def options(self) -> dict[str, Any]:
         """The arguments, beside neurons and target, that make the same patch again, for JSON; of static registers, only
         the form."""
-        options = {
-            "num_registers": self.num_registers,
-            "split_neurons": self.split_neurons,
-            "max_over": self.max_over,
-            "zero": self.zero,
-            "start": self.start,
-        }
+        names = "num_registers", "split_neurons", "max_over", "zero", "start"
+        options = {name: getattr(self, name) for name in names}
         return options if self.static is None else {**options, "static": self.static.form}
-
-    @property
-    def owner(self) -> dict[tuple[int, int], int] | None:
-        """The register of each neuron (block, unit) if neurons are shared out; None if every register holds all.
-
-        In the order of the ranking, each neuron goes to the next register.
-        """
-        if not self.split_neurons:
-            return None
-        return {(block, unit): i % self.num_registers for i, (block, unit, _) in enumerate(self.neurons.ranking)}
 
     @property
     def entry_block(self) -> int:
@@ -132,17 +114,6 @@ class Patch:
         if forward is not None and forward.patch is self:
             return forward.mode
         return self.mode_for_new_forward if torch.compiler.is_compiling() or is_recomputing() else UNPATCHED
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Within the `with` block, forwards that start, in any thread, compute as in the unpatched model."""
-        with _counting:
-            self.disabled_by += 1
-        try:
-            yield
-        finally:
-            with _counting:
-                self.disabled_by -= 1
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy that is made within a `disabled` context is not disabled, since nothing would end that for it.

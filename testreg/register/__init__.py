@@ -16,6 +16,7 @@ Shapes: B batch, T tokens of the unpatched model, P of them prefix tokens, R reg
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -35,6 +36,7 @@ from testreg.register.steering import check_target
 from testreg.static import AnyStatic, resolve_static
 
 M = TypeVar("M", bound=nn.Module)
+_counting = threading.Lock()  # of `disabled` contexts; not on the patch, since a lock can be neither copied nor pickled
 
 
 def patch(
@@ -165,8 +167,14 @@ def disabled(model: M) -> Iterator[M]:
         >>> with testreg.patched(model, neurons), testreg.disabled(model):
         ...     baseline = model(images)
     """
-    with patch_of(model).disabled():
+    state = patch_of(model)
+    with _counting:
+        state.disabled_by += 1
+    try:
         yield model
+    finally:
+        with _counting:
+            state.disabled_by -= 1
 
 
 @contextmanager
