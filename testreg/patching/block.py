@@ -222,9 +222,8 @@ class RegisterBlock(Override):
             registers = layout.registers(sequence)
             if running.recorders:
                 record(registers.clone(), self.patch, self.index)
-            out = tree_map_only(
-                Tensor, lambda each: layout.tokens(each).contiguous() if each.shape == entered.shape else each, out
-            )
+            strip = lambda each: layout.tokens(each).contiguous() if each.shape == entered.shape else each
+            out = strip(out) if out is sequence else tree_map_only(Tensor, strip, out)
         tokens = first_of(out)
         if self.is_last or not isinstance(tokens, Tensor):
             return out
