@@ -21,14 +21,15 @@ from testreg.measure.repair import unrepair as unrepair
 from testreg.neurons import RegisterNeurons as RegisterNeurons
 from testreg.neurons import UnverifiedNeuronsWarning as UnverifiedNeuronsWarning
 from testreg.neurons import bundled as bundled
-from testreg.patching.static_parts import fold as fold
-from testreg.patching.steering import steered as steered
 from testreg.register import disabled as disabled
 from testreg.register import is_patched as is_patched
 from testreg.register import patch as patch
 from testreg.register import patched as patched
 from testreg.register import registers as registers
 from testreg.register import unpatch as unpatch
+from testreg.register.hooks import hooks_without_registers as hooks_without_registers
+from testreg.register.static_parts import fold as fold
+from testreg.register.steering import steered as steered
 from testreg.report.comparison import Comparison as Comparison
 from testreg.report.comparison import compare as compare
 from testreg.static import StaticRegisters as StaticRegisters

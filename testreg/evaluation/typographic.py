@@ -30,7 +30,7 @@ from testreg.evaluation.preparing import Normalisation, Square, normalisation_of
 from testreg.evaluation.result import Result
 from testreg.evaluation.samples import Sample, images_under, random_subset, sample_of_file
 from testreg.neurons import AnyNeurons
-from testreg.patching.steering import steered
+from testreg.register.steering import steered
 
 if TYPE_CHECKING:
     from PIL.Image import Image

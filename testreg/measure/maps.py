@@ -21,8 +21,8 @@ from testreg.io.preprocessing import OwnTransform, Transform
 from testreg.io.sources import images_in, named_source, single_images, undecoded
 from testreg.measure.attention import Query, To, attention_rollout, attention_to_patches, pooling_attention
 from testreg.measure.hooks import recorded_tokens
-from testreg.patching.forward import has_no_registers
 from testreg.patching.state import find_patch
+from testreg.register.hooks import has_no_registers
 
 
 def attention(

@@ -6,8 +6,9 @@
 from testreg.neurons.bundle import AnyNeurons, BundledLists, bundled, resolve
 from testreg.neurons.checkpoint import describe_model
 from testreg.neurons.configs import config_folder
-from testreg.neurons.ranked import MAX_REGISTERS, Neuron, RegisterNeurons, UnverifiedNeuronsWarning, unscored
+from testreg.neurons.ranked import Neuron, RegisterNeurons, UnverifiedNeuronsWarning, unscored
 from testreg.records.calibration import Calibration
+from testreg.records.options import MAX_REGISTERS
 
 __all__ = [
     "MAX_REGISTERS",

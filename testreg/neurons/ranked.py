@@ -18,7 +18,7 @@ from testreg.files import plain, replacing, shown
 from testreg.neurons.configs import bundled_file
 from testreg.neurons.format import FORMAT, VERSION, check_model, checked, read_json, text_of
 from testreg.records.calibration import Calibration
-from testreg.records.options import Start
+from testreg.records.options import MAX_REGISTERS, Start
 from testreg.records.record import is_finite, is_index
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 FILE = "neurons.json"
 """The name of the neuron JSON in a repository of the Hugging Face Hub."""
 
-MAX_REGISTERS = 256  # an image of 224 pixels has no more patches, at 14 pixels each
 MAX_NAMED = 8  # a summary names at most this many blocks and image sizes
 
 Neuron = tuple[int, int, float | None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,10 +47,8 @@ class AttentionWeights(Override):
             _find_layout_of_recomputed(*args, *kwargs.values())
         layout, used = layout_now(self.default_layout), _UsedWeights(self.default_layout)
         may_need_gradient = torch.is_grad_enabled() and layout.lengths is None and not self.appended
-        if may_need_gradient and not torch.compiler.is_compiling() and returns_weights(self.module):
-            with used:
-                out = self.original(*args, **kwargs)
-        else:
+        is_used = may_need_gradient and not torch.compiler.is_compiling() and returns_weights(self.module)
+        with used if is_used else nullcontext():
             out = self.original(*args, **kwargs)
         if not self.patch.current_mode.has_registers or not isinstance(out, tuple) or len(out) < 2:
             return out

@@ -10,37 +10,32 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from testreg.families import Tower
 from testreg.families.extend import MASKS, padded
 from testreg.families.layout import Layout
 from testreg.patching.attention import carry_layout
-from testreg.patching.fc2 import MoveInFront, not_moved_message, replaced_forward_message
+from testreg.patching.fc2 import MoveInFront
 from testreg.patching.forward import (
     CARRIED,
     Call,
     Forward,
+    Handoff,
     Mode,
     begin,
-    can_share,
     carried,
     carry_through_hooks,
-    check_shape,
-    find_forward,
     first_of,
-    hand_on,
+    for_replaced,
     is_recomputing,
-    rebuilt_as,
     record,
     running,
-    running_with_layout,
     with_first,
 )
 from testreg.patching.index import is_exporting
 from testreg.patching.override import Override
-from testreg.patching.state import Patch
-from testreg.patching.static_parts import STATE
-from testreg.patching.steering import check_target_fits
+from testreg.patching.state import STATE, Patch
 
 
 @dataclass(eq=False)
@@ -65,75 +60,95 @@ class RegisterBlock(Override):
         self.is_last = self.index == self.tower.depth - 1
         # If testreg had replaced the block's `forward` method before (`BlockCache`), that method may skip the block. So
         # it is no error here if no neurons are moved.
-        self.required_moves = (
-            0 if isinstance(self.previous, Override) else sum(move.is_always_called for move in self.moves)
-        )
+        required = () if isinstance(self.previous, Override) else self.moves
+        self.required_moves = sum(move.is_always_called for move in required)
 
     # A call of the block, steps 1 to 8 in forward.py: find its registers, run it with them, hand them on -------------
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # dynamo makes one graph for each mode: it guards on what decides the mode
-            return self._run(self.patch.mode_for_new_forward, None, args, kwargs)
-        call = running.call
-        if call is None or call.block is not self or call.forward is not None:  # `block.forward(...)`, not `block(...)`
-            return self.run_call(self, args, kwargs)
-        forward, registers = self._forward_and_registers(args[0] if args else kwargs.get(self.argument_names[0]), call)
-        call.forward = forward
-        return self._run(forward.mode, registers, args, kwargs)
 
     def run_call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the block by `function`, which runs its forward between its hooks, and keep track of the call.
 
         If `block.forward(...)` was called instead of `block(...)`, `function` is that forward, and no hooks run.
         """
-        tokens, outer = args[0] if args else kwargs.get(self.argument_names[0]), running.call
-        call = running.call = Call(self, self.patch, tokens, outer, running.waiting)
-        running.waiting = None
+        outer, call = running.call, Call(self, self._tokens(args, kwargs))
+        running.call = call
         try:
             out = function(*args, **kwargs)
             if call.forward is None and self.patch.mode_for_new_forward.is_patched:
-                raise RuntimeError(replaced_forward_message(self.index))
-            out = carry_through_hooks(out, call)
-            running.waiting = None if self.is_last else call.forward
-        except BaseException:
-            running.waiting = None if call.forward is call.waiting else call.waiting
-            raise
+                raise RuntimeError(
+                    f"the forward of block {self.index}, which testreg.patch() replaced, was replaced again, without "
+                    "registers: call testreg.unpatch(model), make the changes, and patch the model last"
+                )
+            return carry_through_hooks(out, call)
         finally:
             running.call = outer
-        if self.is_last and call.forward is not None:
-            call.forward.is_over = True
-        return out
 
-    def _forward_and_registers(self, tokens: Any, call: Call) -> tuple[Forward, Tensor | None]:
-        """The forward that this call of the block is part of, and the registers of its tokens."""
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         mode = self.patch.mode_for_new_forward
+        if torch.compiler.is_compiling():  # dynamo makes one graph for each mode: it guards on what decides the mode
+            return self._run(None, mode, None, args, kwargs)
+        call = running.call
+        if call is None or call.block is not self or call.forward is not None:  # `block.forward(...)`, not `block(...)`
+            return self.run_call(self, args, kwargs)
+        tokens = self._tokens(args, kwargs)
         if self.is_entry or not isinstance(tokens, Tensor):
-            return begin(self.patch, tokens, mode, call.waiting), None
-        if (found := find_forward(tokens, call, self.index)) is not None:
-            return found
-        return Forward(self.patch, mode, is_certain=False), self._registers_left_for(tokens)
+            call.forward, registers = begin(self.patch, mode, tokens), None
+        else:
+            call.forward, registers = self._arriving(tokens, call, mode)
+        return self._run(call, call.forward.mode, registers, args, kwargs)
 
-    def _run(self, mode: Mode, registers: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the block's own forward on tokens and registers; in a mode without registers, on the tokens alone."""
+    def _arriving(self, tokens: Tensor, call: Call, mode: Mode) -> tuple[Forward, Tensor | None]:
+        """The forward and the registers that the tokens carry, or those carried that a hook has replaced by them."""
+        handoff = carried(call.argument, self.patch)
+        if handoff is None:
+            left = getattr(tokens, CARRIED, None)  # by a compiled block
+            return Forward(self.patch, mode), left if isinstance(left, Tensor) else None
+        if handoff.forward.mode.has_registers and tokens.shape != handoff.shape:
+            raise RuntimeError(
+                f"the register did not arrive at block {self.index}: block {self.index - 1} handed on tokens "
+                f"{tuple(handoff.shape)}, and {tuple(tokens.shape)} came. Where images leave the batch, or tokens are "
+                "merged, pruned or added, the register cannot follow them: use testreg.disabled(model)"
+            )
+        if tokens is not call.argument:
+            handoff = for_replaced(tokens, handoff)
+        elif tokens.grad_fn is not None and handoff.registers is not None and not handoff.registers.requires_grad:
+            raise RuntimeError(
+                f"the gradient did not arrive at block {self.index} with the register: re-entrant gradient "
+                "checkpointing drops it. Use use_reentrant=False"
+            )
+        return handoff.forward, handoff.registers
+
+    def _run(
+        self, call: Call | None, mode: Mode, registers: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the block's own forward on tokens and registers; in a mode without registers, on the tokens alone.
+
+        `call` is None while the block is compiled.
+        """
         if not mode.is_patched:
-            return self._hand_on(self.original(*args, **kwargs), None, self.layout_without_registers)
+            return self._hand_on(call, self.original(*args, **kwargs), None, self.layout_without_registers)
         tokens, arguments = self._by_name(args, kwargs)
-        if isinstance(tokens, torch.fx.Proxy):
-            return self._as_one_node(tokens, arguments)
-        self._check(tokens)
+        if isinstance(tokens, torch.fx.Proxy):  # torch.fx traces: the block becomes one node
+            tracer: Any = tokens.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self.module), (tokens,), arguments)
+        if not isinstance(tokens, Tensor):
+            raise NotImplementedError(
+                f"block {self.index} was called with a {type(tokens).__name__} of tokens (images of several sizes at "
+                "once): call the model on one tensor at a time"
+            )
+        for move in self.moves:
+            move.check()
         layout = self.default_layout if mode.has_registers else self.layout_without_registers
         if arguments or self.tower.family.layout is not None:
             layout = (self.tower.family.layout or padded)(self.tower.module, layout, arguments)
-        if self.is_entry:
-            self._check_use(mode, tokens, layout)
+        is_usual = layout is self.default_layout or layout is self.layout_without_registers
+        if self.is_entry and is_usual and not torch.compiler.is_compiling():
+            self.patch.verified_use.check(tokens.shape[layout.dim] - self.patch.num_prefix, tokens)
         sequence = tokens
         if mode.has_registers:
             sequence = self._with_registers(tokens, registers, layout)
             arguments = {name: self._extended(name, value, layout) for name, value in arguments.items()}
-        if running.call is not None and not torch.compiler.is_compiling():
-            running.call.length = sequence.shape[layout.dim] if mode.has_registers else 0
-        out = self._run_with_moves(sequence, arguments, layout)
-        return self._hand_on(out, sequence, layout)
+        return self._hand_on(call, self._run_with_moves(sequence, arguments, layout), sequence, layout)
 
     def _with_registers(self, tokens: Tensor, registers: Tensor | None, layout: Layout) -> Tensor:
         """The tokens, with this block's registers behind those of each image."""
@@ -142,26 +157,21 @@ class RegisterBlock(Override):
             return layout.extend(tokens, layout.dim, states.unsqueeze(1) if layout.sequence_first else states)
         if self.is_entry:
             return layout.join(tokens, self.first_registers(tokens, layout))
-        if registers is None and torch.compiler.is_compiling():
-            registers = self._registers_left_for(tokens)
+        if torch.compiler.is_compiling():
+            left = getattr(tokens, CARRIED, None)
+            registers = left if left is None or isinstance(left, Tensor) else left.registers  # by an eager block
         if registers is None and is_recomputing():
             raise RuntimeError(
-                f"block {self.index} is recomputed from an input that was saved elsewhere (save_on_cpu, "
-                "offload_wrapper), which has lost the register: checkpoint the blocks without offloading their inputs, "
-                "or offload what is inside of them alone"
+                f"block {self.index} is recomputed from an input that was saved elsewhere (save_on_cpu, offload), "
+                "without its register: offload no inputs of blocks, only what is inside of them"
             )
         if registers is None:
             raise RuntimeError(
-                f"the register did not arrive at block {self.index}: its tokens are not those that block "
-                f"{self.index - 1} has just handed on in the same forward, nor certainly in their place. Call the "
-                "blocks in their order, one forward after the other; put what replaces their tokens into a forward "
-                "hook of a block, or keep a block's output until the next is called; do not detach it in between"
+                f"the register did not arrive at block {self.index}: its tokens are not the tensor that block "
+                f"{self.index - 1} handed on to it. Edit that tensor in place, or replace it in a forward hook of that "
+                "block; do not detach it in between. Where images leave the batch, or tokens are merged or pruned, use "
+                "testreg.disabled(model)"
             )
-        handoff = None if torch.compiler.is_compiling() else carried(tokens, self.patch)
-        if handoff is not None and handoff.registers is registers:
-            sequence = handoff.take_sequence(tokens, layout)
-            if sequence is not None:
-                return sequence
         return layout.join(tokens, registers)
 
     def first_registers(self, tokens: Tensor, layout: Layout) -> Tensor:
@@ -180,86 +190,56 @@ class RegisterBlock(Override):
 
     def _run_with_moves(self, sequence: Tensor, arguments: dict[str, Any], layout: Layout) -> Any:
         """Run the block's own forward, in which the neurons are moved; raise RuntimeError if they were not."""
-        if self.required_moves == 0 or is_exporting():
-            return self._run_with_layout(sequence, arguments, layout)
-        outer, running.moves = running.moves, 0
+        outer = running.layout, running.moves
+        running.layout, running.moves, running.recomputed = layout, 0, None
         try:
-            out = self._run_with_layout(sequence, arguments, layout)
-            if running.moves < self.required_moves and _is_tokens(first_of(out), sequence):
-                raise RuntimeError(not_moved_message(self.index))
+            out = self.original(sequence, **arguments)
+            is_moved = running.moves >= self.required_moves or is_exporting()
         finally:
-            running.moves = outer
+            running.layout, running.moves = outer
+        if not is_moved and _is_tokens(first_of(out), sequence):
+            raise RuntimeError(
+                f"block {self.index} does not call its second MLP linear, or replaces what is in front of it, so that "
+                "its neurons are not moved: call testreg.unpatch(model), make the changes, and patch the model last"
+            )
         return out
 
-    def _run_with_layout(self, sequence: Tensor, arguments: dict[str, Any], layout: Layout) -> Any:
-        if self._is_plain(layout) and running.layout is None and running.recomputed is None:
-            return self.original(sequence, **arguments)
-        with running_with_layout(layout):
-            return self.original(sequence, **arguments)
-
-    def _hand_on(self, out: Any, entered: Tensor | None, layout: Layout) -> Any:
+    def _hand_on(self, call: Call | None, out: Any, entered: Tensor | None, layout: Layout) -> Any:
         """The block's output without registers, as the next block or the model gets it.
 
         The tokens carry the registers to the next block; those of the last block carry nothing.
         """
-        sequence, call = first_of(out), running.call
-        registers, is_shared = None, False
-        if layout.num_registers:
-            assert entered is not None
+        registers = None
+        if layout.num_registers and entered is not None:
+            sequence = first_of(out)
             if not _is_tokens(sequence, entered):
                 return out  # DINO's blocks can be asked for their attention weights instead of tokens
-            self._check_length(sequence, entered)
+            if sequence.shape != entered.shape:
+                raise NotImplementedError(
+                    f"block {self.index} made {tuple(sequence.shape)} of {tuple(entered.shape)}: where tokens are "
+                    "merged or pruned, the register cannot be told from them"
+                )
             registers = layout.registers(sequence)
             if running.recorders:
-                record(self.patch, registers.clone(), self.index)
-            out = _each(out, lambda each: layout.tokens(each).contiguous() if each.shape == entered.shape else each)
-            is_shared = not torch.compiler.is_compiling() and layout.lengths is None and can_share(sequence)
+                record(registers.clone(), self.patch, self.index)
+            strip = lambda each: layout.tokens(each).contiguous() if each.shape == entered.shape else each
+            out = strip(out) if out is sequence else tree_map_only(Tensor, strip, out)
         tokens = first_of(out)
-        if not isinstance(tokens, Tensor):
+        if self.is_last or not isinstance(tokens, Tensor):
             return out
-        if torch.compiler.is_compiling():
-            self._hand_on_compiled(tokens, registers)
-        elif not self.is_last and call is not None and call.forward is not None:
-            hand_on(tokens, call.forward, self.index, registers, sequence if is_shared else None)
+        if call is not None and call.forward is not None:
+            setattr(tokens, CARRIED, Handoff(call.forward, registers, tokens.shape))
             call.tokens = tokens
+        elif registers is not None:
+            setattr(tokens, CARRIED, registers)
+            if self.module._forward_hooks:
+                running.compiled = tokens
         return out
 
-    # Compiled code: registers go with the tokens or in `running.compiled`, not in a `Forward` ------------------------
-
-    def _hand_on_compiled(self, tokens: Tensor, registers: Tensor | None) -> None:
-        if registers is not None and not self.is_last:
-            setattr(tokens, CARRIED, registers)
-        hooked = registers is not None and not self.is_last and bool(self.module._forward_hooks)
-        if hooked or running.compiled is not None:
-            running.compiled = (self.patch, self.index, tuple(tokens.shape), registers) if hooked else None  # type: ignore[assignment]
-
-    def carry_through_hooks_compiled(self, out: Any) -> Any:
-        """The same as `carry_through_hooks` while the block is traced for compilation."""
-        tokens, left = first_of(out), running.compiled
-        if left is None or left[1] != self.index or not isinstance(tokens, Tensor):
-            return out
-        running.compiled = None
-        if getattr(tokens, CARRIED, None) is not None or tuple(tokens.shape) != left[2]:
-            return out
-        view = tokens.view_as(tokens)
-        setattr(view, CARRIED, left[3].to(tokens.device, tokens.dtype))
-        return with_first(out, view)
-
-    def _registers_left_for(self, tokens: Tensor) -> Tensor | None:
-        """The registers that the previous block left for these tokens, or None. Either block may be compiled.
-
-        The tokens carry them, or a hook has returned these tokens in place of the tokens that carried the registers.
-        """
-        handoff = getattr(tokens, CARRIED, None)
-        if handoff is not None:
-            return handoff if isinstance(handoff, Tensor) else handoff.registers
-        left = running.compiled
-        if left is None or left[0] is not self.patch or left[1] != self.index - 1:
-            return None
-        check_shape(tokens, left[2], self.index)
-        return left[3].to(tokens.device, tokens.dtype)
-
     # Arguments beside the tokens -------------------------------------------------------------------------------------
+
+    def _tokens(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args[0] if args else kwargs.get(self.argument_names[0])
 
     def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The tokens, and the other arguments by name."""
@@ -289,47 +269,6 @@ class RegisterBlock(Override):
             )
         return value
 
-    def _as_one_node(self, tokens: torch.fx.Proxy, arguments: dict[str, Any]) -> torch.fx.Proxy:
-        """The node of this block in a graph that torch.fx traces; nothing inside the block is traced."""
-        tracer: Any = tokens.tracer
-        return tracer.create_proxy("call_module", tracer.path_of_module(self.module), (tokens,), arguments)
-
-    # Checks ----------------------------------------------------------------------------------------------------------
-
-    def _check(self, tokens: Any) -> None:
-        if not isinstance(tokens, Tensor):
-            raise NotImplementedError(
-                f"block {self.index} was called with a {type(tokens).__name__} of tokens (images of several sizes at "
-                "once): call the model on one tensor at a time"
-            )
-        for move in self.moves:
-            move.check()
-
-    def _check_use(self, mode: Mode, tokens: Tensor, layout: Layout) -> None:
-        """Warn if the images are unlike those that the neurons were verified on; raise if the target does not fit."""
-        if self._is_plain(layout) and not torch.compiler.is_compiling():
-            self.patch.verified_use.check(tokens.shape[layout.dim] - self.patch.num_prefix, tokens)
-        if mode.target is None:
-            return
-        if layout.lengths is not None:
-            raise NotImplementedError(
-                "images are packed in one sequence here, in which a target mask has no place: steer them one at a time "
-                "with a tower that takes a batch"
-            )
-        num_images, num_tokens = layout.batch_first(tokens).shape[:2]
-        patches = num_tokens - self.patch.num_prefix if layout.patches is None else int(layout.patches.sum())
-        check_target_fits(mode.target, num_images, patches)
-
-    def _is_plain(self, layout: Layout) -> bool:
-        return layout is self.default_layout or layout is self.layout_without_registers
-
-    def _check_length(self, sequence: Tensor, entered: Tensor) -> None:
-        if sequence.shape != entered.shape:
-            raise NotImplementedError(
-                f"block {self.index} made {tuple(sequence.shape)} of {tuple(entered.shape)}: where tokens are merged "
-                "or pruned, the register cannot be told from them"
-            )
-
 
 @dataclass(eq=False)
 class BlockCall(Override):
@@ -339,20 +278,22 @@ class BlockCall(Override):
     block: RegisterBlock
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self.block.carry_through_hooks_compiled(self.original(*args, **kwargs))
-        return self.block.run_call(self.original, args, kwargs)
+        if not torch.compiler.is_compiling():
+            return self.block.run_call(self.original, args, kwargs)
+        running.compiled = None
+        out = self.original(*args, **kwargs)
+        tokens, handed_on, running.compiled = first_of(out), running.compiled, None
+        if handed_on is None or tokens is handed_on or not isinstance(tokens, Tensor):
+            return out
+        if tokens.shape != handed_on.shape or getattr(tokens, CARRIED, None) is not None:
+            return out
+        view = tokens.view_as(tokens)
+        setattr(view, CARRIED, getattr(handed_on, CARRIED).to(tokens.device, tokens.dtype))
+        return with_first(out, view)
 
 
 def _is_tokens(out: Any, entered: Tensor) -> bool:
     return isinstance(out, Tensor) and out.ndim == entered.ndim
-
-
-def _each(out: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The output of a block with `change` applied to each of its tensors."""
-    if isinstance(out, (tuple, list)):
-        return rebuilt_as(out, [change(each) if isinstance(each, Tensor) else each for each in out])
-    return change(out)
 
 
 def _argument_names(module: nn.Module) -> tuple[str, ...]:

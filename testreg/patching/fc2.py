@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from testreg.families.layout import Layout
 from testreg.patching.forward import Mode, is_recomputing, layout_now, running
 from testreg.patching.index import is_exporting
-from testreg.patching.moves import shift, silence, steer
+from testreg.patching.moves import shift
 from testreg.patching.override import Override
 from testreg.patching.state import Patch
 
@@ -33,11 +33,11 @@ class MoveInFront(Override):
     """
 
     method = "_call_impl"
-    holder: InitVar[nn.Module]
-    block: nn.Module
+    block: InitVar[nn.Module]
     index: int
     patch: Patch
-    default_layout: Layout
+    layout: Layout
+    """The layout of the tokens, unless the arguments of the block say otherwise."""
     channels: tuple[int, ...]
     """The register neurons, as input channels of the linear."""
     owners: tuple[int, ...] | None
@@ -46,22 +46,19 @@ class MoveInFront(Override):
     """The number of input channels; None where it is not known."""
     is_always_called: bool
     """Whether every forward calls the linear. This is False for experts of a mixture: a forward calls only some."""
-    siblings: tuple[nn.Module, ...] = field(init=False)
-    """The other modules inside the linear's parent. A hook on one of them may have kept the activation."""
 
-    def __post_init__(self, holder: nn.Module) -> None:
+    def __post_init__(self, block: nn.Module) -> None:
         super().__post_init__()
-        self.patched_linear = self.module
+        self.linear, self.compiled = self.module, MoveCompiled(self.module, self)
         self.parent, self.name = next(
             (parent, name)
-            for parent in holder.modules()
+            for parent in block.modules()
             for name, child in parent.named_children()
-            if child is self.module
+            if child is self.linear
         )
-        self.compiled = MoveCompiled(self.module, self)
-        self.siblings = tuple(
-            each for child in self.parent.children() if child is not self.module for each in child.modules()
-        )
+        others = [child for child in self.parent.children() if child is not self.linear]
+        self.siblings = [module for child in others for module in child.modules()]
+        """The other modules inside the linear's parent. A hook on one of them may have kept the activation."""
 
     def check(self) -> None:
         """If the linear was wrapped since it was patched, put the move in front of the wrapper.
@@ -74,7 +71,7 @@ class MoveInFront(Override):
         current: nn.Module = self.parent._modules[self.name]  # type: ignore[assignment]
         if current is self.module:
             return
-        if current is not self.patched_linear and self.patched_linear not in set(current.modules()):
+        if self.linear not in set(current.modules()):
             raise RuntimeError(
                 f"the second MLP linear of block {self.index} was replaced by a {type(current).__name__} after "
                 "testreg.patch(), so its neurons would stay: call testreg.unpatch(model) and patch it again"
@@ -86,23 +83,8 @@ class MoveInFront(Override):
             )
         with _wrapping:
             if self.module is not current:
-                self.remove()
-                self.module = self.compiled.module = current
-                self.previous, self.compiled.previous = (
-                    current.__dict__.get(each.method) for each in (self, self.compiled)
-                )
-                self.install()
-
-    def install(self) -> None:
-        super().install()
-        self.compiled.install()
-
-    def installed(self) -> bool:
-        return super().installed() and self.compiled.installed()
-
-    def remove(self) -> None:
-        super().remove()
-        self.compiled.remove()
+                self.move_to(current)
+                self.compiled.move_to(current)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
@@ -124,21 +106,30 @@ class MoveInFront(Override):
 
     def _moved(self, hidden: Tensor, mode: Mode) -> Tensor:
         self._check_width(hidden)
-        layout = layout_now(self.default_layout)
+        patch, layout = self.patch, layout_now(self.layout)
+        if mode.target is not None and layout.lengths is not None:
+            raise NotImplementedError(
+                "images are packed in one sequence here, in which a target mask has no place: steer them one at a time "
+                "with a tower that takes a batch"
+            )
         if not torch.is_grad_enabled() and self._may_be_kept():
             hidden = hidden.clone()
-        moved = [self._moved_in(images, mode, layout) for images in layout.images(hidden)]
+        moved = [
+            shift(
+                images,
+                self.channels,
+                self.owners,
+                num_registers=patch.num_registers if patch.static is None else 0,
+                num_prefix=patch.num_prefix,
+                max_over=patch.max_over,
+                zero=patch.zero,
+                target=mode.target,
+                valid=layout.valid,
+                patches=layout.patches,
+            )
+            for images in layout.images(hidden)
+        ]
         return layout.of_images(moved, hidden) if torch.is_grad_enabled() else hidden  # `hidden` was edited in place
-
-    def _moved_in(self, hidden: Tensor, mode: Mode, layout: Layout) -> Tensor:
-        patch = self.patch
-        where: dict[str, Any] = {"num_prefix": patch.num_prefix, "zero": patch.zero, "patches": layout.patches}
-        largest: dict[str, Any] = {"max_over": patch.max_over, "valid": layout.valid}
-        if mode.target is not None:
-            return steer(hidden, self.channels, mode.target, **where, **largest)
-        if patch.static is not None:
-            return silence(hidden, self.channels, **where)
-        return shift(hidden, self.channels, self.owners, num_registers=patch.num_registers, **where, **largest)
 
     def _may_be_kept(self) -> bool:
         """Whether a hook may have kept the activation. If so, it must not be edited in place."""
@@ -152,23 +143,14 @@ class MoveInFront(Override):
             raise NotImplementedError(
                 f"the second MLP linear of block {self.index} got {hidden.shape[-1]} of {self.width} channels in a "
                 f"{type(hidden).__name__}: where an MLP is split over devices (tensor parallel, DTensor), no device "
-                "sees all of its neurons. Shard the model by FSDP or data parallelism, or call "
-                "testreg.unpatch(model)"
+                "sees all of its neurons. Shard the model by FSDP or data parallelism, or call testreg.unpatch(model)"
             )
 
     def _warn_if_outside(self) -> None:
-        """Warn, once, if the linear is called outside its block, where neurons are not moved.
-
-        Raises:
-            RuntimeError: the patched forward of the block was replaced.
-        """
+        """Warn, once, if the linear is called outside its block, where neurons are not moved."""
         if running.call is not None or torch.compiler.is_compiling() or is_recomputing():
             return
-        if not self.patch.mode_for_new_forward.is_patched:
-            return
-        if getattr(self.block.__dict__.get("forward"), "patch", None) is not self.patch:
-            raise RuntimeError(replaced_forward_message(self.index))
-        if self.patch.warns_outside:
+        if self.patch.warns_outside and self.patch.mode_for_new_forward.is_patched:
             self.patch.warns_outside = False
             warnings.warn(
                 f"the second MLP linear of block {self.index} was called outside of the block's own forward: its "
@@ -188,20 +170,3 @@ class MoveCompiled(Override):
         if torch.compiler.is_compiling():
             args, kwargs = self.move.moved(args, kwargs)
         return self.original(*args, **kwargs)
-
-
-def replaced_forward_message(index: int) -> str:
-    """The error for a block whose patched forward was replaced."""
-    return (
-        f"the forward of block {index}, which testreg.patch() replaced, was replaced again and did not run, so that "
-        "the block has no registers: call testreg.unpatch(model), make the changes, and patch the model last"
-    )
-
-
-def not_moved_message(index: int) -> str:
-    """The error for a block that has not called its second linear."""
-    return (
-        f"block {index} does not call its second MLP linear, or replaces what is in front of it, so that its register "
-        "neurons are not moved: its parts were changed after testreg.patch(). Call testreg.unpatch(model), make the "
-        "changes, and patch the model last"
-    )

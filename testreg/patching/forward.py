@@ -1,6 +1,6 @@
 """The life of a forward through a patched tower.
 
-1. The entry block is called with T tokens: a `Forward` begins in this thread. The entry block is block 0 if registers
+1. The entry block is called with T tokens: a `Forward` begins. The entry block is block 0 if registers
    start as zeros. If they start as the mean of their image's patches, it is the first block with register neurons, and
    the blocks in front of it are not changed. The mode of the forward is decided (with registers, steered onto patches,
    or unpatched), and holds to its end, whatever `testreg.disabled` and `testreg.steered` do meanwhile.
@@ -10,21 +10,19 @@
 4. The block hands on T tokens. They carry the registers as an attribute, a `Handoff`: no state is left on the module.
 5. Hooks of the block run. If one puts other tokens in the place of these, the registers are given to what it returns.
 6. Block i takes the registers that its tokens carry. So gradient checkpointing can recompute a block (the tokens that
-   it saved are the same tensor), and forwards can run in other threads or interleaved.
-7. Tokens that carry nothing were computed by code between the blocks. They get the registers that block i-1 left in
-   this thread's forward. It is an error if their shape is another, or if they might belong to another forward.
+   it saved are the same tensor), and forwards can run in other threads or interleaved. If a hook in front of the block
+   puts other tokens in the place of these, the registers are given to them.
+7. Tokens that carry nothing were computed by code between the blocks. Nothing tells which forward they belong to, so it
+   is an error if the block needs registers.
 8. The last block hands on tokens that carry nothing, and the forward is over.
 
-The state belongs to the thread (`running`), not to the model. Compiled code knows only what the tokens carry. A `patch`
-is what `testreg.patch` puts on a tower (`state.Patch`), not a patch of an image.
+What is known of a running block belongs to the thread (`running`), not to the model. Compiled code knows only what the
+tokens carry. A `patch` is what `testreg.patch` puts on a tower (`state.Patch`), not a patch of an image.
 """
 
 from __future__ import annotations
 
 import threading
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,8 +31,7 @@ from torch import Tensor
 
 from testreg.families.layout import Layout
 
-CARRIED = "_testreg_carried"  # attribute of the tokens between two blocks: a `Handoff`, or registers if compiled
-_START = "_testreg_start"  # attribute of the tokens at the entry block: a `StartMode`
+CARRIED = "_testreg_carried"  # attribute of the tokens at a block: a `Handoff`, or registers if compiled
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,65 +55,23 @@ class Forward:
 
     patch: object
     mode: Mode
-    index: int = -1
-    """The last block that has handed on tokens; -1 before the first has."""
-    shape: tuple[int, ...] = ()
-    """The shape of these tokens."""
-    handoff: Callable[[], Handoff | None] = lambda: None
-    """A weak reference to what these tokens carry. It returns None once neither they nor their autograd graph keep that
-    alive."""
-    kept: Tensor | None = None
-    """The registers (B, R, C) of these tokens, if the registers need no gradient; else None. The forward keeps them
-    itself, since then no autograd graph keeps the handoff alive."""
-    is_over: bool = False
-    is_certain: bool = True
-    """Whether tokens that carry nothing can only belong to this forward. It is False if an earlier forward was left
-    unfinished, for example, since they may belong to that one."""
-
-    def registers(self) -> Tensor | None:
-        """The registers (B, R, C) that block `index` has handed on; None if they are gone, or if there are none."""
-        handoff = self.handoff()
-        return self.kept if handoff is None else handoff.registers
 
 
-class _Unsaved:
-    """A base class for objects that are attached to a tensor as an attribute.
+@dataclass(eq=False)
+class Handoff:
+    """What tokens carry from one block to the next: the forward they belong to, and its registers (B, R, C), if any.
 
-    When the tensor is saved or copied, an empty set takes the place of the object.
+    The tokens at the entry block carry one without registers, so that a block that gradient checkpointing recomputes
+    has the mode of its forward.
     """
+
+    forward: Forward
+    registers: Tensor | None
+    shape: tuple[int, ...]
+    """The shape of the tokens that the block has made."""
 
     def __reduce__(self) -> Any:
-        return set, ()  # torch.load accepts a set with weights_only=True
-
-
-class Handoff(_Unsaved):
-    """What the tokens between two blocks carry: the forward they belong to, and its registers (B, R, C), if any.
-
-    Without gradients they may also carry the T+R tokens that the block made, as `sequence`. If the T tokens are a view
-    of these, as they are for a single image, the next block takes the sequence without a copy. Whoever edits such
-    tokens in place edits the sequence as well.
-    """
-
-    def __init__(self, forward: Forward, registers: Tensor | None, sequence: Tensor | None = None) -> None:
-        self.forward, self.registers, self.sequence = forward, registers, sequence
-
-    def take_sequence(self, tokens: Tensor, layout: Layout) -> Tensor | None:
-        """Return the T+R tokens if `tokens` are still a view of them, else None.
-
-        The handoff lets go of the T+R tokens in either case. Else they would live as long as somebody keeps `tokens`,
-        even where these are a copy.
-        """
-        sequence, self.sequence = self.sequence, None
-        if sequence is None or torch.is_grad_enabled() or tokens.data_ptr() != sequence.data_ptr():
-            return None
-        return sequence if tokens.shape[layout.dim] + layout.num_registers == sequence.shape[layout.dim] else None
-
-
-class StartMode(_Unsaved):
-    """The mode of a forward. The tokens at the entry block carry it, for checkpointing that recomputes the block."""
-
-    def __init__(self, mode: Mode) -> None:
-        self.mode = mode
+        return set, ()  # in place of it, where the tensor is saved or copied: torch.load accepts it (weights_only=True)
 
 
 @dataclass(eq=False)
@@ -124,29 +79,12 @@ class Call:
     """One call of a block, its hooks included."""
 
     block: object
-    patch: object
     argument: object
     """The tokens that the block was called with, before hooks have seen them."""
-    outer: Call | None
-    """The call during which this one was made, for instance by a hook that starts another forward; None if none."""
-    waiting: Forward | None
-    """The forward of this thread that waited for its next block when this block was called; None if there was none."""
     forward: Forward | None = None
     """The forward that this call is part of; None until the block's `forward` method is entered."""
     tokens: Tensor | None = None
     """The tokens that it hands on, before hooks have seen them."""
-    length: int = 0
-    """The length T+R of the sequence that the block computes with, of all images if packed; 0 without registers."""
-
-
-@dataclass(eq=False)
-class Hooked:
-    """A module inside a block, while its hooks run and see no registers."""
-
-    module: object
-    rejoin: Callable[[Any], Any]
-    """Puts registers back behind tokens: those of the module's input until its forward has run, then those of its
-    output."""
 
 
 @dataclass(eq=False)
@@ -165,20 +103,15 @@ class Running(threading.local):
 
     call: Call | None
     """The call of a block that the thread is in; None outside of blocks, and while they are compiled."""
-    waiting: Forward | None
-    """The forward that is between two blocks, and waits for the next."""
-    hooked: Hooked | None
-    """The module whose hooks run, under `testreg.hooks_without_registers`."""
     moves: int
     """The number of calls of a second linear in the current block that have moved neurons so far."""
     layout: Layout | None
-    """The layout of the current block, if it is padded or packed."""
+    """The layout of the current block, if it is patched."""
     recomputed: Layout | None
     """The layout of a block, if gradient checkpointing recomputes what is inside the block without calling the block
     itself (transformers 5)."""
-    compiled: tuple[object, int, tuple[int, ...], Tensor] | None
-    """What a compiled block with hooks has handed on, in case the hooks replace its tokens: the patch, the index of the
-    block, the shape of the tokens, and the registers."""
+    compiled: Tensor | None
+    """The tokens that a compiled block hands on, while its hooks run, which may replace them."""
     recorders: tuple[Recorder, ...]
     steered: tuple[tuple[object, Mode], ...]
     """The patch and the mode of each `testreg.steered` context that is open, the innermost last."""
@@ -186,8 +119,6 @@ class Running(threading.local):
     def __init__(self) -> None:
         # If these were defaults of the class, compiled code would still read them after the instance was given others.
         self.call = None
-        self.waiting = None
-        self.hooked = None
         self.moves = 0
         self.layout = None
         self.recomputed = None
@@ -199,60 +130,14 @@ class Running(threading.local):
 running = Running()
 
 
-def can_share(sequence: Tensor) -> bool:
-    """Whether a block may hand on its T+R tokens without a copy.
-
-    They must be a plain tensor on a CPU or CUDA device, and be part of no autograd graph, trace or functorch transform.
-    """
-    return (
-        not torch.is_grad_enabled()
-        and type(sequence) is Tensor
-        and (sequence.is_cpu or sequence.is_cuda)
-        and not torch.jit.is_tracing()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(sequence)
-    )
-
-
 def is_recomputing() -> bool:
     """Whether this thread is in a backward pass: a block that runs there is recomputed by gradient checkpointing."""
     return torch._C._current_graph_task_id() != -1
 
 
-def begin(patch: object, tokens: object, mode: Mode, waiting: Forward | None) -> Forward:
-    """Begin a forward in this mode, with the tokens at the entry block.
-
-    If gradient checkpointing recomputes that block, the forward has the mode in which the block first ran instead.
-    `waiting` is the forward of this thread that waited for its next block, if there is one. If it is unfinished, later
-    tokens that carry nothing may belong to it. (If it is over, a backward pass has recomputed one of its blocks.)
-    """
-    if isinstance(tokens, Tensor):
-        if is_recomputing():
-            start = getattr(tokens, _START, None)
-            mode = start.mode if isinstance(start, StartMode) else mode
-        elif torch.is_grad_enabled():
-            setattr(tokens, _START, StartMode(mode))
-    forward = Forward(patch, mode, is_certain=waiting is None or waiting.is_over)
-    if not is_recomputing():
-        for recorder in running.recorders:
-            if recorder.patch is patch:
-                recorder.recorded.clear()
-                recorder.forward = forward
-    return forward
-
-
-def hand_on(
-    tokens: Tensor, forward: Forward, index: int, registers: Tensor | None, sequence: Tensor | None = None
-) -> None:
-    """Attach the registers, and the whole sequence if it is shared, to the tokens that a block hands on to the next."""
-    handoff = Handoff(forward, registers, sequence)
-    setattr(tokens, CARRIED, handoff)
-    forward.index, forward.shape, forward.handoff = index, tuple(tokens.shape), weakref.ref(handoff)
-    forward.kept = None
-    if registers is not None and not registers.requires_grad:
-        forward.kept = registers
-    elif tokens.grad_fn is not None:
-        metadata: Any = tokens.grad_fn.metadata
-        metadata[CARRIED] = handoff  # the tokens' graph keeps it alive, even if they are replaced
+def layout_now(default: Layout) -> Layout:
+    """The layout of the block that this thread is in; `default` if it is in none."""
+    return running.layout or running.recomputed or default
 
 
 def carried(tokens: object, patch: object) -> Handoff | None:
@@ -261,94 +146,45 @@ def carried(tokens: object, patch: object) -> Handoff | None:
     return handoff if isinstance(handoff, Handoff) and handoff.forward.patch is patch else None
 
 
-def has_no_registers(tensor: Tensor) -> bool:
-    """Whether a tensor holds no registers behind its T tokens.
+def begin(patch: object, mode: Mode, tokens: object) -> Forward:
+    """Begin a forward in this mode, with the tokens at the entry block.
 
-    That is so if a block has handed it on, which attaches the registers as an attribute, or if hooks are running that
-    see no registers.
+    If gradient checkpointing recomputes that block, the forward has the mode in which the block first ran instead.
     """
-    return getattr(tensor, CARRIED, None) is not None or running.hooked is not None
-
-
-def find_forward(tokens: Tensor, call: Call, index: int) -> tuple[Forward, Tensor | None] | None:
-    """Find the forward that the tokens at a block belong to, and their registers; None if that is not certain.
-
-    Raises:
-        RuntimeError: the tokens have another shape than those that they replace, or re-entrant gradient checkpointing
-            has dropped the gradient of the registers.
-    """
-    handoff, expected = carried(call.argument, call.patch), _expected(call, index)
-    if handoff is not None and (expected is None or not handoff.forward.is_over or is_recomputing()):
-        forward, registers = handoff.forward, handoff.registers
-        if tokens is call.argument:
-            _check_gradient(tokens, registers, index)
-            return forward, registers
-        expected_shape = call.argument.shape  # type: ignore[attr-defined]
-    elif expected is not None and expected.is_certain:
-        # Code between the blocks has replaced the tokens of the expected forward, by new ones or by tokens that it had
-        # kept from a forward which is over.
-        forward, registers, expected_shape = expected, expected.registers(), expected.shape
-    else:
-        if expected is not None and expected.mode.has_registers:
-            check_shape(tokens, expected.shape, index)
-        return None
-    if forward.mode.has_registers:
-        check_shape(tokens, expected_shape, index)
-    earlier = carried(tokens, call.patch)
-    if earlier is not None and earlier.forward is forward:  # the tokens of an earlier block in the same forward
-        return forward, earlier.registers
-    return forward, registers_for(tokens, registers)
-
-
-def _expected(call: Call, index: int) -> Forward | None:
-    """The forward of this thread that waits for the block of this index; None if there is none."""
-    forward = call.waiting
-    if forward is None or forward.patch is not call.patch or forward.index != index - 1:
-        return None
-    return None if forward.is_over and not is_recomputing() else forward
-
-
-def _check_gradient(tokens: Tensor, registers: Tensor | None, index: int) -> None:
-    """Raise RuntimeError if the tokens at a block have a gradient and their registers have none."""
-    if tokens.grad_fn is not None and registers is not None and not registers.requires_grad:
-        raise RuntimeError(
-            f"the gradient did not arrive at block {index} with the register: re-entrant gradient checkpointing "
-            "drops it. Use use_reentrant=False"
-        )
+    if is_recomputing():
+        start = carried(tokens, patch)
+        return Forward(patch, mode if start is None else start.forward.mode)
+    forward = Forward(patch, mode)
+    if torch.is_grad_enabled() and isinstance(tokens, Tensor):
+        setattr(tokens, CARRIED, Handoff(forward, None, tokens.shape))
+    for recorder in running.recorders:
+        if recorder.patch is patch:
+            recorder.recorded.clear()
+            recorder.forward = forward
+    return forward
 
 
 def carry_through_hooks(out: Any, call: Call) -> Any:
     """Attach the registers to the tokens that hooks return, if the hooks have replaced the tokens of the block."""
-    tokens, forward = first_of(out), call.forward
-    if call.tokens is None or tokens is call.tokens or not isinstance(tokens, Tensor) or forward is None:
+    tokens = first_of(out)
+    if call.tokens is None or tokens is call.tokens or not isinstance(tokens, Tensor):
         return out
-    if forward.mode.has_registers and tokens.shape != call.tokens.shape:
-        return out  # an error, which the next block raises
-    handoff = carried(tokens, call.patch)
-    if handoff is None or handoff.forward is not forward:
-        handoff = carried(call.tokens, call.patch)
-    assert handoff is not None
     view = tokens.view_as(tokens)  # the hook may return the same tensor in other forwards too
-    hand_on(view, forward, forward.index, registers_for(tokens, handoff.registers))
+    setattr(view, CARRIED, for_replaced(tokens, getattr(call.tokens, CARRIED)))
     return with_first(out, view)
 
 
-def registers_for(tokens: Tensor, registers: Tensor | None) -> Tensor | None:
-    """The registers on the device and in the dtype of their new tokens; detached if these tokens need no gradient."""
-    if registers is None:
-        return None
-    return (registers if tokens.requires_grad else registers.detach()).to(tokens.device, tokens.dtype)
+def for_replaced(tokens: Tensor, handoff: Handoff) -> Handoff:
+    """The handoff for tokens that take the place of those that carried `handoff`.
 
-
-def check_shape(tokens: Tensor, handed_on: tuple[int, ...], index: int) -> None:
-    """Raise RuntimeError if the tokens at a block have another shape than those that the block before handed on."""
-    if tuple(tokens.shape) != tuple(handed_on):
-        raise RuntimeError(
-            f"the register did not arrive at block {index}: block {index - 1} handed on tokens {tuple(handed_on)}, and "
-            f"{tuple(tokens.shape)} came. Where images leave the batch, or tokens are merged, pruned or added between "
-            "the blocks, the register cannot follow them: do it outside of the blocks, or under "
-            "testreg.disabled(model)"
-        )
+    Its registers are those of the tokens themselves if these are of an earlier block in the same forward. They are on
+    the device and in the dtype of the tokens, and detached if the tokens need no gradient.
+    """
+    own = carried(tokens, handoff.forward.patch)
+    registers = handoff.registers if own is None or own.forward is not handoff.forward else own.registers
+    if registers is not None:
+        registers = (registers if tokens.requires_grad else registers.detach()).to(tokens.device, tokens.dtype)
+    return Handoff(handoff.forward, registers, handoff.shape)
 
 
 def first_of(out: Any) -> Any:
@@ -358,44 +194,15 @@ def first_of(out: Any) -> Any:
 
 def with_first(out: Any, tokens: Tensor) -> Any:
     """The input or output of a block with other tokens in it."""
-    return rebuilt_as(out, [tokens, *out[1:]]) if isinstance(out, (tuple, list)) else tokens
-
-
-def rebuilt_as(out: Any, parts: list[Any]) -> Any:
-    """These parts as a list, tuple or named tuple of the type of `out`."""
+    if not isinstance(out, (tuple, list)):
+        return tokens
+    parts = [tokens, *out[1:]]
     return type(out)(*parts) if hasattr(out, "_fields") else type(out)(parts)
 
 
-def layout_now(default: Layout) -> Layout:
-    """The layout of the block that this thread is in, which is `default` unless it is padded or packed."""
-    return running.layout or running.recomputed or default
-
-
-@contextmanager
-def running_with_layout(layout: Layout) -> Iterator[None]:
-    """Within the `with` block this thread is in a block of that layout."""
-    outer, running.layout = running.layout, layout
-    running.recomputed = None  # a backward pass may have left it
-    try:
-        yield
-    finally:
-        running.layout = outer
-
-
-def record(patch: object, registers: Tensor, index: int) -> None:
+def record(registers: Tensor, patch: object, index: int) -> None:
     """Store the registers of block `index` in the recorders of this thread that record the current forward."""
     for recorder in running.recorders:
         if recorder.patch is patch and (running.call is None or recorder.forward is running.call.forward):
             recorder.recorded += [registers[:, :0]] * (index - len(recorder.recorded))  # before they entered
             recorder.recorded[index : index + 1] = [registers]
-
-
-@contextmanager
-def recording(patch: object) -> Iterator[list[Tensor]]:
-    """Within the `with` block, the list gets the registers after each block of the patch."""
-    recorder = Recorder(patch)
-    running.recorders = (*running.recorders, recorder)
-    try:
-        yield recorder.recorded
-    finally:
-        running.recorders = tuple(each for each in running.recorders if each is not recorder)

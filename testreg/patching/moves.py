@@ -1,9 +1,4 @@
-"""What becomes of the register neurons' activations: one algorithm with three arms.
-
-All three read the neurons' activations, silence them on the patches, and write them back. `shift` gives the largest of
-each neuron, or of a layer, to the registers (arXiv 2506.08010, Algorithm 2), `steer` to patches of one's choice
-(section 5). `silence` gives it to no token: it is for static registers, which are constants and need no activations
-(A.2).
+"""What becomes of the register neurons' activations.
 
 The argument `zero` says what silent means. "patches": a neuron is zero on all patches (released code). "all": it is
 zero on all tokens but the registers (paper). "firing": it is brought back to rest on patches where it fires; where it
@@ -34,71 +29,49 @@ def shift(
     num_prefix: int = 1,
     max_over: MaxOver = "neuron",
     zero: Zero = "patches",
+    target: Tensor | None = None,
     valid: Tensor | None = None,
     patches: Tensor | None = None,
 ) -> Tensor:
-    """Move the activations of register neurons onto the registers (Algorithm 2, the inner loop).
+    """Move the activations of register neurons onto the registers (arXiv 2506.08010, Algorithm 2, the inner loop).
 
     For each image and neuron, the value of largest magnitude over all tokens, prefix and registers included, is given
     to every register, sign kept (`max_over`="layer": the largest of all K neurons, for each of them). On the
     patches the neuron becomes silent, as `zero` says. With `owners`, each neuron goes to one of the registers alone,
-    and is zero on the others (paper A.5).
+    and is zero on the others (paper A.5). With `target`, the value is given to patches of one's choice instead (section
+    5). With neither registers nor target it is given to no token, as static registers need it: these are constants
+    (A.2).
 
     Args:
         hidden: (B, T+R, H) input of an MLP's second linear: P prefix tokens, patches, R registers.
         units: the K register neurons, as channels of `hidden`.
         owners: the register, 0 to R-1, that holds each neuron; None: every register holds all.
         max_over, zero: as in `patch`.
+        target: (B, h, w) bool, or (1, h, w) for all images; `hidden` is (B, T, H) then, without registers.
         valid: (B, T+R) bool, which tokens are no padding and may give the value; None: all.
         patches: (1, T+R) bool, which tokens are patches; None: all between the prefix and the registers.
 
     Returns:
-        (B, T+R, H). Where gradients are off, `hidden` itself, edited in place.
+        The tensor like `hidden`. Where gradients are off, `hidden` itself, edited in place.
     """
     index = index_tensor(units, hidden)
     activations = hidden.index_select(-1, index)  # (B, T+R, K)
-    peak = _largest(activations, max_over, valid)  # (B, 1, K)
-    if owners is not None:
-        owned = index_tensor(owners, hidden) == torch.arange(num_registers, device=hidden.device).unsqueeze(-1)
-        peak = torch.where(owned, peak, peak.new_zeros(()))  # (B, R, K)
-    moved = _silenced(activations, zero, num_prefix, patches)
-    moved[:, -num_registers:] = peak
-    return _with_channels(hidden, index, moved)
-
-
-def steer(
-    hidden: Tensor,
-    units: Sequence[int],
-    target: Tensor,
-    *,
-    num_prefix: int,
-    max_over: MaxOver,
-    zero: Zero,
-    valid: Tensor | None = None,
-    patches: Tensor | None = None,
-) -> Tensor:
-    """Copy the largest activation of each register neuron to the patches of a mask, and silence it elsewhere.
-
-    Args:
-        hidden: (B, T, H) input of an MLP's second linear; there are no registers.
-        target: (B, h, w) bool, or (1, h, w) for all images.
-        units, max_over, zero, valid, patches: as in `shift`.
-    """
-    index = index_tensor(units, hidden)
-    activations = hidden.index_select(-1, index)
-    peak = _largest(activations, max_over, valid)
-    moved = _silenced(activations, zero, num_prefix, patches)
-    chosen = _tokens_of(target.to(hidden.device), num_prefix, patches).unsqueeze(-1)  # (B, T, 1)
-    return _with_channels(hidden, index, torch.where(chosen, peak, moved))
-
-
-def silence(
-    hidden: Tensor, units: Sequence[int], *, num_prefix: int, zero: Zero, patches: Tensor | None = None
-) -> Tensor:
-    """Silence the register neurons, as `zero` says; arguments as in `shift`."""
-    index = index_tensor(units, hidden)
-    silenced = _silenced(hidden.index_select(-1, index), zero, num_prefix, patches)
-    return _with_channels(hidden, index, silenced)
+    if target is not None:
+        peak = _largest(activations, max_over, valid)  # (B, 1, K)
+        chosen = _tokens_of(target.to(hidden.device), hidden, num_prefix, patches)
+        moved = torch.where(chosen.unsqueeze(-1), peak, _silenced(activations, zero, num_prefix, patches))
+    elif num_registers:
+        peak = _largest(activations, max_over, valid)
+        if owners is not None:
+            owned = index_tensor(owners, hidden) == torch.arange(num_registers, device=hidden.device).unsqueeze(-1)
+            peak = torch.where(owned, peak, peak.new_zeros(()))  # (B, R, K)
+        moved = _silenced(activations, zero, num_prefix, patches)
+        moved[:, -num_registers:] = peak
+    else:
+        moved = _silenced(activations, zero, num_prefix, patches)
+    if torch.is_grad_enabled():
+        return hidden.index_copy(-1, index, moved)
+    return hidden.index_copy_(-1, index, moved)
 
 
 def _largest(activations: Tensor, max_over: MaxOver, valid: Tensor | None) -> Tensor:
@@ -133,16 +106,22 @@ def _silenced(activations: Tensor, zero: Zero, num_prefix: int, patches: Tensor 
     return activations
 
 
-def _with_channels(hidden: Tensor, index: Tensor, activations: Tensor) -> Tensor:
-    """`hidden` with other activations in the channels of `index`; edited in place where gradients are off."""
-    if torch.is_grad_enabled():
-        return hidden.index_copy(-1, index, activations)
-    return hidden.index_copy_(-1, index, activations)
-
-
-def _tokens_of(target: Tensor, num_prefix: int, patches: Tensor | None) -> Tensor:
-    """Which tokens (B, T) the patches of a mask (B, h, w) are."""
+def _tokens_of(target: Tensor, hidden: Tensor, num_prefix: int, patches: Tensor | None) -> Tensor:
+    """Which tokens (B or 1, T) the patches of a mask (B or 1, h, w) are; raises ValueError if it does not fit."""
+    num_images, num_tokens = hidden.shape[:2]
+    masks, rows, columns = target.shape
+    num_patches = num_tokens - num_prefix if patches is None else int(patches.sum())
+    if masks not in (1, num_images):
+        raise ValueError(
+            f"the target mask {tuple(target.shape)} is of {masks} images, and the batch has {num_images}: pass one "
+            "mask for each image, or (1, h, w) for all"
+        )
+    if rows * columns != num_patches:
+        raise ValueError(
+            f"the target mask has {rows} x {columns} = {rows * columns} patches, and the images have {num_patches}: "
+            "it must have their grid, height and width in pixels divided by the patch size"
+        )
     mask = target.flatten(1)
     if patches is None:
-        return torch.cat([mask.new_zeros(len(mask), num_prefix), mask], 1)
-    return patches.new_zeros(len(mask), patches.shape[-1]).masked_scatter(patches, mask)
+        return torch.cat([mask.new_zeros(masks, num_prefix), mask], 1)
+    return patches.new_zeros(masks, num_tokens).masked_scatter(patches, mask)

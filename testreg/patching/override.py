@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import nn
+
+
+class Part(Protocol):
+    """One change of one module, which can be installed and taken back."""
+
+    def install(self) -> None: ...
+    def installed(self) -> bool: ...
+    def remove(self) -> None: ...
 
 
 @dataclass(eq=False)
@@ -34,6 +42,13 @@ class Override:
         else:
             setattr(self.module, self.method, self.previous)
 
+    def move_to(self, module: nn.Module) -> None:
+        """Take the place of another module's method instead."""
+        self.remove()
+        self.module = module
+        self.previous = module.__dict__.get(self.method)
+        self.install()
+
     def original(self, *args: Any, **kwargs: Any) -> Any:
         if self.previous is not None:
             return self.previous(*args, **kwargs)
@@ -41,28 +56,6 @@ class Override:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
-
-
-@dataclass(eq=False)
-class Constant:
-    """A tensor that a module holds while it is patched: it moves with the module, and is not in its state_dict."""
-
-    module: nn.Module
-    name: str
-    value: Tensor
-
-    def install(self) -> None:
-        self.module.register_buffer(self.name, self.value, persistent=False)
-
-    def installed(self) -> bool:
-        return self.name in self.module._buffers
-
-    def remove(self) -> None:
-        delattr(self.module, self.name)
-
-
-Part = Override | Constant
-"""One change of one module, which can be installed and taken back."""
 
 
 @dataclass(frozen=True)

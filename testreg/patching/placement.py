@@ -11,7 +11,6 @@ from testreg.patching.block import BlockCall, RegisterBlock
 from testreg.patching.fc2 import MoveInFront
 from testreg.patching.override import Part
 from testreg.patching.state import Patch
-from testreg.patching.static_parts import static_parts
 
 
 def parts(tower: Tower, patch: Patch) -> Iterator[Part]:
@@ -19,13 +18,10 @@ def parts(tower: Tower, patch: Patch) -> Iterator[Part]:
     one that they enter."""
     layout = Layout(patch.num_registers, tower.sequence_first)
     units = patch.neurons.by_block()
-    if patch.static is not None:
-        yield from static_parts(tower, patch, patch.static)
     for i, block in list(enumerate(tower.blocks))[patch.entry_block :]:
         moves = tuple(_moves(block, i, units.get(i, []), patch, layout))
-        yield from moves
         forward = RegisterBlock(block.module, patch, layout, tower, i, moves)
-        yield from (forward, BlockCall(block.module, forward))
+        yield from (*moves, *(move.compiled for move in moves), forward, BlockCall(block.module, forward))
         if block.attention is not None:
             yield AttentionWeights(block.attention, patch, layout, tower.family.appended)
         if block.bias is not None:
@@ -34,13 +30,11 @@ def parts(tower: Tower, patch: Patch) -> Iterator[Part]:
 
 
 def _moves(block: Block, index: int, units: list[int], patch: Patch, layout: Layout) -> Iterator[MoveInFront]:
-    owner = patch.owner
+    # If neurons are shared out, each goes to the next register, in the order of the ranking.
+    ranks = {(block, unit): rank for rank, (block, unit, _) in enumerate(patch.neurons.ranking)}
     for mlp, own in block.units_by_mlp(units):
         channels = tuple(mlp.first + unit for unit in own.values())
-        owners = None if owner is None else tuple(owner[index, unit] for unit in own)
+        owners = tuple(ranks[index, unit] % patch.num_registers for unit in own) if patch.split_neurons else None
         width = mlp.first + mlp.width
-        for module in mlp.consumers:
-            is_always_called = module is mlp.fc2
-            yield MoveInFront(
-                module, block.module, block.module, index, patch, layout, channels, owners, width, is_always_called
-            )
+        for linear in mlp.consumers:
+            yield MoveInFront(linear, block.module, index, patch, layout, channels, owners, width, linear is mlp.fc2)

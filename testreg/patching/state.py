@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from testreg.files import shown
-from testreg.neurons import MAX_REGISTERS, RegisterNeurons
+from testreg.neurons import RegisterNeurons
 from testreg.neurons.notices import VerifiedUse
 from testreg.patching.forward import UNPATCHED, Mode, is_recomputing, running
 from testreg.patching.override import REFUSALS, Part
 from testreg.records.options import MaxOver, Start, Zero
 from testreg.static import StaticRegisters
 
+STATE = "testreg_state"  # buffer of a block: its registers (R, C), if they are constants
 _PATCH = "_testreg_patch"  # attribute of a patched tower
-_counting = threading.Lock()  # not on the patch: a lock can be neither copied nor pickled
-
-
-def check_options(num_registers: int | None, max_over: str, zero: str | None, start: str | None = None) -> None:
-    """Raise ValueError unless `patch` can be called with these."""
-    if num_registers is not None and num_registers < 1:
-        raise ValueError(f"num_registers must be at least 1, got {num_registers}")
-    if num_registers is not None and num_registers > MAX_REGISTERS:
-        raise ValueError(f"num_registers must be at most {MAX_REGISTERS}, got {shown(num_registers)}: 1 to 16 do")
-    if max_over not in get_args(MaxOver):
-        raise ValueError(f"max_over must be 'neuron' or 'layer', got {max_over!r}")
-    if zero not in (None, *get_args(Zero)):
-        raise ValueError(f"zero must be 'patches', 'all' or 'firing', got {zero!r}")
-    if start not in (None, *get_args(Start)):
-        raise ValueError(f"start must be 'zeros' or 'mean', got {start!r}")
 
 
 def find_patch(model: nn.Module) -> Patch | None:
@@ -98,24 +81,9 @@ class Patch:
     def options(self) -> dict[str, Any]:
         """The arguments, beside neurons and target, that make the same patch again, for JSON; of static registers, only
         the form."""
-        options = {
-            "num_registers": self.num_registers,
-            "split_neurons": self.split_neurons,
-            "max_over": self.max_over,
-            "zero": self.zero,
-            "start": self.start,
-        }
+        names = "num_registers", "split_neurons", "max_over", "zero", "start"
+        options = {name: getattr(self, name) for name in names}
         return options if self.static is None else {**options, "static": self.static.form}
-
-    @property
-    def owner(self) -> dict[tuple[int, int], int] | None:
-        """The register of each neuron (block, unit) if neurons are shared out; None if every register holds all.
-
-        In the order of the ranking, each neuron goes to the next register.
-        """
-        if not self.split_neurons:
-            return None
-        return {(block, unit): i % self.num_registers for i, (block, unit, _) in enumerate(self.neurons.ranking)}
 
     @property
     def entry_block(self) -> int:
@@ -142,21 +110,10 @@ class Patch:
         which block it is part of, nor does a backward pass that recomputes the inside of one: they take the mode for
         new forwards.
         """
-        call = running.call
-        if call is not None and call.patch is self and call.forward is not None:
-            return call.forward.mode
+        forward = None if running.call is None else running.call.forward
+        if forward is not None and forward.patch is self:
+            return forward.mode
         return self.mode_for_new_forward if torch.compiler.is_compiling() or is_recomputing() else UNPATCHED
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Within the `with` block, forwards that start, in any thread, compute as in the unpatched model."""
-        with _counting:
-            self.disabled_by += 1
-        try:
-            yield
-        finally:
-            with _counting:
-                self.disabled_by -= 1
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy that is made within a `disabled` context is not disabled, since nothing would end that for it.

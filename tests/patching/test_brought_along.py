@@ -246,7 +246,7 @@ def test_blocks_that_give_several_tensors_of_tokens(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_a_loop_by_hand_may_edit_tokens_between_blocks(grad: bool) -> None:
+def test_a_loop_by_hand_may_edit_tokens_in_place_but_not_replace_them(grad: bool) -> None:
     model = patched()
     scale = torch.tensor(0.5, requires_grad=True)
     results = []
@@ -256,11 +256,13 @@ def test_a_loop_by_hand_may_edit_tokens_between_blocks(grad: bool) -> None:
             x = model.norm_pre(model._pos_embed(model.patch_embed(images())))
             for block in model.blocks:
                 x = block(x)
-                x = x if hooked else x * scale
+                x = x if hooked else x.mul_(scale)
         for handle in handles:
             handle.remove()
         results.append([x, *(torch.autograd.grad(x.square().sum(), [scale]) if grad else [])])
     torch.testing.assert_close(results[1], results[0])
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match=r"arrive at block 1: .*in a forward hook"):
+        model.blocks[1](model.blocks[0](x) * scale)
 
 
 @pytest.mark.parametrize("family", ["timm_vit", "open_clip_sequence_first"])

@@ -71,10 +71,8 @@ def activation(model: nn.Module, block: nn.Module, x: Tensor) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left() -> Any:
-    running.waiting = None
     yield
     assert running.call is None
-    assert running.waiting is None or running.waiting.handoff() is None
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -86,7 +84,6 @@ def test_the_register_stays_with_a_copy_of_the_tokens(family: str, grad: bool) -
         for block in LAYOUTS[family].blocks(model):
             stack.enter_context(hooked(block, lambda tokens: tokens.clone()))
         torch.testing.assert_close(run(model, images()), expected)
-    assert running.waiting is None
 
 
 EDITS: dict[str, Edit] = {
@@ -265,7 +262,7 @@ def test_blocks_out_of_order_fail() -> None:
     y = model.blocks[0](x)
     with pytest.raises(RuntimeError, match="the register did not arrive at block 2"):
         model.blocks[2](y * 1)
-    model.blocks[2](model.blocks[1](y * 1) * 1)  # in order, by hand
+    model.blocks[2](model.blocks[1](y))  # in order, by hand
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -276,14 +273,10 @@ def test_what_an_abandoned_forward_left_is_not_taken(grad: bool) -> None:
             model(images())
         with pytest.raises(RuntimeError, match="the register did not arrive at block 2"):
             model.blocks[2](torch.randn(2, 17, 48))
-        if grad:  # without an autograd graph, nothing tells tokens of that forward from others of their shape
+        for _ in range(2):
             model.forward_intermediates(images(), indices=[1], stop_early=True, intermediates_only=True)
             with pytest.raises(RuntimeError, match="the register did not arrive at block 2"):
                 model.blocks[2](torch.randn(2, 17, 48))
-        for _ in range(2):
-            model.forward_intermediates(images(), indices=[1], stop_early=True, intermediates_only=True)
-        with pytest.raises(RuntimeError, match="the register did not arrive at block 2"):
-            model.blocks[2](torch.randn(2, 17, 48))
 
 
 @torch.no_grad()
@@ -371,7 +364,7 @@ def test_a_forward_goes_on_in_another_thread() -> None:
     x = model.norm_pre(model._pos_embed(model.patch_embed(images())))
     expected = model.blocks(x)
     halfway = model.blocks[1](model.blocks[0](x))
-    thread = threading.Thread(target=lambda: outputs.append(model.blocks[3](model.blocks[2](halfway) * 1)))
+    thread = threading.Thread(target=lambda: outputs.append(model.blocks[3](model.blocks[2](halfway))))
     with torch.no_grad():
         thread.start()
         thread.join()
@@ -404,7 +397,6 @@ def test_no_activation_outlives_its_forward(how: str, grad: bool) -> None:
     gc.collect()
     assert len(left) == 4
     assert [each() for each in left] == [None] * 4
-    assert running.waiting is None or running.waiting.kept is None or running.waiting.kept.grad_fn is None
 
 
 @pytest.mark.slow

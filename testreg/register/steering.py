@@ -31,21 +31,6 @@ def check_target(target: object) -> None:
         )
 
 
-def check_target_fits(target: Tensor, num_images: int, num_patches: int) -> None:
-    """Raise ValueError unless the mask is of one image or of `num_images`, and of `num_patches` in each."""
-    masks, rows, columns = target.shape
-    if masks not in (1, num_images):
-        raise ValueError(
-            f"the target mask {tuple(target.shape)} is of {masks} images, and the batch has {num_images}: pass one "
-            "mask for each image, or (1, h, w) for all"
-        )
-    if rows * columns != num_patches:
-        raise ValueError(
-            f"the target mask has {rows} x {columns} = {rows * columns} patches, and the images have {num_patches}: "
-            "it must have their grid, height and width in pixels divided by the patch size"
-        )
-
-
 @contextmanager
 def steered(model: M, target: Tensor) -> Iterator[M]:
     """Within the `with` block, forwards of a patched model have its outliers where `target` says (section 5).

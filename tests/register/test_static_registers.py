@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import testreg
 from testreg import StaticRegisters, disabled, patch, registers, steered, unpatch
 from testreg.families import find_tower, fingerprint
-from testreg.patching.moves import silence
+from testreg.patching.moves import shift
 from testreg.patching.state import patch_of
 
 RANKING = ((1, 3), (2, 127), (1, 120), (2, 0), (1, 77), (0, 5), (3, 9), (2, 64))
@@ -54,7 +54,9 @@ def outputs(model: nn.Module, batch: int = 2) -> Tensor:
 def test_neurons_are_silent_on_the_patches(options: dict[str, Any], expected: list[list[float]]) -> None:
     hidden = torch.tensor([[[1.0, -9.0, 7.0], [-6.0, 3.0, 8.0], [4.0, -1.0, 9.0]]])
     with torch.no_grad():
-        assert silence(hidden, (0, 1), **{"num_prefix": 1, "zero": "patches", **options}).tolist() == [expected]
+        assert shift(
+            hidden, (0, 1), **{"num_registers": 0, "num_prefix": 1, "zero": "patches", **options}
+        ).tolist() == [expected]
 
 
 @pytest.mark.parametrize("family", LAYOUTS)

@@ -16,6 +16,7 @@ Shapes: B batch, T tokens of the unpatched model, P of them prefix tokens, R reg
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -25,15 +26,17 @@ from torch import Tensor, nn
 from testreg.families import find_tower
 from testreg.neurons import AnyNeurons, RegisterNeurons, resolve
 from testreg.neurons.notices import log_bundled, warn_of_activation, warn_of_other_weights, warn_of_unverified
-from testreg.patching.forward import recording
+from testreg.patching.forward import Recorder, running
 from testreg.patching.moves import shift as shift
 from testreg.patching.placement import parts
-from testreg.patching.state import Patch, check_options, find_patch, patch_of
-from testreg.patching.steering import check_target
-from testreg.records.options import MaxOver, Start, Zero
+from testreg.patching.state import Patch, find_patch, patch_of
+from testreg.records.options import MaxOver, Start, Zero, check_options
+from testreg.register.static_parts import static_parts
+from testreg.register.steering import check_target
 from testreg.static import AnyStatic, resolve_static
 
 M = TypeVar("M", bound=nn.Module)
+_counting = threading.Lock()  # of `disabled` contexts; not on the patch, since a lock can be neither copied nor pickled
 
 
 def patch(
@@ -120,7 +123,7 @@ def patch(
         target,
         constant,
     )
-    state.install(parts(tower, state))
+    state.install([*static_parts(tower, state), *parts(tower, state)])
     if neurons is None and constant is None:
         log_bundled(chosen, model)
     return model
@@ -164,8 +167,14 @@ def disabled(model: M) -> Iterator[M]:
         >>> with testreg.patched(model, neurons), testreg.disabled(model):
         ...     baseline = model(images)
     """
-    with patch_of(model).disabled():
+    state = patch_of(model)
+    with _counting:
+        state.disabled_by += 1
+    try:
         yield model
+    finally:
+        with _counting:
+            state.disabled_by -= 1
 
 
 @contextmanager
@@ -181,8 +190,12 @@ def registers(model: nn.Module) -> Iterator[list[Tensor]]:
         >>> after_block[-1].shape
         torch.Size([45, 1, 48])
     """
-    with recording(patch_of(model)) as recorded:
-        yield recorded
+    recorder = Recorder(patch_of(model))
+    running.recorders = (*running.recorders, recorder)
+    try:
+        yield recorder.recorded
+    finally:
+        running.recorders = tuple(each for each in running.recorders if each is not recorder)
 
 
 def is_patched(model: nn.Module) -> bool:

@@ -7,6 +7,7 @@ the tensors that they see, keep or replace are those of the T tokens, and part o
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,17 +15,18 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import KeyPath, tree_map_with_path
 
 from testreg.families.layout import Layout
 from testreg.patching.block import RegisterBlock
 from testreg.patching.fc2 import MoveInFront
-from testreg.patching.forward import Hooked, layout_now, running
+from testreg.patching.forward import CARRIED, layout_now
 from testreg.patching.override import Override
 from testreg.patching.state import Patch, patch_of
 
 M = TypeVar("M", bound=nn.Module)
-Rejoin = Callable[[Tensor], Tensor]
-"""Puts the registers of one tensor back onto what a hook has made of its tokens."""
+Rejoin = Callable[[Any], Any]
+"""Puts the registers that were taken off something back onto what a hook has made of it."""
 
 
 @contextmanager
@@ -54,19 +56,84 @@ def hooks_without_registers(model: M) -> Iterator[M]:
     for block in blocks:
         for module in block.module.modules():
             if module is not block.module:
-                layers += [Inside(module, patch), Around(module, patch)]
+                layers += [Inside(module), Around(module, patch)]
     try:
         for layer in layers:
             layer.install()
         for block in blocks:
-            block.previous = StripAttributes(block.module, patch, block.previous)
+            block.previous = BlockBetweenHooks(block, patch, block.previous)
         yield model
     finally:
         for block in blocks:
-            if isinstance(block.previous, StripAttributes):
+            if isinstance(block.previous, BlockBetweenHooks):
                 block.previous = block.previous.original
         for layer in reversed(layers):
             layer.remove()
+
+
+def has_no_registers(tensor: Tensor) -> bool:
+    """Whether a tensor holds no registers behind its T tokens.
+
+    That is so if a block has handed it on, which attaches the registers as an attribute, or if hooks are running that
+    see no registers.
+    """
+    return getattr(tensor, CARRIED, None) is not None or _running.hooked is not None
+
+
+@dataclass(eq=False)
+class Hooked:
+    """A module inside a block, while its hooks run and see no registers."""
+
+    module: nn.Module
+    stripper: _Stripper
+    rejoin: Rejoin
+    """Puts registers back behind tokens: those of the module's input until its forward has run, then those of its
+    output."""
+
+
+class _Running(threading.local):
+    """The state of one thread."""
+
+    stripper: _Stripper | None
+    """What takes registers off tensors of the block that the thread is in; None if they have none."""
+    hooked: Hooked | None
+    """The module whose hooks run."""
+
+    def __init__(self) -> None:
+        self.stripper = None
+        self.hooked = None
+
+
+_running = _Running()
+
+
+@dataclass(eq=False)
+class BlockBetweenHooks:
+    """A block's own forward, after which registers are taken off the tensors that its modules keep as attributes."""
+
+    block: RegisterBlock
+    patch: Patch
+    original: Callable[..., Any] | None
+
+    def __call__(self, sequence: Tensor, *args: Any, **kwargs: Any) -> Any:
+        module = self.block.module
+        forward = self.original or type(module).forward.__get__(module)
+        if torch.compiler.is_compiling():
+            return forward(sequence, *args, **kwargs)
+        layout, stripper = layout_now(self.block.default_layout), None
+        if self.patch.current_mode.has_registers:
+            stripper = _Stripper(self.patch, layout, sequence.shape[layout.dim])
+        outer, _running.stripper = _running.stripper, stripper
+        before = {module: dict(vars(module)) for module in module.modules()}
+        try:
+            out = forward(sequence, *args, **kwargs)
+        finally:
+            _running.stripper = outer
+        for module, attributes in before.items():
+            for name, value in list(vars(module).items()):
+                if stripper is not None and isinstance(value, Tensor) and attributes.get(name) is not value:
+                    setattr(module, name, stripper.without_registers(value)[0])
+        return out
 
 
 @dataclass(eq=False)
@@ -77,19 +144,25 @@ class Around(Override):
     patch: Patch
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not _length(self.patch) or not _has_hooks(self.module):
+        stripper = _running.stripper
+        if (
+            torch.compiler.is_compiling()
+            or stripper is None
+            or stripper.patch is not self.patch
+            or not _has_hooks(self.module)
+        ):
             return self.original(*args, **kwargs)
         original = self.original
         if isinstance(self.previous, MoveInFront):  # it runs before the hooks, and needs the registers
             args, kwargs = self.previous.moved(args, kwargs)
             original = self.previous.original
-        (args, kwargs), rejoin = _stripper(self.patch).without_registers((args, kwargs))
-        outer, hooked = running.hooked, Hooked(self.module, rejoin)
-        running.hooked = hooked
+        (args, kwargs), rejoin = stripper.without_registers((args, kwargs))
+        outer, hooked = _running.hooked, Hooked(self.module, stripper, rejoin)
+        _running.hooked = hooked
         try:
             out = original(*args, **kwargs)
         finally:
-            running.hooked = outer
+            _running.hooked = outer
         return hooked.rejoin(out)
 
 
@@ -97,54 +170,18 @@ class Around(Override):
 class Inside(Override):
     """A module's own forward, which computes with registers between hooks that see none."""
 
-    patch: Patch
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        hooked = running.hooked
+        hooked = _running.hooked
         if hooked is None or hooked.module is not self.module:
             return self.original(*args, **kwargs)
         args, kwargs = hooked.rejoin((args, kwargs))
-        running.hooked = None
+        _running.hooked = None
         try:
             out = self.original(*args, **kwargs)
         finally:
-            running.hooked = hooked
-        out, hooked.rejoin = _stripper(self.patch).without_registers(out)
+            _running.hooked = hooked
+        out, hooked.rejoin = hooked.stripper.without_registers(out)
         return out
-
-
-@dataclass(eq=False)
-class StripAttributes:
-    """A block's own forward, after which registers are taken off the tensors that its modules keep as attributes."""
-
-    module: nn.Module
-    patch: Patch
-    original: Callable[..., Any] | None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        forward = self.original or type(self.module).forward.__get__(self.module)
-        if torch.compiler.is_compiling():
-            return forward(*args, **kwargs)
-        before = {module: dict(vars(module)) for module in self.module.modules()}
-        out = forward(*args, **kwargs)
-        stripper = _stripper(self.patch)
-        for module, attributes in before.items():
-            for name, value in list(vars(module).items()):
-                if isinstance(value, Tensor) and attributes.get(name) is not value and stripper.length:
-                    setattr(module, name, stripper.without_registers(value)[0])
-        return out
-
-
-def _stripper(patch: Patch) -> _Stripper:
-    """What takes registers off tensors of the block that this thread is in."""
-    default = next(part.default_layout for part in patch.overrides if isinstance(part, RegisterBlock))
-    return _Stripper(layout_now(default), _length(patch), patch.num_prefix)
-
-
-def _length(patch: Patch) -> int:
-    """T+R, if this thread is in a block of the patch that has registers; else 0."""
-    call = running.call
-    return call.length if call is not None and call.patch is patch and not torch.compiler.is_compiling() else 0
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -167,31 +204,24 @@ def _has_hooks(module: nn.Module) -> bool:
 class _Stripper:
     """Takes registers off tensors in which one dimension has T+R entries, or the last two have."""
 
+    patch: Patch
     layout: Layout
     length: int
-    num_prefix: int
 
-    def without_registers(self, value: Any) -> tuple[Any, Callable[[Any], Any]]:
+    def without_registers(self, value: Any) -> tuple[Any, Rejoin]:
         """The value without registers, and a function that puts them back onto what replaces it.
 
         Tensors in tuples, lists and dictionaries are treated as well.
         """
-        if isinstance(value, Tensor):
-            return self._tensor(value)
-        if isinstance(value, dict):
-            parts = {key: self.without_registers(each) for key, each in value.items()}
-            kept = {key: rejoin for key, (_, rejoin) in parts.items()}
-            return {key: each for key, (each, _) in parts.items()}, lambda new: {
-                key: kept.get(key, _unchanged)(each) for key, each in new.items()
-            }
-        if type(value) in (tuple, list):
-            pairs = [self.without_registers(each) for each in value]
-            make = type(value)
-            return make(each for each, _ in pairs), lambda new: make(
-                (pairs[i][1] if i < len(pairs) else _unchanged)(each)
-                for i, each in enumerate(new if isinstance(new, (tuple, list)) else (new,))
-            )
-        return value, _unchanged
+        rejoins: dict[KeyPath, Rejoin] = {}
+
+        def strip(path: KeyPath, each: Any) -> Any:
+            if isinstance(each, Tensor):
+                each, rejoins[path] = self._tensor(each)
+            return each
+
+        stripped = tree_map_with_path(strip, value)
+        return stripped, lambda new: tree_map_with_path(lambda path, each: rejoins.get(path, _unchanged)(each), new)
 
     def _tensor(self, value: Tensor) -> tuple[Tensor, Rejoin]:
         layout, sizes = self.layout, value.shape
@@ -206,7 +236,7 @@ class _Stripper:
             registers = layout.registers(value)
             return layout.tokens(value), lambda new: layout.join(new, registers)
         places = [dim for dim in (layout.dim, *range(-2, -value.ndim - 1, -1), -1) if -dim <= value.ndim]
-        lengths = self.length, self.length - self.num_prefix  # rotary embeddings may be of the patches alone
+        lengths = self.length, self.length - self.patch.num_prefix  # rotary embeddings may be of the patches alone
         place = next(((dim, length) for length in lengths for dim in places if sizes[dim] == length), None)
         if place is None:
             return value, _unchanged

@@ -17,22 +17,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from testreg.families import Block, Tower, find_tower
-from testreg.patching.override import Constant, Override, Part
-from testreg.patching.state import Patch, patch_of
-from testreg.static import StaticRegisters
+from testreg.patching.override import Override, Part
+from testreg.patching.state import STATE, Patch, patch_of
 
 M = TypeVar("M", bound=nn.Module)
 
-STATE = "testreg_state"  # buffer of a block: its registers (R, C)
 KEY, VALUE = "testreg_bias_k", "testreg_bias_v"  # buffers of an nn.MultiheadAttention: (1, 1, C)
 
 
-def static_parts(tower: Tower, patch: Patch, static: StaticRegisters) -> Iterator[Part]:
-    """The parts to put on each block so that its registers are constants.
+def static_parts(tower: Tower, patch: Patch) -> Iterator[Part]:
+    """The parts to put on each block so that its registers are constants; none if they are not.
 
     Raises:
         ValueError: the model has no place for this form.
     """
+    static = patch.static
+    if static is None:
+        return
     entered = list(zip(tower.blocks, static.states, strict=True))[patch.entry_block :]
     for block, state in entered:
         weight = next(each for each in block.module.parameters() if each.is_floating_point())
@@ -84,6 +85,24 @@ def key_and_value(tower: Tower, block: Block, attention: nn.MultiheadAttention, 
     biases = (None, None) if attention.in_proj_bias is None else attention.in_proj_bias.chunk(3)[1:]
     parts = zip((KEY, VALUE), (got["key"], got["value"]), weights, biases, strict=True)
     return {name: F.linear(tokens, weight, bias) for name, tokens, weight, bias in parts}
+
+
+@dataclass(eq=False)
+class Constant:
+    """A tensor that a module holds while it is patched: it moves with the module, and is not in its state_dict."""
+
+    module: nn.Module
+    name: str
+    value: Tensor
+
+    def install(self) -> None:
+        self.module.register_buffer(self.name, self.value, persistent=False)
+
+    def installed(self) -> bool:
+        return self.name in self.module._buffers
+
+    def remove(self) -> None:
+        delattr(self.module, self.name)
 
 
 @dataclass(eq=False)

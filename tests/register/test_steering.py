@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import testreg
 from testreg import disabled, patch, registers, steered, unpatch
 from testreg.families import find_tower
-from testreg.patching.moves import steer
+from testreg.patching.moves import shift
 
 RANKING = ((1, 3), (2, 127), (1, 120), (2, 0), (1, 77), (0, 5), (3, 9), (2, 64))
 NEURONS = testreg.RegisterNeurons(tuple((layer, unit, None) for layer, unit in RANKING))
@@ -80,7 +80,7 @@ def test_steer_gives_the_literal_result(
     hidden = torch.tensor([HIDDEN])
     settings = {"num_prefix": 1, "max_over": "neuron", "zero": "patches", **options}
     with torch.set_grad_enabled(grad):
-        moved = steer(hidden, (0, 1), torch.tensor(target), **settings)
+        moved = shift(hidden, (0, 1), target=torch.tensor(target), **settings)
     assert moved.tolist() == [expected]
     assert (moved is hidden) is not grad
 
@@ -89,12 +89,12 @@ def test_images_of_a_batch_have_their_own_masks() -> None:
     hidden = torch.tensor([HIDDEN, [[-each for each in row] for row in HIDDEN]])
     masks = torch.tensor([TARGET[0], [[False, False], [False, False]]])
     settings: dict[str, Any] = {"num_prefix": 1, "max_over": "neuron", "zero": "patches"}
-    together = steer(hidden.clone(), (0, 1), masks, **settings)
+    together = shift(hidden.clone(), (0, 1), target=masks, **settings)
     for i in range(2):
-        assert together[i : i + 1].equal(steer(hidden[i : i + 1].clone(), (0, 1), masks[i : i + 1], **settings))
+        assert together[i : i + 1].equal(shift(hidden[i : i + 1].clone(), (0, 1), target=masks[i : i + 1], **settings))
     assert together[1, 1:, :2].count_nonzero() == 0
-    both = steer(hidden.clone(), (0, 1), masks[:1], **settings)  # one mask for all
-    assert both[1].equal(steer(hidden[1:].clone(), (0, 1), masks[:1], **settings)[0])
+    both = shift(hidden.clone(), (0, 1), target=masks[:1], **settings)  # one mask for all
+    assert both[1].equal(shift(hidden[1:].clone(), (0, 1), target=masks[:1], **settings)[0])
 
 
 # The forward ---------------------------------------------------------------------------------------------------------
