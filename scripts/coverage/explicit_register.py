@@ -70,7 +70,10 @@ def explicit_register(tower: Tower, neurons: Mapping[int, Sequence[int]], start:
                     magnitude = sequence[:, unit].abs()
                     magnitude[padding] = -1
                     loudest = sequence[:, unit][magnitude.argmax()].clone()
-                    sequence[_patches(tower, len(sequence) - 1), unit] = 0
+                    patches = _patches(tower, len(sequence) - 1)
+                    # With this start, neurons that are at rest on a patch keep their value.
+                    at_rest = sequence[patches, unit].clamp(-0.28, 0)
+                    sequence[patches, unit] = at_rest if start == "mean" else torch.zeros_like(at_rest)
                     sequence[-1, unit] = loudest
             return original(hidden, *args)
 

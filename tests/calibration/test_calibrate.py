@@ -499,7 +499,8 @@ def test_the_list_says_how_many_registers_hold_it(planted, photos, monkeypatch):
     effect = EffectMeter.effect
 
     def best_with_two(self, neurons, num_registers=1, start="zeros"):
-        return replace(effect(self, neurons, num_registers, start), change_pooled=0.1 * abs(num_registers - 2))
+        change = 0.1 * abs(num_registers - 2)
+        return replace(effect(self, neurons, num_registers, start), change_pooled=change, change_patches=0.0)
 
     monkeypatch.setattr(EffectMeter, "effect", best_with_two)
     found = calibrate(model, photos, progress=False)
