@@ -2,6 +2,9 @@
 from testreg.calibration.calibrate import calibrate as calibrate
 from testreg.calibration.errors import ImmovableOutliersError as ImmovableOutliersError
 from testreg.calibration.errors import NoOutliersError as NoOutliersError
+from testreg.extensions.hooks import hooks_without_registers as hooks_without_registers
+from testreg.extensions.static_parts import fold as fold
+from testreg.extensions.steering import steered as steered
 from testreg.families import Family as Family
 from testreg.families import add_family as add_family
 from testreg.io.checkpoints import load as load
@@ -27,9 +30,6 @@ from testreg.register import patch as patch
 from testreg.register import patched as patched
 from testreg.register import registers as registers
 from testreg.register import unpatch as unpatch
-from testreg.register.hooks import hooks_without_registers as hooks_without_registers
-from testreg.register.static_parts import fold as fold
-from testreg.register.steering import steered as steered
 from testreg.report.comparison import Comparison as Comparison
 from testreg.report.comparison import compare as compare
 from testreg.static import StaticRegisters as StaticRegisters

@@ -13,7 +13,7 @@ import testreg
 
 PACKAGE = Path(testreg.__file__).parent
 FLOORS = (  # a room imports from itself and from those below it
-    *("__main__", "cli", "demo", "report", "evaluation", "calibration", "measure", "io", "register"),
+    *("__main__", "cli", "demo", "report", "evaluation", "calibration", "measure", "io", "register", "extensions"),
     *("patching", "static", "neurons", "hub", "records", "families", "display", "files"),
 )
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -62,8 +62,8 @@ def show(
 
     import torch
 
+    from testreg.extensions.steering import steered
     from testreg.families import find_tower
-    from testreg.register.steering import steered
     from testreg.report.map_figures import figure, figures_of, maps_before_and_after, table
 
     photographs = _photographs(images)

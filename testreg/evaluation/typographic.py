@@ -29,8 +29,8 @@ from testreg.evaluation.pixel_maps import one_split, two_splits
 from testreg.evaluation.preparing import Normalisation, Square, normalisation_of
 from testreg.evaluation.result import Result
 from testreg.evaluation.samples import Sample, images_under, random_subset, sample_of_file
+from testreg.extensions.steering import steered
 from testreg.neurons import AnyNeurons
-from testreg.register.steering import steered
 
 if TYPE_CHECKING:
     from PIL.Image import Image

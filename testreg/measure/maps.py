@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from testreg.extensions.hooks import has_no_registers
 from testreg.families import Tower, find_tower
 from testreg.families.layout import Layout
 from testreg.io.images import Images, ImageStream
@@ -22,7 +23,6 @@ from testreg.io.sources import images_in, named_source, single_images, undecoded
 from testreg.measure.attention import Query, To, attention_rollout, attention_to_patches, pooling_attention
 from testreg.measure.hooks import recorded_tokens
 from testreg.patching.state import find_patch
-from testreg.register.hooks import has_no_registers
 
 
 def attention(

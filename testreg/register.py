@@ -23,6 +23,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from testreg.extensions.static_parts import static_parts
+from testreg.extensions.steering import check_target
 from testreg.families import find_tower
 from testreg.neurons import AnyNeurons, RegisterNeurons, resolve
 from testreg.neurons.notices import log_bundled, warn_of_activation, warn_of_other_weights, warn_of_unverified
@@ -31,8 +33,6 @@ from testreg.patching.moves import shift as shift
 from testreg.patching.placement import parts
 from testreg.patching.state import Patch, find_patch, patch_of
 from testreg.records.options import MaxOver, Start, Zero, check_options
-from testreg.register.static_parts import static_parts
-from testreg.register.steering import check_target
 from testreg.static import AnyStatic, resolve_static
 
 M = TypeVar("M", bound=nn.Module)

@@ -1,0 +1,1 @@
+"""What builds on the mechanism in `patching`: static registers, steering, and hooks that see no registers."""
