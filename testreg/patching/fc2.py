@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from dataclasses import InitVar, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class MoveInFront(Override):
     """
 
     method = "_call_impl"
-    block: InitVar[nn.Module]
+    block: nn.Module
     index: int
     patch: Patch
     layout: Layout
@@ -47,12 +47,12 @@ class MoveInFront(Override):
     is_always_called: bool
     """Whether every forward calls the linear. This is False for experts of a mixture: a forward calls only some."""
 
-    def __post_init__(self, block: nn.Module) -> None:
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.linear, self.compiled = self.module, MoveCompiled(self.module, self)
         self.parent, self.name = next(
             (parent, name)
-            for parent in block.modules()
+            for parent in self.block.modules()
             for name, child in parent.named_children()
             if child is self.linear
         )
@@ -147,10 +147,13 @@ class MoveInFront(Override):
             )
 
     def _warn_if_outside(self) -> None:
-        """Warn, once, if the linear is called outside its block, where neurons are not moved."""
-        if running.call is not None or torch.compiler.is_compiling() or is_recomputing():
+        """Warn, once, of a call outside of the block; raise RuntimeError if the block's patched forward was replaced."""
+        is_known = running.call is not None or torch.compiler.is_compiling() or is_recomputing()
+        if is_known or not self.patch.mode_for_new_forward.is_patched:
             return
-        if self.patch.warns_outside and self.patch.mode_for_new_forward.is_patched:
+        if getattr(self.block.__dict__.get("forward"), "patch", None) is not self.patch:
+            raise RuntimeError(f"the forward of block {self.index}, which testreg.patch() replaced, was replaced again")
+        if self.patch.warns_outside:
             self.patch.warns_outside = False
             warnings.warn(
                 f"the second MLP linear of block {self.index} was called outside of the block's own forward: its "

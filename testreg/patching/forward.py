@@ -1,9 +1,9 @@
 """The life of a forward through a patched tower.
 
-1. The entry block is called with T tokens: a `Forward` begins. The entry block is block 0 if registers
-   start as zeros. If they start as the mean of their image's patches, it is the first block with register neurons, and
-   the blocks in front of it are not changed. The mode of the forward is decided (with registers, steered onto patches,
-   or unpatched), and holds to its end, whatever `testreg.disabled` and `testreg.steered` do meanwhile.
+1. The entry block is called with T tokens: a `Forward` begins. The entry block is block 0 if registers start as zeros.
+   If they start as the mean of their image's patches, it is the first block with register neurons, and the blocks in
+   front of it are not changed. The mode of the forward is decided (with registers, steered onto patches, or unpatched),
+   and holds to its end, whatever `testreg.disabled` and `testreg.steered` do meanwhile.
 2. The block appends R registers to the tokens (zeros, means, or static states), and calls the block's own forward on
    the T+R (block.py).
 3. In front of the second MLP linear, before any hook on it, the register neurons are moved to the registers (fc2.py).

@@ -56,19 +56,16 @@ def shift(
     """
     index = index_tensor(units, hidden)
     activations = hidden.index_select(-1, index)  # (B, T+R, K)
+    peak = _largest(activations, max_over, valid)  # (B, 1, K)
+    moved = _silenced(activations, zero, num_prefix, patches)
     if target is not None:
-        peak = _largest(activations, max_over, valid)  # (B, 1, K)
         chosen = _tokens_of(target.to(hidden.device), hidden, num_prefix, patches)
-        moved = torch.where(chosen.unsqueeze(-1), peak, _silenced(activations, zero, num_prefix, patches))
+        moved = torch.where(chosen.unsqueeze(-1), peak, moved)
     elif num_registers:
-        peak = _largest(activations, max_over, valid)
         if owners is not None:
             owned = index_tensor(owners, hidden) == torch.arange(num_registers, device=hidden.device).unsqueeze(-1)
             peak = torch.where(owned, peak, peak.new_zeros(()))  # (B, R, K)
-        moved = _silenced(activations, zero, num_prefix, patches)
         moved[:, -num_registers:] = peak
-    else:
-        moved = _silenced(activations, zero, num_prefix, patches)
     if torch.is_grad_enabled():
         return hidden.index_copy(-1, index, moved)
     return hidden.index_copy_(-1, index, moved)

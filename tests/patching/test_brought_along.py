@@ -351,6 +351,16 @@ def split(fc1: nn.Module) -> Callable[[], None]:
     return fc1.register_forward_hook(lambda module, args, output: output[..., :96]).remove
 
 
+def test_a_replaced_forward_that_is_called_without_its_block_is_an_error() -> None:
+    model = patched()
+    block = model.blocks[1]
+    block.forward = type(block).forward.__get__(block)
+    with pytest.raises(RuntimeError, match="the forward of block 1, .*was replaced again"):
+        block.forward(torch.randn(2, 17, 48))
+    with testreg.disabled(model):
+        block.forward(torch.randn(2, 17, 48))
+
+
 def test_tensor_parallel_mlps_are_refused_by_name() -> None:
     model = patched()
     split(model.blocks[1].mlp.fc1)
