@@ -147,7 +147,7 @@ class MoveInFront(Override):
             )
 
     def _warn_if_outside(self) -> None:
-        """Warn, once, of a call outside of the block; raise RuntimeError if the block's patched forward was replaced."""
+        """Warn, once, of a call outside the block; raise RuntimeError if its patched forward was replaced."""
         is_known = running.call is not None or torch.compiler.is_compiling() or is_recomputing()
         if is_known or not self.patch.mode_for_new_forward.is_patched:
             return

@@ -355,7 +355,7 @@ def test_a_replaced_forward_that_is_called_without_its_block_is_an_error() -> No
     model = patched()
     block = model.blocks[1]
     block.forward = type(block).forward.__get__(block)
-    with pytest.raises(RuntimeError, match="the forward of block 1, .*was replaced again"):
+    with pytest.raises(RuntimeError, match=r"the forward of block 1, .*was replaced again"):
         block.forward(torch.randn(2, 17, 48))
     with testreg.disabled(model):
         block.forward(torch.randn(2, 17, 48))
