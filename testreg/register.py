@@ -19,6 +19,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from testreg.extensions.steering import check_target
 from testreg.families import find_tower
 from testreg.neurons import AnyNeurons, RegisterNeurons, resolve
 from testreg.neurons.notices import log_bundled, warn_of_activation, warn_of_other_weights, warn_of_unverified
-from testreg.patching.forward import Recorder, running
+from testreg.patching.forward import Forward, running
 from testreg.patching.moves import shift as shift
 from testreg.patching.placement import parts
 from testreg.patching.state import Patch, find_patch, patch_of
@@ -196,6 +197,29 @@ def registers(model: nn.Module) -> Iterator[list[Tensor]]:
         yield recorder.recorded
     finally:
         running.recorders = tuple(each for each in running.recorders if each is not recorder)
+
+
+@dataclass(eq=False)
+class Recorder:
+    """Records the registers of one patched tower, in this thread's last forward of it, for `registers`."""
+
+    patch: Patch
+    recorded: list[Tensor] = field(default_factory=list)
+    """The registers after each block, (B, R, C); (B, 0, C) after the blocks in front of the one that they enter."""
+    forward: Forward | None = None
+    """The forward that computes these registers."""
+
+    def begin(self, forward: Forward) -> None:
+        """Record this forward from now on, if it is of the patched tower."""
+        if forward.patch is self.patch:
+            self.recorded.clear()
+            self.forward = forward
+
+    def record(self, registers: Tensor, patch: object, index: int) -> None:
+        """Store the registers after block `index`, if they are of the recorded forward."""
+        if self.patch is patch and (running.call is None or self.forward is running.call.forward):
+            self.recorded += [registers[:, :0]] * (index - len(self.recorded))  # before they entered
+            self.recorded[index : index + 1] = [registers]
 
 
 def is_patched(model: nn.Module) -> bool:

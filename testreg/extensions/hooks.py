@@ -54,9 +54,11 @@ def hooks_without_registers(model: M) -> Iterator[M]:
     layers: list[Override] = []
     blocks = [part for part in patch.overrides if isinstance(part, RegisterBlock)]
     for block in blocks:
-        for module in block.module.modules():
-            if module is not block.module:
-                layers += [Inside(module), Around(module, patch)]
+        for move in block.moves:
+            move.check()  # an adapter that came after the patch is wrapped now, and not under these layers
+    inside = {module for block in blocks for module in block.module.modules() if module is not block.module}
+    for module in inside:
+        layers += [Inside(module), Around(module, patch)]
     try:
         for layer in layers:
             layer.install()
@@ -123,12 +125,13 @@ class BlockBetweenHooks:
         layout, stripper = layout_now(self.block.default_layout), None
         if self.patch.current_mode.has_registers:
             stripper = _Stripper(self.patch, layout, sequence.shape[layout.dim])
-        outer, _running.stripper = _running.stripper, stripper
+        outer = _running.stripper, _running.hooked
+        _running.stripper, _running.hooked = stripper, None
         before = {module: dict(vars(module)) for module in module.modules()}
         try:
             out = forward(sequence, *args, **kwargs)
         finally:
-            _running.stripper = outer
+            _running.stripper, _running.hooked = outer
         for module, attributes in before.items():
             for name, value in list(vars(module).items()):
                 if stripper is not None and isinstance(value, Tensor) and attributes.get(name) is not value:

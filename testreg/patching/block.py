@@ -29,7 +29,6 @@ from testreg.patching.forward import (
     first_of,
     for_replaced,
     is_recomputing,
-    record,
     running,
     with_first,
 )
@@ -92,7 +91,7 @@ class RegisterBlock(Override):
             return self.run_call(self, args, kwargs)
         tokens = self._tokens(args, kwargs)
         if self.is_entry or not isinstance(tokens, Tensor):
-            call.forward, registers = begin(self.patch, mode, tokens), None
+            call.forward, registers = begin(self.patch, mode, call.argument), None
         else:
             call.forward, registers = self._arriving(tokens, call, mode)
         return self._run(call, call.forward.mode, registers, args, kwargs)
@@ -101,22 +100,20 @@ class RegisterBlock(Override):
         """The forward and the registers that the tokens carry, or those carried that a hook has replaced by them."""
         handoff = carried(call.argument, self.patch)
         if handoff is None:
-            left = getattr(tokens, CARRIED, None)  # by a compiled block
-            return Forward(self.patch, mode), left if isinstance(left, Tensor) else None
+            return Forward(self.patch, mode), self._left_by_compiled(tokens)
         if handoff.forward.mode.has_registers and tokens.shape != handoff.shape:
             raise RuntimeError(
                 f"the register did not arrive at block {self.index}: block {self.index - 1} handed on tokens "
                 f"{tuple(handoff.shape)}, and {tuple(tokens.shape)} came. Where images leave the batch, or tokens are "
                 "merged, pruned or added, the register cannot follow them: use testreg.disabled(model)"
             )
-        if tokens is not call.argument:
-            handoff = for_replaced(tokens, handoff)
-        elif tokens.grad_fn is not None and handoff.registers is not None and not handoff.registers.requires_grad:
+        needs_gradient = call.argument.grad_fn is not None  # type: ignore[attr-defined]
+        if needs_gradient and handoff.registers is not None and not handoff.registers.requires_grad:
             raise RuntimeError(
                 f"the gradient did not arrive at block {self.index} with the register: re-entrant gradient "
                 "checkpointing drops it. Use use_reentrant=False"
             )
-        return handoff.forward, handoff.registers
+        return handoff.forward, for_replaced(tokens, handoff).registers
 
     def _run(
         self, call: Call | None, mode: Mode, registers: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -159,7 +156,10 @@ class RegisterBlock(Override):
             return layout.join(tokens, self.first_registers(tokens, layout))
         if torch.compiler.is_compiling():
             left = getattr(tokens, CARRIED, None)
-            registers = left if left is None or isinstance(left, Tensor) else left.registers  # by an eager block
+            if isinstance(left, Handoff) and left.forward.patch is self.patch:  # by an eager block
+                registers = left.registers
+            else:
+                registers = self._left_by_compiled(tokens)
         if registers is None and is_recomputing():
             raise RuntimeError(
                 f"block {self.index} is recomputed from an input that was saved elsewhere (save_on_cpu, offload), "
@@ -173,6 +173,13 @@ class RegisterBlock(Override):
                 "testreg.disabled(model)"
             )
         return layout.join(tokens, registers)
+
+    def _left_by_compiled(self, tokens: Tensor) -> Tensor | None:
+        """The registers that the previous block left, if it was compiled: on these tokens, or for what hooks return."""
+        carried, left, running.compiled = getattr(tokens, CARRIED, None), running.compiled, None
+        if carried is not None or left is None or left[0] is not self.patch or left[1] != self.index - 1:
+            return carried if isinstance(carried, Tensor) else None
+        return left[3].to(tokens.device, tokens.dtype) if tuple(tokens.shape) == left[2] else None
 
     def first_registers(self, tokens: Tensor, layout: Layout) -> Tensor:
         """The registers (B, R, C) with which these tokens enter: zeros, or the mean of their image's patches.
@@ -220,8 +227,8 @@ class RegisterBlock(Override):
                     "merged or pruned, the register cannot be told from them"
                 )
             registers = layout.registers(sequence)
-            if running.recorders:
-                record(registers.clone(), self.patch, self.index)
+            for recorder in running.recorders:
+                recorder.record(registers.clone(), self.patch, self.index)
             strip = lambda each: layout.tokens(each).contiguous() if each.shape == entered.shape else each
             out = strip(out) if out is sequence else tree_map_only(Tensor, strip, out)
         tokens = first_of(out)
@@ -233,7 +240,7 @@ class RegisterBlock(Override):
         elif registers is not None:
             setattr(tokens, CARRIED, registers)
             if self.module._forward_hooks:
-                running.compiled = tokens
+                running.compiled = self.patch, self.index, tuple(tokens.shape), registers
         return out
 
     # Arguments beside the tokens -------------------------------------------------------------------------------------
@@ -280,15 +287,14 @@ class BlockCall(Override):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
             return self.block.run_call(self.original, args, kwargs)
-        running.compiled = None
         out = self.original(*args, **kwargs)
-        tokens, handed_on, running.compiled = first_of(out), running.compiled, None
-        if handed_on is None or tokens is handed_on or not isinstance(tokens, Tensor):
+        tokens, left, running.compiled = first_of(out), running.compiled, None
+        if left is None or not isinstance(tokens, Tensor) or getattr(tokens, CARRIED, None) is not None:
             return out
-        if tokens.shape != handed_on.shape or getattr(tokens, CARRIED, None) is not None:
+        if tuple(tokens.shape) != left[2]:
             return out
         view = tokens.view_as(tokens)
-        setattr(view, CARRIED, getattr(handed_on, CARRIED).to(tokens.device, tokens.dtype))
+        setattr(view, CARRIED, left[3].to(tokens.device, tokens.dtype))
         return with_first(out, view)
 
 

@@ -23,7 +23,7 @@ tokens carry. A `patch` is what `testreg.patch` puts on a tower (`state.Patch`),
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +31,8 @@ from torch import Tensor
 
 from testreg.families.layout import Layout
 
-CARRIED = "_testreg_carried"  # attribute of the tokens at a block: a `Handoff`, or registers if compiled
+CARRIED = "_testreg_carried"  # attribute of the tokens between blocks: a `Handoff`, or registers if compiled
+STARTED = "_testreg_started"  # attribute of the tokens at the entry block: a `Handoff` without registers
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,16 +60,12 @@ class Forward:
 
 @dataclass(eq=False)
 class Handoff:
-    """What tokens carry from one block to the next: the forward they belong to, and its registers (B, R, C), if any.
-
-    The tokens at the entry block carry one without registers, so that a block that gradient checkpointing recomputes
-    has the mode of its forward.
-    """
+    """What tokens carry from one block to the next: the forward they belong to, and its registers (B, R, C), if any."""
 
     forward: Forward
     registers: Tensor | None
     shape: tuple[int, ...]
-    """The shape of the tokens that the block has made."""
+    """The shape that the tokens must have at the next block, also those that take their place."""
 
     def __reduce__(self) -> Any:
         return set, ()  # in place of it, where the tensor is saved or copied: torch.load accepts it (weights_only=True)
@@ -87,17 +84,6 @@ class Call:
     """The tokens that it hands on, before hooks have seen them."""
 
 
-@dataclass(eq=False)
-class Recorder:
-    """Records the registers of one patched tower, in this thread's last forward of it, for `testreg.registers`."""
-
-    patch: object
-    recorded: list[Tensor] = field(default_factory=list)
-    """The registers after each block, (B, R, C); (B, 0, C) after the blocks in front of the one that they enter."""
-    forward: Forward | None = None
-    """The forward that computes these registers."""
-
-
 class Running(threading.local):
     """The state of one thread."""
 
@@ -110,9 +96,11 @@ class Running(threading.local):
     recomputed: Layout | None
     """The layout of a block, if gradient checkpointing recomputes what is inside the block without calling the block
     itself (transformers 5)."""
-    compiled: Tensor | None
-    """The tokens that a compiled block hands on, while its hooks run, which may replace them."""
-    recorders: tuple[Recorder, ...]
+    compiled: tuple[object, int, tuple[int, ...], Tensor] | None
+    """What a compiled block hands on, if its hooks may replace it: the patch, the block's index, the shape of the
+    tokens, and the registers."""
+    recorders: tuple[Any, ...]
+    """The `register.Recorder` of each `testreg.registers` context that is open."""
     steered: tuple[tuple[object, Mode], ...]
     """The patch and the mode of each `testreg.steered` context that is open, the innermost last."""
 
@@ -152,15 +140,13 @@ def begin(patch: object, mode: Mode, tokens: object) -> Forward:
     If gradient checkpointing recomputes that block, the forward has the mode in which the block first ran instead.
     """
     if is_recomputing():
-        start = carried(tokens, patch)
-        return Forward(patch, mode if start is None else start.forward.mode)
+        start = getattr(tokens, STARTED, None)
+        return Forward(patch, start.forward.mode if isinstance(start, Handoff) else mode)
     forward = Forward(patch, mode)
     if torch.is_grad_enabled() and isinstance(tokens, Tensor):
-        setattr(tokens, CARRIED, Handoff(forward, None, tokens.shape))
+        setattr(tokens, STARTED, Handoff(forward, None, tokens.shape))
     for recorder in running.recorders:
-        if recorder.patch is patch:
-            recorder.recorded.clear()
-            recorder.forward = forward
+        recorder.begin(forward)
     return forward
 
 
@@ -198,11 +184,3 @@ def with_first(out: Any, tokens: Tensor) -> Any:
         return tokens
     parts = [tokens, *out[1:]]
     return type(out)(*parts) if hasattr(out, "_fields") else type(out)(parts)
-
-
-def record(registers: Tensor, patch: object, index: int) -> None:
-    """Store the registers of block `index` in the recorders of this thread that record the current forward."""
-    for recorder in running.recorders:
-        if recorder.patch is patch and (running.call is None or recorder.forward is running.call.forward):
-            recorder.recorded += [registers[:, :0]] * (index - len(recorder.recorded))  # before they entered
-            recorder.recorded[index : index + 1] = [registers]

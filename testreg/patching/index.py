@@ -23,7 +23,8 @@ def index_tensor(values: Sequence[int], like: Tensor) -> Tensor:
 
 def is_exporting() -> bool:
     """Whether torch.export traces what runs."""
-    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
+    # What torch.compiler.is_exporting() reads: in code that torch 2.9 compiles, the function is True in any case.
+    return torch.compiler._is_exporting_flag
 
 
 @functools.lru_cache(maxsize=1024)

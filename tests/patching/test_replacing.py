@@ -445,6 +445,61 @@ def test_a_compiled_model_takes_what_hooks_return(fullgraph: bool) -> None:
     copy.deepcopy(model)
 
 
+# Beside a forward ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", ["zeros", "mean"])
+def test_a_side_call_of_the_entry_block_leaves_its_tokens_as_they_are(start: str) -> None:
+    model = patched(start=start)
+    expected, entry = model(images()), 0 if start == "zeros" else 1
+
+    def call_entry(module: nn.Module, args: Any, output: Tensor) -> None:
+        with testreg.disabled(model):
+            model.blocks[entry](output)
+
+    model.blocks[2].register_forward_hook(call_entry)
+    torch.testing.assert_close(model(images()), expected)
+
+
+def test_recomputation_knows_its_mode_though_a_hook_replaces_the_first_tokens() -> None:
+    model = testreg.patch(build("timm_vit"), {0: [3, 77], **NEURONS})
+    model.blocks[0].register_forward_pre_hook(lambda module, args: (args[0] * 1.0,))
+    masks = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
+    masks[0, 0, 0], masks[1, 0, 3] = True, True
+
+    def gradient(checkpointing: bool) -> Tensor:
+        model.zero_grad()
+        model.set_grad_checkpointing(checkpointing)
+        with testreg.steered(model, masks[0]):
+            out = model(images())
+        with testreg.steered(model, masks[1]):
+            out.square().sum().backward()
+        return model.blocks[0].attn.qkv.weight.grad.clone()
+
+    torch.testing.assert_close(gradient(True), gradient(False))
+
+
+def test_a_lost_gradient_is_an_error_behind_a_hook_too() -> None:
+    model = patched()
+    model.blocks[1].register_forward_pre_hook(lambda module, args: (args[0] + 0.1,))
+    tokens = model.norm_pre(model._pos_embed(model.patch_embed(images())))
+    tokens = checkpoint(model.blocks[0], tokens, use_reentrant=True)
+    with pytest.raises(RuntimeError, match="the gradient did not arrive at block 1"):
+        model.blocks[1](tokens)
+
+
+def test_tokens_that_a_hook_detaches_in_place_have_detached_registers() -> None:
+    model = patched()
+
+    def detach(module: nn.Module, args: Any, output: Tensor) -> None:
+        output.detach_()
+
+    model.blocks[1].register_forward_hook(detach)
+    model(images()).square().sum().backward()
+    assert model.blocks[1].attn.qkv.weight.grad is None
+    assert model.blocks[2].attn.qkv.weight.grad is not None
+
+
 # Tools ---------------------------------------------------------------------------------------------------------------
 
 
