@@ -27,7 +27,7 @@ from testreg.patching.forward import (
     carried,
     carry_through_hooks,
     first_of,
-    for_replaced,
+    handoff_for,
     is_recomputing,
     running,
     with_first,
@@ -62,7 +62,11 @@ class RegisterBlock(Override):
         required = () if isinstance(self.previous, Override) else self.moves
         self.required_moves = sum(move.is_always_called for move in required)
 
-    # A call of the block, steps 1 to 8 in forward.py: find its registers, run it with them, hand them on -------------
+    # A call of the block, steps 1 to 8 in forward.py -----------------------------------------------------------------
+    #
+    # block(tokens) -> BlockCall -> run_call -> the module's own call, with its hooks -> __call__: finds the registers
+    # -> _run: the block's own forward on T+R tokens -> _hand_on: T tokens, which carry the registers.
+    # block.forward(tokens) -> __call__ -> run_call -> __call__ -> _run -> _hand_on.
 
     def run_call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the block by `function`, which runs its forward between its hooks, and keep track of the call.
@@ -113,7 +117,7 @@ class RegisterBlock(Override):
                 f"the gradient did not arrive at block {self.index} with the register: re-entrant gradient "
                 "checkpointing drops it. Use use_reentrant=False"
             )
-        return handoff.forward, for_replaced(tokens, handoff).registers
+        return handoff.forward, handoff_for(tokens, handoff).registers
 
     def _run(
         self, call: Call | None, mode: Mode, registers: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]

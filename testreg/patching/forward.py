@@ -3,15 +3,16 @@
 1. The entry block is called with T tokens: a `Forward` begins. The entry block is block 0 if registers start as zeros.
    If they start as the mean of their image's patches, it is the first block with register neurons, and the blocks in
    front of it are not changed. The mode of the forward is decided (with registers, steered onto patches, or unpatched),
-   and holds to its end, whatever `testreg.disabled` and `testreg.steered` do meanwhile.
+   and holds to its end, whatever `testreg.disabled` and `testreg.steered` do meanwhile. With gradients, these first
+   tokens are marked with their forward, for gradient checkpointing that recomputes the block.
 2. The block appends R registers to the tokens (zeros, means, or static states), and calls the block's own forward on
    the T+R (block.py).
 3. In front of the second MLP linear, before any hook on it, the register neurons are moved to the registers (fc2.py).
 4. The block hands on T tokens. They carry the registers as an attribute, a `Handoff`: no state is left on the module.
 5. Hooks of the block run. If one puts other tokens in the place of these, the registers are given to what it returns.
-6. Block i takes the registers that its tokens carry. So gradient checkpointing can recompute a block (the tokens that
-   it saved are the same tensor), and forwards can run in other threads or interleaved. If a hook in front of the block
-   puts other tokens in the place of these, the registers are given to them.
+6. Block i takes the registers that its tokens carry. So gradient checkpointing can recompute a block (it calls it with
+   the tensor that the block first got), and forwards can run in other threads or interleaved. If a hook in front of the
+   block puts other tokens in the place of these, the registers are given to them.
 7. Tokens that carry nothing were computed by code between the blocks. Nothing tells which forward they belong to, so it
    is an error if the block needs registers.
 8. The last block hands on tokens that carry nothing, and the forward is over.
@@ -68,7 +69,7 @@ class Handoff:
     """The shape that the tokens must have at the next block, also those that take their place."""
 
     def __reduce__(self) -> Any:
-        return set, ()  # in place of it, where the tensor is saved or copied: torch.load accepts it (weights_only=True)
+        return set, ()  # a saved or copied tensor carries an empty set instead: torch.load takes it with weights_only
 
 
 @dataclass(eq=False)
@@ -92,7 +93,7 @@ class Running(threading.local):
     moves: int
     """The number of calls of a second linear in the current block that have moved neurons so far."""
     layout: Layout | None
-    """The layout of the current block, if it is patched."""
+    """The layout of the innermost patched block that the thread is in."""
     recomputed: Layout | None
     """The layout of a block, if gradient checkpointing recomputes what is inside the block without calling the block
     itself (transformers 5)."""
@@ -156,11 +157,11 @@ def carry_through_hooks(out: Any, call: Call) -> Any:
     if call.tokens is None or tokens is call.tokens or not isinstance(tokens, Tensor):
         return out
     view = tokens.view_as(tokens)  # the hook may return the same tensor in other forwards too
-    setattr(view, CARRIED, for_replaced(tokens, getattr(call.tokens, CARRIED)))
+    setattr(view, CARRIED, handoff_for(tokens, getattr(call.tokens, CARRIED)))
     return with_first(out, view)
 
 
-def for_replaced(tokens: Tensor, handoff: Handoff) -> Handoff:
+def handoff_for(tokens: Tensor, handoff: Handoff) -> Handoff:
     """The handoff for tokens that take the place of those that carried `handoff`.
 
     Its registers are those of the tokens themselves if these are of an earlier block in the same forward. They are on

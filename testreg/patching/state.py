@@ -57,8 +57,8 @@ class Patch:
     def __post_init__(self) -> None:
         self.overrides: list[Part] = []
         self.verified_use = VerifiedUse(self.neurons)
-        no_tokens = self.target is not None or (self.static is not None and self.static.form == "bias")
-        self.default_mode = Mode(has_registers=not no_tokens, target=self.target)
+        no_register_tokens = self.target is not None or (self.static is not None and self.static.form == "bias")
+        self.default_mode = Mode(has_registers=not no_register_tokens, target=self.target)
 
     def install(self, overrides: Iterable[Part]) -> None:
         self.overrides = list(overrides)  # if making one fails, none is installed yet

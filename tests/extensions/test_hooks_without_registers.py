@@ -120,6 +120,44 @@ def test_hooks_on_fc2_see_moved_neurons_and_its_backward_hooks_gradients_of_the_
     assert not seen["hidden"][:, 1:, [0, 64, 127]].any()
 
 
+class Wrapper(nn.Module):
+    """What an adapter is: a module that holds the linear and calls it."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.linear(hidden)
+
+
+def test_an_adapter_that_came_after_the_patch_is_seen_first_within_the_context() -> None:
+    model, seen = testreg.patch(build("timm_vit"), NEURONS), []
+    expected = model(images())
+    mlp = model.blocks[2].mlp
+    mlp.fc2 = Wrapper(mlp.fc2)
+    mlp.fc2.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    with testreg.hooks_without_registers(model):
+        torch.testing.assert_close(model(images()), expected)
+    assert seen == [17]
+    torch.testing.assert_close(model(images()), expected)
+    mlp.fc2 = mlp.fc2.linear
+    assert not testreg.is_patched(testreg.unpatch(model))
+
+
+def test_blocks_may_share_a_module() -> None:
+    model, seen = build("timm_vit"), []
+    for block in model.blocks:
+        block.mlp.act = model.blocks[0].mlp.act
+    expected = testreg.patch(model, NEURONS)(images())
+    record = lambda module, args, output: seen.append(output.shape[1])
+    with model.blocks[0].mlp.act.register_forward_hook(record), testreg.hooks_without_registers(model):
+        torch.testing.assert_close(model(images()), expected)
+    assert seen == [17] * 4
+    testreg.unpatch(model)
+    assert "forward" not in vars(model.blocks[0].mlp.act)
+
+
 # Tools ---------------------------------------------------------------------------------------------------------------
 
 
