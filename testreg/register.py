@@ -33,7 +33,7 @@ from testreg.patching.forward import Forward, running
 from testreg.patching.moves import shift as shift
 from testreg.patching.placement import parts
 from testreg.patching.state import Patch, find_patch, patch_of
-from testreg.records.options import MaxOver, Start, Zero, check_options
+from testreg.records.options import MaxOver, Start, Zero, check_options, default_zero
 from testreg.static import AnyStatic, resolve_static
 
 M = TypeVar("M", bound=nn.Module)
@@ -104,7 +104,7 @@ def patch(
     if start is None:
         start = chosen.start if constant is None else constant.start
     if zero is None:
-        zero = "firing" if start == "mean" else "patches"
+        zero = default_zero(start)
     if constant is not None:
         if target is not None:
             raise ValueError("pass static or target: where neurons are steered onto patches there are no registers")
@@ -219,7 +219,7 @@ class Recorder:
         """Store the registers after block `index`, if they are of the recorded forward."""
         if self.patch is patch and (running.call is None or self.forward is running.call.forward):
             self.recorded += [registers[:, :0]] * (index - len(self.recorded))  # before they entered
-            self.recorded[index : index + 1] = [registers]
+            self.recorded[index : index + 1] = [registers.clone()]
 
 
 def is_patched(model: nn.Module) -> bool:

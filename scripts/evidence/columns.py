@@ -24,6 +24,7 @@ from testreg.evaluation.preparing import hashed
 from testreg.families import find_part, find_tower
 from testreg.io.loading import LoadedModel
 from testreg.neurons import RegisterNeurons
+from testreg.records.options import default_zero
 from testreg.static import StaticRegisters
 
 PLAIN = "plain"
@@ -122,7 +123,7 @@ class Columns:
         neurons = {block: sorted(units) for block, units in used.by_block().items()}
         facts = {"what": COLUMNS[name], "neurons": neurons, "num_registers": used.num_registers}
         if used.start != "zeros":
-            facts |= {"start": used.start, "zero": "firing"}  # as `patch` does it with this start
+            facts |= {"start": used.start, "zero": default_zero(used.start)}
         if name == "bare":
             del facts["neurons"]
         if name == "zeroed":

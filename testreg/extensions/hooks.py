@@ -63,7 +63,7 @@ def hooks_without_registers(model: M) -> Iterator[M]:
         for layer in layers:
             layer.install()
         for block in blocks:
-            block.previous = BlockBetweenHooks(block, patch, block.previous)
+            block.previous = BlockBetweenHooks(block, block.previous)
         yield model
     finally:
         for block in blocks:
@@ -114,7 +114,6 @@ class BlockBetweenHooks:
     """A block's own forward, after which registers are taken off the tensors that its modules keep as attributes."""
 
     block: RegisterBlock
-    patch: Patch
     original: Callable[..., Any] | None
 
     def __call__(self, sequence: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -123,8 +122,8 @@ class BlockBetweenHooks:
         if torch.compiler.is_compiling():
             return forward(sequence, *args, **kwargs)
         layout, stripper = layout_now(self.block.default_layout), None
-        if self.patch.current_mode.has_registers:
-            stripper = _Stripper(self.patch, layout, sequence.shape[layout.dim])
+        if self.block.patch.current_mode.has_registers:
+            stripper = _Stripper(self.block.patch, layout, sequence.shape[layout.dim])
         outer = _running.stripper, _running.hooked
         _running.stripper, _running.hooked = stripper, None
         before = {module: dict(vars(module)) for module in module.modules()}

@@ -27,9 +27,10 @@ from testreg.patching.forward import (
     carried,
     carry_through_hooks,
     first_of,
-    handoff_for,
     is_recomputing,
+    registers_for,
     running,
+    take_left_by_compiled,
     with_first,
 )
 from testreg.patching.index import is_exporting
@@ -117,7 +118,7 @@ class RegisterBlock(Override):
                 f"the gradient did not arrive at block {self.index} with the register: re-entrant gradient "
                 "checkpointing drops it. Use use_reentrant=False"
             )
-        return handoff.forward, handoff_for(tokens, handoff).registers
+        return handoff.forward, registers_for(tokens, handoff)
 
     def _run(
         self, call: Call | None, mode: Mode, registers: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -159,11 +160,8 @@ class RegisterBlock(Override):
         if self.is_entry:
             return layout.join(tokens, self.first_registers(tokens, layout))
         if torch.compiler.is_compiling():
-            left = getattr(tokens, CARRIED, None)
-            if isinstance(left, Handoff) and left.forward.patch is self.patch:  # by an eager block
-                registers = left.registers
-            else:
-                registers = self._left_by_compiled(tokens)
+            handoff = carried(tokens, self.patch)  # of an eager block
+            registers = self._left_by_compiled(tokens) if handoff is None else handoff.registers
         if registers is None and is_recomputing():
             raise RuntimeError(
                 f"block {self.index} is recomputed from an input that was saved elsewhere (save_on_cpu, offload), "
@@ -180,10 +178,9 @@ class RegisterBlock(Override):
 
     def _left_by_compiled(self, tokens: Tensor) -> Tensor | None:
         """The registers that the previous block left, if it was compiled: on these tokens, or for what hooks return."""
-        carried, left, running.compiled = getattr(tokens, CARRIED, None), running.compiled, None
-        if carried is not None or left is None or left[0] is not self.patch or left[1] != self.index - 1:
-            return carried if isinstance(carried, Tensor) else None
-        return left[3].to(tokens.device, tokens.dtype) if tuple(tokens.shape) == left[2] else None
+        left = take_left_by_compiled(self.patch, self.index - 1, tokens)
+        on_tokens = getattr(tokens, CARRIED, None)
+        return on_tokens if isinstance(on_tokens, Tensor) else left
 
     def first_registers(self, tokens: Tensor, layout: Layout) -> Tensor:
         """The registers (B, R, C) with which these tokens enter: zeros, or the mean of their image's patches.
@@ -232,7 +229,7 @@ class RegisterBlock(Override):
                 )
             registers = layout.registers(sequence)
             for recorder in running.recorders:
-                recorder.record(registers.clone(), self.patch, self.index)
+                recorder.record(registers, self.patch, self.index)
             strip = lambda each: layout.tokens(each).contiguous() if each.shape == entered.shape else each
             out = strip(out) if out is sequence else tree_map_only(Tensor, strip, out)
         tokens = first_of(out)
@@ -292,13 +289,12 @@ class BlockCall(Override):
         if not torch.compiler.is_compiling():
             return self.block.run_call(self.original, args, kwargs)
         out = self.original(*args, **kwargs)
-        tokens, left, running.compiled = first_of(out), running.compiled, None
-        if left is None or not isinstance(tokens, Tensor) or getattr(tokens, CARRIED, None) is not None:
-            return out
-        if tuple(tokens.shape) != left[2]:
+        tokens = first_of(out)
+        registers = take_left_by_compiled(self.block.patch, self.block.index, tokens)
+        if registers is None:
             return out
         view = tokens.view_as(tokens)
-        setattr(view, CARRIED, left[3].to(tokens.device, tokens.dtype))
+        setattr(view, CARRIED, registers)
         return with_first(out, view)
 
 

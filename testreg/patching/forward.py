@@ -157,21 +157,32 @@ def carry_through_hooks(out: Any, call: Call) -> Any:
     if call.tokens is None or tokens is call.tokens or not isinstance(tokens, Tensor):
         return out
     view = tokens.view_as(tokens)  # the hook may return the same tensor in other forwards too
-    setattr(view, CARRIED, handoff_for(tokens, getattr(call.tokens, CARRIED)))
+    handoff: Handoff = getattr(call.tokens, CARRIED)
+    setattr(view, CARRIED, Handoff(handoff.forward, registers_for(tokens, handoff), handoff.shape))
     return with_first(out, view)
 
 
-def handoff_for(tokens: Tensor, handoff: Handoff) -> Handoff:
-    """The handoff for tokens that take the place of those that carried `handoff`.
+def registers_for(tokens: Tensor, handoff: Handoff) -> Tensor | None:
+    """The registers for tokens that take the place of those that carried `handoff`, or are these.
 
-    Its registers are those of the tokens themselves if these are of an earlier block in the same forward. They are on
-    the device and in the dtype of the tokens, and detached if the tokens need no gradient.
+    They are those of the tokens themselves if these are of an earlier block in the same forward. They are on the device
+    and in the dtype of the tokens, and detached if the tokens need no gradient.
     """
     own = carried(tokens, handoff.forward.patch)
     registers = handoff.registers if own is None or own.forward is not handoff.forward else own.registers
-    if registers is not None:
-        registers = (registers if tokens.requires_grad else registers.detach()).to(tokens.device, tokens.dtype)
-    return Handoff(handoff.forward, registers, handoff.shape)
+    if registers is None:
+        return None
+    return (registers if tokens.requires_grad else registers.detach()).to(tokens.device, tokens.dtype)
+
+
+def take_left_by_compiled(patch: object, index: int, tokens: Any) -> Tensor | None:
+    """The registers that compiled block `index` left for tokens that carry nothing, which a hook has put in place of
+    its own; None if it left none for them."""
+    left, running.compiled = running.compiled, None
+    if left is None or left[0] is not patch or left[1] != index or not isinstance(tokens, Tensor):
+        return None
+    is_for_them = tuple(tokens.shape) == left[2] and getattr(tokens, CARRIED, None) is None
+    return left[3].to(tokens.device, tokens.dtype) if is_for_them else None
 
 
 def first_of(out: Any) -> Any:

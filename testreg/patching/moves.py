@@ -56,19 +56,20 @@ def shift(
     """
     index = index_tensor(units, hidden)
     activations = hidden.index_select(-1, index)  # (B, T+R, K)
+    write = hidden.index_copy if torch.is_grad_enabled() else hidden.index_copy_
+    if target is None and not num_registers:
+        return write(-1, index, _silenced(activations, zero, num_prefix, patches))
     peak = _largest(activations, max_over, valid)  # (B, 1, K)
     moved = _silenced(activations, zero, num_prefix, patches)
     if target is not None:
         chosen = _tokens_of(target.to(hidden.device), hidden, num_prefix, patches)
         moved = torch.where(chosen.unsqueeze(-1), peak, moved)
-    elif num_registers:
+    else:
         if owners is not None:
             owned = index_tensor(owners, hidden) == torch.arange(num_registers, device=hidden.device).unsqueeze(-1)
             peak = torch.where(owned, peak, peak.new_zeros(()))  # (B, R, K)
         moved[:, -num_registers:] = peak
-    if torch.is_grad_enabled():
-        return hidden.index_copy(-1, index, moved)
-    return hidden.index_copy_(-1, index, moved)
+    return write(-1, index, moved)
 
 
 def _largest(activations: Tensor, max_over: MaxOver, valid: Tensor | None) -> Tensor:

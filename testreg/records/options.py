@@ -13,6 +13,11 @@ Start = Literal["zeros", "mean"]
 MAX_REGISTERS = 256  # an image of 224 pixels has no more patches, at 14 pixels each
 
 
+def default_zero(start: Start) -> Zero:
+    """Where the moved neurons become zero if `patch` is not told, which depends on how registers start."""
+    return "firing" if start == "mean" else "patches"
+
+
 def check_options(num_registers: int | None, max_over: str, zero: str | None, start: str | None = None) -> None:
     """Raise ValueError unless `patch` can be called with these."""
     if num_registers is not None and num_registers < 1:
